@@ -1,0 +1,130 @@
+"""The fast implementation on CPU: torch's own flash attention, forward and backward.
+
+The op knows `is_causal`, equal head counts and equal widths of q and v. The band becomes rectangles,
+grouped heads become strides of zero (K and V are not copied), unequal widths are padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from seqpar_kernels.band import Band
+from seqpar_kernels.partial import Partial
+from seqpar_kernels.rectangles import CAUSAL, FULL, Rectangle, rectangles
+from seqpar_kernels.reference import visibility
+
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+HeadsFirst = Callable[[Tensor], Tensor]
+
+
+def forward(
+    q: Float[Tensor, "b i hq d"],
+    k: Float[Tensor, "b j hkv d"],
+    v: Float[Tensor, "b j hkv vd"],
+    band: Band,
+    scale: float,
+    into: Partial,
+) -> None:
+    """Continues `into` with the block."""
+    q, k, v = _as_the_op_wants(q, k, v)
+    for rect in rectangles(band, q.shape[1], k.shape[1]):
+        causal, mask = _how(rect, q)
+        part = into[rect.rows]
+        for of_q, of_kv in _heads_first(q, k):
+            out, lse = _forward(
+                of_q(q[:, rect.rows]), of_kv(k[:, rect.cols]), of_kv(v[:, rect.cols]),
+                0.0, causal, attn_mask=mask, scale=scale,
+            )  # fmt: skip
+            out = out[..., : into.acc.shape[-1]]
+            Partial(*(of_q(x) for x in (part.acc, part.m, part.l))).merge_(out, lse)
+
+
+def backward(
+    q: Float[Tensor, "b i hq d"],
+    k: Float[Tensor, "b j hkv d"],
+    v: Float[Tensor, "b j hkv vd"],
+    out: Float[Tensor, "b i hq vd"],
+    dout: Float[Tensor, "b i hq vd"],
+    lse: Float[Tensor, "b i hq"],
+    band: Band,
+    scale: float,
+    into: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Adds the block's gradients to dq, dk, dv, given the out and lse of the whole rows.
+
+    The op derives delta from `out` itself, so it wants `out` where other kernels want delta.
+    """
+    q, k, v, out, dout = _as_the_op_wants(q, k, v, out, dout)
+    for rect in rectangles(band, q.shape[1], k.shape[1]):
+        causal, mask = _how(rect, q)
+        dq, dk, dv = into[0][:, rect.rows], into[1][:, rect.cols], into[2][:, rect.cols]
+        for of_q, of_kv in _heads_first(q, k):
+            dq_t, dk_t, dv_t = _backward(
+                of_q(dout[:, rect.rows]), of_q(q[:, rect.rows]), of_kv(k[:, rect.cols]),
+                of_kv(v[:, rect.cols]), of_q(out[:, rect.rows]), of_q(lse[:, rect.rows]),
+                0.0, causal, attn_mask=mask, scale=scale,
+            )  # fmt: skip
+            of_q(dq).add_(dq_t[..., : dq.shape[-1]])
+            _add_heads(of_kv(dk), dk_t)
+            _add_heads(of_kv(dv), dv_t)
+
+
+def _heads_first(q: Tensor, k: Tensor) -> Iterator[tuple[HeadsFirst, HeadsFirst]]:
+    """Pairs of functions that view `[b s h ...]` as `[n h s ...]`: one for q's side, one for k's.
+
+    With grouped heads each batch element is a call of its own, whose batch dim is the kv head: then
+    one stride of zero repeats k over its query heads, and nothing is copied.
+    """
+    hq, hkv = q.shape[2], k.shape[2]
+    if hq == hkv:
+        yield (lambda x: x.transpose(1, 2)), (lambda x: x.transpose(1, 2))
+        return
+    group = hq // hkv
+    for n in range(q.shape[0]):
+
+        def of_q(x: Tensor, n: int = n) -> Tensor:
+            return x[n].unflatten(1, (hkv, group)).movedim(0, 2)
+
+        def of_kv(x: Tensor, n: int = n) -> Tensor:
+            return x[n].transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)
+
+        yield of_q, of_kv
+
+
+def _add_heads(total: Tensor, grad: Tensor) -> None:
+    """Adds the gradient of every query head to the kv head it belongs to."""
+    grad = grad[..., : total.shape[-1]]
+    if total.stride(1) == 0 and total.shape[1] > 1:  # expanded: the heads share this memory
+        total, grad = total[:, :1], grad.sum(1, keepdim=True, dtype=total.dtype)
+    total.add_(grad)
+
+
+def _how(rect: Rectangle, q: Tensor) -> tuple[bool, Tensor | None]:
+    """(is_causal, attn_mask) of a rectangle."""
+    if rect.band in (FULL, CAUSAL):
+        return rect.band == CAUSAL, None
+    height, width = rect.rows.stop - rect.rows.start, rect.cols.stop - rect.cols.start
+    visible = visibility(rect.band, height, width, q.device)
+    mask = torch.zeros(height, width, dtype=q.dtype, device=q.device)
+    return False, mask.masked_fill_(~visible, float("-inf"))
+
+
+def _as_the_op_wants(*tensors: Tensor) -> Iterator[Tensor]:
+    """The tensors in one width, contiguous in it, and in float32 in place of float16.
+
+    The op reads memory as if the last stride were 1, and its float16 backward ran at 5 GFLOP/s where
+    its float32 one ran at 55 (one thread, torch 2.13).
+    """
+    width = max(x.shape[-1] for x in tensors)
+    for x in tensors:
+        if x.dtype == torch.float16:
+            x = x.float()
+        if x.shape[-1] < width:
+            x = torch.nn.functional.pad(x, (0, width - x.shape[-1]))
+        yield x if x.stride(-1) == 1 else x.contiguous()

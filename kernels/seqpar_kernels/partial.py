@@ -1,0 +1,68 @@
+"""`Partial`: the running, un-normalised softmax of some query rows over the keys met so far.
+
+It starts as the identity, every block of keys continues it, and `finish` normalises once, so the
+rounding error of a row does not grow with the number of blocks it was computed in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of running sums for inputs of `dtype`: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Partial:
+    """For each row: m = max of scores, l = sum of exp(score - m), acc = sum of exp(score - m) v.
+
+    `acc` is `[b i hq vd]`, `m` and `l` are `[b i hq]`, float32 or wider. A row that has seen nothing
+    holds acc = 0, m = -inf, l = 0. Slices are views: what is merged into a slice lands here.
+    """
+
+    acc: Float[Tensor, "*batch vd"]
+    m: Float[Tensor, "*batch"]
+    l: Float[Tensor, "*batch"]  # noqa: E741 - the literature's name
+
+    @staticmethod
+    def identity(q: Float[Tensor, "b i hq d"], vd: int) -> Partial:
+        """The partial of the rows of `q` before they have seen any key."""
+        shape, dtype = q.shape[:-1], accumulation_dtype(q.dtype)
+        return Partial(
+            acc=torch.zeros(*shape, vd, dtype=dtype, device=q.device),
+            m=torch.full(shape, float("-inf"), dtype=dtype, device=q.device),
+            l=torch.zeros(shape, dtype=dtype, device=q.device),
+        )
+
+    def __getitem__(self, rows: slice) -> Partial:
+        """A view of some rows."""
+        return Partial(self.acc[:, rows], self.m[:, rows], self.l[:, rows])
+
+    def merge_(
+        self,
+        acc: Float[Tensor, "*batch vd"],
+        m: Float[Tensor, "*batch"],
+        l: Float[Tensor, "*batch"] | None = None,  # noqa: E741
+    ) -> None:
+        """Adds another partial of the same rows, in place. Every row of the other has seen a key.
+
+        A normalised result (out, lse) is the partial acc = out, m = lse, l = 1, which is what `l`
+        left out stands for.
+        """
+        top = torch.maximum(self.m, m)
+        keep, add = torch.exp(self.m - top), torch.exp(m - top)
+        self.acc.mul_(keep.unsqueeze(-1)).addcmul_(acc.to(self.acc.dtype), add.unsqueeze(-1))
+        self.l.mul_(keep).add_(add if l is None else l * add)
+        self.m.copy_(top)
+
+    def finish(self) -> tuple[Float[Tensor, "*batch vd"], Float[Tensor, "*batch"]]:
+        """Normalises, in place: (out, lse). A row that saw nothing gives out = 0, lse = -inf."""
+        lse = torch.log(self.l).add_(self.m)
+        seen = self.l.masked_fill(self.l == 0, 1.0)
+        return self.acc.div_(seen.unsqueeze(-1)), lse

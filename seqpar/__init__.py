@@ -1,0 +1,46 @@
+"""Attention over sequences too long for one device: exact for any number of ranks.
+
+Dimensions, in shapes throughout: `b` batch, `s` whole sequence, `sl` rows on this rank, `i` query rows
+and `j` key columns of a block, `hq`, `hkv` heads, `hl` heads on this rank after an exchange, `d` width
+of q and k, `vd` width of v. Tensors are `[b s h d]`, lse is `[b s h]`, natural log, float32 or wider.
+"""
+
+import os
+
+if os.environ.get("SEQPAR_CHECK_SHAPES") == "1":  # for tests, and inherited by the ranks they start
+    from jaxtyping import install_import_hook
+
+    _checked = ["functional", "module", "data", "comm", "layout", "strategies"]
+    install_import_hook(["seqpar_kernels", *(f"seqpar.{m}" for m in _checked)], "beartype.beartype")
+
+from seqpar_kernels import Score
+
+from seqpar.comm import DesyncError, Group, simulate
+from seqpar.data import mean_loss, shard_batch, shard_sequence, sum_gradients, unshard_sequence
+from seqpar.functional import attention
+from seqpar.layout import Layout, Mask, contiguous, striped, zigzag
+from seqpar.module import RingAttention, UlyssesAttention
+from seqpar.strategies import Plan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DesyncError",
+    "Group",
+    "Layout",
+    "Mask",
+    "Plan",
+    "RingAttention",
+    "Score",
+    "UlyssesAttention",
+    "attention",
+    "contiguous",
+    "mean_loss",
+    "shard_batch",
+    "shard_sequence",
+    "simulate",
+    "striped",
+    "sum_gradients",
+    "unshard_sequence",
+    "zigzag",
+]

@@ -1,0 +1,102 @@
+"""`Group`: the ranks that share a sequence, as a value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from seqpar.comm.processes import ProcessTransport
+from seqpar.comm.traffic import Count, Traffic
+from seqpar.comm.transport import Message, Pending, ReduceOp, Transport
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Rank, size and how to talk; counts what it sends in `traffic`.
+
+    Make one with `Group.of` under torchrun, get one from `seqpar.simulate`, or take `Group.alone()`.
+    """
+
+    transport: Transport
+    traffic: Traffic = field(default_factory=Traffic)
+
+    @staticmethod
+    def of(ranks: ProcessGroup | DeviceMesh | None = None) -> Group:
+        """The group of a process group or of a 1-D device mesh; by default of all processes.
+
+        Creates no process group and communicates nothing.
+
+        Raises:
+            RuntimeError: torch.distributed is not initialised.
+            ValueError: the mesh has more than one dimension, or this process is not a member.
+            TypeError: `ranks` is neither a process group nor a device mesh.
+        """
+        return Group(ProcessTransport.of(ranks))
+
+    @staticmethod
+    def alone() -> Group:
+        """A group of one rank, which has nobody to talk to."""
+        return Group(_Alone())
+
+    @property
+    def rank(self) -> int:
+        """This rank, 0 ... size - 1, counted in this group."""
+        return self.transport.rank
+
+    @property
+    def size(self) -> int:
+        """The number of ranks."""
+        return self.transport.size
+
+    def exchange(
+        self, primitive: str, sends: Sequence[Message], receives: Sequence[Message]
+    ) -> Pending:
+        """Starts a batch of point-to-point messages and counts it. Empty tensors are not sent."""
+        sends, receives = ([m for m in ms if m[1].numel()] for ms in (sends, receives))
+        for _, x in sends:
+            self.traffic.record(primitive, Count(x.numel(), x.numel() * x.element_size()))
+        return self.transport.exchange(primitive, sends, receives)
+
+    def all_reduce_(self, x: Tensor, op: ReduceOp) -> None:
+        """Reduces in place and counts the 2 (P - 1) / P of the tensor that a ring sends."""
+        if self.size > 1 and x.numel():
+            elements = -(-2 * (self.size - 1) * x.numel() // self.size)
+            self.traffic.record("all_reduce", Count(elements, elements * x.element_size()))
+            self.transport.all_reduce(x, op)
+
+    def __repr__(self) -> str:
+        return f"Group(rank={self.rank}, size={self.size})"
+
+
+class _Alone:
+    """The transport of a group of one."""
+
+    rank, size = 0, 1
+
+    @property
+    def control_device(self):  # type: ignore[no-untyped-def]  # noqa: ANN202
+        raise AssertionError("one rank has nothing to agree on")
+
+    def exchange(
+        self, primitive: str, sends: Sequence[Message], receives: Sequence[Message]
+    ) -> Pending:
+        assert not sends and not receives, f"{primitive}: one rank sends to nobody"
+        return _Done()
+
+    def all_reduce(self, x: Tensor, op: ReduceOp) -> None:
+        """Nothing to add."""
+
+    def gather_objects(self, item: object) -> list[object]:
+        return [item]
+
+
+class _Done:
+    def wait(self) -> None:
+        """Nothing is under way."""

@@ -1,0 +1,170 @@
+"""Rows for heads and back: the two all-to-alls of Ulysses, uneven in both, several tensors at once.
+
+Before, a rank holds all heads of its rows; after, all rows of its heads, in the order of the
+sequence. A head that two ranks need is sent to both; going back, their shares of it are summed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seqpar.comm.group import Group
+
+Ranges = tuple[tuple[int, int], ...]  # by rank: the heads (start, stop) it takes
+Places = tuple[tuple[slice, slice], ...]  # of one rank: (its local rows, their place in the sequence)
+
+
+@dataclass(frozen=True, eq=False)
+class HeadTrade:
+    """Who holds which rows, and who takes which heads of each of the traded tensors.
+
+    Args:
+        places: by rank.
+        ranges: by tensor.
+        num_heads: by tensor.
+    """
+
+    group: Group
+    places: tuple[Places, ...]
+    ranges: tuple[Ranges, ...]
+    num_heads: tuple[int, ...]
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The number of rows of every rank."""
+        return tuple(max((local.stop for local, _ in p), default=0) for p in self.places)
+
+    @property
+    def others(self) -> list[int]:
+        """All ranks but this one."""
+        return [r for r in range(self.group.size) if r != self.group.rank]
+
+    def takes(self, tensor: int, rank: int) -> slice:
+        """The heads of a tensor that a rank takes."""
+        return slice(*self.ranges[tensor][rank])
+
+    def sums(self, tensor: int) -> bool:
+        """Whether some head is taken twice, so that coming back means adding."""
+        return sum(b - a for a, b in self.ranges[tensor]) > self.num_heads[tensor]
+
+
+def rows_to_heads(xs: Sequence[Tensor], trade: HeadTrade) -> tuple[Tensor, ...]:
+    """Each x `[b sl h w]` becomes `[b s hl w]`: the whole sequence of this rank's heads. Differentiable."""
+    return _RowsToHeads.apply(trade, *xs)
+
+
+def heads_to_rows(ys: Sequence[Tensor], trade: HeadTrade) -> tuple[Tensor, ...]:
+    """Each y `[b s hl w]` becomes `[b sl h w]`: this rank's rows of all heads. Differentiable.
+
+    Shares of a head that several ranks hold are sent and added in float32 or wider, in rank order.
+    """
+    return _HeadsToRows.apply(trade, *ys)
+
+
+class _RowsToHeads(torch.autograd.Function):
+    """x [b sl h w] -> y [b s hl w].
+
+    forward   y = the rows of all ranks, of this rank's heads
+    backward  dx = this rank's rows of dy, summed over the ranks that took a head
+    """
+
+    @staticmethod
+    def forward(ctx: Any, trade: HeadTrade, *xs: Tensor) -> tuple[Tensor, ...]:
+        ctx.trade = trade
+        return _to_heads(xs, trade)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
+        return None, *_to_rows(grad_outputs, ctx.trade)
+
+
+class _HeadsToRows(torch.autograd.Function):
+    """y [b s hl w] -> x [b sl h w]: the dual of `_RowsToHeads`."""
+
+    @staticmethod
+    def forward(ctx: Any, trade: HeadTrade, *ys: Tensor) -> tuple[Tensor, ...]:
+        ctx.trade = trade
+        return _to_rows(ys, trade)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
+        return None, *_to_heads(grad_outputs, ctx.trade)
+
+
+def _to_heads(xs: Sequence[Tensor], trade: HeadTrade) -> tuple[Tensor, ...]:
+    rank, rows = trade.group.rank, trade.rows
+    sends = [
+        (r, x[:, :, trade.takes(n, r)].contiguous()) for r in trade.others for n, x in enumerate(xs)
+    ]
+    own = [x[:, :, trade.takes(n, rank)] for n, x in enumerate(xs)]
+    receives = [(r, x.new_empty(x.shape[0], rows[r], *x.shape[2:])) for r in trade.others for x in own]
+    pending = trade.group.exchange("rows_to_heads", sends, receives)
+    ys = tuple(x.new_empty(x.shape[0], sum(rows), *x.shape[2:]) for x in own)
+    _place(own, ys, trade.places[rank])
+    pending.wait()
+    for r, shards in _by_rank(receives, len(xs)):
+        _place(shards, ys, trade.places[r])
+    return ys
+
+
+def _place(shards: Sequence[Tensor], wholes: Sequence[Tensor], places: Places) -> None:
+    for shard, whole in zip(shards, wholes, strict=True):
+        for local, place in places:
+            whole[:, place] = shard[:, local]
+
+
+def _to_rows(ys: Sequence[Tensor], trade: HeadTrade) -> tuple[Tensor, ...]:
+    rank, rows = trade.group.rank, trade.rows
+    wires = [_wide(y.dtype) if trade.sums(n) else y.dtype for n, y in enumerate(ys)]
+    sends = [
+        (r, _take(y, trade.places[r], wire))
+        for r in trade.others
+        for y, wire in zip(ys, wires, strict=True)
+    ]
+    receives = [
+        (r, y.new_empty(y.shape[0], rows[rank], _length(trade.takes(n, r)), y.shape[3], dtype=wire))
+        for r in trade.others
+        for n, (y, wire) in enumerate(zip(ys, wires, strict=True))
+    ]
+    pending = trade.group.exchange("heads_to_rows", sends, receives)
+    own = [_take(y, trade.places[rank], wire) for y, wire in zip(ys, wires, strict=True)]
+    pending.wait()
+    shares = dict(_by_rank(receives, len(ys))) | {rank: own}
+    xs = []
+    for n, y in enumerate(ys):
+        shape = y.shape[0], rows[rank], trade.num_heads[n], y.shape[3]
+        adds = trade.sums(n)
+        x = own[n].new_zeros(shape) if adds else own[n].new_empty(shape)
+        for r in range(trade.group.size):
+            heads = x[:, :, trade.takes(n, r)]
+            heads.add_(shares[r][n]) if adds else heads.copy_(shares[r][n])
+        xs.append(x.to(y.dtype))
+    return tuple(xs)
+
+
+def _take(y: Tensor, places: Places, dtype: torch.dtype) -> Tensor:
+    """The rows of `y` that belong to a rank, in its order, contiguous."""
+    rows = [y[:, place] for _, place in places] or [y[:, :0]]
+    taken = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+    return taken.to(dtype).contiguous()
+
+
+def _by_rank(messages: Sequence[tuple[int, Tensor]], each: int) -> Iterator[tuple[int, list[Tensor]]]:
+    """Messages, `each` per rank, as (rank, tensors)."""
+    for start in range(0, len(messages), each):
+        yield messages[start][0], [x for _, x in messages[start : start + each]]
+
+
+def _length(s: slice) -> int:
+    return int(s.stop - s.start)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,109 @@
+"""The transport over torch.distributed: any backend with point-to-point messages (gloo, NCCL, ...)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from seqpar.comm.transport import Message, ReduceOp
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+_REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+
+
+class ProcessTransport:
+    """One rank of a process group."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        self._peers = [dist.get_global_rank(group, rank) for rank in range(self.size)]
+
+    @staticmethod
+    def of(ranks: dist.ProcessGroup | DeviceMesh | None) -> ProcessTransport:
+        """See `Group.of`."""
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError(
+                "torch.distributed is not initialised: launch with torchrun and call "
+                "torch.distributed.init_process_group() first, or use seqpar.simulate or Group.alone()"
+            )
+        if ranks is None:
+            ranks = dist.group.WORLD
+        elif hasattr(ranks, "get_group"):
+            if ranks.ndim != 1:
+                names = ranks.mesh_dim_names
+                raise ValueError(f"one mesh dimension makes a group, got {names}; pass mesh['name']")
+            ranks = ranks.get_group()
+        if ranks is dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError(f"rank {dist.get_rank()} is not a member of this process group")
+        if not isinstance(ranks, dist.ProcessGroup):
+            raise TypeError(f"expected a ProcessGroup, a DeviceMesh or None, got {type(ranks)}")
+        return ProcessTransport(ranks)
+
+    @property
+    def control_device(self) -> torch.device:
+        """The CPU where the group's backend serves it, else this process's accelerator."""
+        if "gloo" in str(dist.get_backend_config(self._group)):
+            return torch.device("cpu")
+        return torch.device(torch.accelerator.current_accelerator() or "cpu")
+
+    def exchange(
+        self, primitive: str, sends: Sequence[Message], receives: Sequence[Message]
+    ) -> _ProcessPending:
+        """Starts a batch of isend and irecv."""
+        ops = [dist.P2POp(dist.isend, x, self._peers[peer], self._group) for peer, x in sends]
+        ops += [dist.P2POp(dist.irecv, x, self._peers[peer], self._group) for peer, x in receives]
+        with _explained(primitive, self.rank):
+            works = dist.batch_isend_irecv(ops) if ops else []
+        return _ProcessPending(primitive, self.rank, works, [x for _, x in (*sends, *receives)])
+
+    def all_reduce(self, x: Tensor, op: ReduceOp) -> None:
+        """Reduces in place."""
+        with _explained("all_reduce", self.rank):
+            dist.all_reduce(x, _REDUCE_OPS[op], group=self._group)
+
+    def gather_objects(self, item: object) -> list[object]:
+        """Every rank's object."""
+        items: list[object] = [None] * self.size
+        with _explained("gather_objects", self.rank):
+            dist.all_gather_object(items, item, group=self._group)
+        return items
+
+
+class _ProcessPending:
+    """Holds its buffers until the messages have gone."""
+
+    def __init__(
+        self, primitive: str, rank: int, works: Sequence[dist.Work], buffers: Sequence[Tensor]
+    ) -> None:
+        self._primitive, self._rank, self._works, self._buffers = primitive, rank, works, buffers
+
+    def wait(self) -> None:
+        with _explained(self._primitive, self._rank):
+            for work in self._works:
+                work.wait()
+        self._works, self._buffers = (), ()
+
+
+class _explained:  # noqa: N801 - reads as a phrase
+    """Says, when the wire breaks, that the cause is to be read on another rank."""
+
+    def __init__(self, primitive: str, rank: int) -> None:
+        self._primitive, self._rank = primitive, rank
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, RuntimeError):
+            raise RuntimeError(
+                f"rank {self._rank} lost a peer in {self._primitive}: another rank failed or ended "
+                f"first, and its error is the one to read ({error})"
+            ) from error

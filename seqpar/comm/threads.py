@@ -1,0 +1,193 @@
+"""The in-process world: ranks are threads of one process. For notebooks, property tests, one GPU.
+
+It is stricter than a network: receive buffers hold NaN until they are waited for, a buffer changed
+while it is being sent is an error, and a wait that can never end is found and raised on every rank.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from seqpar.comm.agree import DesyncError
+from seqpar.comm.group import Group
+from seqpar.comm.transport import Message, ReduceOp
+
+T = TypeVar("T")
+_Ticket = tuple[int, int, int]  # (source, destination, how many messages went before)
+
+
+def simulate(world_size: int, fn: Callable[..., T], *args: Any) -> list[T]:
+    """Runs `fn(group, *args)` on every rank of an in-process world; the results by rank.
+
+    Ranks are threads: they share `args`, run on the devices their tensors live on, and their
+    backward stays on their own thread.
+
+    Raises:
+        ValueError: world_size is not positive.
+        Exception: what a rank raised, from the lowest rank whose error is its own and not the echo
+            of another rank's; a note says which rank.
+    """
+    if world_size < 1:
+        raise ValueError(f"a world has at least one rank, got {world_size=}")
+    world = _World(world_size)
+    results: list[Any] = [None] * world_size
+    grad_enabled = torch.is_grad_enabled()
+
+    def run(rank: int) -> None:
+        error: BaseException | None = None
+        try:
+            with torch.autograd.set_multithreading_enabled(False), torch.set_grad_enabled(grad_enabled):
+                results[rank] = fn(Group(ThreadTransport(world, rank)), *args)
+        except BaseException as caught:
+            error = caught
+        world.leave(rank, error)
+
+    threads = [threading.Thread(target=run, args=(r,), daemon=True) for r in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if world.errors:
+        rank, error = min(world.errors.items(), key=lambda e: (isinstance(e[1], DesyncError), e[0]))
+        error.add_note(f"raised on rank {rank} of {world_size} of a simulated world")
+        raise error
+    return results
+
+
+class _World:
+    """The post office of the ranks. Every method takes the lock."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.errors: dict[int, BaseException] = {}
+        self._changed = threading.Condition()
+        self._mail: dict[_Ticket, tuple[str, Tensor]] = {}
+        self._awaited: dict[int, _Ticket] = {}  # by waiting rank
+        self._gone: set[int] = set()
+
+    def post(self, ticket: _Ticket, primitive: str, x: Tensor) -> None:
+        with self._changed:
+            self._mail[ticket] = (primitive, x)
+            self._changed.notify_all()
+
+    def collect(self, ticket: _Ticket, primitive: str) -> Tensor:
+        """The message with this ticket, once it is there."""
+        source, rank, _ = ticket
+        with self._changed:
+            self._awaited[rank] = ticket
+            try:
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: ticket in self._mail or self._is_hopeless(ticket))
+            finally:
+                del self._awaited[rank]
+            if ticket in self._mail:
+                sent_by, x = self._mail.pop(ticket)
+                if sent_by != primitive:
+                    raise DesyncError(f"rank {rank} is in {primitive}, rank {source} in {sent_by}")
+                return x
+            raise DesyncError(self._why(rank, source, primitive))
+
+    def leave(self, rank: int, error: BaseException | None) -> None:
+        with self._changed:
+            self._gone.add(rank)
+            if error is not None:
+                self.errors[rank] = error
+            self._changed.notify_all()
+
+    def _is_hopeless(self, ticket: _Ticket) -> bool:
+        """Whether the sender is gone, or every rank that is left waits for mail not yet sent."""
+        if ticket[0] in self._gone or self.errors:
+            return True
+        everyone_waits = len(self._awaited) + len(self._gone) == self.size
+        return everyone_waits and not any(t in self._mail for t in self._awaited.values())
+
+    def _why(self, rank: int, source: int, primitive: str) -> str:
+        where = f"rank {rank} waits for rank {source} in {primitive}"
+        if self.errors:
+            failed, error = next(iter(self.errors.items()))
+            return f"{where}, but rank {failed} raised {type(error).__name__}: {error}"
+        if source in self._gone:
+            return f"{where}, but rank {source} has returned"
+        return f"{where}, and every other rank waits too"
+
+
+class ThreadTransport:
+    """One rank of an in-process world."""
+
+    control_device = torch.device("cpu")
+
+    def __init__(self, world: _World, rank: int) -> None:
+        self._world = world
+        self.rank, self.size = rank, world.size
+        self._num_sent: Counter[int] = Counter()
+        self._num_received: Counter[int] = Counter()
+
+    def exchange(
+        self, primitive: str, sends: Sequence[Message], receives: Sequence[Message]
+    ) -> _ThreadPending:
+        """Posts copies of what is sent and notes what is to be received."""
+        for peer, x in sends:
+            self._post(peer, primitive, x.detach().clone())
+        awaited = []
+        for peer, x in receives:
+            assert x.is_contiguous() and peer != self.rank
+            awaited.append(((peer, self.rank, self._num_received[peer]), x))
+            self._num_received[peer] += 1
+            if x.is_floating_point():
+                x.fill_(float("nan"))
+        return _ThreadPending(self._world, primitive, [x for _, x in sends], awaited)
+
+    def all_reduce(self, x: Tensor, op: ReduceOp) -> None:
+        """Reduces in rank order, so that every rank gets the same bits."""
+        everyone = [x if r == self.rank else torch.empty_like(x) for r in range(self.size)]
+        others = [(r, y) for r, y in enumerate(everyone) if r != self.rank]
+        self.exchange("all_reduce", [(r, x) for r, _ in others], others).wait()
+        stacked = torch.stack(everyone)
+        x.copy_(stacked.sum(0, dtype=x.dtype) if op == "sum" else stacked.amax(0))
+
+    def gather_objects(self, item: object) -> list[object]:
+        """Every rank's object, passed by reference."""
+        others = [r for r in range(self.size) if r != self.rank]
+        for r in others:
+            self._post(r, "gather_objects", item)
+        items = [item] * self.size
+        for r in others:
+            ticket = (r, self.rank, self._num_received[r])
+            self._num_received[r] += 1
+            items[r] = self._world.collect(ticket, "gather_objects")
+        return items
+
+    def _post(self, peer: int, primitive: str, item: Any) -> None:
+        self._world.post((self.rank, peer, self._num_sent[peer]), primitive, item)
+        self._num_sent[peer] += 1
+
+
+class _ThreadPending:
+    def __init__(
+        self,
+        world: _World,
+        primitive: str,
+        sent: Sequence[Tensor],
+        awaited: Sequence[tuple[_Ticket, Tensor]],
+    ) -> None:
+        self._world, self._primitive, self._awaited = world, primitive, awaited
+        self._sent = [(x, x._version) for x in sent]
+
+    def wait(self) -> None:
+        for ticket, buffer in self._awaited:
+            x = self._world.collect(ticket, self._primitive)
+            if x.shape != buffer.shape or x.dtype != buffer.dtype:
+                raise DesyncError(
+                    f"rank {ticket[1]} expects {tuple(buffer.shape)} {buffer.dtype} from rank "
+                    f"{ticket[0]} in {self._primitive}, got {tuple(x.shape)} {x.dtype}"
+                )
+            buffer.copy_(x)
+        self._awaited = ()
+        for x, version in self._sent:
+            assert x._version == version, f"{self._primitive}: a buffer was written while in flight"

@@ -1,0 +1,223 @@
+"""What surrounds attention in training: shard, restore, prepare batches, reduce losses and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from seqpar.comm import Group, agree, all_gather, all_reduce, all_reduce_
+from seqpar.layout import LAYOUTS, Layout
+
+IGNORE = -100  # the label that losses skip, as in torch and transformers
+SEQUENCES = (
+    "input_ids", "inputs_embeds", "labels", "attention_mask", "position_ids", "token_type_ids",
+    "loss_mask",
+)  # fmt: skip
+
+
+def shard_sequence(x: Tensor, layout: Layout, rank: int, dim: int = 1) -> Tensor:
+    """The rows of `x` along `dim` that `rank` holds, in its order, contiguous. Differentiable.
+
+    Raises:
+        ValueError: x is not `layout.length` long along `dim`, or the layout has no such rank.
+    """
+    if x.shape[dim] != layout.length:
+        raise ValueError(
+            f"x must be {layout.length} long along dim {dim} for {layout}, got {tuple(x.shape)}"
+        )
+    if not 0 <= rank < layout.size:
+        raise ValueError(f"rank must be one of 0 ... {layout.size - 1}, got {rank}")
+    return x.index_select(dim, layout.positions(rank).to(x.device))
+
+
+def unshard_sequence(x: Tensor, layout: Layout, group: Group, dim: int = 1) -> Tensor:
+    """The whole sequence, in order, on every rank: the inverse of `shard_sequence`. All ranks call.
+
+    Differentiable: the gradient of a rank's rows is the sum of what all ranks send back for them. So
+    a loss computed on every rank from the whole counts P times; compute it on one, or divide.
+
+    Raises:
+        ValueError: x does not hold this rank's rows, or the layout is for another number of ranks.
+        DesyncError: ranks differ in layout, dtype or the other dimensions.
+    """
+    error: Exception | None = None
+    other_dims: list[int] = []
+    if layout.size != group.size:
+        error = ValueError(f"the layout must be for the {group.size} ranks of the group, got {layout}")
+    elif not -x.ndim <= dim < x.ndim:
+        error = ValueError(f"x has no dim {dim}, got {tuple(x.shape)}")
+    elif x.shape[dim] != layout.rows[group.rank]:
+        error = ValueError(
+            f"rank {group.rank} of {group.size} must hold {layout.rows[group.rank]} rows along dim "
+            f"{dim} for {layout}, got {tuple(x.shape)}"
+        )
+    else:
+        other_dims = [n for i, n in enumerate(x.shape) if i != dim % x.ndim]
+    claim = {"operation": "unshard_sequence", "layout": layout, "dtype": x.dtype, "dim": dim}
+    needs_grad = x.requires_grad and torch.is_grad_enabled()
+    agree(group, claim | {"other dims": other_dims, "requires_grad": needs_grad}, error)
+    gathered = all_gather(x, group, layout.rows, dim)
+    return gathered.index_select(dim, layout.inverse().to(x.device))
+
+
+def shard_batch(
+    batch: Mapping[str, Any],
+    group: Group,
+    kind: str = "zigzag",
+    *,
+    pad_to_multiple_of: int | None = None,
+    pad_token_id: int | None = None,
+    whole: Iterable[str] = (),
+) -> tuple[dict[str, Any], Layout]:
+    """This rank's rows of a batch that every rank holds whole, and the layout. All ranks must call.
+
+    `labels` come unshifted, one per token of `input_ids`, and are shifted here, before sharding: row i
+    gets the label of position i + 1, the last position -100. Compare them with the logits of the same
+    row, with no further shift. `position_ids` `[b sl]` are added unless given. Nothing is padded
+    unless asked; padded rows come last and have label -100.
+
+    Args:
+        batch: tensors `[b s ...]` under the names in `seqpar.data.SEQUENCES`; anything else that is
+            not a tensor is passed on as it is.
+        kind: "contiguous", "zigzag" or "striped".
+        pad_to_multiple_of: pad the sequence to a multiple of this; needs `pad_token_id`.
+        pad_token_id: for `input_ids` of padded rows.
+        whole: names of tensors to pass on unsharded.
+
+    Raises:
+        ValueError: no sequence in the batch, sequences of different lengths, a tensor of unknown name,
+            an unknown kind, or padding without a pad token.
+        NotImplementedError: `attention_mask` hides some token: attention takes no padding mask.
+        DesyncError: ranks differ in their batch or options, or another rank raised one of the above.
+    """
+    error: Exception | None = None
+    whole = tuple(whole)
+    claim: dict[str, Any] = {
+        "operation": "shard_batch", "kind": kind, "pad": (pad_to_multiple_of, pad_token_id),
+        "whole": whole,
+    }  # fmt: skip
+    try:
+        sequences = _sequences(batch, kind, whole)
+        claim |= {f"batch[{name!r}]": _fingerprint(x) for name, x in sequences.items()}
+        sequences = _pad(_shift(sequences), pad_to_multiple_of, pad_token_id)
+    except (ValueError, TypeError, NotImplementedError) as caught:
+        error = caught
+    agree(group, claim, error)
+
+    first = next(iter(sequences.values()))
+    layout = LAYOUTS[kind](first.shape[1], group.size)
+    shards = {name: shard_sequence(x, layout, group.rank) for name, x in sequences.items()}
+    if "position_ids" not in shards:
+        positions = layout.positions(group.rank).to(first.device)
+        shards["position_ids"] = positions.expand(first.shape[0], -1)
+    return dict(batch) | shards, layout
+
+
+def mean_loss(
+    token_losses: Float[Tensor, "*tokens"], group: Group, *, valid: Bool[Tensor, "*tokens"] | None = None
+) -> Float[Tensor, ""]:
+    """The mean over the valid tokens of all ranks, the same on every rank. All ranks must call.
+
+    A rank may hold no valid token, or no token; if nobody has one the mean is 0. Each rank's backward
+    gives its own tokens' part of the gradient of that mean, so the gradients of one device are the
+    *sum* over ranks (`seqpar.sum_gradients`). Wrappers that average gradients instead, like DDP, need
+    this loss times `group.size`.
+
+    Args:
+        token_losses: the loss of every token of this rank, not yet reduced, any shape.
+        valid: which of them count; by default all. Losses that do not count may be NaN.
+
+    Raises:
+        ValueError: valid has another shape than token_losses.
+        DesyncError: ranks differ in dtype, or another rank raised.
+    """
+    error: Exception | None = None
+    if valid is not None and valid.shape != token_losses.shape:
+        shapes = f"got {tuple(valid.shape)} for {tuple(token_losses.shape)}"
+        error = ValueError(f"valid must have the shape of token_losses, {shapes}")
+    agree(group, {"operation": "mean_loss", "dtype": token_losses.dtype}, error)
+    wide = torch.promote_types(token_losses.dtype, torch.float32)
+    counted = token_losses if valid is None else token_losses.masked_fill(~valid, 0.0)
+    num_tokens = token_losses.numel() if valid is None else valid.sum()
+    num_valid = torch.as_tensor(num_tokens, dtype=torch.float64, device=token_losses.device).clone()
+    all_reduce_(num_valid, group)
+    total = all_reduce(counted.sum(dtype=wide), group)
+    return total / num_valid.clamp(min=1.0).to(wide)
+
+
+def sum_gradients(parameters: Iterable[Tensor], group: Group) -> None:
+    """Replaces the gradients of replicated parameters by their sum over ranks, in place. All call.
+
+    A parameter without a gradient here counts as zero, so ranks that saw no token need no care.
+
+    Raises:
+        DesyncError: ranks differ in the shapes or dtypes of their parameters.
+    """
+    params = [p for p in parameters if p.requires_grad]
+    shapes = [(tuple(p.shape), p.dtype) for p in params]
+    agree(group, {"operation": "sum_gradients", "parameters": shapes})
+    for p in params:
+        grad = torch.zeros_like(p) if p.grad is None else p.grad.contiguous()
+        all_reduce_(grad, group)
+        p.grad = grad
+
+
+def _sequences(batch: Mapping[str, Any], kind: str, whole: tuple[str, ...]) -> dict[str, Tensor]:
+    if kind not in LAYOUTS:
+        raise ValueError(f"kind must be one of {tuple(LAYOUTS)}, got {kind!r}")
+    tensors = {n: x for n, x in batch.items() if isinstance(x, Tensor) and n not in whole}
+    unknown = [n for n in tensors if n not in SEQUENCES]
+    if unknown:
+        raise ValueError(
+            f"is {unknown} a sequence? Rename it to one of {SEQUENCES} to shard it, or pass it in whole="
+        )
+    lengths = {n: tuple(x.shape[:2]) for n, x in tensors.items()}
+    if not tensors or len(set(lengths.values())) != 1 or len(next(iter(lengths.values()))) < 2:
+        raise ValueError(f"a batch needs sequences that are all [b s ...], got {lengths}")
+    mask = tensors.get("attention_mask")
+    if mask is not None and not bool(mask.all()):
+        raise NotImplementedError(
+            "attention_mask hides tokens and would be ignored; pad on the right with label -100 under "
+            "a causal mask, and leave attention_mask out"
+        )
+    return tensors
+
+
+def _shift(sequences: dict[str, Tensor]) -> dict[str, Tensor]:
+    if "labels" not in sequences:
+        return sequences
+    labels = sequences["labels"]
+    shifted = torch.full_like(labels, IGNORE)
+    shifted[:, :-1] = labels[:, 1:]
+    return sequences | {"labels": shifted}
+
+
+def _pad(
+    sequences: dict[str, Tensor], multiple: int | None, pad_token_id: int | None
+) -> dict[str, Tensor]:
+    if multiple is None:
+        return sequences
+    if multiple < 1 or pad_token_id is None:
+        raise ValueError(f"padding needs a positive multiple and a pad_token_id, got {multiple=} {pad_token_id=}")
+    fills = {"input_ids": pad_token_id, "labels": IGNORE, "attention_mask": 1}
+    padded = {}
+    for name, x in sequences.items():
+        missing = -x.shape[1] % multiple
+        fill = x.new_full((x.shape[0], missing, *x.shape[2:]), fills.get(name, 0))
+        if name == "position_ids":
+            fill += torch.arange(x.shape[1], x.shape[1] + missing, device=x.device)
+        padded[name] = torch.cat([x, fill], dim=1)
+    return padded
+
+
+def _fingerprint(x: Tensor) -> str:
+    """Shape, type and, of integers, content: ranks that load different batches train on nonsense."""
+    content = 0
+    if not x.is_floating_point():
+        weights = torch.arange(1, x.numel() + 1, device=x.device) * 2654435761  # wraps, as it may
+        content = int((x.flatten().long() * weights).sum())
+    return f"{tuple(x.shape)} {x.dtype} {content}"

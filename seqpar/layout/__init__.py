@@ -1,0 +1,28 @@
+"""Who holds which positions, and what they may see: integers only, no communication.
+
+A sharding is a set of arithmetic progressions of global positions (`Span`); two spans meet in a
+rectangle of scores whose visibility is one `Band`. Kernels and strategies never ask for more.
+"""
+
+from seqpar.layout.heads import HeadSegment, HeadSplit, split_heads
+from seqpar.layout.mask import Mask
+from seqpar.layout.shards import LAYOUTS, Layout, contiguous, striped, whole, zigzag
+from seqpar.layout.spans import Span
+from seqpar.layout.tiles import Tile, tiles, work
+
+__all__ = [
+    "LAYOUTS",
+    "HeadSegment",
+    "HeadSplit",
+    "Layout",
+    "Mask",
+    "Span",
+    "Tile",
+    "contiguous",
+    "split_heads",
+    "striped",
+    "tiles",
+    "whole",
+    "work",
+    "zigzag",
+]

@@ -1,0 +1,54 @@
+"""`Mask`: which keys a row may see, said once for the whole sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from seqpar_kernels import Band
+
+from seqpar.layout.spans import Span
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Visibility by global position. The default sees everything.
+
+    Args:
+        causal: row i sees no column after i.
+        window: how many keys back a row sees, itself included; as many ahead when not causal.
+            Row i sees column j only if i - window < j (and, not causal, j < i + window).
+
+    Raises:
+        ValueError: window is less than 1.
+        TypeError: causal is not a bool, or window not an integer.
+    """
+
+    causal: bool = False
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.causal, bool):
+            raise TypeError(f"causal must be a bool, got {self.causal!r}")
+        if self.window is None:
+            return
+        if isinstance(self.window, bool) or not isinstance(self.window, int):
+            raise TypeError(f"window must be an integer number of keys or None, got {self.window!r}")
+        if self.window < 1:
+            raise ValueError(
+                f"window must be at least 1 (the row itself), got {self.window}; None means no window"
+            )
+
+    def band(self, rows: Span, cols: Span) -> Band:
+        """What the positions of `rows` see of the positions of `cols`, both of the same step.
+
+        Row i is position r + i * step, column j is c + j * step; dividing position bounds by the step
+        rounds towards the inside of the mask.
+        """
+        assert rows.step == cols.step, "a layout has one step"
+        ahead = 0 if self.causal else None if self.window is None else self.window - 1
+        back = None if self.window is None else self.window - 1
+        apart = rows.start - cols.start
+        return Band(
+            lower=None if back is None else -((back - apart) // rows.step),
+            upper=None if ahead is None else (apart + ahead) // rows.step,
+        )

@@ -1,0 +1,132 @@
+"""`Layout`: which rank holds which positions of a sequence, for any length and any number of ranks.
+
+One object shards, positions, masks and restores; nothing else in the package decides where a token
+lives. Source: zigzag, Zhu 2024, ring-flash-attention; striped, Brandon et al. 2023 (arXiv:2311.09431).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from seqpar.layout.spans import Span, joined
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A partition of the positions 0 ... length - 1 over `size` ranks.
+
+    Build one with `contiguous`, `zigzag` or `striped`. Ranks may hold different numbers of positions,
+    or none. A rank's rows are its spans, one after the other.
+
+    Raises:
+        ValueError: the spans do not hold every position exactly once.
+    """
+
+    kind: str
+    length: int
+    size: int
+    spans: tuple[tuple[Span, ...], ...] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        if len(self.spans) != self.size:
+            raise ValueError(f"a layout for {self.size} ranks needs as many lists of spans")
+        held = sum(self.rows)
+        ends = [span.positions[0] for s in self.spans for span in s]
+        ends += [span.positions[-1] for s in self.spans for span in s]
+        if held != self.length or (ends and not (min(ends) == 0 and max(ends) == self.length - 1)):
+            raise ValueError(f"spans must hold each of {self.length} positions once, got {held}")
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """How many rows each rank holds."""
+        return tuple(sum(span.length for span in spans) for spans in self.spans)
+
+    def positions(self, rank: int) -> Int[Tensor, "sl"]:
+        """The global position of each of the rank's rows, int64, in the order in which it holds them."""
+        spans = [torch.arange(s.start, s.positions.stop, s.step) for s in self.spans[rank]]
+        return torch.cat(spans) if spans else torch.empty(0, dtype=torch.long)
+
+    def places(self, rank: int) -> tuple[tuple[slice, slice], ...]:
+        """(local rows, global rows) of each span: where the rank's rows belong in the whole."""
+        ends = tuple(accumulate((s.length for s in self.spans[rank]), initial=0))
+        return tuple(
+            (slice(a, b), s.slice)
+            for a, b, s in zip(ends[:-1], ends[1:], self.spans[rank], strict=True)
+        )
+
+    def permutation(self) -> Int[Tensor, "s"]:
+        """The positions of rank 0, then of rank 1, ...: `x[permutation]` is x as the ranks hold it."""
+        return torch.cat([self.positions(rank) for rank in range(self.size)])
+
+    def inverse(self) -> Int[Tensor, "s"]:
+        """The inverse permutation: `y[inverse]` puts the ranks' rows, one after another, in order."""
+        permutation = self.permutation()
+        inverse = torch.empty_like(permutation)
+        inverse[permutation] = torch.arange(len(permutation))
+        return inverse
+
+
+def contiguous(length: int, size: int) -> Layout:
+    """Rank r holds the r-th of `size` runs; the first `length % size` runs are one longer.
+
+    Raises:
+        ValueError: length is negative or size is not positive.
+    """
+    runs = _cut(length, size)
+    return Layout("contiguous", length, size, tuple(joined([run]) for run in runs))
+
+
+def zigzag(length: int, size: int) -> Layout:
+    """Rank r holds runs r and 2 * size - 1 - r of 2 * size: equal causal work on every rank.
+
+    Raises:
+        ValueError: length is negative or size is not positive.
+    """
+    runs = _cut(length, size, runs_per_rank=2)
+    spans = tuple(joined([runs[r], runs[2 * size - 1 - r]]) for r in range(size))
+    return Layout("zigzag", length, size, spans)
+
+
+def striped(length: int, size: int) -> Layout:
+    """Rank r holds positions r, r + size, r + 2 * size, ...: equal work in every causal tile.
+
+    Raises:
+        ValueError: length is negative or size is not positive.
+    """
+    _check(length, size)
+    counts = [len(range(r, length, size)) for r in range(size)]
+    spans = tuple(joined([Span(r, n, size)]) for r, n in enumerate(counts))
+    return Layout("striped", length, size, spans)
+
+
+def whole(length: int) -> Layout:
+    """Everything on one rank."""
+    return contiguous(length, 1)
+
+
+LAYOUTS: dict[str, Callable[[int, int], Layout]] = {
+    "contiguous": contiguous,
+    "zigzag": zigzag,
+    "striped": striped,
+}
+
+
+def _cut(length: int, size: int, runs_per_rank: int = 1) -> list[Span]:
+    """Runs of consecutive positions, in order, whose lengths differ by at most one."""
+    _check(length, size)
+    num_runs = size * runs_per_rank
+    short, longer = divmod(length, num_runs)
+    lengths = [short + (i < longer) for i in range(num_runs)]
+    starts = accumulate(lengths, initial=0)
+    return [Span(start, n) for start, n in zip(starts, lengths, strict=False)]
+
+
+def _check(length: int, size: int) -> None:
+    if length < 0 or size < 1:
+        raise ValueError(f"a layout needs length >= 0 and size >= 1, got {length=} {size=}")
