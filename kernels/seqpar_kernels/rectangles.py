@@ -48,6 +48,16 @@ def rectangles(band: Band, num_rows: int, num_cols: int) -> Iterator[Rectangle]:
         yield from _under(band.upper, strip, range(inner, num_cols))
 
 
+def strips(band: Band, num_rows: int, num_cols: int, width: int) -> Iterator[Rectangle]:
+    """The same scores, in strips of about equal width, no more than `width` columns each."""
+    num_strips = -(-num_cols // width)
+    even = -(-num_cols // num_strips)
+    for left in range(0, num_cols, even):
+        for part in rectangles(band.at(0, left), num_rows, min(even, num_cols - left)):
+            cols = slice(part.cols.start + left, part.cols.stop + left)
+            yield Rectangle(part.rows, cols, part.band)
+
+
 def _under(upper: int | None, rows: range, cols: range) -> Iterator[Rectangle]:
     """The part of rows x cols with j <= i + upper, as at most one full and one causal rectangle."""
     if upper is None:

@@ -99,25 +99,29 @@ class _HeadsToRows(torch.autograd.Function):
 
 
 def _to_heads(xs: Sequence[Tensor], trade: HeadTrade) -> tuple[Tensor, ...]:
-    rank, rows = trade.group.rank, trade.rows
+    """One message per rank, tensor and span, received where it belongs if that is one piece."""
+    rank, places = trade.group.rank, trade.places
+    ys = tuple(
+        x.new_empty(x.shape[0], sum(trade.rows), _length(trade.takes(n, rank)), x.shape[3])
+        for n, x in enumerate(xs)
+    )
     sends = [
-        (r, x[:, :, trade.takes(n, r)].contiguous()) for r in trade.others for n, x in enumerate(xs)
+        (r, x[:, local, trade.takes(n, r)].contiguous())
+        for r in trade.others
+        for n, x in enumerate(xs)
+        for local, _ in places[rank]
     ]
-    own = [x[:, :, trade.takes(n, rank)] for n, x in enumerate(xs)]
-    receives = [(r, x.new_empty(x.shape[0], rows[r], *x.shape[2:])) for r in trade.others for x in own]
+    targets = [(r, y[:, place]) for r in trade.others for y in ys for _, place in places[r]]
+    receives = [(r, y if y.is_contiguous() else y.new_empty(y.shape)) for r, y in targets]
     pending = trade.group.exchange("rows_to_heads", sends, receives)
-    ys = tuple(x.new_empty(x.shape[0], sum(rows), *x.shape[2:]) for x in own)
-    _place(own, ys, trade.places[rank])
+    for n, (x, y) in enumerate(zip(xs, ys, strict=True)):
+        for local, place in places[rank]:
+            y[:, place] = x[:, local, trade.takes(n, rank)]
     pending.wait()
-    for r, shards in _by_rank(receives, len(xs)):
-        _place(shards, ys, trade.places[r])
+    for (_, target), (_, received) in zip(targets, receives, strict=True):
+        if received is not target:
+            target.copy_(received)
     return ys
-
-
-def _place(shards: Sequence[Tensor], wholes: Sequence[Tensor], places: Places) -> None:
-    for shard, whole in zip(shards, wholes, strict=True):
-        for local, place in places:
-            whole[:, place] = shard[:, local]
 
 
 def _to_rows(ys: Sequence[Tensor], trade: HeadTrade) -> tuple[Tensor, ...]:

@@ -1,0 +1,21 @@
+"""Public tools to hold any attention to one-device attention: oracle, cases, error budget, worlds.
+
+Nothing here is imported by the package itself. `drawn` needs hypothesis; the rest needs torch only.
+"""
+
+from seqpar.testing.budget import Budget
+from seqpar.testing.case import NAMES, Case
+from seqpar.testing.equivalence import Errors, errors_on_rank
+from seqpar.testing.memory import PeakMemory
+from seqpar.testing.worlds import ProcessWorld, WorldError
+
+__all__ = [
+    "NAMES",
+    "Budget",
+    "Case",
+    "Errors",
+    "PeakMemory",
+    "ProcessWorld",
+    "WorldError",
+    "errors_on_rank",
+]
