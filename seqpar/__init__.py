@@ -10,8 +10,9 @@ import os
 if os.environ.get("SEQPAR_CHECK_SHAPES") == "1":  # for tests, and inherited by the ranks they start
     from jaxtyping import install_import_hook
 
-    _checked = ["functional", "module", "data", "comm", "layout", "strategies"]
-    install_import_hook(["seqpar_kernels", *(f"seqpar.{m}" for m in _checked)], "beartype.beartype")
+    # Not the functions that users call: they refuse by themselves, and on all ranks.
+    _checked = ["seqpar_kernels", "seqpar.layout", "seqpar.strategies.ring", "seqpar.strategies.ulysses"]
+    install_import_hook(_checked, "beartype.beartype")
 
 from seqpar_kernels import Score
 

@@ -41,6 +41,7 @@ def forward(
 ) -> None:
     """Continues `into` with the block."""
     q, k, v = _as_the_op_wants(q, k, v)
+    q, scale, _ = _positive(q, scale)
     for rect in rectangles(band, q.shape[1], k.shape[1]):
         causal, mask = _how(rect, q)
         part = into[rect.rows]
@@ -69,6 +70,7 @@ def backward(
     The op derives delta from `out` itself, so it wants `out` where other kernels want delta.
     """
     q, k, v, out, dout = _as_the_op_wants(q, k, v, out, dout)
+    q, scale, sign = _positive(q, scale)
     width = BACKWARD_COLUMNS.get(q.dtype, BACKWARD_COLUMNS_ELSE)
     for rect in strips(band, q.shape[1], k.shape[1], width):
         causal, mask = _how(rect, q)
@@ -79,9 +81,20 @@ def backward(
                 of_kv(v[:, rect.cols]), of_q(out[:, rect.rows]), of_q(lse[:, rect.rows]),
                 0.0, causal, attn_mask=mask, scale=scale,
             )  # fmt: skip
-            of_q(dq).add_(dq_t[..., : dq.shape[-1]])
+            of_q(dq).add_(dq_t[..., : dq.shape[-1]], alpha=sign)
             _add_heads(of_kv(dk), dk_t)
             _add_heads(of_kv(dv), dv_t)
+
+
+def _positive(q: Tensor, scale: float) -> tuple[Tensor, float, int]:
+    """(q, scale, sign) with the sign of the scale moved into q.
+
+    The op multiplies its -inf for hidden scores by the scale: a negative or zero one shows them.
+    """
+    if scale > 0:
+        return q, scale, 1
+    sign = -1 if scale < 0 else 0
+    return q * sign, abs(scale) or 1.0, sign
 
 
 def _heads_first(q: Tensor, k: Tensor) -> Iterator[tuple[HeadsFirst, HeadsFirst]]:

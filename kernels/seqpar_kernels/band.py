@@ -58,6 +58,8 @@ class Band:
 
     def is_full(self, num_rows: int, num_cols: int) -> bool:
         """Whether every row sees every column, so that no mask is needed."""
+        if num_rows == 0 or num_cols == 0:
+            return True
         upper_is_idle = self.upper is None or self.upper >= num_cols - 1
         lower_is_idle = self.lower is None or self.lower <= 1 - num_rows
         return upper_is_idle and lower_is_idle

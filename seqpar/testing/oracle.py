@@ -54,7 +54,7 @@ def magnitudes(
     p = weights(q, k, seen, scale)
     q_a, k_a, v_a, dout_a = q.abs(), _per_query_head(k, q).abs(), _per_query_head(v, q).abs(), dout.abs()
     dp = torch.einsum("bihd,bjhd->bhij", dout_a, v_a)
-    ds = p * (dp + (p * dp).sum(-1, keepdim=True)) * scale
+    ds = p * (dp + (p * dp).sum(-1, keepdim=True)) * abs(scale)
     group = q.shape[2] // k.shape[2]
     terms = (
         torch.einsum("bhij,bjhd->bihd", p, v_a),

@@ -1,0 +1,35 @@
+"""Hypothesis strategies for cases that break things: few tokens, odd heads, narrow windows, any size."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import strategies as st
+
+from seqpar.layout import LAYOUTS
+from seqpar.testing.case import Case
+
+WORLD_SIZES = st.integers(1, 8)
+LENGTHS = st.one_of(
+    st.integers(0, 9), st.integers(10, 80), st.sampled_from([97, 127, 128, 129, 193, 257, 300])
+)
+DTYPES = st.sampled_from([torch.float64] * 5 + [torch.float32, torch.bfloat16, torch.float16])
+
+
+@st.composite
+def cases(draw: st.DrawFn, dtypes: st.SearchStrategy[torch.dtype] = DTYPES) -> Case:
+    """Any legal attention problem of up to 300 positions."""
+    length = draw(LENGTHS)
+    hkv = draw(st.integers(1, 5))
+    return Case(
+        length=length,
+        hq=hkv * draw(st.integers(1, 3)),
+        hkv=hkv,
+        d=draw(st.sampled_from([1, 3, 8, 16])),
+        vd=draw(st.sampled_from([1, 5, 8, 16])),
+        batch=draw(st.sampled_from([1, 1, 2])),
+        causal=draw(st.booleans()),
+        window=draw(st.none() | st.integers(1, length + 2)),
+        scale=draw(st.none() | st.sampled_from([0.3, -0.5, 0.0])),
+        dtype=draw(dtypes),
+        kind=draw(st.sampled_from(list(LAYOUTS))),
+    )

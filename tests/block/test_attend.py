@@ -1,0 +1,178 @@
+"""One block, any band, keys in any number of hops, equals dense attention under the same mask."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from seqpar_kernels import (
+    IMPLEMENTATIONS,
+    Band,
+    Partial,
+    Rows,
+    Score,
+    attend,
+    attend_backward,
+    choose,
+)
+
+SCORE = Score(0.4)
+BANDS = st.builds(Band, st.none() | st.integers(-90, 20), st.none() | st.integers(-20, 90))
+
+
+def dense(q, k, v, seen):
+    """(out, lse); rows that see nothing give 0 and -inf."""
+    group = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+    s = torch.einsum("bihd,bjhd->bihj", q, k) * SCORE.factor
+    s = s.masked_fill(~seen[None, :, None, :], -math.inf)
+    lse = s.logsumexp(-1)
+    p = torch.where(seen[None, :, None, :], torch.exp(s - lse.unsqueeze(-1)), 0.0)
+    return torch.einsum("bihj,bjhd->bihd", p, v), lse
+
+
+def written_out(band, num_rows, num_cols):
+    offset = torch.arange(num_cols)[None] - torch.arange(num_rows)[:, None]
+    lower = -(10**9) if band.lower is None else band.lower
+    upper = 10**9 if band.upper is None else band.upper
+    return (offset >= lower) & (offset <= upper)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@given(
+    band=BANDS,
+    num_rows=st.integers(0, 150),
+    num_cols=st.integers(0, 150),
+    heads=st.sampled_from([(1, 1), (4, 4), (6, 2), (3, 1)]),
+    widths=st.sampled_from([(8, 8), (5, 16), (16, 3)]),
+    batch=st.sampled_from([1, 2]),
+    cuts=st.lists(st.integers(0, 150), max_size=3),
+)
+@example(Band(None, 0), 0, 5, (4, 4), (8, 8), 1, [])
+@example(Band(0, 0), 70, 70, (6, 2), (5, 16), 2, [64])
+def test_equals_dense_forward_and_backward(
+    implementation, band, num_rows, num_cols, heads, widths, batch, cuts
+):
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    (hq, hkv), (d, vd) = heads, widths
+    q, k = normal(batch, num_rows, hq, d), normal(batch, num_cols, hkv, d)
+    v, dout = normal(batch, num_cols, hkv, vd), normal(batch, num_rows, hq, vd)
+    seen = written_out(band, num_rows, num_cols)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    want, want_lse = dense(*leaves, seen)
+    want_grads = torch.autograd.grad(want, leaves, dout)
+
+    ends = [0, *sorted(min(c, num_cols) for c in cuts), num_cols]
+    hops = list(zip(ends[:-1], ends[1:], strict=True))
+    running = Partial.identity(q, vd)
+    for a, b in reversed(hops):
+        attend(
+            q, k[:, a:b], v[:, a:b], band.at(0, a), SCORE, into=running, implementation=implementation
+        )
+    out, lse = running.finish()
+    torch.testing.assert_close(out, want.detach(), rtol=0, atol=1e-11)
+    torch.testing.assert_close(lse, want_lse.detach(), rtol=0, atol=1e-11)
+
+    rows = Rows.of(q, out, dout, lse)
+    dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
+    for a, b in hops:
+        into = dq, dk[:, a:b], dv[:, a:b]
+        attend_backward(
+            rows, k[:, a:b], v[:, a:b], band.at(0, a), SCORE, into=into, implementation=implementation
+        )
+    for got, expected in zip((dq, dk, dv), want_grads, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_any_strides_give_the_same_bits(implementation, dtype):
+    """Heads-first storage, a last dim that is not contiguous, and the zero strides of sum().backward()."""
+    x = torch.randn(4, 2, 3, 20, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    plain = [t.transpose(1, 2).contiguous() for t in x]
+    plain[3] = torch.ones_like(plain[3])
+    heads_first = [t.transpose(1, 2) for t in x]
+    heads_first[3] = torch.ones((), dtype=dtype).expand_as(plain[3])
+    width_first = [t.mT.contiguous().mT for t in plain]
+    assert width_first[0].stride(-1) != 1
+
+    def run(q, k, v, dout):
+        running = Partial.identity(q, 8)
+        attend(q, k, v, Band(None, 0), SCORE, into=running, implementation=implementation)
+        out, lse = running.finish()
+        into = tuple(torch.zeros(t.shape, dtype=out.dtype) for t in (q, k, v))
+        rows = Rows.of(q, out.to(dtype), dout, lse)
+        attend_backward(rows, k, v, Band(None, 0), SCORE, into=into, implementation=implementation)
+        return out, lse, *into
+
+    for variant in (heads_first, width_first):
+        for got, expected in zip(run(*variant), run(*plain), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_rows_that_see_nothing_are_left_alone(implementation):
+    q = torch.randn(1, 100, 2, 4)
+    running = Partial.identity(q, 4)
+    attend(q, q, q, Band(None, -40), SCORE, into=running, implementation=implementation)
+    out, lse = running.finish()
+    assert (out[:, :40] == 0).all()
+    assert (lse[:, :40] == -math.inf).all()
+    assert torch.isfinite(out).all()
+    assert torch.isfinite(lse[:, 40:]).all()
+
+
+def test_large_scores_do_not_overflow():
+    q = torch.full((1, 70, 1, 4), 300.0)
+    for implementation in IMPLEMENTATIONS:
+        running = Partial.identity(q, 4)
+        attend(q, q, q, Band(None, 0), SCORE, into=running, implementation=implementation)
+        out, _ = running.finish()
+        torch.testing.assert_close(out, q)
+
+
+def test_a_normalised_part_and_a_running_one_merge_alike():
+    q, k = torch.randn(2, 1, 9, 2, 4, dtype=torch.float64)
+    whole, parts = Partial.identity(q, 4), Partial.identity(q, 4)
+    attend(q, k, k, Band(), SCORE, into=whole)
+    for a, b in ((0, 4), (4, 9)):
+        one = Partial.identity(q, 4)
+        attend(q, k[:, a:b], k[:, a:b], Band(), SCORE, into=one)
+        if a:
+            parts.merge_(*one.finish())
+        else:
+            parts.merge_(one.acc, one.m, one.l)
+    for got, expected in zip(parts.finish(), whole.finish(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
+
+
+def test_unknown_or_unfit_implementations_are_refused():
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    assert choose(cpu, torch.bfloat16, None) == "aten"
+    assert choose(meta, torch.float32, None) == "reference"
+    with pytest.raises((ValueError, TypeError), match="fastest"):  # the shape check comes first here
+        choose(cpu, torch.float32, "fastest")
+    with pytest.raises(NotImplementedError, match="'reference' runs there"):
+        choose(meta, torch.float32, "aten")
+    with pytest.raises(NotImplementedError, match="float8"):
+        choose(cpu, torch.float8_e4m3fn, None)
+    with pytest.raises(ValueError, match="multiple of hkv"):
+        q, k = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 2, 4)
+        attend(q, k, k, Band(), SCORE, into=Partial.identity(q, 4))
+    with pytest.raises(ValueError, match="finite"):
+        Score(math.nan)
+
+
+def test_autocast_does_not_lower_the_precision_of_a_block():
+    q = torch.randn(1, 40, 2, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = Partial.identity(q, 8)
+        attend(q, q, q, Band(), SCORE, into=cast, implementation="reference")
+    plain = Partial.identity(q, 8)
+    attend(q, q, q, Band(), SCORE, into=plain, implementation="reference")
+    assert torch.equal(cast.finish()[0], plain.finish()[0])

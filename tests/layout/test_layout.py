@@ -1,0 +1,111 @@
+"""Layouts partition the sequence, tiles show each score once, heads are dealt completely."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from seqpar.layout import LAYOUTS, Layout, Mask, Span, split_heads, tiles, work, zigzag
+from seqpar.testing import oracle
+
+KINDS = st.sampled_from(list(LAYOUTS))
+
+
+@given(KINDS, st.integers(0, 200), st.integers(1, 12))
+def test_every_position_is_held_once(kind, length, size):
+    layout = LAYOUTS[kind](length, size)
+    held = [layout.positions(r).tolist() for r in range(size)]
+    assert sorted(sum(held, [])) == list(range(length))
+    assert layout.rows == tuple(map(len, held))
+    assert max(layout.rows) - min(layout.rows) <= (2 if kind == "zigzag" else 1)
+
+
+@given(KINDS, st.integers(0, 200), st.integers(1, 12))
+def test_the_permutation_and_the_places_restore_the_order(kind, length, size):
+    layout = LAYOUTS[kind](length, size)
+    x = torch.arange(length)
+    permuted = x[layout.permutation()]
+    assert torch.equal(permuted[layout.inverse()], x)
+    restored = torch.full((length,), -1)
+    for rank, shard in enumerate(permuted.split(list(layout.rows))):
+        for local, place in layout.places(rank):
+            restored[place] = shard[local]
+    assert torch.equal(restored, x)
+
+
+def test_known_layouts_are_what_their_names_say():
+    assert [LAYOUTS["contiguous"](7, 3).positions(r).tolist() for r in range(3)] == [
+        [0, 1, 2], [3, 4], [5, 6],
+    ]  # fmt: skip
+    assert [zigzag(8, 2).positions(r).tolist() for r in range(2)] == [[0, 1, 6, 7], [2, 3, 4, 5]]
+    assert [LAYOUTS["striped"](5, 2).positions(r).tolist() for r in range(2)] == [[0, 2, 4], [1, 3]]
+    assert len(zigzag(8, 2).spans[1]) == 1, "neighbouring runs are one span"
+    assert repr(zigzag(8, 2)) == "Layout(kind='zigzag', length=8, size=2)"
+
+
+@given(
+    KINDS, st.integers(1, 60), st.integers(1, 7), st.booleans(), st.none() | st.integers(1, 62)
+)
+def test_tiles_show_every_visible_score_once(kind, length, size, causal, window):
+    layout, mask = LAYOUTS[kind](length, size), Mask(causal=causal, window=window)
+    seen = torch.zeros(length, length, dtype=torch.int)
+    for rank in range(size):
+        for owner in range(size):
+            rows, cols = layout.positions(rank), layout.positions(owner)
+            for t in tiles(layout, mask, rank, owner):
+                for i, row in enumerate(rows[t.rows].tolist()):
+                    for j in t.band.columns(i, t.cols.stop - t.cols.start):
+                        seen[row, cols[t.cols][j]] += 1
+    assert torch.equal(seen, oracle.visible(length, causal, window).int())
+    assert sum(work(layout, mask)) == int(seen.sum())
+
+
+@pytest.mark.parametrize("kind", ["zigzag", "striped"])
+@pytest.mark.parametrize("size", [2, 3, 4, 5, 7, 8])
+def test_the_busiest_rank_does_at_most_two_percent_more_than_the_mean(kind, size):
+    loads = work(LAYOUTS[kind](8192, size), Mask(causal=True))
+    assert max(loads) <= 1.02 * sum(loads) / size
+
+
+def test_a_zigzag_rank_meets_its_own_rows_in_two_tiles():
+    met = tiles(zigzag(2048, 2), Mask(causal=True), 0, 0)
+    assert [(t.rows, t.cols) for t in met] == [
+        (slice(512, 1024), slice(512, 1024)), (slice(0, 1024), slice(0, 512)),
+    ]  # fmt: skip
+
+
+@given(st.integers(1, 5), st.integers(1, 6), st.integers(1, 12))
+def test_every_query_head_meets_its_kv_head_on_one_rank(hkv, group, size):
+    split = split_heads(hkv * group, hkv, size)
+    met = []
+    for rank, ((q_start, q_stop), (kv_start, kv_stop)) in enumerate(zip(split.q, split.kv, strict=True)):
+        segments = list(split.segments(rank))
+        assert len(segments) <= 3
+        for s in segments:
+            heads, kvs = range(q_start, q_stop)[s.q], range(kv_start, kv_stop)[s.kv]
+            assert len(heads) % len(kvs) == 0
+            each = len(heads) // len(kvs)
+            met += [(h, kvs[n // each]) for n, h in enumerate(heads)]
+    assert met == [(h, h // group) for h in range(hkv * group)]
+    counts = [b - a for a, b in split.q]
+    assert max(counts) - min(counts) <= 1
+    assert split.replicates == (sum(b - a for a, b in split.kv) > hkv)
+
+
+def test_wrong_requests_are_refused():
+    for length, size in ((-1, 2), (4, 0)):
+        for make in LAYOUTS.values():
+            with pytest.raises(ValueError, match="length >= 0 and size >= 1"):
+                make(length, size)
+    for window in (0, -3):
+        with pytest.raises(ValueError, match="at least 1"):
+            Mask(causal=True, window=window)
+    for wrong in ({"window": 2.5}, {"window": True}, {"causal": "yes"}):
+        with pytest.raises(TypeError, match=next(iter(wrong))):
+            Mask(**wrong)
+    with pytest.raises(ValueError, match="once"):
+        Layout("own", 4, 2, ((Span(0, 2),), (Span(1, 3),)))
+    with pytest.raises(ValueError, match="as many lists"):
+        Layout("own", 4, 2, ((Span(0, 4),),))
+    with pytest.raises(ValueError, match="multiple of hkv"):
+        split_heads(3, 2, 1)

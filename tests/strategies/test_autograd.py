@@ -1,0 +1,132 @@
+"""What autograd users do around attention: gradcheck, several calls, shared inputs, frozen inputs."""
+
+import pytest
+import torch
+
+import seqpar
+from seqpar import Mask, Plan, RingAttention, UlyssesAttention, simulate
+from seqpar.layout import zigzag
+
+MODULES = [RingAttention, UlyssesAttention]
+CAUSAL = Mask(causal=True)
+
+
+def whole_tensors(length=6, heads=2):
+    return torch.randn(4, 1, length, heads, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_gradcheck(module):
+    q, k, v, _ = (x.requires_grad_() for x in whole_tensors())
+
+    def whole_attention(q, k, v):
+        def fn(group):
+            layout = zigzag(6, group.size)
+            mine = (seqpar.shard_sequence(x, layout, group.rank) for x in (q, k, v))
+            return module(group, mask=CAUSAL)(*mine, layout)
+
+        outs = simulate(1, fn)
+        return outs[0]
+
+    assert torch.autograd.gradcheck(whole_attention, (q, k, v))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_finite_differences_across_ranks(module):
+    """The derivative of a scalar of all ranks' outputs, along a direction that crosses shards."""
+    q, k, v, w = whole_tensors()
+    direction = whole_tensors()[3].roll(1, 1)
+
+    def fn(group, step):
+        layout = zigzag(6, group.size)
+        local = [
+            seqpar.shard_sequence(x + step * direction, layout, group.rank).requires_grad_()
+            for x in (q, k, v)
+        ]
+        out = module(group, mask=CAUSAL)(*local, layout)
+        value = (out * seqpar.shard_sequence(w, layout, group.rank)).sum()
+        grads = torch.autograd.grad(value, local)
+        along = seqpar.shard_sequence(direction, layout, group.rank)
+        return float(value.detach()), float(sum((g * along).sum() for g in grads))
+
+    def value(step):
+        return sum(r[0] for r in simulate(3, fn, step))
+
+    slope = sum(r[1] for r in simulate(3, fn, 0.0))
+    assert slope == pytest.approx((value(1e-6) - value(-1e-6)) / 2e-6, rel=1e-7)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_inputs_and_incoming_gradients_are_not_written_to(module):
+    q, k, v, w = whole_tensors(12)
+
+    def fn(group):
+        layout = zigzag(12, group.size)
+        local = [seqpar.shard_sequence(x, layout, group.rank).requires_grad_() for x in (q, k, v)]
+        dout = seqpar.shard_sequence(w, layout, group.rank)
+        before = [x.detach().clone() for x in (*local, dout)]
+        out = module(group, mask=CAUSAL)(*local, layout)
+        first = torch.autograd.grad(out, local, dout, retain_graph=True)
+        again = torch.autograd.grad(out, local, dout)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(before, (*local, dout), strict=True))
+
+    simulate(3, fn)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_one_tensor_as_q_k_and_v_and_some_inputs_frozen(module):
+    q, k, v, w = whole_tensors(8)
+
+    def grads(group, leaves, use):
+        layout = zigzag(8, group.size)
+        local = [seqpar.shard_sequence(x, layout, group.rank) for x in (q, k, v)]
+        for i in leaves:
+            local[i].requires_grad_()
+        args = [local[i] for i in use]
+        out = module(group, mask=CAUSAL)(*args, layout)
+        dout = seqpar.shard_sequence(w, layout, group.rank)
+        found = torch.autograd.grad(out, [local[i] for i in leaves], dout)
+        return [seqpar.unshard_sequence(x, layout, group) for x in found]
+
+    for leaves, use in (([0], (0, 0, 0)), ([1], (0, 1, 2)), ([0, 2], (0, 1, 2))):
+        one, three = (simulate(size, grads, leaves, use)[0] for size in (1, 3))
+        for a, b in zip(one, three, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_second_derivatives_are_refused():
+    def fn(group):
+        x = torch.randn(1, 4, 1, 2, requires_grad=True)
+        plan = Plan(group, zigzag(4, 1), CAUSAL)
+        out = seqpar.attention(x, x, x, plan)
+        (g,) = torch.autograd.grad((out * out).sum(), x, create_graph=True)
+        g.sum().backward()
+
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        simulate(1, fn)
+
+
+def test_two_plans_on_two_groups_do_not_meet():
+    """Ranks 0, 1 and ranks 2, 3 attend different sequences at the same time, then all four one."""
+    q, k, v, _ = whole_tensors(8)
+
+    def fn(group):
+        results = []
+        for module in (RingAttention(group, mask=CAUSAL), UlyssesAttention(group)):
+            for length in (8, 5):
+                layout = zigzag(length, group.size)
+                local = (seqpar.shard_sequence(x[:, :length], layout, group.rank) for x in (q, k, v))
+                results.append(seqpar.unshard_sequence(module(*local, layout), layout, group))
+        return results
+
+    one, four = simulate(1, fn)[0], simulate(4, fn)[0]
+    for a, b in zip(one, four, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_modules_print_their_options():
+    text = repr(RingAttention(seqpar.Group.alone(), mask=Mask(causal=True, window=4)))
+    assert text == (
+        "RingAttention(Group(rank=0, size=1), mask=Mask(causal=True, window=4), score=Score(scale=None))"
+    )

@@ -1,0 +1,134 @@
+"""What one rank would refuse, every rank refuses, with a message to act on, and nobody hangs.
+
+After the refusal the same world does a correct call, so nothing was left on the wire.
+"""
+
+import re
+import time
+
+import pytest
+import torch
+
+import seqpar
+from seqpar import Mask, RingAttention, Score, UlyssesAttention, simulate
+from seqpar.layout import contiguous, striped, zigzag
+
+LENGTH = 12
+
+
+def call(group, **change):
+    """One attention call in which this rank does something else than the others would."""
+    layout = change.get("layout", zigzag(LENGTH, group.size))
+    rows = change.get("rows", zigzag(LENGTH, group.size).rows[group.rank])
+    dtype = change.get("dtype", torch.float32)
+    batch, heads = change.get("batch", 2), change.get("heads", (4, 2))
+    q = torch.ones(batch, rows, heads[0], 8, dtype=dtype)
+    k = torch.ones(batch, rows, heads[1], 8, dtype=dtype)
+    v = change.get("v", torch.ones(batch, rows, heads[1], 8, dtype=dtype))
+    q, k = change.get("q", q), change.get("k", k)
+    module = change.get("module", RingAttention)
+    attend = module(
+        group,
+        mask=change.get("mask", Mask(causal=True)),
+        score=change.get("score", Score()),
+        implementation=change.get("implementation"),
+    )
+    return attend(q, k, v, layout)
+
+
+ONE_RANK = {  # what rank 1 alone does -> what every message must say
+    "rows": (lambda g: {"rows": 5}, r"rank 1 of 3 must hold 4 of the 12 positions"),
+    "layout for another P": (lambda g: {"layout": zigzag(LENGTH, 4)}, r"for the 3 ranks of the group"),
+    "mask": (lambda g: {"mask": Mask()}, r"mask is .* on ranks 0, 2, .* on rank 1"),
+    "window": (lambda g: {"mask": Mask(causal=True, window=3)}, r"window=3.* on rank 1"),
+    "dtype": (lambda g: {"dtype": torch.bfloat16}, r"dtype is .*bfloat16 on rank 1"),
+    "heads": (lambda g: {"heads": (6, 2)}, r"heads .*\(6, 2\) on rank 1"),
+    "batch": (lambda g: {"batch": 1}, r"batch is 2 on ranks 0, 2, 1 on rank 1"),
+    "layout kind": (lambda g: {"layout": contiguous(LENGTH, 3)}, r"contiguous.* on rank 1"),
+    "length": (lambda g: {"layout": zigzag(13, 3)}, r"must hold|length=13"),
+    "strategy": (lambda g: {"module": UlyssesAttention}, r"strategy is 'ring' on ranks 0, 2, 'ulysses'"),
+    "scale": (lambda g: {"score": Score(0.5)}, r"score is .*0.5\) on rank 1"),
+    "implementation": (lambda g: {"implementation": "reference"}, r"implementation .*'reference' on"),
+    "q not a tensor": (lambda g: {"q": None}, r"q must be a tensor, got NoneType"),
+    "requires_grad": (
+        lambda g: {"v": torch.ones(2, 4, 2, 8, requires_grad=True)},
+        r"requires_grad is False on ranks 0, 2, True on rank 1",
+    ),
+}
+ALL_RANKS = {  # what every rank does -> what every message must say
+    "q of another dtype": ({"q": torch.ones(2, 4, 4, 8).half()}, "one dtype, got q torch.float16"),
+    "v on another device": ({"v": torch.ones(2, 4, 2, 8, device="meta")}, "one device, got .*v meta"),
+    "v of another batch": ({"v": torch.ones(1, 4, 2, 8)}, "one batch size"),
+    "v of other heads": ({"v": torch.ones(2, 4, 4, 8)}, "k and v must have the same heads"),
+    "heads not a multiple": ({"heads": (3, 2)}, "multiple of kv heads"),
+    "no kv heads": ({"heads": (3, 0)}, "multiple of kv heads"),
+    "other widths": ({"q": torch.ones(2, 4, 4, 6)}, "one width"),
+    "3-D": ({"q": torch.ones(2, 4, 8)}, r"q must be 4-D, \[b sl h d\], got \(2, 4, 8\)"),
+    "integers": ({"dtype": torch.int64}, "floating point, got torch.int64"),
+    "float8": ({"dtype": torch.float8_e4m3fn}, "float8"),
+    "layout not a layout": ({"layout": 12}, "layout must be a seqpar.Layout, got 12"),
+    "unknown implementation": ({"implementation": "cuda"}, "cuda"),
+    "layout for another P": ({"layout": striped(LENGTH, 2)}, r"seqpar.striped\(12, group.size\)"),
+}
+
+
+def refusal(group, change, only):
+    """What this rank was told, and whether a correct call works afterwards."""
+    text = "nothing"
+    start = time.monotonic()
+    try:
+        call(group, **(change if only in (None, group.rank) else {}))
+    except (ValueError, TypeError, NotImplementedError, seqpar.DesyncError) as error:
+        text = f"{type(error).__name__}: {error}"
+    seconds = time.monotonic() - start
+    return text, seconds, call(group).isfinite().all().item()
+
+
+def check(results, pattern):
+    for text, seconds, works_again in results:
+        assert seconds < 10
+        assert works_again
+        assert re.search(pattern, text), text
+
+
+@pytest.mark.parametrize("what", ONE_RANK)
+def test_what_one_rank_does_wrong_all_refuse(what):
+    make, pattern = ONE_RANK[what]
+    check(simulate(3, refusal, make(None), 1), pattern)
+
+
+@pytest.mark.parametrize("what", ALL_RANKS)
+def test_what_all_do_wrong_all_refuse(what):
+    change, pattern = ALL_RANKS[what]
+    check(simulate(3, refusal, change, None), pattern)
+
+
+@pytest.mark.parametrize("what", ONE_RANK)
+def test_what_one_process_does_wrong_all_refuse(worlds, what):
+    make, pattern = ONE_RANK[what]
+    check(worlds.run(3, refusal, make(None), 1, timeout=20), pattern)
+
+
+def other_operation(group):
+    try:
+        if group.rank == 1:
+            seqpar.unshard_sequence(torch.ones(1, 4, 2), zigzag(LENGTH, 3), group)
+        else:
+            call(group)
+    except seqpar.DesyncError as error:
+        return str(error), 0.0, True
+    return "nothing", 0.0, True
+
+
+def test_ranks_in_different_operations_are_told(worlds):
+    pattern = "operation is 'attention' on ranks 0, 2, 'unshard_sequence' on rank 1"
+    check(simulate(3, other_operation), pattern)
+    check(worlds.run(3, other_operation, timeout=20), pattern)
+
+
+def test_a_plan_of_the_wrong_kind_is_refused():
+    x = torch.ones(1, 2, 1, 4)
+    with pytest.raises(TypeError, match=r"seqpar\.Plan"):
+        seqpar.attention(x, x, x, None)
+    with pytest.raises(ValueError, match="strategy must be one of"):
+        seqpar.attention(x, x, x, seqpar.Plan(seqpar.Group.alone(), zigzag(2, 1), strategy="rings"))

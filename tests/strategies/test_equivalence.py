@@ -1,0 +1,72 @@
+"""Every strategy equals dense one-device attention, forward and backward, for every split.
+
+In float64 only the order of summation may differ (1e-11). What each rank sent equals the formula.
+"""
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+
+from seqpar import simulate
+from seqpar.strategies import STRATEGIES
+from seqpar.testing import Case, errors_on_rank
+from seqpar.testing.drawn import WORLD_SIZES, cases
+
+
+def check(results):
+    for rank, errors in enumerate(results):
+        assert not errors.failures, f"rank {rank}: {errors.failures}"
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@given(case=cases(), size=WORLD_SIZES)
+@settings(max_examples=200)
+@example(Case(length=0), 3)
+@example(Case(length=1, window=1), 4)
+@example(Case(length=3, hq=6, hkv=2, kind="zigzag"), 5)
+@example(Case(length=33, hq=8, hkv=2, kind="striped", window=5), 3)
+@example(Case(length=40, hq=2, hkv=1, dtype=torch.bfloat16), 8)
+@example(Case(length=1, dtype=torch.float32), 2)
+def test_equals_one_device(strategy, case, size):
+    check(simulate(size, errors_on_rank, case, strategy, None, case.budget()))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@given(case=cases(), size=WORLD_SIZES)
+@settings(max_examples=40)
+def test_equals_one_device_with_the_reference_kernel(strategy, case, size):
+    check(simulate(size, errors_on_rank, case, strategy, "reference", case.budget()))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@given(case=cases(), size=WORLD_SIZES)
+@settings(max_examples=25)
+@example(Case(length=0), 2)
+@example(Case(length=2, hq=3, hkv=1), 7)
+def test_equals_one_device_over_processes(worlds, strategy, case, size):
+    check(worlds.run(size, errors_on_rank, case, strategy))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("kind", ["contiguous", "zigzag", "striped"])
+def test_long_sequences_cross_every_block_border(strategy, kind):
+    """Lengths past the strip and tile sizes of the kernels, windows across them too."""
+    for window in (None, 300):
+        case = Case(1100, hq=2, hkv=1, d=8, vd=8, kind=kind, window=window)
+        check(simulate(3, errors_on_rank, case, strategy, None, case.budget()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_error_does_not_grow_with_the_number_of_ranks(strategy, dtype):
+    """Sums are carried in float32: eight ranks are at most half a rounding step worse than one."""
+    case = Case(256, hq=8, hkv=8, dtype=dtype, kind="zigzag")
+    budget = case.budget()
+
+    def worst(size):
+        results = simulate(size, errors_on_rank, case, strategy, None, budget)
+        return {n: max(e.found[n] for e in results) for n in results[0].found}
+
+    one, eight = worst(1), worst(8)
+    for name, allowed in zip(one, budget.allowed, strict=True):
+        assert eight[name] <= max(1.5 * one[name], 0.5 * allowed), name
