@@ -1,0 +1,134 @@
+"""Checks, over real processes, that every strategy equals one-device attention, gradients included.
+
+Strategy x layout x mask x dtype x head counts, with lengths that do and do not divide; each compared
+with dense float64 attention, and the bytes each rank sent with the formula. Prints a table and exits
+with 1 when anything is off, naming the case.
+
+Example: torchrun --nproc-per-node 3 scripts/check_equivalence.py --json equivalence.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from seqpar import Group
+from seqpar.layout import LAYOUTS
+from seqpar.strategies import STRATEGY_NAMES
+from seqpar.testing import NAMES, Case, Errors, errors_on_rank
+
+MASKS: dict[str, dict[str, Any]] = {
+    "full": {"causal": False},
+    "causal": {"causal": True},
+    "window": {"causal": True, "window": 9},
+    "two-sided window": {"causal": False, "window": 9},
+}
+DTYPES = {
+    "float64": torch.float64, "float32": torch.float32,
+    "bfloat16": torch.bfloat16, "float16": torch.float16,
+}  # fmt: skip
+HEADS = ((4, 4), (6, 2), (3, 1))
+LENGTHS = {"float64": (96, 97, 1)}  # else only the length that nothing divides
+
+
+def cases(dtypes: list[str]) -> Iterator[tuple[str, str, Case]]:
+    """(strategy, mask name, case) of the whole product."""
+    for strategy in STRATEGY_NAMES:
+        for kind in LAYOUTS:
+            for mask_name, mask in MASKS.items():
+                for dtype in dtypes:
+                    for hq, hkv in HEADS:
+                        for length in LENGTHS.get(dtype, (97,)):
+                            yield strategy, mask_name, Case(
+                                length, hq, hkv, d=8, vd=8, batch=1 + length % 2,
+                                kind=kind, dtype=DTYPES[dtype], **mask,
+                            )  # fmt: skip
+
+
+def worst(group: Group, errors: Errors) -> tuple[dict[str, float], list[str]]:
+    """Over all ranks: the largest share of the allowed error per tensor, and what failed where."""
+    everyone: list[Any] = group.transport.gather_objects(errors)
+    share = {
+        name: max(e.found[name] / e.allowed[name] if e.allowed[name] else e.found[name] for e in everyone)
+        for name in NAMES
+    }
+    failures = [f"rank {rank}: {text}" for rank, e in enumerate(everyone) for text in e.failures]
+    return share, failures
+
+
+def check(group: Group, dtypes: list[str], console: Console) -> list[dict[str, Any]]:
+    """Runs all cases; one record per strategy, layout, mask and dtype, with its worst case."""
+    records: dict[tuple[str, str, str, str], dict[str, Any]] = {}
+    everything = list(cases(dtypes))
+    with Progress(console=console, auto_refresh=False, disable=group.rank > 0) as progress:
+        for strategy, mask, case in progress.track(everything, description=f"P={group.size}"):
+            share, failures = worst(group, errors_on_rank(group, case, strategy))
+            key = strategy, case.kind, mask, str(case.dtype).removeprefix("torch.")
+            record = records.setdefault(key, {"cases": 0, "failures": [], "worst": dict.fromkeys(NAMES, 0.0)})
+            record["cases"] += 1
+            record["failures"] += [f"{case}: {text}" for text in failures]
+            record["worst"] = {n: max(record["worst"][n], share[n]) for n in NAMES}
+            if record["cases"] == 1:
+                progress.refresh()
+    names = "strategy", "layout", "mask", "dtype"
+    return [dict(zip(names, key, strict=True)) | record for key, record in records.items()]
+
+
+def show(records: list[dict[str, Any]], size: int, console: Console) -> None:
+    """Prints the table, then every failure."""
+    table = Table(title=f"P={size}: largest error as a share of what is allowed, worst rank and case")
+    for column in ("strategy", "layout", "mask", "dtype"):
+        table.add_column(column)
+    for column in (*NAMES, "cases", "failed"):
+        table.add_column(column, justify="right")
+    for r in records:
+        style = "red" if r["failures"] else ""
+        shares = (f"{r['worst'][n]:.2g}" for n in NAMES)
+        table.add_row(
+            r["strategy"], r["layout"], r["mask"], r["dtype"], *shares, str(r["cases"]),
+            str(len(r["failures"])), style=style,
+        )  # fmt: skip
+    console.print(table)
+    for r in records:
+        for failure in r["failures"]:
+            console.print(f"FAILED {r['strategy']}, {r['mask']}: {failure}", markup=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Parses arguments, checks on all ranks, prints on rank 0."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--json", type=Path, help="rank 0 writes the records here")
+    args = parser.parse_args()
+
+    torch.set_num_threads(1)
+    if not dist.is_torchelastic_launched():
+        raise SystemExit("start me with: torchrun --nproc-per-node P scripts/check_equivalence.py")
+    dist.init_process_group("gloo")
+    group = Group.of()
+    records = check(group, args.dtype, Console(stderr=True))
+    failed = [r for r in records if r["failures"]]
+    if group.rank == 0:
+        show(records, group.size, Console(width=120))
+        total = sum(r["cases"] for r in records)
+        print(f"P={group.size}: {total} cases, {sum(len(r['failures']) for r in failed)} failures")
+        if args.json:
+            args.json.write_text(json.dumps({"ranks": group.size, "records": records}, indent=1))
+    dist.destroy_process_group()
+    if failed:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""Plants one bug at a time in a copy of the package and records which checks notice.
+
+Each plant is a change of one line that keeps the code running. A plant that no check notices is a
+hole in the tests: the script then exits with 1. The result is the table in docs/testing.md.
+
+Example: python scripts/plant_bugs.py --markdown plants.md
+         python scripts/plant_bugs.py --only "forgotten gradient hop"
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Plant:
+    """A bug: in `file`, the one place that reads `old` becomes `new`; `test` should notice."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str = "tests/strategies/test_equivalence.py"
+
+
+LAYOUT, BLOCK, COMM = "seqpar/layout", "kernels/seqpar_kernels", "seqpar/comm"
+PLANTS = [
+    Plant("causal diagonal off by one in the mask", f"{LAYOUT}/mask.py",
+          "ahead = 0 if self.causal", "ahead = 1 if self.causal", "tests/layout"),
+    Plant("causal diagonal off by one in the rectangles", f"{BLOCK}/rectangles.py",
+          "CAUSAL = Band(upper=0)", "CAUSAL = Band(upper=1)", "tests/block"),
+    Plant("causal diagonal off by one in the reference", f"{BLOCK}/reference.py",
+          "visible &= offset <= band.upper", "visible &= offset <= band.upper + 1", "tests/block"),
+    Plant("window one key short", f"{LAYOUT}/mask.py",
+          "back = None if self.window is None else self.window - 1",
+          "back = None if self.window is None else max(0, self.window - 2)", "tests/layout"),
+    Plant("window edge not masked", f"{BLOCK}/rectangles.py",
+          "inner = min(max(0, strip[-1] + band.lower), num_cols)",
+          "inner = min(max(0, strip[-1] + band.lower - 1), num_cols)", "tests/block"),
+    Plant("stride of a striped band rounded the wrong way", f"{LAYOUT}/mask.py",
+          "upper=None if ahead is None else (apart + ahead) // rows.step",
+          "upper=None if ahead is None else -((-apart - ahead) // rows.step)", "tests/layout"),
+    Plant("tiles joined that do not continue", f"{LAYOUT}/tiles.py",
+          "both_full = drawn_on.is_full(height, width) and", "both_full =", "tests/layout"),
+    Plant("merge without weights", f"{BLOCK}/partial.py",
+          "keep, add = torch.exp(self.m - top), torch.exp(m - top)",
+          "keep, add = torch.exp(self.m - top), torch.ones_like(m)", "tests/block"),
+    Plant("merge forgets to rescale the sum", f"{BLOCK}/partial.py",
+          "self.l.mul_(keep).add_(", "self.l.add_(", "tests/block"),
+    Plant("float32 sums in float64", f"{BLOCK}/partial.py",
+          "return torch.float64 if dtype == torch.float64 else torch.float32",
+          "return torch.float32", "tests/block"),
+    Plant("gradient hop forgotten", "seqpar/strategies/ring.py",
+          "            sums.add(owner, (dk_o, dv_o))",
+          "            if owner == plan.group.rank or owner != (plan.group.rank - 1) % plan.group.size"
+          " or plan.group.size < 3:\n                sums.add(owner, (dk_o, dv_o))"),
+    Plant("gradient sum forgotten on arrival", f"{COMM}/ring.py",
+          "                total.add_(partial)", "                total.add_(0 * partial)", "tests/comm"),
+    Plant("ring receives into the buffer it sends", f"{COMM}/ring.py",
+          "            incoming = _like(block, rows[(owner - 1) % group.size])",
+          "            incoming = block if rows[owner] == rows[owner - 1] else _like(block, rows[owner - 1])",
+          "tests/comm"),
+    Plant("block used before it arrived", f"{COMM}/ring.py",
+          "            pending.wait()\n            block = incoming",
+          "            block = incoming", "tests/comm"),
+    Plant("local instead of global lse in backward", "seqpar/strategies/ring.py",
+          "ctx.save_for_backward(q, k, v, out, lse)", "ctx.save_for_backward(q, k, v, out, running.m)"),
+    Plant("dk and dv swapped", "seqpar/strategies/ring.py",
+          "return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None",
+          "return dq.to(q.dtype), dv.to(k.dtype), dk.to(v.dtype), None"),
+    Plant("replicated kv head not summed", f"{COMM}/heads.py",
+          "heads.add_(shares[r][n]) if adds else", "heads.copy_(shares[r][n]) if adds else", "tests/comm"),
+    Plant("heads dealt to the wrong kv head", f"{LAYOUT}/heads.py",
+          "aligned = head % group == 0 and q_stop - head >= group",
+          "aligned = q_stop - head >= group", "tests/layout"),
+    Plant("rows restored in rank order", "seqpar/data.py",
+          "return gathered.index_select(dim, layout.inverse().to(x.device))", "return gathered",
+          "tests/data"),
+    Plant("labels sharded before they are shifted", "seqpar/data.py",
+          "shifted[:, :-1] = labels[:, 1:]", "shifted[:, :-1] = labels[:, :-1]", "tests/data"),
+    Plant("mean of means", "seqpar/data.py",
+          "    all_reduce_(num_valid, group)\n", "    num_valid = num_valid * group.size\n", "tests/data"),
+    Plant("agreement ignores the mask", "seqpar/strategies/check.py",
+          '        "mask": plan.mask,\n', "", "tests/strategies/test_bad_input.py"),
+    Plant("bytes of the backward not counted", f"{COMM}/traffic.py",
+          "self.by_primitive.get(primitive, Count()) + count", "count"),
+]  # fmt: skip
+
+
+def planted(plant: Plant, folder: Path) -> None:
+    """Copies the sources to `folder` and plants the bug there."""
+    for part in ("seqpar", "kernels", "tests", "scripts", "pyproject.toml", "README.md", "LICENSE"):
+        source = ROOT / part
+        ignore = shutil.ignore_patterns("__pycache__", ".hypothesis")
+        copy = shutil.copytree if source.is_dir() else shutil.copy
+        copy(source, folder / part, **({"ignore": ignore} if source.is_dir() else {}))
+    path = folder / plant.file
+    text = path.read_text()
+    if text.count(plant.old) != 1:
+        raise SystemExit(f"plant {plant.name!r}: {plant.file} must hold its text once")
+    path.write_text(text.replace(plant.old, plant.new))
+
+
+def run(command: list[str], folder: Path) -> tuple[bool, str]:
+    """Whether the command failed in the copy, and what it printed."""
+    paths = os.pathsep.join([str(folder), str(folder / "kernels")])
+    env = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CI": "1"}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    return done.returncode != 0, done.stdout + done.stderr
+
+
+def noticed(plant: Plant) -> tuple[str, str]:
+    """(first failing test or "-", first failing line of check_equivalence or "-")."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3"]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        planted(plant, folder)
+        failed, text = run([sys.executable, "-m", "pytest", "-xq", "--tb=no", plant.test], folder)
+        lines = [x for x in text.splitlines() if x.startswith(("FAILED", "ERROR"))]
+        by_test = lines[0].split()[1] if failed and lines else "-"
+        check = [*torchrun, "scripts/check_equivalence.py", "--dtype", "float64"]
+        failed, text = run(check, folder)
+        lines = [x for x in text.splitlines() if x.startswith("FAILED")]
+        by_check = "-" if not failed else lines[0].removeprefix("FAILED ") if lines else "crashed"
+    return by_test, by_check
+
+
+def main() -> None:
+    """Plants every bug in turn and prints a table in Markdown."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", help="names of plants")
+    parser.add_argument("--markdown", type=Path, help="write the table here too")
+    args = parser.parse_args()
+    plants = [p for p in PLANTS if not args.only or p.name in args.only]
+    rows, unnoticed = [], []
+    with Progress(console=Console(stderr=True), auto_refresh=False) as progress:
+        for plant in progress.track(plants, description="plants"):
+            by_test, by_check = noticed(plant)
+            progress.refresh()
+            rows.append(f"| {plant.name} | `{plant.file}` | `{by_test}` | {by_check[:100]} |")
+            if by_test == "-":
+                unnoticed.append(plant.name)
+    head = "| bug | planted in | first test to fail | first line of `check_equivalence.py`, P = 3 |"
+    table = "\n".join([head, "|---|---|---|---|", *rows]) + "\n"
+    print(table)
+    if args.markdown:
+        args.markdown.write_text(table)
+    if unnoticed:
+        raise SystemExit(f"not noticed by its test: {', '.join(unnoticed)}")
+
+
+if __name__ == "__main__":
+    main()
