@@ -30,7 +30,7 @@ from seqpar.testing import PeakMemory, ProcessWorld
 CONTENDERS = {"ring": "zigzag", "ulysses": "contiguous"}  # strategy -> the layout it likes best
 
 
-def one_device_step(group: Group, setting: dict[str, Any]) -> float:
+def one_device_step(_: Group, setting: dict[str, Any]) -> float:
     """Seconds of forward and backward on the whole sequence, with torch's own attention."""
     length, heads, d, dtype = (setting[k] for k in ("length", "heads", "d", "dtype"))
     q, k, v, dout = (torch.randn(1, heads, length, d, dtype=dtype) for _ in range(4))

@@ -77,7 +77,9 @@ def attention_with_stored_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def stored_bytes(length: int, setting: Setting) -> int:
     """What stored scores need, roughly: three copies in the backward of softmax, the mask, q to dv."""
     item = torch.empty(0, dtype=getattr(torch, setting.dtype)).element_size()
-    return length**2 * (3 * setting.heads * item + 1) + 12 * length * setting.heads * setting.d * item
+    return (
+        length**2 * (3 * setting.heads * item + 1) + 12 * length * setting.heads * setting.d * item
+    )
 
 
 def step(group: Group, subject: str, length: int, setting: Setting) -> None:
@@ -136,7 +138,9 @@ def fit(points: Sequence[tuple[int, int]], degree: int) -> Fit:
                 coefficients = torch.zeros(degree + 1, dtype=torch.float64)
                 coefficients[kept] = solved / size[kept]
                 off = system @ coefficients - 1
-                found.append((float(off @ off), Fit(tuple(coefficients.tolist()), float(off.abs().max()))))
+                found.append(
+                    (float(off @ off), Fit(tuple(coefficients.tolist()), float(off.abs().max())))
+                )
     return min(found, key=lambda pair: pair[0])[1]
 
 
@@ -146,7 +150,11 @@ def longest(fitted: Fit, memory_bytes: float) -> int:
 
 
 def study(
-    lengths: Sequence[int], ranks: Sequence[int], memory_mib: float, setting: Setting, repeats: int = 1
+    lengths: Sequence[int],
+    ranks: Sequence[int],
+    memory_mib: float,
+    setting: Setting,
+    repeats: int = 1,
 ) -> dict[str, Any]:
     """Measures every subject at every length (median of `repeats`) and fits: the content of the JSON."""
     lengths, ranks = sorted(set(lengths)), sorted(set(ranks))
@@ -194,11 +202,15 @@ def verify(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Measures the strategies with most ranks at the longest N, or at the most `--verify` goes to."""
     checks = []
     for row in result["series"]:
-        if row["subject"] in STRATEGIES and row["ranks"] == max(r["ranks"] for r in result["series"]):
+        if row["subject"] in STRATEGIES and row["ranks"] == max(
+            r["ranks"] for r in result["series"]
+        ):
             length = min(row["longest"], VERIFY_FACTOR * row["points"][-1][0])
             measured = measure(row["subject"], length, row["ranks"], Setting(**result["setting"]))
             check = {"predicted": fit_of(row)(length), "measured": measured}
-            checks.append({k: row[k] for k in ("subject", "ranks", "longest")} | {"length": length} | check)
+            checks.append(
+                {k: row[k] for k in ("subject", "ranks", "longest")} | {"length": length} | check
+            )
     return checks
 
 
@@ -231,7 +243,9 @@ def show(result: dict[str, Any], console: Console) -> None:
     fits = Table(title=f"bytes = a + b N + c N², and the longest N that fits {memory} per rank")
     for heads in (("", "P", *(f"N={n}" for n in lengths)), ("", "P", "a MiB", "b", "c", "misfit")):
         for head in heads:
-            (table if "a MiB" not in heads else fits).add_column(head, justify="right" if head else "left")
+            (table if "a MiB" not in heads else fits).add_column(
+                head, justify="right" if head else "left"
+            )
     fits.add_column(f"longest N in {memory}", justify="right")
     fits.add_column("how known")
     for row in result["series"]:
@@ -248,7 +262,11 @@ def show(result: dict[str, Any], console: Console) -> None:
         console.print(note)
     for check in result.get("verified", []):
         predicted, measured = check["predicted"], check["measured"]
-        what = "longest" if check["length"] == check["longest"] else "not the longest, too far to check"
+        what = (
+            "longest"
+            if check["length"] == check["longest"]
+            else "not the longest, too far to check"
+        )
         console.print(
             f"{check['subject']}, P = {check['ranks']}, N = {check['length']:,} ({what}): predicted "
             f"{predicted / MIB:.1f} MiB, measured {measured / MIB:.1f} ({measured / predicted - 1:+.1%})"
@@ -349,7 +367,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results here")
     args = parser.parse_args()
     if len(set(args.lengths)) < 3:
-        parser.error(f"--lengths must be three or more, to see how well a line fits: {args.lengths}")
+        parser.error(
+            f"--lengths must be three or more, to see how well a line fits: {args.lengths}"
+        )
     if min(*args.lengths, *args.ranks, args.repeats, args.heads, args.d) < 1:
         parser.error("lengths, ranks, repeats, heads and d must be at least 1")
 

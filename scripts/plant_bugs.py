@@ -117,7 +117,12 @@ def run(command: list[str], folder: Path) -> tuple[bool, str]:
     """Whether the command failed in the copy, and what it printed."""
     paths = os.pathsep.join([str(folder), str(folder / "kernels")])
     env = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CI": "1"}
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(
+            command, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=300
+        )
+    except subprocess.TimeoutExpired:
+        return True, "FAILED did not end"
     return done.returncode != 0, done.stdout + done.stderr
 
 

@@ -17,6 +17,7 @@ import os
 import random
 import sysconfig
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -160,9 +161,11 @@ class ByteLM(nn.Module):
         self.head = nn.Linear(recipe.dim, 256, bias=False)
         # A generator of its own: simulated ranks are threads, which share torch's global one.
         generator = torch.Generator().manual_seed(recipe.seed)
-        for p in self.parameters():
+        # Attention counts from the first step, so that wrong attention shows in the first losses.
+        for name, p in self.named_parameters():
             if p.ndim == 2:
-                nn.init.normal_(p, std=0.02, generator=generator)
+                std = 1.0 if name == "embedding.weight" else p.shape[1] ** -0.5
+                nn.init.normal_(p, std=std, generator=generator)
         self.to(DTYPES[recipe.dtype])
 
     def forward(
@@ -341,6 +344,8 @@ def main() -> None:
             dist.init_process_group("nccl" if device == "cuda" else "gloo")
         run(args, Group.of() if has_launcher else Group.alone(), recipe, text)
     except (ValueError, OSError, FloatingPointError, seqpar.DesyncError) as error:
+        # The frames hold the group; while it lives, gloo's threads do, and may abort Python's exit.
+        traceback.clear_frames(error.__traceback__)
         raise SystemExit(f"error: {error}") from error
     finally:
         if dist.is_initialized():

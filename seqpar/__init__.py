@@ -11,10 +11,13 @@ if os.environ.get("SEQPAR_CHECK_SHAPES") == "1":  # for tests, and inherited by 
     from jaxtyping import install_import_hook
 
     # Not the functions that users call: they refuse by themselves, and on all ranks.
-    _checked = ["seqpar_kernels", "seqpar.layout", "seqpar.strategies.ring", "seqpar.strategies.ulysses"]
+    _checked = [
+        "seqpar_kernels",
+        "seqpar.layout",
+        "seqpar.strategies.ring",
+        "seqpar.strategies.ulysses",
+    ]
     install_import_hook(_checked, "beartype.beartype")
-
-from seqpar_kernels import Score
 
 from seqpar.comm import DesyncError, Group, simulate
 from seqpar.data import mean_loss, shard_batch, shard_sequence, sum_gradients, unshard_sequence
@@ -22,6 +25,7 @@ from seqpar.functional import attention
 from seqpar.layout import Layout, Mask, contiguous, striped, zigzag
 from seqpar.module import RingAttention, UlyssesAttention
 from seqpar.strategies import Plan
+from seqpar_kernels import Score
 
 __version__ = "0.1.0"
 

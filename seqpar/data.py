@@ -47,7 +47,9 @@ def unshard_sequence(x: Tensor, layout: Layout, group: Group, dim: int = 1) -> T
     error: Exception | None = None
     other_dims: list[int] = []
     if layout.size != group.size:
-        error = ValueError(f"the layout must be for the {group.size} ranks of the group, got {layout}")
+        error = ValueError(
+            f"the layout must be for the {group.size} ranks of the group, got {layout}"
+        )
     elif not -x.ndim <= dim < x.ndim:
         error = ValueError(f"x has no dim {dim}, got {tuple(x.shape)}")
     elif x.shape[dim] != layout.rows[group.rank]:
@@ -118,7 +120,10 @@ def shard_batch(
 
 
 def mean_loss(
-    token_losses: Float[Tensor, "*tokens"], group: Group, *, valid: Bool[Tensor, "*tokens"] | None = None
+    token_losses: Float[Tensor, "*tokens"],
+    group: Group,
+    *,
+    valid: Bool[Tensor, "*tokens"] | None = None,
 ) -> Float[Tensor, ""]:
     """The mean over the valid tokens of all ranks, the same on every rank. All ranks must call.
 
@@ -202,7 +207,9 @@ def _pad(
     if multiple is None:
         return sequences
     if multiple < 1 or pad_token_id is None:
-        raise ValueError(f"padding needs a positive multiple and a pad_token_id, got {multiple=} {pad_token_id=}")
+        raise ValueError(
+            f"padding needs a positive multiple and a pad_token_id, got {multiple=} {pad_token_id=}"
+        )
     fills = {"input_ids": pad_token_id, "labels": IGNORE, "attention_mask": 1}
     padded = {}
     for name, x in sequences.items():

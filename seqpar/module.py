@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import ClassVar
 
 from jaxtyping import Float
-from seqpar_kernels import Implementation, Score
 from torch import Tensor, nn
 
 from seqpar.comm import Group
 from seqpar.functional import attention
 from seqpar.layout import Layout, Mask
 from seqpar.strategies import Plan, Strategy
+from seqpar_kernels import Implementation, Score
 
 
 class _Attention(nn.Module):

@@ -123,7 +123,9 @@ def choose(
         NotImplementedError: the requested one cannot do it; the message names one that can.
     """
     if requested is not None and requested not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be one of {IMPLEMENTATIONS} or None, got {requested!r}")
+        raise ValueError(
+            f"implementation must be one of {IMPLEMENTATIONS} or None, got {requested!r}"
+        )
     if dtype not in DTYPES:
         raise NotImplementedError(f"attention is computed in one of {DTYPES}, got {dtype}")
     if requested == "aten" and device.type != "cpu":

@@ -16,7 +16,9 @@ from torch import Tensor
 from seqpar.comm.group import Group
 
 Ranges = tuple[tuple[int, int], ...]  # by rank: the heads (start, stop) it takes
-Places = tuple[tuple[slice, slice], ...]  # of one rank: (its local rows, their place in the sequence)
+Places = tuple[
+    tuple[slice, slice], ...
+]  # of one rank: (its local rows, their place in the sequence)
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +162,9 @@ def _take(y: Tensor, places: Places, dtype: torch.dtype) -> Tensor:
     return taken.to(dtype).contiguous()
 
 
-def _by_rank(messages: Sequence[tuple[int, Tensor]], each: int) -> Iterator[tuple[int, list[Tensor]]]:
+def _by_rank(
+    messages: Sequence[tuple[int, Tensor]], each: int
+) -> Iterator[tuple[int, list[Tensor]]]:
     """Messages, `each` per rank, as (rank, tensors)."""
     for start in range(0, len(messages), each):
         yield messages[start][0], [x for _, x in messages[start : start + each]]

@@ -36,12 +36,14 @@ class ProcessTransport:
             )
         if ranks is None:
             ranks = dist.group.WORLD
-        elif hasattr(ranks, "get_group"):
+        elif not isinstance(ranks, dist.ProcessGroup) and hasattr(ranks, "get_group"):
             if ranks.ndim != 1:
                 names = ranks.mesh_dim_names
-                raise ValueError(f"one mesh dimension makes a group, got {names}; pass mesh['name']")
+                raise ValueError(
+                    f"one mesh dimension makes a group, got {names}; pass mesh['name']"
+                )
             ranks = ranks.get_group()
-        if ranks is dist.GroupMember.NON_GROUP_MEMBER:
+        if ranks is dist.GroupMember.NON_GROUP_MEMBER:  # type: ignore[comparison-overlap]
             raise ValueError(f"rank {dist.get_rank()} is not a member of this process group")
         if not isinstance(ranks, dist.ProcessGroup):
             raise TypeError(f"expected a ProcessGroup, a DeviceMesh or None, got {type(ranks)}")

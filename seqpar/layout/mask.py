@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from seqpar_kernels import Band
-
 from seqpar.layout.spans import Span
+from seqpar_kernels import Band
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,9 @@ class Mask:
         if self.window is None:
             return
         if isinstance(self.window, bool) or not isinstance(self.window, int):
-            raise TypeError(f"window must be an integer number of keys or None, got {self.window!r}")
+            raise TypeError(
+                f"window must be an integer number of keys or None, got {self.window!r}"
+            )
         if self.window < 1:
             raise ValueError(
                 f"window must be at least 1 (the row itself), got {self.window}; None means no window"

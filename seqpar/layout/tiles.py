@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from seqpar_kernels import Band
-
 from seqpar.layout.mask import Mask
 from seqpar.layout.shards import Layout
+from seqpar_kernels import Band
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from seqpar_kernels import Score, choose
 from torch import Tensor
 
 from seqpar.comm import Group, agree
 from seqpar.layout import Layout, Mask
 from seqpar.strategies.plan import STRATEGY_NAMES, Plan
+from seqpar_kernels import Score, choose
 
 VERSION = "0.1.0"
 

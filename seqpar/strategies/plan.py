@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from seqpar_kernels import Implementation, Score
-
 from seqpar.comm import Group
 from seqpar.layout import Layout, Mask, Tile, tiles
+from seqpar_kernels import Implementation, Score
 
 Strategy = Literal["ring", "ulysses"]
 STRATEGY_NAMES: tuple[Strategy, ...] = get_args(Strategy)

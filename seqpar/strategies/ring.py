@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from seqpar_kernels import Partial, Rows, attend, attend_backward, accumulation_dtype
 from torch import Tensor
 
 from seqpar.comm import RingSum, ring_pass
 from seqpar.layout import Layout
 from seqpar.strategies.plan import Plan
 from seqpar.strategies.volume import Shape, Volume
+from seqpar_kernels import Partial, Rows, accumulation_dtype, attend, attend_backward
 
 
 def ring_attention(

@@ -31,9 +31,13 @@ def ulysses_attention(
     whose query heads need it, and ranks beyond the number of heads attend nothing.
     """
     group, layout = plan.group, plan.layout
+    if group.size == 1:
+        return ring_attention(q, k, v, plan)
     heads = split_heads(q.shape[2], k.shape[2], group.size)
     places = tuple(layout.places(rank) for rank in range(group.size))
-    there = HeadTrade(group, places, (heads.q, heads.kv, heads.kv), (heads.hq, heads.hkv, heads.hkv))
+    there = HeadTrade(
+        group, places, (heads.q, heads.kv, heads.kv), (heads.hq, heads.hkv, heads.hkv)
+    )
     back = HeadTrade(group, places, (heads.q,), (heads.hq,))
 
     q_h, k_h, v_h = rows_to_heads((q, k, v), there)

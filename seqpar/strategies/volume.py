@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from seqpar_kernels import accumulation_dtype
 from torch import Tensor
 
 from seqpar.comm import Count
+from seqpar_kernels import accumulation_dtype
 
 
 @dataclass(frozen=True)

@@ -24,17 +24,14 @@ class Budget:
     allowed: tuple[float, ...]
 
     @staticmethod
-    def of(
-        q: Tensor, k: Tensor, v: Tensor, dout: Tensor, seen: Tensor, scale: float
-    ) -> Budget:
+    def of(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, seen: Tensor, scale: float) -> Budget:
         """The budget for attention over whole tensors `[b s h d]`, in the precision they come in."""
-        inputs = (q, k, v, dout)
-        wide = tuple(x.double() for x in inputs)
+        wide = q.double(), k.double(), v.double(), dout.double()
         expected = oracle.with_gradients(*wide, seen, scale)
         terms = oracle.magnitudes(*wide, seen, scale)
         if q.dtype == torch.float64:
             return Budget(expected, tuple(EXACT * max(1.0, m) for m in terms))
-        dense = oracle.with_gradients(*inputs, seen, scale)
+        dense = oracle.with_gradients(q, k, v, dout, seen, scale)
         step = torch.finfo(q.dtype).eps
         errors = (max_error(d, e) for d, e in zip(dense, expected, strict=True))
         return Budget(expected, tuple(2 * e + step * m for e, m in zip(errors, terms, strict=True)))

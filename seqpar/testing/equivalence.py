@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from seqpar_kernels import Implementation, Score
 
 from seqpar.comm import Count, Group
 from seqpar.functional import attention
 from seqpar.strategies import VOLUMES, Plan, Shape, Strategy, Volume
 from seqpar.testing.budget import Budget, max_error
 from seqpar.testing.case import NAMES, Case
+from seqpar_kernels import Implementation, Score
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from pathlib import Path
 
@@ -10,8 +11,8 @@ class PeakMemory:
     """`with PeakMemory() as peak: ...`, then `peak.bytes`.
 
     Linux keeps a high-water mark per process and lets it be reset. It sees every allocator, which is
-    what decides whether a run fits. Memory that an earlier block freed and the allocator kept is not
-    counted again: measure in a fresh process.
+    what decides whether a run fits. glibc is asked first to give back what it keeps of freed memory;
+    what other allocators keep is not counted again, so a fresh process is the surest place.
 
     Raises:
         NotImplementedError: this is not Linux.
@@ -22,6 +23,9 @@ class PeakMemory:
     def __enter__(self) -> PeakMemory:
         if sys.platform != "linux":
             raise NotImplementedError("peak memory is read from /proc, which only Linux has")
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         self._before = _status("VmRSS")
         return self

@@ -52,7 +52,12 @@ def magnitudes(
     if q.shape[1] == 0:
         return 0.0, 0.0, 0.0, 0.0
     p = weights(q, k, seen, scale)
-    q_a, k_a, v_a, dout_a = q.abs(), _per_query_head(k, q).abs(), _per_query_head(v, q).abs(), dout.abs()
+    q_a, k_a, v_a, dout_a = (
+        q.abs(),
+        _per_query_head(k, q).abs(),
+        _per_query_head(v, q).abs(),
+        dout.abs(),
+    )
     dp = torch.einsum("bihd,bjhd->bhij", dout_a, v_a)
     ds = p * (dp + (p * dp).sum(-1, keepdim=True)) * abs(scale)
     group = q.shape[2] // k.shape[2]

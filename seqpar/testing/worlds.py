@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -70,14 +70,16 @@ class ProcessWorld:
             }
             # Once one rank failed the others get a moment to say how it looked from there.
             limit = min(deadline, time.monotonic() + 5) if failures else deadline
-            ready = wait(list(open_pipes), max(0.0, limit - time.monotonic()))
+            ready = cast(
+                "list[Connection]", wait(list(open_pipes), max(0.0, limit - time.monotonic()))
+            )
             if not ready:
                 late = sorted(open_pipes.values())
                 failures |= {r: f"rank {r} did not come back within {timeout} s" for r in late}
             for pipe in ready:
-                rank = open_pipes[pipe]  # type: ignore[index]
+                rank = open_pipes[pipe]
                 try:
-                    is_ok, value = pipe.recv()  # type: ignore[union-attr]
+                    is_ok, value = pipe.recv()
                 except EOFError:
                     is_ok, value = False, f"rank {rank} died"
                 (results if is_ok else failures)[rank] = value
@@ -115,7 +117,7 @@ def _rank(group: Group) -> int:
 
 def _serve(rank: int, size: int, num_threads: int, folder: str, pipe: Connection) -> None:
     torch.set_num_threads(num_threads)
-    store = dist.FileStore(os.path.join(folder, "store"), size)
+    store = dist.FileStore(os.path.join(folder, "store"), size)  # type: ignore[attr-defined]
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=120)
     )

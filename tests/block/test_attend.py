@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+
 from seqpar_kernels import (
     IMPLEMENTATIONS,
     Band,
@@ -72,7 +73,13 @@ def test_equals_dense_forward_and_backward(
     running = Partial.identity(q, vd)
     for a, b in reversed(hops):
         attend(
-            q, k[:, a:b], v[:, a:b], band.at(0, a), SCORE, into=running, implementation=implementation
+            q,
+            k[:, a:b],
+            v[:, a:b],
+            band.at(0, a),
+            SCORE,
+            into=running,
+            implementation=implementation,
         )
     out, lse = running.finish()
     torch.testing.assert_close(out, want.detach(), rtol=0, atol=1e-11)
@@ -83,7 +90,13 @@ def test_equals_dense_forward_and_backward(
     for a, b in hops:
         into = dq, dk[:, a:b], dv[:, a:b]
         attend_backward(
-            rows, k[:, a:b], v[:, a:b], band.at(0, a), SCORE, into=into, implementation=implementation
+            rows,
+            k[:, a:b],
+            v[:, a:b],
+            band.at(0, a),
+            SCORE,
+            into=into,
+            implementation=implementation,
         )
     for got, expected in zip((dq, dk, dv), want_grads, strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
@@ -155,14 +168,16 @@ def test_unknown_or_unfit_implementations_are_refused():
     cpu, meta = torch.device("cpu"), torch.device("meta")
     assert choose(cpu, torch.bfloat16, None) == "aten"
     assert choose(meta, torch.float32, None) == "reference"
-    with pytest.raises((ValueError, TypeError), match="fastest"):  # the shape check comes first here
+    with pytest.raises(
+        (ValueError, TypeError), match="fastest"
+    ):  # the shape check comes first here
         choose(cpu, torch.float32, "fastest")
     with pytest.raises(NotImplementedError, match="'reference' runs there"):
         choose(meta, torch.float32, "aten")
     with pytest.raises(NotImplementedError, match="float8"):
         choose(cpu, torch.float8_e4m3fn, None)
+    q, k = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 2, 4)
     with pytest.raises(ValueError, match="multiple of hkv"):
-        q, k = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 2, 4)
         attend(q, k, k, Band(), SCORE, into=Partial.identity(q, 4))
     with pytest.raises(ValueError, match="finite"):
         Score(math.nan)

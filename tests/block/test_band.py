@@ -3,6 +3,7 @@
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+
 from seqpar_kernels import Band
 from seqpar_kernels.rectangles import rectangles, strips
 from seqpar_kernels.reference import visibility
@@ -38,7 +39,9 @@ def test_a_corner_sees_the_same_band(lower, upper, num_rows, num_cols, row, col)
     assert torch.equal(corner, whole[row:, col:])
 
 
-@given(OFFSETS, OFFSETS, st.integers(0, 700), st.integers(0, 700), st.sampled_from([None, 100, 384]))
+@given(
+    OFFSETS, OFFSETS, st.integers(0, 700), st.integers(0, 700), st.sampled_from([None, 100, 384])
+)
 @example(lower=-255, upper=0, num_rows=700, num_cols=700, width=None)
 @example(lower=-256, upper=255, num_rows=600, num_cols=300, width=384)
 @example(lower=5, upper=300, num_rows=300, num_cols=20, width=None)

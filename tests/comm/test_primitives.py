@@ -45,7 +45,9 @@ def inner(fn, shapes_in, shapes_out, group):
 
 def gather_pair(group, rows):
     n = rows[group.rank]
-    return inner(lambda x: [all_gather(x[0], group, rows, 1)], [(2, n, 3)], [(2, sum(rows), 3)], group)
+    return inner(
+        lambda x: [all_gather(x[0], group, rows, 1)], [(2, n, 3)], [(2, sum(rows), 3)], group
+    )
 
 
 def scatter_pair(group, rows):
@@ -151,7 +153,13 @@ def test_all_of_it_over_processes(worlds, rows):
 
 
 @settings(max_examples=10)
-@given(st.sampled_from(list(LAYOUTS)), st.integers(0, 9), st.integers(1, 2), st.integers(1, 5), st.booleans())
+@given(
+    st.sampled_from(list(LAYOUTS)),
+    st.integers(0, 9),
+    st.integers(1, 2),
+    st.integers(1, 5),
+    st.booleans(),
+)
 def test_rows_and_heads_over_processes(worlds, kind, length, hkv, size, back):
     total(worlds.run(size, heads_pair, kind, length, hkv, 2, back))
 

@@ -35,7 +35,9 @@ def test_gradients_pass_through_shard_and_unshard():
 
     def fn(group):
         layout, leaf = zigzag(7, group.size), x.clone().requires_grad_()
-        whole = seqpar.unshard_sequence(seqpar.shard_sequence(leaf, layout, group.rank), layout, group)
+        whole = seqpar.unshard_sequence(
+            seqpar.shard_sequence(leaf, layout, group.rank), layout, group
+        )
         return torch.autograd.grad((whole * w).sum(), leaf)[0]
 
     results = simulate(3, fn)
@@ -86,7 +88,9 @@ def test_labels_are_shifted_before_they_are_sharded(kind, length, size):
 
 def test_padding_only_when_asked_and_never_a_label():
     def fn(group):
-        return seqpar.shard_batch(text_batch(), group, "contiguous", pad_to_multiple_of=8, pad_token_id=7)
+        return seqpar.shard_batch(
+            text_batch(), group, "contiguous", pad_to_multiple_of=8, pad_token_id=7
+        )
 
     (first, layout), (second, _) = simulate(2, fn)
     assert layout.length == 16
@@ -99,7 +103,10 @@ def test_padding_only_when_asked_and_never_a_label():
 
 def test_given_positions_are_kept_and_whole_tensors_pass():
     def fn(group):
-        batch = text_batch(6) | {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]] * 2), "style": torch.ones(2)}
+        batch = text_batch(6) | {
+            "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]] * 2),
+            "style": torch.ones(2),
+        }
         return seqpar.shard_batch(batch, group, "striped", whole=["style"])[0]
 
     results = simulate(2, fn)
@@ -181,7 +188,9 @@ def test_a_missing_gradient_counts_as_zero():
 
 def test_disagreeing_losses_and_parameters_are_refused():
     with pytest.raises(ValueError, match="shape of token_losses"):
-        simulate(2, lambda g: seqpar.mean_loss(torch.ones(2), g, valid=torch.ones(3, dtype=torch.bool)))
+        simulate(
+            2, lambda g: seqpar.mean_loss(torch.ones(2), g, valid=torch.ones(3, dtype=torch.bool))
+        )
     with pytest.raises(DesyncError, match="parameters"):
         simulate(2, lambda g: seqpar.sum_gradients([torch.ones(g.rank + 1, requires_grad=True)], g))
 

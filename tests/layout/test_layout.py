@@ -15,7 +15,7 @@ KINDS = st.sampled_from(list(LAYOUTS))
 def test_every_position_is_held_once(kind, length, size):
     layout = LAYOUTS[kind](length, size)
     held = [layout.positions(r).tolist() for r in range(size)]
-    assert sorted(sum(held, [])) == list(range(length))
+    assert sorted(p for positions in held for p in positions) == list(range(length))
     assert layout.rows == tuple(map(len, held))
     assert max(layout.rows) - min(layout.rows) <= (2 if kind == "zigzag" else 1)
 
@@ -43,9 +43,7 @@ def test_known_layouts_are_what_their_names_say():
     assert repr(zigzag(8, 2)) == "Layout(kind='zigzag', length=8, size=2)"
 
 
-@given(
-    KINDS, st.integers(1, 60), st.integers(1, 7), st.booleans(), st.none() | st.integers(1, 62)
-)
+@given(KINDS, st.integers(1, 60), st.integers(1, 7), st.booleans(), st.none() | st.integers(1, 62))
 def test_tiles_show_every_visible_score_once(kind, length, size, causal, window):
     layout, mask = LAYOUTS[kind](length, size), Mask(causal=causal, window=window)
     seen = torch.zeros(length, length, dtype=torch.int)
@@ -78,7 +76,9 @@ def test_a_zigzag_rank_meets_its_own_rows_in_two_tiles():
 def test_every_query_head_meets_its_kv_head_on_one_rank(hkv, group, size):
     split = split_heads(hkv * group, hkv, size)
     met = []
-    for rank, ((q_start, q_stop), (kv_start, kv_stop)) in enumerate(zip(split.q, split.kv, strict=True)):
+    for rank, ((q_start, q_stop), (kv_start, kv_stop)) in enumerate(
+        zip(split.q, split.kv, strict=True)
+    ):
         segments = list(split.segments(rank))
         assert len(segments) <= 3
         for s in segments:

@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-OPTIONAL = ["triton", "flash_attn", "transformers", "matplotlib", "hypothesis", "rich", "numpy.testing"]
+OPTIONAL = [
+    "triton",
+    "flash_attn",
+    "transformers",
+    "matplotlib",
+    "hypothesis",
+    "rich",
+    "numpy.testing",
+]
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,9 @@ CAUSAL = Mask(causal=True)
 
 
 def whole_tensors(length=6, heads=2):
-    return torch.randn(4, 1, length, heads, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return torch.randn(
+        4, 1, length, heads, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -116,7 +118,9 @@ def test_two_plans_on_two_groups_do_not_meet():
         for module in (RingAttention(group, mask=CAUSAL), UlyssesAttention(group)):
             for length in (8, 5):
                 layout = zigzag(length, group.size)
-                local = (seqpar.shard_sequence(x[:, :length], layout, group.rank) for x in (q, k, v))
+                local = (
+                    seqpar.shard_sequence(x[:, :length], layout, group.rank) for x in (q, k, v)
+                )
                 results.append(seqpar.unshard_sequence(module(*local, layout), layout, group))
         return results
 

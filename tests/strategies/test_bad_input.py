@@ -37,27 +37,39 @@ def call(group, **change):
 
 
 ONE_RANK = {  # what rank 1 alone does -> what every message must say
-    "rows": (lambda g: {"rows": 5}, r"rank 1 of 3 must hold 4 of the 12 positions"),
-    "layout for another P": (lambda g: {"layout": zigzag(LENGTH, 4)}, r"for the 3 ranks of the group"),
-    "mask": (lambda g: {"mask": Mask()}, r"mask is .* on ranks 0, 2, .* on rank 1"),
-    "window": (lambda g: {"mask": Mask(causal=True, window=3)}, r"window=3.* on rank 1"),
-    "dtype": (lambda g: {"dtype": torch.bfloat16}, r"dtype is .*bfloat16 on rank 1"),
-    "heads": (lambda g: {"heads": (6, 2)}, r"heads .*\(6, 2\) on rank 1"),
-    "batch": (lambda g: {"batch": 1}, r"batch is 2 on ranks 0, 2, 1 on rank 1"),
-    "layout kind": (lambda g: {"layout": contiguous(LENGTH, 3)}, r"contiguous.* on rank 1"),
-    "length": (lambda g: {"layout": zigzag(13, 3)}, r"must hold|length=13"),
-    "strategy": (lambda g: {"module": UlyssesAttention}, r"strategy is 'ring' on ranks 0, 2, 'ulysses'"),
-    "scale": (lambda g: {"score": Score(0.5)}, r"score is .*0.5\) on rank 1"),
-    "implementation": (lambda g: {"implementation": "reference"}, r"implementation .*'reference' on"),
-    "q not a tensor": (lambda g: {"q": None}, r"q must be a tensor, got NoneType"),
+    "rows": ({"rows": 5}, r"rank 1 of 3 must hold 4 of the 12 positions"),
+    "layout for another P": (
+        {"layout": zigzag(LENGTH, 4)},
+        r"for the 3 ranks of the group",
+    ),
+    "mask": ({"mask": Mask()}, r"mask is .* on ranks 0, 2, .* on rank 1"),
+    "window": ({"mask": Mask(causal=True, window=3)}, r"window=3.* on rank 1"),
+    "dtype": ({"dtype": torch.bfloat16}, r"dtype is .*bfloat16 on rank 1"),
+    "heads": ({"heads": (6, 2)}, r"heads .*\(6, 2\) on rank 1"),
+    "batch": ({"batch": 1}, r"batch is 2 on ranks 0, 2, 1 on rank 1"),
+    "layout kind": ({"layout": contiguous(LENGTH, 3)}, r"contiguous.* on rank 1"),
+    "length": ({"layout": zigzag(13, 3)}, r"must hold|length=13"),
+    "strategy": (
+        {"module": UlyssesAttention},
+        r"strategy is 'ring' on ranks 0, 2, 'ulysses'",
+    ),
+    "scale": ({"score": Score(0.5)}, r"score is .*0.5\) on rank 1"),
+    "implementation": (
+        {"implementation": "reference"},
+        r"implementation .*'reference' on",
+    ),
+    "q not a tensor": ({"q": None}, r"q must be a tensor, got NoneType"),
     "requires_grad": (
-        lambda g: {"v": torch.ones(2, 4, 2, 8, requires_grad=True)},
+        {"v": torch.ones(2, 4, 2, 8, requires_grad=True)},
         r"requires_grad is False on ranks 0, 2, True on rank 1",
     ),
 }
 ALL_RANKS = {  # what every rank does -> what every message must say
     "q of another dtype": ({"q": torch.ones(2, 4, 4, 8).half()}, "one dtype, got q torch.float16"),
-    "v on another device": ({"v": torch.ones(2, 4, 2, 8, device="meta")}, "one device, got .*v meta"),
+    "v on another device": (
+        {"v": torch.ones(2, 4, 2, 8, device="meta")},
+        "one device, got .*v meta",
+    ),
     "v of another batch": ({"v": torch.ones(1, 4, 2, 8)}, "one batch size"),
     "v of other heads": ({"v": torch.ones(2, 4, 4, 8)}, "k and v must have the same heads"),
     "heads not a multiple": ({"heads": (3, 2)}, "multiple of kv heads"),
@@ -93,8 +105,8 @@ def check(results, pattern):
 
 @pytest.mark.parametrize("what", ONE_RANK)
 def test_what_one_rank_does_wrong_all_refuse(what):
-    make, pattern = ONE_RANK[what]
-    check(simulate(3, refusal, make(None), 1), pattern)
+    change, pattern = ONE_RANK[what]
+    check(simulate(3, refusal, change, 1), pattern)
 
 
 @pytest.mark.parametrize("what", ALL_RANKS)
@@ -105,8 +117,8 @@ def test_what_all_do_wrong_all_refuse(what):
 
 @pytest.mark.parametrize("what", ONE_RANK)
 def test_what_one_process_does_wrong_all_refuse(worlds, what):
-    make, pattern = ONE_RANK[what]
-    check(worlds.run(3, refusal, make(None), 1, timeout=20), pattern)
+    change, pattern = ONE_RANK[what]
+    check(worlds.run(3, refusal, change, 1, timeout=20), pattern)
 
 
 def other_operation(group):
