@@ -29,30 +29,33 @@ STYLE = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
     "font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "svg.fonttype": "path",
 }  # fmt: skip
+CAPTIONS = {
+    "Same losses for every P and strategy": """A byte-level transformer, trained from the same weights
+    on the same text. Left: all curves, drawn on one another. Right: how far each is from one rank;
+    it is float32 rounding, and 1e-5 is tolerated.""",
+    "As exact as one device": """The largest error of the output and of each gradient over all ranks,
+    against dense attention in float64. Grey is what is allowed: in float64 the order of summation,
+    below it twice the error of dense attention in the same precision and one rounding step.""",
+    "What it costs": """Bytes are counted message by message and drawn over the formula. Memory is
+    the growth of the resident set of the busiest rank, its own q, k, v and gradients included. Each
+    rank has one thread; with more ranks than cores, times cannot fall.""",
+    "Who computes what": """The score matrix of a causal sequence on four ranks, coloured by the rank
+    that holds the row. One loop serves all three layouts; only the balance differs.""",
+}
 
 
 def write_page(report: dict[str, Any], path: Path) -> None:
     """Writes a page that needs no other file."""
     with plt.rc_context(STYLE):
-        figures = [
-            ("Same losses for every P and strategy", losses(report),
-             "A byte-level transformer trained from the same weights. Left: all curves, drawn on one another. "
-             "Right: how far each is from one rank; float32 rounding, tolerated up to 1e-5."),
-            ("As exact as one device", errors(report),
-             "Largest error of the output and of each gradient over all ranks, against dense attention in float64. "
-             "Bars: what is allowed - the order of summation in float64, twice the error of dense attention of the "
-             "same precision below. Every marker lies inside its bar."),
-            ("What it costs", costs(report),
-             "Bytes are counted message by message and drawn over the formula. Memory is the growth of the resident "
-             "set of the busiest rank, its own q, k, v and gradients included. Times share "
-             f"{report['machine']['cores']} cores: beyond that many ranks they cannot fall."),
-            ("Who computes what", ownership(),
-             "The score matrix of a causal sequence on four ranks, one colour per rank that owns the row. The same "
-             "loop serves all three layouts; only the balance differs."),
-        ]  # fmt: skip
+        pictures = {
+            "Same losses for every P and strategy": losses(report),
+            "As exact as one device": errors(report),
+            "What it costs": costs(report),
+            "Who computes what": ownership(),
+        }
     sections = "".join(
-        f"<section><h2>{title}</h2>{_image(figure, title)}<p>{text}</p></section>"
-        for title, figure, text in figures
+        f"<section><h2>{title}</h2>{_image(figure, title)}<p>{CAPTIONS[title]}</p></section>"
+        for title, figure in pictures.items()
     )
     path.write_text(_page(report, sections))
 
@@ -71,8 +74,10 @@ def losses(report: dict[str, Any]) -> Figure:
         )
         distance = np.maximum(np.abs(curve - reference) / reference, 1e-9)
         shade = 0.35 + 0.65 * run["ranks"] / 4
-        right.plot(steps, distance, color=COLOURS[run["strategy"]], marker=MARKERS[run["strategy"]],
-                   ms=3, lw=1, alpha=min(shade, 1), label=label)  # fmt: skip
+        right.plot(
+            steps, distance, ls="", color=COLOURS[run["strategy"]], label=label,
+            marker=MARKERS[run["strategy"]], ms=5, alpha=min(shade, 1), mfc="none",
+        )  # fmt: skip
     left.set(xlabel="step", ylabel="loss (nats per byte)", title="loss")
     left.legend(fontsize=8, ncols=2, frameon=False)
     right.axhline(1e-5, color="black", ls="--", lw=1)
@@ -185,11 +190,7 @@ def _image(figure: Figure, title: str) -> str:
 
 def _page(report: dict[str, Any], sections: str) -> str:
     machine = ", ".join(f"{k} {v}" for k, v in report["machine"].items())
-    verdict = (
-        "everything agrees"
-        if not report["problems"]
-        else "<br>".join(map(html.escape, report["problems"]))
-    )
+    verdict = "<br>".join(map(html.escape, report["problems"])) or "everything agrees"
     colour = "#dff3e4" if not report["problems"] else "#fbdede"
     head = "".join(
         f"<th>{name}</th>"
@@ -205,9 +206,11 @@ def _page(report: dict[str, Any], sections: str) -> str:
             f"{run['peak_bytes'] / 1e6:.1f}", f"{1e3 * run['seconds']:.0f}", f"{run['loss_difference']:.1e}",
         ]  # fmt: skip
         rows += "<tr>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>"
+    ranks = ", ".join(str(p) for p in sorted({r["ranks"] for r in report["runs"]}))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>seqpar: the main job</title><style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1120px; margin: 2em auto; padding: 0 1em; color: #222 }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1120px;
+  margin: 2em auto; padding: 0 1em; color: #222 }}
 img {{ width: 100% }} h1 {{ margin-bottom: 0 }} h2 {{ margin: 1.6em 0 .3em }} p {{ max-width: 62em }}
 table {{ border-collapse: collapse; font-size: 14px; width: 100% }}
 td, th {{ padding: .3em .6em; text-align: right; border-bottom: 1px solid #ddd }}
@@ -215,8 +218,8 @@ td:nth-child(-n+2), th:nth-child(-n+2) {{ text-align: left }}
 .verdict {{ background: {colour}; padding: .6em 1em; border-radius: 6px }} small {{ color: #666 }}
 </style></head><body>
 <h1>seqpar: one attention, any number of ranks</h1>
-<p>Ring and Ulysses over {report["length"]} tokens of {html.escape(report["text"])}, causal, forward and backward,
-for P = {", ".join(str(p) for p in sorted({r["ranks"] for r in report["runs"]}))} processes.</p>
+<p>Ring and Ulysses over {report["length"]} tokens of {html.escape(report["text"])}, causal,
+forward and backward, for P = {ranks} processes.</p>
 <p class="verdict"><b>{verdict}</b></p>
 {sections}
 <section><h2>All numbers</h2><table><tr>{head}</tr>{rows}</table></section>

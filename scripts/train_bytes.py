@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 import seqpar
 from seqpar import Group, Layout
-from seqpar.comm import agree
+from seqpar.comm import agreed
 from seqpar.data import IGNORE
 from seqpar.layout import LAYOUTS
 
@@ -136,7 +136,8 @@ class Block(nn.Module):
         q, k, v = (f(y).unflatten(2, (-1, self.head_width)) for f in (self.q, self.k, self.v))
         q, k = rotate(q, position_ids), rotate(k, position_ids)
         x = x + self.out(self.attention(q, k, v, layout).flatten(2))
-        return x + self.mlp(x)  # type: ignore[no-any-return]
+        after: Tensor = x + self.mlp(x)
+        return after
 
 
 def rotate(
@@ -175,7 +176,8 @@ class ByteLM(nn.Module):
         x = self.embedding(input_ids)
         for block in self.blocks:
             x = block(x, position_ids, layout)
-        return self.head(self.norm(x))  # type: ignore[no-any-return]
+        logits: Tensor = self.head(self.norm(x))
+        return logits
 
 
 def train(
@@ -206,8 +208,7 @@ def train(
     checksum = (text * torch.arange(1, len(text) + 1, device=text.device)).sum()
     settings = asdict(recipe) | {"text": [len(text), int(checksum)]}
     state: dict[str, Any] = {}
-    error: Exception | None = None
-    try:
+    with agreed(group, "train") as claim:
         batch_at(text, recipe, 0)
         if save_every < 0 or (checkpoint is None and (save_every or resume)):
             raise ValueError("save_every, not negative, and resume go with a checkpoint")
@@ -215,11 +216,9 @@ def train(
             raise ValueError(f"there is no folder {checkpoint.parent} for the checkpoint")
         if checkpoint and resume:
             state = _load(checkpoint, settings)
-    except Exception as caught:  # whatever it is, the other ranks must hear of it
-        error = caught
-    losses: list[float] = list(state.get("losses", ()))
-    saving = {"checkpoint": checkpoint is not None, "save_every": save_every, "losses": losses}
-    agree(group, {"operation": "train"} | settings | saving, error)
+        losses: list[float] = list(state.get("losses", ()))
+        saving = {"checkpoint": checkpoint is not None, "save_every": save_every, "losses": losses}
+        claim |= settings | saving
 
     model = ByteLM(recipe, group).to(text.device)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), eps=recipe.eps)
@@ -258,15 +257,12 @@ def _loss(
 
 def _save(state: dict[str, Any], checkpoint: Path, group: Group) -> None:
     """Rank 0 replaces the checkpoint at once; all return when it is there, or raise."""
-    error: Exception | None = None
-    try:
+    with agreed(group, "save") as claim:
+        claim["step"] = state["step"]
         if group.rank == 0:
             partial = checkpoint.with_name(f"{checkpoint.name}.partial")
             torch.save(state, partial)
             os.replace(partial, checkpoint)
-    except Exception as caught:
-        error = caught
-    agree(group, {"operation": "save", "step": state["step"]}, error)
 
 
 def _load(checkpoint: Path, settings: dict[str, Any]) -> dict[str, Any]:

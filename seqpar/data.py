@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from seqpar.comm import Group, agree, all_gather, all_reduce, all_reduce_
+from seqpar.comm import Group, agreed, all_gather, all_reduce, all_reduce_
 from seqpar.layout import LAYOUTS, Layout
 
 IGNORE = -100  # the label that losses skip, as in torch and transformers
@@ -44,24 +44,12 @@ def unshard_sequence(x: Tensor, layout: Layout, group: Group, dim: int = 1) -> T
         ValueError: x does not hold this rank's rows, or the layout is for another number of ranks.
         DesyncError: ranks differ in layout, dtype or the other dimensions.
     """
-    error: Exception | None = None
-    other_dims: list[int] = []
-    if layout.size != group.size:
-        error = ValueError(
-            f"the layout must be for the {group.size} ranks of the group, got {layout}"
-        )
-    elif not -x.ndim <= dim < x.ndim:
-        error = ValueError(f"x has no dim {dim}, got {tuple(x.shape)}")
-    elif x.shape[dim] != layout.rows[group.rank]:
-        error = ValueError(
-            f"rank {group.rank} of {group.size} must hold {layout.rows[group.rank]} rows along dim "
-            f"{dim} for {layout}, got {tuple(x.shape)}"
-        )
-    else:
+    with agreed(group, "unshard_sequence") as claim:
+        _check_shard(x, layout, group, dim)
+        needs_grad = x.requires_grad and torch.is_grad_enabled()
         other_dims = [n for i, n in enumerate(x.shape) if i != dim % x.ndim]
-    claim = {"operation": "unshard_sequence", "layout": layout, "dtype": x.dtype, "dim": dim}
-    needs_grad = x.requires_grad and torch.is_grad_enabled()
-    agree(group, claim | {"other dims": other_dims, "requires_grad": needs_grad}, error)
+        claim |= {"layout": layout, "dtype": x.dtype, "dim": dim % x.ndim}
+        claim |= {"other dims": other_dims, "requires_grad": needs_grad}
     gathered = all_gather(x, group, layout.rows, dim)
     return gathered.index_select(dim, layout.inverse().to(x.device))
 
@@ -96,19 +84,12 @@ def shard_batch(
         NotImplementedError: `attention_mask` hides some token: attention takes no padding mask.
         DesyncError: ranks differ in their batch or options, or another rank raised one of the above.
     """
-    error: Exception | None = None
     whole = tuple(whole)
-    claim: dict[str, Any] = {
-        "operation": "shard_batch", "kind": kind, "pad": (pad_to_multiple_of, pad_token_id),
-        "whole": whole,
-    }  # fmt: skip
-    try:
+    with agreed(group, "shard_batch") as claim:
+        claim |= {"kind": kind, "pad": (pad_to_multiple_of, pad_token_id), "whole": whole}
         sequences = _sequences(batch, kind, whole)
         claim |= {f"batch[{name!r}]": _fingerprint(x) for name, x in sequences.items()}
         sequences = _pad(_shift(sequences), pad_to_multiple_of, pad_token_id)
-    except (ValueError, TypeError, NotImplementedError) as caught:
-        error = caught
-    agree(group, claim, error)
 
     first = next(iter(sequences.values()))
     layout = LAYOUTS[kind](first.shape[1], group.size)
@@ -140,11 +121,11 @@ def mean_loss(
         ValueError: valid has another shape than token_losses.
         DesyncError: ranks differ in dtype, or another rank raised.
     """
-    error: Exception | None = None
-    if valid is not None and valid.shape != token_losses.shape:
-        shapes = f"got {tuple(valid.shape)} for {tuple(token_losses.shape)}"
-        error = ValueError(f"valid must have the shape of token_losses, {shapes}")
-    agree(group, {"operation": "mean_loss", "dtype": token_losses.dtype}, error)
+    with agreed(group, "mean_loss") as claim:
+        claim["dtype"] = token_losses.dtype
+        if valid is not None and valid.shape != token_losses.shape:
+            shapes = f"got {tuple(valid.shape)} for {tuple(token_losses.shape)}"
+            raise ValueError(f"valid must have the shape of token_losses, {shapes}")
     wide = torch.promote_types(token_losses.dtype, torch.float32)
     counted = token_losses if valid is None else token_losses.masked_fill(~valid, 0.0)
     num_tokens = token_losses.numel() if valid is None else valid.sum()
@@ -163,12 +144,27 @@ def sum_gradients(parameters: Iterable[Tensor], group: Group) -> None:
         DesyncError: ranks differ in the shapes or dtypes of their parameters.
     """
     params = [p for p in parameters if p.requires_grad]
-    shapes = [(tuple(p.shape), p.dtype) for p in params]
-    agree(group, {"operation": "sum_gradients", "parameters": shapes})
+    with agreed(group, "sum_gradients") as claim:
+        claim["parameters"] = [(tuple(p.shape), p.dtype) for p in params]
     for p in params:
         grad = torch.zeros_like(p) if p.grad is None else p.grad.contiguous()
         all_reduce_(grad, group)
         p.grad = grad
+
+
+def _check_shard(x: Tensor, layout: Layout, group: Group, dim: int) -> None:
+    if layout.size != group.size:
+        raise ValueError(
+            f"the layout must be for the {group.size} ranks of the group, got {layout}"
+        )
+    if not -x.ndim <= dim < x.ndim:
+        raise ValueError(f"x has no dim {dim}, got {tuple(x.shape)}")
+    rows = layout.rows[group.rank]
+    if x.shape[dim] != rows:
+        raise ValueError(
+            f"rank {group.rank} of {group.size} must hold {rows} rows along dim {dim} for {layout}, "
+            f"got {tuple(x.shape)}"
+        )
 
 
 def _sequences(batch: Mapping[str, Any], kind: str, whole: tuple[str, ...]) -> dict[str, Tensor]:

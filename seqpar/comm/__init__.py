@@ -1,6 +1,6 @@
 """How ranks talk: groups, primitives in dual pairs, agreement. The only importer of torch.distributed."""
 
-from seqpar.comm.agree import DesyncError, agree
+from seqpar.comm.agree import DesyncError, agree, agreed
 from seqpar.comm.gather import all_gather, reduce_scatter
 from seqpar.comm.group import Group
 from seqpar.comm.heads import HeadTrade, heads_to_rows, rows_to_heads
@@ -17,6 +17,7 @@ __all__ = [
     "RingSum",
     "Traffic",
     "agree",
+    "agreed",
     "all_gather",
     "all_reduce",
     "all_reduce_",

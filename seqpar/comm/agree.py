@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -19,29 +20,46 @@ class DesyncError(RuntimeError):
     """Ranks of a group differ in what they are about to do, or one of them refused to do it."""
 
 
-def agree(group: Group, claim: Mapping[str, object], error: Exception | None = None) -> None:
-    """Returns if every rank makes the same claim and none has an error. All ranks must call.
+@contextmanager
+def agreed(group: Group, operation: str) -> Iterator[dict[str, object]]:
+    """A block of checks after which all ranks go on, or none does. All ranks must enter.
+
+    What the block puts into the dict that it is given must be the same on all ranks, compared by
+    `repr`. If the block raises, the error is raised here, and quoted by a DesyncError elsewhere.
+
+    Raises:
+        DesyncError: ranks differ, or another rank raised. Raised on every rank that did not.
+    """
+    claim: dict[str, object] = {"operation": operation}
+    try:
+        yield claim
+    except Exception as error:
+        agree(group, claim, f"{type(error).__name__}: {error}")
+        raise
+    agree(group, claim)
+
+
+def agree(group: Group, claim: Mapping[str, object], refusal: str | None = None) -> None:
+    """Returns if every rank makes the same claim, or if this rank refuses. All ranks must call.
 
     Costs one message of 8 bytes to every other rank; only a disagreement sends the claims themselves.
 
     Args:
         claim: what the ranks must have in common; values are compared by their `repr`.
-        error: why this rank cannot go on. It is raised here, and a DesyncError quotes it elsewhere.
+        refusal: why this rank cannot go on; its caller raises the error that the others quote.
 
     Raises:
-        DesyncError: ranks differ, or another rank has an error. Raised on every rank without one.
+        DesyncError: ranks differ, or another rank refuses.
     """
-    if group.size > 1:
-        text = {name: repr(value) for name, value in claim.items()}
-        digests = _gather_digests(group, _REFUSED if error else _digest(text))
-        if _REFUSED not in digests and len(set(digests)) == 1:
-            return
-        refusal = f"{type(error).__name__}: {error}" if error else None
-        everyone = group.transport.gather_objects((text, refusal))
-        if error is None:
-            raise DesyncError(_explain(cast("list[tuple[dict[str, str], str | None]]", everyone)))
-    if error is not None:
-        raise error
+    if group.size == 1:
+        return
+    text = {name: repr(value) for name, value in claim.items()}
+    digests = _gather_digests(group, _digest(text) if refusal is None else _REFUSED)
+    if _REFUSED not in digests and len(set(digests)) == 1:
+        return
+    everyone = group.transport.gather_objects((text, refusal))
+    if refusal is None:
+        raise DesyncError(_explain(cast("list[tuple[dict[str, str], str | None]]", everyone)))
 
 
 def _digest(text: Mapping[str, str]) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqpar.comm import Group, agree
+from seqpar.comm import Group, agreed
 from seqpar.layout import Layout, Mask
 from seqpar.strategies.plan import STRATEGY_NAMES, Plan
 from seqpar_kernels import Score, choose
@@ -24,22 +24,13 @@ def agree_on_call(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
         NotImplementedError: no implementation serves this device and dtype.
         DesyncError: ranks differ, or another rank raised one of the above.
     """
-    error: Exception | None = None
-    claim: dict[str, Any] = {}
-    try:
-        if not isinstance(plan, Plan) or not isinstance(plan.group, Group):
-            raise TypeError(f"attention takes a seqpar.Plan with a seqpar.Group, got {plan!r}")
+    if not isinstance(plan, Plan) or not isinstance(plan.group, Group):
+        raise TypeError(f"attention takes a seqpar.Plan with a seqpar.Group, got {plan!r}")
+    with agreed(plan.group, "attention") as claim:
         _check_plan(plan)
         _check_tensors(q, k, v)
         _check_rows(q, k, v, plan)
-        choose(q.device, q.dtype, plan.implementation)
-        claim = _claim(q, k, v, plan)
-    except (TypeError, ValueError, NotImplementedError) as caught:
-        error = caught
-    if not isinstance(getattr(plan, "group", None), Group):
-        assert error is not None
-        raise error
-    agree(plan.group, claim, error)
+        claim |= _claim(q, k, v, plan)
 
 
 def _check_plan(plan: Plan) -> None:
@@ -96,7 +87,6 @@ def _check_rows(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
 def _claim(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> dict[str, Any]:
     needs = [x.requires_grad and torch.is_grad_enabled() for x in (q, k, v)]
     return {
-        "operation": "attention",
         "version": VERSION,
         "strategy": plan.strategy,
         "layout": plan.layout,

@@ -1,7 +1,7 @@
 """`Budget`: how far a result may be from float64, and why that much.
 
-float64: the summation order, 1e-11. Lower precision: twice the error of dense one-device attention in
-that precision, plus one rounding step of the terms that are summed.
+float64: the order of summation, 1e-11 of the largest value or of 1. Lower precision: twice the error
+of dense one-device attention in that precision, plus one rounding step of the terms that are summed.
 """
 
 from __future__ import annotations
@@ -28,13 +28,18 @@ class Budget:
         """The budget for attention over whole tensors `[b s h d]`, in the precision they come in."""
         wide = q.double(), k.double(), v.double(), dout.double()
         expected = oracle.with_gradients(*wide, seen, scale)
-        terms = oracle.magnitudes(*wide, seen, scale)
         if q.dtype == torch.float64:
-            return Budget(expected, tuple(EXACT * max(1.0, m) for m in terms))
+            return Budget(expected, tuple(EXACT * max(1.0, largest(e)) for e in expected))
+        terms = oracle.magnitudes(*wide, seen, scale)
         dense = oracle.with_gradients(q, k, v, dout, seen, scale)
         step = torch.finfo(q.dtype).eps
         errors = (max_error(d, e) for d, e in zip(dense, expected, strict=True))
         return Budget(expected, tuple(2 * e + step * m for e, m in zip(errors, terms, strict=True)))
+
+
+def largest(x: Tensor) -> float:
+    """The largest absolute value, 0 if there is none."""
+    return float(x.abs().max()) if x.numel() else 0.0
 
 
 def max_error(got: Tensor, expected: Tensor) -> float:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from seqpar import DesyncError, Group, simulate
-from seqpar.comm import agree, all_gather
+from seqpar.comm import agree, agreed, all_gather
 from seqpar.testing import ProcessWorld, WorldError
 
 
@@ -97,9 +97,14 @@ def test_agreement_says_who_differs_in_what():
 
 def test_one_refusal_is_everybodys():
     def fn(group):
-        mine = ValueError("too long") if group.rank == 2 else None
+        def checks():
+            with agreed(group, "test") as claim:
+                claim["x"] = 1
+                if group.rank == 2:
+                    raise ValueError("too long")
+
         with pytest.raises((ValueError, DesyncError)) as caught:
-            agree(group, {"x": 1}, mine)
+            checks()
         return type(caught.value), str(caught.value)
 
     *others, own = simulate(3, fn)
