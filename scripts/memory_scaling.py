@@ -1,25 +1,24 @@
 """Measures the peak memory of a rank against N and P, and the longest sequence that then fits.
 
-Forward and backward of causal attention: every strategy on P ranks, and two ways of doing it on one
-device, with the N x N scores stored and not. Each measurement is made in processes of its own, after
-a tiny step that starts threads and connections, and counts the rank's own q, k, v, dout and their
-gradients; the rank that needed most counts. A line (with stored scores a parabola) is fitted to the
-measured lengths, and says how long a sequence fits `--memory-mib` per rank.
+Forward and backward of causal attention: every strategy on P ranks, and one device with its N x N
+scores stored and not. Each measurement is made in processes of its own, after a tiny step that
+starts threads and connections; it counts the rank's own q, k, v, dout and gradients, and the rank
+that needs most counts. A line (with stored scores a parabola) is fitted to the measured lengths and
+says how long a sequence fits `--memory-mib` per rank.
 
-Memory is resident memory, with what glibc keeps in its heap of freed tensors: the same run varied by
-5 % at all lengths, and needed 5 to 20 % less with MALLOC_MMAP_THRESHOLD_=65536 in the environment,
-which gives freed tensors back. Linux only.
+Freed tensors go back to the system at once, as those of 32 MiB do anyway. glibc would keep the
+small ones measured here in its heap: 5 to 20 % more, by shares that change with N and from run to
+run, so that no line extrapolates. `--mmap-threshold-kib 0` leaves it that. Linux with glibc only.
 
-Example: python scripts/memory_scaling.py --lengths 1024 2048 4096 8192 --ranks 1 2 4 \\
-             --memory-mib 256 --verify --plot memory.png --json memory.json
+Example: python scripts/memory_scaling.py --memory-mib 256 --verify --plot memory.png
 """
 
 from __future__ import annotations
 
 import argparse
 import bisect
+import ctypes
 import json
-import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -44,16 +43,23 @@ STORED, NOT_STORED = "one device, scores stored", "one device, scores not stored
 STORED_LIMIT_BYTES = 4 * 2**30  # lengths for which stored scores would need more are left out
 WARM_UP_ROWS = 8  # of a rank
 VERIFY_FACTOR = 4  # `--verify` goes no further than this times the longest measured length
-VERIFY_TOLERANCE = 0.15
+VERIFY_TOLERANCE = 0.1
+M_MMAP_THRESHOLD = -3  # of mallopt, see malloc.h
 
 
 @dataclass(frozen=True)
 class Setting:
-    """The tensors of a step: few heads, because memory is studied and not speed."""
+    """The tensors of a step: few heads, because memory is studied and not speed.
+
+    Args:
+        mmap_threshold_bytes: allocations from this size on are mappings of their own; 0 leaves that
+            to glibc, which raises its threshold whenever a mapping is freed.
+    """
 
     heads: int = 4
     d: int = 32
     dtype: str = "float32"
+    mmap_threshold_bytes: int = 64 * 2**10
 
 
 @dataclass(frozen=True)
@@ -63,37 +69,35 @@ class Fit:
     coefficients: tuple[float, ...]
     misfit: float
 
-    def __call__(self, length: float) -> float:
+    def at(self, length: float) -> float:
+        """The bytes at a length."""
         return sum(c * length**n for n, c in enumerate(self.coefficients))
 
 
 def attention_with_stored_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention on `[b h s d]` the plain way: the softmax of all scores waits for backward."""
+    """Causal attention on `[b h s d]` whose softmax of all scores waits for backward."""
     hidden = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu_(1)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
     return scores.masked_fill_(hidden, float("-inf")).softmax(-1) @ v
 
 
 def stored_bytes(length: int, setting: Setting) -> int:
-    """What stored scores need, roughly: three copies in the backward of softmax, the mask, q to dv."""
+    """About what stored scores need: three copies in the backward of softmax, and the mask."""
     item = torch.empty(0, dtype=getattr(torch, setting.dtype)).element_size()
-    return (
-        length**2 * (3 * setting.heads * item + 1) + 12 * length * setting.heads * setting.d * item
-    )
+    return length**2 * (3 * setting.heads * item + 1)
 
 
 def step(group: Group, subject: str, length: int, setting: Setting) -> None:
     """Forward and backward of a subject on this rank's rows of random tensors."""
-    if subject in STRATEGIES:
+    is_strategy, dtype = subject in STRATEGIES, getattr(torch, setting.dtype)
+    if is_strategy:
         layout = LAYOUTS[STRATEGIES[subject]](length, group.size)
         plan = Plan(group, layout, Mask(causal=True), strategy=subject)  # type: ignore[arg-type]
-        shape = 1, layout.rows[group.rank], setting.heads, setting.d
-    else:
-        shape = 1, setting.heads, length, setting.d
-    dtype = getattr(torch, setting.dtype)
+    rows_first = (layout.rows[group.rank], setting.heads) if is_strategy else ()
+    shape = 1, *(rows_first or (setting.heads, length)), setting.d
     q, k, v, dout = (torch.randn(shape, dtype=dtype) for _ in range(4))
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    if subject in STRATEGIES:
+    if is_strategy:
         out = attention(q, k, v, plan)
     elif subject == STORED:
         out = attention_with_stored_scores(q, k, v)
@@ -104,6 +108,8 @@ def step(group: Group, subject: str, length: int, setting: Setting) -> None:
 
 def step_bytes(group: Group, subject: str, length: int, setting: Setting) -> int:
     """Peak growth of this process in bytes over one step."""
+    if setting.mmap_threshold_bytes:
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, setting.mmap_threshold_bytes)
     step(group, subject, WARM_UP_ROWS * group.size, setting)
     with PeakMemory() as peak:
         step(group, subject, length, setting)
@@ -117,9 +123,9 @@ def measure(subject: str, length: int, ranks: int, setting: Setting) -> int:
 
 
 def fit(points: Sequence[tuple[int, int]], degree: int) -> Fit:
-    """The polynomial in N nearest to (N, bytes), relatively, of all without negative coefficients.
+    """The polynomial in N, of those without negative coefficients, relatively nearest to (N, bytes).
 
-    Relatively, because the measurements scatter by the same share at all lengths.
+    Relatively, because repeated measurements scatter by about the same share at all lengths.
 
     Raises:
         ValueError: fewer than `degree` + 1 points.
@@ -127,26 +133,26 @@ def fit(points: Sequence[tuple[int, int]], degree: int) -> Fit:
     if len(points) <= degree:
         raise ValueError(f"a fit of degree {degree} takes {degree + 1} lengths, got {len(points)}")
     lengths, peaks = torch.tensor(points, dtype=torch.float64).unbind(1)
-    powers = lengths[:, None] ** torch.arange(degree + 1)
-    system, ones = powers / peaks[:, None], torch.ones(len(points), 1, dtype=torch.float64)
+    system = lengths[:, None] ** torch.arange(degree + 1) / peaks[:, None]
     size = system.amax(0)  # columns of one size keep it well conditioned
     found: list[tuple[float, Fit]] = []
     for num_lower in range(degree + 1):
         for kept in ([*lower, degree] for lower in combinations(range(degree), num_lower)):
-            solved = torch.linalg.lstsq(system[:, kept] / size[kept], ones).solution[:, 0]
-            if bool((solved >= 0).all()):
-                coefficients = torch.zeros(degree + 1, dtype=torch.float64)
-                coefficients[kept] = solved / size[kept]
-                off = system @ coefficients - 1
-                found.append(
-                    (float(off @ off), Fit(tuple(coefficients.tolist()), float(off.abs().max())))
-                )
+            solution = torch.linalg.lstsq(
+                system[:, kept] / size[kept], torch.ones_like(peaks)[:, None]
+            ).solution[:, 0]
+            coefficients = torch.zeros_like(size)
+            coefficients[kept] = solution / size[kept]
+            off = system @ coefficients - 1
+            if bool((coefficients >= 0).all()):
+                fitted = Fit(tuple(coefficients.tolist()), float(off.abs().max()))
+                found.append((float(off @ off), fitted))
     return min(found, key=lambda pair: pair[0])[1]
 
 
 def longest(fitted: Fit, memory_bytes: float) -> int:
     """The longest N whose fitted bytes fit the memory; 0 if none does."""
-    return max(0, bisect.bisect_right(range(2**40), memory_bytes, key=fitted) - 1)
+    return max(0, bisect.bisect_right(range(2**40), memory_bytes, key=fitted.at) - 1)
 
 
 def study(
@@ -156,23 +162,22 @@ def study(
     setting: Setting,
     repeats: int = 1,
 ) -> dict[str, Any]:
-    """Measures every subject at every length (median of `repeats`) and fits: the content of the JSON."""
+    """Measures every subject at every length, median of `repeats`, and fits: what the JSON holds."""
     lengths, ranks = sorted(set(lengths)), sorted(set(ranks))
-    subjects = [(name, p) for name in STRATEGIES for p in ranks] + [(NOT_STORED, 1), (STORED, 1)]
     small = [n for n in lengths if stored_bytes(n, setting) <= STORED_LIMIT_BYTES]
     notes = [
-        f"{STORED}: not measured at N = {n:,}, would need {stored_bytes(n, setting) / 2**30:.1f} GiB"
-        for n in lengths
-        if n not in small
+        f"{STORED}: N = {n:,} would need {stored_bytes(n, setting) / 2**30:.1f} GiB, not measured"
+        for n in lengths[len(small) :]
     ]
-    if len(small) < 3:
-        subjects.pop()
+    subjects = [(name, p) for name in STRATEGIES for p in ranks] + [(NOT_STORED, 1)]
+    if len(small) >= 3:
+        subjects.append((STORED, 1))
+    else:
         notes.append(f"{STORED}: left out, a parabola takes three lengths")
     jobs = [(*s, n) for s in subjects for n in (small if s[0] == STORED else lengths)]
     points: dict[tuple[str, int], list[tuple[int, int]]] = {s: [] for s in subjects}
     # No refreshing thread: it would compete with the ranks for the cores.
-    quiet = Progress(console=Console(stderr=True), auto_refresh=False)
-    with quiet:
+    with Progress(console=Console(stderr=True), auto_refresh=False) as quiet:
         for subject, p, length in quiet.track(jobs, description="measuring"):
             quiet.refresh()
             peaks = [measure(subject, length, p, setting) for _ in range(repeats)]
@@ -180,16 +185,13 @@ def study(
     series = []
     for (subject, p), measured in points.items():
         fitted = fit(measured, 2 if subject == STORED else 1)
-        fits = longest(fitted, memory_mib * MIB)
-        series.append(
-            {
-                "subject": subject, "ranks": p, "points": measured, **asdict(fitted),
-                "longest": fits, "is_extrapolated": fits > measured[-1][0],
-            }
-        )  # fmt: skip
+        row = {"subject": subject, "ranks": p, "points": measured, **asdict(fitted)}
+        row["longest"] = longest(fitted, memory_mib * MIB)
+        row["is_extrapolated"] = row["longest"] > measured[-1][0]
+        series.append(row)
     return {
         "setting": asdict(setting), "memory_mib": memory_mib, "repeats": repeats, "notes": notes,
-        "malloc_mmap_threshold": os.environ.get("MALLOC_MMAP_THRESHOLD_"), "series": series,
+        "series": series,
     }  # fmt: skip
 
 
@@ -199,23 +201,20 @@ def fit_of(row: dict[str, Any]) -> Fit:
 
 
 def verify(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Measures the strategies with most ranks at the longest N, or at the most `--verify` goes to."""
-    checks = []
+    """Measures the strategies with most ranks at the longest N, or as far as `--verify` goes."""
+    checks, most = [], max(row["ranks"] for row in result["series"])
     for row in result["series"]:
-        if row["subject"] in STRATEGIES and row["ranks"] == max(
-            r["ranks"] for r in result["series"]
-        ):
+        if row["subject"] in STRATEGIES and row["ranks"] == most:
+            check = {key: row[key] for key in ("subject", "ranks", "longest")}
             length = min(row["longest"], VERIFY_FACTOR * row["points"][-1][0])
-            measured = measure(row["subject"], length, row["ranks"], Setting(**result["setting"]))
-            check = {"predicted": fit_of(row)(length), "measured": measured}
-            checks.append(
-                {k: row[k] for k in ("subject", "ranks", "longest")} | {"length": length} | check
-            )
+            check |= {"length": length, "predicted_bytes": fit_of(row).at(length)}
+            setting = Setting(**result["setting"])
+            checks.append(check | {"bytes": measure(row["subject"], length, most, setting)})
     return checks
 
 
 def failures(result: dict[str, Any]) -> list[str]:
-    """What is not as it should be: memory that does not fall with P, predictions that were wrong."""
+    """What is not as it should be: memory that does not fall with P, predictions that are wrong."""
     found = []
     for name in STRATEGIES:
         rows = [row for row in result["series"] if row["subject"] == name]
@@ -223,11 +222,11 @@ def failures(result: dict[str, Any]) -> list[str]:
             (length, before), (_, after) = few["points"][-1], many["points"][-1]
             if after >= before:
                 found.append(
-                    f"{name} at N = {length:,} needs {before / MIB:.1f} MiB on each of "
-                    f"{few['ranks']} ranks and {after / MIB:.1f} on each of {many['ranks']}"
+                    f"{name} at N = {length:,} needs {before / MIB:.1f} MiB per rank with P = "
+                    f"{few['ranks']} and {after / MIB:.1f} MiB with P = {many['ranks']}"
                 )
     for check in result.get("verified", []):
-        if abs(check["measured"] / check["predicted"] - 1) > VERIFY_TOLERANCE:
+        if abs(check["bytes"] / check["predicted_bytes"] - 1) > VERIFY_TOLERANCE:
             found.append(f"the fit of {check['subject']} is wrong at N = {check['length']:,}")
     return found
 
@@ -235,41 +234,35 @@ def failures(result: dict[str, Any]) -> list[str]:
 def show(result: dict[str, Any], console: Console) -> None:
     """Prints the measurements, the fits, and what `verify` found."""
     setting, memory = result["setting"], f"{result['memory_mib']:g} MiB"
-    lengths = sorted({n for row in result["series"] for n, _ in row["points"]})
-    table = Table(
+    lengths = [n for n, _ in result["series"][0]["points"]]
+    measured = Table(
         title=f"peak MiB per rank, forward + backward, causal, {setting['dtype']}, "
         f"{setting['heads']} heads of {setting['d']}"
     )
-    fits = Table(title=f"bytes = a + b N + c N², and the longest N that fits {memory} per rank")
-    for heads in (("", "P", *(f"N={n}" for n in lengths)), ("", "P", "a MiB", "b", "c", "misfit")):
-        for head in heads:
-            (table if "a MiB" not in heads else fits).add_column(
-                head, justify="right" if head else "left"
-            )
-    fits.add_column(f"longest N in {memory}", justify="right")
-    fits.add_column("how known")
+    fits = Table(title="bytes = a + b N + c N^2", caption="* extrapolated by the fit")
+    for table, columns in (
+        (measured, [f"N={n}" for n in lengths]),
+        (fits, ["a MiB", "b", "c", "misfit", f"longest N\nin {memory}"]),
+    ):
+        table.add_column("")
+        for column in ["P", *columns]:
+            table.add_column(column, justify="right")
     for row in result["series"]:
-        name, p, peaks = row["subject"], str(row["ranks"]), dict(row["points"])
-        table.add_row(name, p, *(f"{peaks[n] / MIB:.1f}" if n in peaks else "-" for n in lengths))
+        who, peaks = (row["subject"], str(row["ranks"])), dict(row["points"])
+        measured.add_row(*who, *(f"{peaks[n] / MIB:.1f}" if n in peaks else "-" for n in lengths))
         a, b, *c = row["coefficients"]
-        how = "extrapolated by the fit" if row["is_extrapolated"] else "in the measured range"
         fits.add_row(
-            name, p, f"{a / MIB:.2f}", f"{b:.0f}", f"{c[0]:.1f}" if c else "",
-            f"{row['misfit']:.1%}", f"{row['longest']:,}", how,
+            *who, f"{a / MIB:.2f}", f"{b:.0f}", f"{c[0]:.1f}" if c else "", f"{row['misfit']:.1%}",
+            f"{row['longest']:,} {'*' if row['is_extrapolated'] else ' '}",
         )  # fmt: skip
-    console.print(table, fits)
-    for note in result["notes"]:
-        console.print(note)
+    console.print(measured, fits, *result["notes"], sep="\n")
     for check in result.get("verified", []):
-        predicted, measured = check["predicted"], check["measured"]
-        what = (
-            "longest"
-            if check["length"] == check["longest"]
-            else "not the longest, too far to check"
-        )
+        predicted, peak = check["predicted_bytes"], check["bytes"]
+        is_longest = check["length"] == check["longest"]
         console.print(
-            f"{check['subject']}, P = {check['ranks']}, N = {check['length']:,} ({what}): predicted "
-            f"{predicted / MIB:.1f} MiB, measured {measured / MIB:.1f} ({measured / predicted - 1:+.1%})"
+            f"{check['subject']}, P = {check['ranks']}, N = {check['length']:,}"
+            f"{'' if is_longest else ' (the longest is too far to check)'}: predicted "
+            f"{predicted / MIB:.1f} MiB, measured {peak / MIB:.1f} ({peak / predicted - 1:+.1%})"
         )
 
 
@@ -280,100 +273,86 @@ def plot(result: dict[str, Any], path: Path | str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     from matplotlib.colors import to_rgb
-    from matplotlib.ticker import FuncFormatter, NullLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     colours = {"ring": "#0072B2", "ulysses": "#D55E00", NOT_STORED: "#000000", STORED: "#777777"}
     all_ranks = sorted({row["ranks"] for row in result["series"]})
-    memory = result["memory_mib"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 6.2), layout="constrained")
-    ends = [n for row in result["series"] for n in (*dict(row["points"]), row["longest"]) if n > 0]
+    memory = f"{result['memory_mib']:g} MiB"
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 6.8), layout="constrained")
     for row in result["series"]:
-        fitted, name = fit_of(row), row["subject"]
+        fitted, name, at = fit_of(row), row["subject"], all_ranks.index(row["ranks"])
         lengths, peaks = zip(*row["points"], strict=True)
-        # Paler for fewer ranks; markers differ too, so that colour is never all there is.
-        at = all_ranks.index(row["ranks"])
-        pale = 0.0 if name not in STRATEGIES else 0.55 * (1 - at / max(1, len(all_ranks) - 1))
+        marker, label, pale = "x", name, 0.0
+        if name in STRATEGIES:  # paler for fewer ranks, and another marker
+            marker, label = "osD^vP*X"[at % 8], f"{name}, P = {row['ranks']}"
+            pale = 0.6 * (1 - at / max(1, len(all_ranks) - 1))
         colour = [c + pale * (1 - c) for c in to_rgb(colours[name])]
-        marker = "osD^vP*X"[at % 8] if name in STRATEGIES else "x"
-        grid = [lengths[0] * (lengths[-1] / lengths[0]) ** (n / 50) for n in range(51)]
-        label = f"{name}, P = {row['ranks']}" if name in STRATEGIES else name
-        left.plot(lengths, [x / MIB for x in peaks], marker, color=colour, ls="", zorder=3)
-        left.plot(grid, [fitted(n) / MIB for n in grid], color=colour, lw=1.6)
-        left.plot([], [], color=colour, marker=marker, label=label)
-        if row["is_extrapolated"]:
-            beyond = [lengths[-1], row["longest"]]
-            left.plot(beyond, [fitted(n) / MIB for n in beyond], color=colour, lw=1.2, ls=":")
-    left.axhline(memory, color="#009E73", lw=1.2, ls="--", label=f"{memory:g} MiB")
-    left.set(xlabel="sequence length N", ylabel="peak memory per rank, MiB")
-    left.set_title("Memory of a rank: measured, fitted, and extrapolated (dotted)")
-
-    for name in STRATEGIES:
+        left.plot(lengths, [x / MIB for x in peaks], marker, color=colour, zorder=3)
+        end = max(lengths[-1], row["longest"])
+        for first, last, style in ((lengths[0], lengths[-1], "-"), (lengths[-1], end, ":")):
+            grid = [first * (last / first) ** (n / 50) for n in range(51)]
+            left.plot(grid, [fitted.at(n) / MIB for n in grid], style, color=colour)
+        left.plot([], [], marker=marker, color=colour, label=label)
+        if name not in STRATEGIES:
+            right.axhline(row["longest"], color=colour, ls="--")
+            right.annotate(
+                f"{name}: {row['longest']:,}", (0.98, row["longest"]), (0, -5),
+                xycoords=("axes fraction", "data"), textcoords="offset points",
+                ha="right", va="top", color=colour,
+            )  # fmt: skip
+    left.axhline(result["memory_mib"], color="#009E73", ls="--", label=memory)
+    for name, marker in zip(STRATEGIES, "os", strict=True):
         rows = [row for row in result["series"] if row["subject"] == name]
-        right.plot([r["ranks"] for r in rows], [r["longest"] for r in rows], color=colours[name])
-        for row in rows:
+        places = [(row["ranks"], row["longest"]) for row in rows]
+        right.plot(*zip(*places, strict=True), color=colours[name])
+        for row, place in zip(rows, places, strict=True):
             face = "white" if row["is_extrapolated"] else colours[name]
-            right.plot(
-                row["ranks"], row["longest"], color=colours[name], zorder=3,
-                marker="o" if name == "ring" else "s", ms=8, mfc=face,
-            )  # fmt: skip
-        right.plot([], [], "o" if name == "ring" else "s", color=colours[name], ls="-", label=name)
-    for row in result["series"]:
-        if row["subject"] not in STRATEGIES:
-            right.axhline(
-                row["longest"], color=colours[row["subject"]], ls="--",
-                label=f"{row['subject']}: {row['longest']:,}",
-            )  # fmt: skip
-    right.plot([], [], "o", color="#777777", mfc="white", ls="", label="extrapolated by the fit")
-    right.set(xlabel="ranks P", ylabel="longest N")
-    right.set_title(f"Longest sequence in {memory:g} MiB per rank")
-    for axes, ticks in ((left.xaxis, _powers(ends)), (right.xaxis, all_ranks)):
-        axes.axes.set(xscale="log", yscale="log")
-        axes.set_ticks(ticks)
-    right.set_yticks(_powers([r["longest"] for r in result["series"]]))
-    left.set_yticks(_powers([x / MIB for r in result["series"] for _, x in r["points"]] + [memory]))
+            right.plot(*place, marker, color=colours[name], mfc=face, ms=8, zorder=3)
+        right.plot([], [], marker=marker, color=colours[name], label=name)
+    right.plot([], [], "o", color="#777777", mfc="white", label="extrapolated by the fit")
+    left.set(title="Memory of a rank: measured, fitted, extrapolated (dotted)")
+    left.set(xlabel="sequence length N", ylabel="peak memory per rank, MiB")
+    right.set(title=f"Longest sequence in {memory} per rank", xlabel="ranks P", ylabel="longest N")
     for axes in (left, right):
+        axes.set(xscale="log", yscale="log")
         for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(base=2, numticks=20))
             axis.set_minor_locator(NullLocator())
-            axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+            axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.6g}"))
         axes.grid(alpha=0.25)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False)
+    right.set_xticks(all_ranks)
+    right.margins(x=0.12, y=0.12)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def _powers(values: Sequence[float]) -> list[int]:
-    """The powers of two from just below to just above the positive ones of the values."""
-    kept = [max(1, int(x)) for x in values if x > 0]
-    return [2**n for n in range(min(kept).bit_length() - 1, max(kept).bit_length() + 1)]
-
-
 def main() -> None:
-    """Parses arguments, measures, prints; fails when memory does not fall with P or a check fails."""
+    """Parses arguments, measures, prints; fails when one of the `failures` is found."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--memory-mib", type=float, default=64, help="of a rank (%(default)s)")
+    parser.add_argument("--memory-mib", type=float, default=64.0, help="per rank (%(default)s)")
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--d", type=int, default=32, help="width of a head")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float64"])
+    parser.add_argument("--mmap-threshold-kib", type=int, default=64, help="0: glibc's own")
     parser.add_argument("--repeats", type=int, default=1, help="measure so often, take the median")
     parser.add_argument(
         "--verify", action="store_true",
-        help="measure most ranks at the longest N, or at 4 times the longest measured if that is less",
+        help=f"also measure the longest N, or {VERIFY_FACTOR} x the longest of --lengths if shorter",
     )  # fmt: skip
     parser.add_argument("--plot", type=Path, help="draw into this file")
     parser.add_argument("--json", type=Path, help="write the results here")
     args = parser.parse_args()
     if len(set(args.lengths)) < 3:
-        parser.error(
-            f"--lengths must be three or more, to see how well a line fits: {args.lengths}"
-        )
+        parser.error(f"a line has a misfit from three lengths on, got --lengths {args.lengths}")
     if min(*args.lengths, *args.ranks, args.repeats, args.heads, args.d) < 1:
         parser.error("lengths, ranks, repeats, heads and d must be at least 1")
 
-    setting = Setting(args.heads, args.d, args.dtype)
+    setting = Setting(args.heads, args.d, args.dtype, args.mmap_threshold_kib * 2**10)
     result = study(args.lengths, args.ranks, args.memory_mib, setting, args.repeats)
     if args.verify:
         result["verified"] = verify(result)

@@ -25,9 +25,10 @@ from seqpar.functional import attention
 from seqpar.layout import Layout, Mask, contiguous, striped, zigzag
 from seqpar.module import RingAttention, UlyssesAttention
 from seqpar.strategies import Plan
+from seqpar.strategies.check import VERSION
 from seqpar_kernels import Score
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "DesyncError",

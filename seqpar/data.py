@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,7 +17,6 @@ from seqpar.layout import LAYOUTS, Layout
 IGNORE = -100  # the label that losses skip, as in torch and transformers
 SEQUENCES = (
     "input_ids", "inputs_embeds", "labels", "attention_mask", "position_ids", "token_type_ids",
-    "loss_mask",
 )  # fmt: skip
 
 
@@ -48,7 +49,12 @@ def unshard_sequence(x: Tensor, layout: Layout, group: Group, dim: int = 1) -> T
         _check_shard(x, layout, group, dim)
         needs_grad = x.requires_grad and torch.is_grad_enabled()
         other_dims = [n for i, n in enumerate(x.shape) if i != dim % x.ndim]
-        claim |= {"layout": layout, "dtype": x.dtype, "dim": dim % x.ndim}
+        claim |= {
+            "layout": layout,
+            "spans": hash(layout.spans),
+            "dtype": x.dtype,
+            "dim": dim % x.ndim,
+        }
         claim |= {"other dims": other_dims, "requires_grad": needs_grad}
     gathered = all_gather(x, group, layout.rows, dim)
     return gathered.index_select(dim, layout.inverse().to(x.device))
@@ -119,10 +125,13 @@ def mean_loss(
 
     Raises:
         ValueError: valid has another shape than token_losses.
+        TypeError: valid is not bool.
         DesyncError: ranks differ in dtype, or another rank raised.
     """
     with agreed(group, "mean_loss") as claim:
         claim["dtype"] = token_losses.dtype
+        if valid is not None and valid.dtype != torch.bool:
+            raise TypeError(f"valid must be bool, got {valid.dtype}")
         if valid is not None and valid.shape != token_losses.shape:
             shapes = f"got {tuple(valid.shape)} for {tuple(token_losses.shape)}"
             raise ValueError(f"valid must have the shape of token_losses, {shapes}")
@@ -138,18 +147,30 @@ def mean_loss(
 def sum_gradients(parameters: Iterable[Tensor], group: Group) -> None:
     """Replaces the gradients of replicated parameters by their sum over ranks, in place. All call.
 
-    A parameter without a gradient here counts as zero, so ranks that saw no token need no care.
+    A parameter without a gradient here counts as zero, so ranks that saw no token need no care; one
+    that no rank has a gradient for keeps none. Gradients of 16 bits are added in float32.
 
     Raises:
-        DesyncError: ranks differ in the shapes or dtypes of their parameters.
+        DesyncError: ranks differ in the shapes or dtypes of their parameters, or another rank raised.
+        NotImplementedError: a gradient is sparse.
     """
-    params = [p for p in parameters if p.requires_grad]
+    params = list(dict.fromkeys(p for p in parameters if p.requires_grad))
     with agreed(group, "sum_gradients") as claim:
         claim["parameters"] = [(tuple(p.shape), p.dtype) for p in params]
-    for p in params:
-        grad = torch.zeros_like(p) if p.grad is None else p.grad.contiguous()
-        all_reduce_(grad, group)
-        p.grad = grad
+        if any(p.grad is not None and p.grad.layout != torch.strided for p in params):
+            raise NotImplementedError(
+                "sparse gradients are not summed; use nn.Embedding(sparse=False)"
+            )
+    if not params:
+        return
+    has = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
+    all_reduce_(has, group)
+    for p, num_ranks in zip(params, has.tolist(), strict=True):
+        if num_ranks:
+            grad = torch.zeros_like(p) if p.grad is None else p.grad
+            wide = grad.to(torch.promote_types(p.dtype, torch.float32)).contiguous()
+            all_reduce_(wide, group)
+            p.grad = wide.to(p.dtype)
 
 
 def _check_shard(x: Tensor, layout: Layout, group: Group, dim: int) -> None:
@@ -219,8 +240,9 @@ def _pad(
 
 def _fingerprint(x: Tensor) -> str:
     """Shape, type and, of integers, content: ranks that load different batches train on nonsense."""
-    content = 0
-    if not x.is_floating_point():
-        weights = torch.arange(1, x.numel() + 1, device=x.device) * 2654435761  # wraps, as it may
-        content = int((x.flatten().long() * weights).sum())
+    content = ""
+    if not x.is_floating_point() and x.numel():
+        here = x.detach().cpu().contiguous()
+        raw = ctypes.string_at(here.data_ptr(), here.numel() * here.element_size())
+        content = hashlib.blake2b(raw, digest_size=8).hexdigest()
     return f"{tuple(x.shape)} {x.dtype} {content}"

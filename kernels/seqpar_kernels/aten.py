@@ -91,6 +91,8 @@ def _positive(q: Tensor, scale: float) -> tuple[Tensor, float, int]:
 
     The op multiplies its -inf for hidden scores by the scale: a negative or zero one shows them.
     """
+    if q.dtype != torch.float64 and abs(scale) < torch.finfo(torch.float32).tiny:
+        scale = 0.0  # what float32 makes of it
     if scale > 0:
         return q, scale, 1
     sign = -1 if scale < 0 else 0

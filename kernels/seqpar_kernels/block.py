@@ -40,7 +40,8 @@ class Rows:
     def of(q: Tensor, out: Tensor, dout: Tensor, lse: Tensor) -> Rows:
         """The rows of `q` with their delta."""
         wide = accumulation_dtype(q.dtype)
-        delta = torch.einsum("bihd,bihd->bih", out.to(wide), dout.to(wide))
+        with torch.autocast(q.device.type, enabled=False):
+            delta = torch.einsum("bihd,bihd->bih", out.to(wide), dout.to(wide))
         return Rows(q, out, dout, lse, delta)
 
     def __getitem__(self, rows: slice) -> Rows:

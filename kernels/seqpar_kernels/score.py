@@ -14,14 +14,20 @@ class Score:
         scale: factor on q.k; `None` means 1/sqrt(d). Kernels want a number: see `resolve`.
 
     Raises:
-        ValueError: scale is not a finite number.
+        ValueError: scale is not finite.
+        TypeError: scale is not a number.
     """
 
     scale: float | None = None
 
     def __post_init__(self) -> None:
-        if self.scale is not None and not math.isfinite(self.scale):
-            raise ValueError(f"scale must be a finite number or None, got {self.scale}")
+        if self.scale is None:
+            return
+        if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)):
+            raise TypeError(f"scale must be a number or None, got {self.scale!r}")
+        if not math.isfinite(self.scale):
+            raise ValueError(f"scale must be finite, got {self.scale}")
+        object.__setattr__(self, "scale", float(self.scale))  # so that 1 and 1.0 print alike
 
     def resolve(self, d: int) -> Score:
         """The same terms with the scale written out for vectors of width `d`."""

@@ -73,9 +73,8 @@ def _gather_digests(group: Group, digest: int) -> list[int]:
     digests = torch.empty(group.size, dtype=torch.long, device=device)
     mine = torch.tensor([digest], dtype=torch.long, device=device)
     digests[group.rank] = digest
-    others = [r for r in range(group.size) if r != group.rank]
     group.exchange(
-        "agree", [(r, mine) for r in others], [(r, digests[r : r + 1]) for r in others]
+        "agree", [(r, mine) for r in group.others], [(r, digests[r : r + 1]) for r in group.others]
     ).wait()
     return digests.tolist()
 

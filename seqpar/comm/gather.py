@@ -68,9 +68,8 @@ def _gather(x: Tensor, group: Group, rows: tuple[int, ...], dim: int) -> Tensor:
     x = x.movedim(dim, 0).contiguous()
     gathered = x.new_empty(sum(rows), *x.shape[1:])
     shards = gathered.split(list(rows))
-    others = [r for r in range(group.size) if r != group.rank]
     pending = group.exchange(
-        "all_gather", [(r, x) for r in others], [(r, shards[r]) for r in others]
+        "all_gather", [(r, x) for r in group.others], [(r, shards[r]) for r in group.others]
     )
     shards[group.rank].copy_(x)
     pending.wait()
@@ -83,9 +82,10 @@ def _scatter_sum(x: Tensor, group: Group, rows: tuple[int, ...], dim: int) -> Te
     shares = [x[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
     mine = shares[group.rank]
     arriving = [mine if r == group.rank else torch.empty_like(mine) for r in range(group.size)]
-    others = [r for r in range(group.size) if r != group.rank]
     group.exchange(
-        "reduce_scatter", [(r, shares[r]) for r in others], [(r, arriving[r]) for r in others]
+        "reduce_scatter",
+        [(r, shares[r]) for r in group.others],
+        [(r, arriving[r]) for r in group.others],
     ).wait()
     wide = torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else x.dtype
     total = torch.zeros_like(mine, dtype=wide)

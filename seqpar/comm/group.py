@@ -55,6 +55,11 @@ class Group:
         """The number of ranks."""
         return self.transport.size
 
+    @property
+    def others(self) -> list[int]:
+        """All ranks but this one."""
+        return [rank for rank in range(self.size) if rank != self.rank]
+
     def exchange(
         self, primitive: str, sends: Sequence[Message], receives: Sequence[Message]
     ) -> Pending:
@@ -70,6 +75,10 @@ class Group:
             elements = -(-2 * (self.size - 1) * x.numel() // self.size)
             self.traffic.record("all_reduce", Count(elements, elements * x.element_size()))
             self.transport.all_reduce(x, op)
+
+    def __deepcopy__(self, memo: object) -> Group:
+        """Itself: a copied model talks to the same ranks."""
+        return self
 
     def __repr__(self) -> str:
         return f"Group(rank={self.rank}, size={self.size})"

@@ -41,11 +41,6 @@ class HeadTrade:
         """The number of rows of every rank."""
         return tuple(max((local.stop for local, _ in p), default=0) for p in self.places)
 
-    @property
-    def others(self) -> list[int]:
-        """All ranks but this one."""
-        return [r for r in range(self.group.size) if r != self.group.rank]
-
     def takes(self, tensor: int, rank: int) -> slice:
         """The heads of a tensor that a rank takes."""
         return slice(*self.ranges[tensor][rank])
@@ -63,7 +58,7 @@ def rows_to_heads(xs: Sequence[Tensor], trade: HeadTrade) -> tuple[Tensor, ...]:
 def heads_to_rows(ys: Sequence[Tensor], trade: HeadTrade) -> tuple[Tensor, ...]:
     """Each y `[b s hl w]` becomes `[b sl h w]`: this rank's rows of all heads. Differentiable.
 
-    Shares of a head that several ranks hold are sent and added in float32 or wider, in rank order.
+    Shares of a head that several ranks hold are added in float32 or wider, in rank order.
     """
     return _HeadsToRows.apply(trade, *ys)
 
@@ -109,11 +104,11 @@ def _to_heads(xs: Sequence[Tensor], trade: HeadTrade) -> tuple[Tensor, ...]:
     )
     sends = [
         (r, x[:, local, trade.takes(n, r)].contiguous())
-        for r in trade.others
+        for r in trade.group.others
         for n, x in enumerate(xs)
         for local, _ in places[rank]
     ]
-    targets = [(r, y[:, place]) for r in trade.others for y in ys for _, place in places[r]]
+    targets = [(r, y[:, place]) for r in trade.group.others for y in ys for _, place in places[r]]
     receives = [(r, y if y.is_contiguous() else y.new_empty(y.shape)) for r, y in targets]
     pending = trade.group.exchange("rows_to_heads", sends, receives)
     for n, (x, y) in enumerate(zip(xs, ys, strict=True)):
@@ -128,26 +123,22 @@ def _to_heads(xs: Sequence[Tensor], trade: HeadTrade) -> tuple[Tensor, ...]:
 
 def _to_rows(ys: Sequence[Tensor], trade: HeadTrade) -> tuple[Tensor, ...]:
     rank, rows = trade.group.rank, trade.rows
-    wires = [_wide(y.dtype) if trade.sums(n) else y.dtype for n, y in enumerate(ys)]
-    sends = [
-        (r, _take(y, trade.places[r], wire))
-        for r in trade.others
-        for y, wire in zip(ys, wires, strict=True)
-    ]
+    sends = [(r, _take(y, trade.places[r])) for r in trade.group.others for y in ys]
     receives = [
-        (r, y.new_empty(y.shape[0], rows[rank], _length(trade.takes(n, r)), y.shape[3], dtype=wire))
-        for r in trade.others
-        for n, (y, wire) in enumerate(zip(ys, wires, strict=True))
+        (r, y.new_empty(y.shape[0], rows[rank], _length(trade.takes(n, r)), y.shape[3]))
+        for r in trade.group.others
+        for n, y in enumerate(ys)
     ]
     pending = trade.group.exchange("heads_to_rows", sends, receives)
-    own = [_take(y, trade.places[rank], wire) for y, wire in zip(ys, wires, strict=True)]
+    own = [_take(y, trade.places[rank]) for y in ys]
     pending.wait()
     shares = dict(_by_rank(receives, len(ys))) | {rank: own}
     xs = []
     for n, y in enumerate(ys):
         shape = y.shape[0], rows[rank], trade.num_heads[n], y.shape[3]
         adds = trade.sums(n)
-        x = own[n].new_zeros(shape) if adds else own[n].new_empty(shape)
+        wide = torch.promote_types(y.dtype, torch.float32)
+        x = y.new_zeros(shape, dtype=wide) if adds else y.new_empty(shape)
         for r in range(trade.group.size):
             heads = x[:, :, trade.takes(n, r)]
             heads.add_(shares[r][n]) if adds else heads.copy_(shares[r][n])
@@ -155,11 +146,10 @@ def _to_rows(ys: Sequence[Tensor], trade: HeadTrade) -> tuple[Tensor, ...]:
     return tuple(xs)
 
 
-def _take(y: Tensor, places: Places, dtype: torch.dtype) -> Tensor:
+def _take(y: Tensor, places: Places) -> Tensor:
     """The rows of `y` that belong to a rank, in its order, contiguous."""
     rows = [y[:, place] for _, place in places] or [y[:, :0]]
-    taken = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
-    return taken.to(dtype).contiguous()
+    return rows[0].contiguous() if len(rows) == 1 else torch.cat(rows, dim=1)
 
 
 def _by_rank(
@@ -172,7 +162,3 @@ def _by_rank(
 
 def _length(s: slice) -> int:
     return int(s.stop - s.start)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

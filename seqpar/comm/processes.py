@@ -95,7 +95,7 @@ class _ProcessPending:
 
 
 class _explained:  # noqa: N801 - reads as a phrase
-    """Says, when the wire breaks, that the cause is to be read on another rank."""
+    """Says, when the wire breaks, where, and that the cause may be another rank."""
 
     def __init__(self, primitive: str, rank: int) -> None:
         self._primitive, self._rank = primitive, rank
@@ -106,6 +106,6 @@ class _explained:  # noqa: N801 - reads as a phrase
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, RuntimeError):
             raise RuntimeError(
-                f"rank {self._rank} lost a peer in {self._primitive}: another rank failed or ended "
-                f"first, and its error is the one to read ({error})"
+                f"rank {self._rank} failed in {self._primitive}: {error}. If another rank failed or "
+                "ended first, its error is the one to read"
             ) from error

@@ -22,10 +22,10 @@ class Layout:
     """A partition of the positions 0 ... length - 1 over `size` ranks.
 
     Build one with `contiguous`, `zigzag` or `striped`. Ranks may hold different numbers of positions,
-    or none. A rank's rows are its spans, one after the other.
+    or none. A rank's rows are its spans, one after the other; all spans have one step.
 
     Raises:
-        ValueError: the spans do not hold every position exactly once.
+        ValueError: the spans do not hold every position exactly once, or differ in step.
     """
 
     kind: str
@@ -36,11 +36,19 @@ class Layout:
     def __post_init__(self) -> None:
         if len(self.spans) != self.size:
             raise ValueError(f"a layout for {self.size} ranks needs as many lists of spans")
-        held = sum(self.rows)
-        ends = [span.positions[0] for s in self.spans for span in s]
-        ends += [span.positions[-1] for s in self.spans for span in s]
-        if held != self.length or (ends and not (min(ends) == 0 and max(ends) == self.length - 1)):
-            raise ValueError(f"spans must hold each of {self.length} positions once, got {held}")
+        # Spans of one step and remainder must follow on one another, from the first to the last position.
+        due = {
+            span.step: list(range(min(span.step, self.length))) for s in self.spans for span in s
+        }
+        for span in sorted((span for s in self.spans for span in s), key=lambda span: span.start):
+            expected = due[span.step][span.start % span.step]
+            if span.length < 1 or span.start != expected or span.positions[-1] >= self.length:
+                raise ValueError(
+                    f"spans must hold each of {self.length} positions once, got {span}"
+                )
+            due[span.step][span.start % span.step] = span.positions.stop
+        if len(due) > 1 or sum(self.rows) != self.length:
+            raise ValueError(f"spans of one step must hold each of {self.length} positions once")
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -77,6 +85,7 @@ def contiguous(length: int, size: int) -> Layout:
 
     Raises:
         ValueError: length is negative or size is not positive.
+        TypeError: they are not integers.
     """
     runs = _cut(length, size)
     return Layout("contiguous", length, size, tuple(joined([run]) for run in runs))
@@ -87,6 +96,7 @@ def zigzag(length: int, size: int) -> Layout:
 
     Raises:
         ValueError: length is negative or size is not positive.
+        TypeError: they are not integers.
     """
     runs = _cut(length, size, runs_per_rank=2)
     spans = tuple(joined([runs[r], runs[2 * size - 1 - r]]) for r in range(size))
@@ -98,6 +108,7 @@ def striped(length: int, size: int) -> Layout:
 
     Raises:
         ValueError: length is negative or size is not positive.
+        TypeError: they are not integers.
     """
     _check(length, size)
     counts = [len(range(r, length, size)) for r in range(size)]
@@ -128,5 +139,8 @@ def _cut(length: int, size: int, runs_per_rank: int = 1) -> list[Span]:
 
 
 def _check(length: int, size: int) -> None:
+    for number in (length, size):
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise TypeError(f"a layout needs integers, got {length=} {size=}")
     if length < 0 or size < 1:
         raise ValueError(f"a layout needs length >= 0 and size >= 1, got {length=} {size=}")

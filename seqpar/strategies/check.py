@@ -90,6 +90,7 @@ def _claim(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> dict[str, Any]:
         "version": VERSION,
         "strategy": plan.strategy,
         "layout": plan.layout,
+        "spans": hash(plan.layout.spans),
         "mask": plan.mask,
         "score": plan.score.resolve(q.shape[3]),
         "implementation": choose(q.device, q.dtype, plan.implementation),

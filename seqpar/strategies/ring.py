@@ -60,6 +60,7 @@ class _Ring(torch.autograd.Function):
                     q[:, t.rows], k_o[:, t.cols], v_o[:, t.cols], t.band, score,
                     into=running[t.rows], implementation=plan.implementation,
                 )  # fmt: skip
+            del k_o, v_o  # or they live on while the next block arrives
         wide_out, lse = running.finish()
         out = wide_out.to(q.dtype)
         ctx.plan = plan
@@ -84,5 +85,6 @@ class _Ring(torch.autograd.Function):
                     implementation=plan.implementation,
                 )  # fmt: skip
             sums.add(owner, (dk_o, dv_o))
+            del k_o, v_o, dk_o, dv_o  # or they live on while the next block arrives
         dk, dv = sums.home()
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None

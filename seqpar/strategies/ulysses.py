@@ -46,8 +46,9 @@ def ulysses_attention(
         ring_attention(q_h[:, :, s.q], k_h[:, :, s.kv], v_h[:, :, s.kv], alone)
         for s in heads.segments(group.rank)
     ]
-    # A rank without heads still needs an output that backward passes through.
-    out_h = torch.cat(outs, dim=2) if len(outs) > 1 else outs[0] if outs else _nothing(q_h, v_h)
+    if not outs:  # no heads here: the same graph as elsewhere, of empty tensors
+        outs = [ring_attention(q_h, k_h, v_h, alone)]
+    out_h = torch.cat(outs, dim=2) if len(outs) > 1 else outs[0]
     (out,) = heads_to_rows((out_h,), back)
     return out
 
@@ -57,7 +58,7 @@ def ulysses_volume(layout: Layout, rank: int, shape: Shape) -> Volume:
 
     Forward, its rows of q, k, v to the ranks that take those heads, and all other rows of its heads
     of out: for even shards and heads (P-1)/P^2 N (2hq + 2hk) elements. Backward the same the other
-    way round, with dk and dv in float32 or wider where a kv head is replicated.
+    way round.
     """
     heads = split_heads(shape.hq, shape.hkv, layout.size)
     own, other = layout.rows[rank], layout.length - layout.rows[rank]
@@ -66,17 +67,11 @@ def ulysses_volume(layout: Layout, rank: int, shape: Shape) -> Volume:
     hkv_away = sum(_taken(heads, r)[1] for r in range(layout.size) if r != rank)
     kv_width = shape.d + shape.vd
     forward = own * (hq_away * shape.d + hkv_away * kv_width) + other * hq * shape.vd
-    backward = shape.count(own * hq_away * shape.vd + other * hq * shape.d)
-    backward += shape.count(other * hkv * kv_width, wide=heads.replicates)
-    return Volume(shape.count(forward), backward)
+    backward = own * hq_away * shape.vd + other * (hq * shape.d + hkv * kv_width)
+    return Volume(shape.count(forward), shape.count(backward))
 
 
 def _taken(heads: HeadSplit, rank: int) -> tuple[int, int]:
     """How many query heads and kv heads a rank takes."""
     (q_start, q_stop), (kv_start, kv_stop) = heads.q[rank], heads.kv[rank]
     return q_stop - q_start, kv_stop - kv_start
-
-
-def _nothing(q: Tensor, v: Tensor) -> Tensor:
-    """The output [b s 0 vd] of no heads, part of the graph of q and v."""
-    return q.new_zeros(*q.shape[:3], v.shape[3]) + q.sum() + v.sum()

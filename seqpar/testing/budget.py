@@ -1,7 +1,8 @@
 """`Budget`: how far a result may be from float64, and why that much.
 
 float64: the order of summation, 1e-11 of the largest value or of 1. Lower precision: twice the error
-of dense one-device attention in that precision, plus one rounding step of the terms that are summed.
+of dense one-device attention in that precision, plus one rounding step of the terms that are summed,
+plus one float32 rounding step of the exponents: weights are recomputed as exp(score - lse).
 """
 
 from __future__ import annotations
@@ -30,11 +31,17 @@ class Budget:
         expected = oracle.with_gradients(*wide, seen, scale)
         if q.dtype == torch.float64:
             return Budget(expected, tuple(EXACT * max(1.0, largest(e)) for e in expected))
-        terms = oracle.magnitudes(*wide, seen, scale)
         dense = oracle.with_gradients(q, k, v, dout, seen, scale)
-        step = torch.finfo(q.dtype).eps
-        errors = (max_error(d, e) for d, e in zip(dense, expected, strict=True))
-        return Budget(expected, tuple(2 * e + step * m for e, m in zip(errors, terms, strict=True)))
+        p = oracle.weights(wide[0], wide[1], seen, scale)
+        exponents = oracle.scores(wide[0], wide[1], scale).abs()
+        terms = oracle.magnitudes(*wide, p, scale)
+        powers = oracle.magnitudes(*wide, p * exponents, scale)
+        step, float32_step = torch.finfo(q.dtype).eps, torch.finfo(torch.float32).eps
+        allowed = (
+            2 * max_error(d, e) + step * t + float32_step * x
+            for d, e, t, x in zip(dense, expected, terms, powers, strict=True)
+        )
+        return Budget(expected, tuple(allowed))
 
 
 def largest(x: Tensor) -> float:

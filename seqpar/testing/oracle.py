@@ -27,8 +27,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> Te
 
 def weights(q: Tensor, k: Tensor, seen: Tensor, scale: float) -> Tensor:
     """The attention matrix `[b hq s s]`."""
-    scores = torch.einsum("bihd,bjhd->bhij", q, _per_query_head(k, q)) * scale
-    return torch.softmax(scores.masked_fill(~seen, float("-inf")), dim=-1)
+    return torch.softmax(scores(q, k, scale).masked_fill(~seen, float("-inf")), dim=-1)
+
+
+def scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Scale * q.k `[b hq s s]`, nothing hidden."""
+    return torch.einsum("bihd,bjhd->bhij", q, _per_query_head(k, q)) * scale
 
 
 def with_gradients(
@@ -43,15 +47,14 @@ def with_gradients(
 
 
 def magnitudes(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, seen: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, p: Tensor, scale: float
 ) -> tuple[float, float, float, float]:
-    """The largest sum of absolute terms behind any element of (out, dq, dk, dv).
+    """The largest sum of absolute terms behind any element of (out, dq, dk, dv), for weights p.
 
     Rounding errors scale with these and not with results, which may cancel to nothing.
     """
     if q.shape[1] == 0:
         return 0.0, 0.0, 0.0, 0.0
-    p = weights(q, k, seen, scale)
     q_a, k_a, v_a, dout_a = (
         q.abs(),
         _per_query_head(k, q).abs(),

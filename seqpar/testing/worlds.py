@@ -75,7 +75,7 @@ class ProcessWorld:
             )
             if not ready:
                 late = sorted(open_pipes.values())
-                failures |= {r: f"rank {r} did not come back within {timeout} s" for r in late}
+                failures |= {r: f"rank {r} did not come back in time" for r in late}
             for pipe in ready:
                 rank = open_pipes[pipe]
                 try:

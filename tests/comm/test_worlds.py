@@ -84,6 +84,14 @@ def test_a_buffer_read_too_early_holds_nan_and_one_written_in_flight_is_caught()
         simulate(2, late)
 
 
+def test_messages_that_nobody_receives_are_found():
+    def fn(group):
+        group.exchange("lost", [(1 - group.rank, torch.ones(1))], [])
+
+    with pytest.raises(DesyncError, match="lost from rank 0 to 1"):
+        simulate(2, fn)
+
+
 def test_agreement_says_who_differs_in_what():
     def fn(group):
         claim = {"same": 1, "mask": "a" if group.rank == 1 else "b"}

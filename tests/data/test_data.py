@@ -131,6 +131,7 @@ def test_batches_that_would_train_on_nonsense_are_refused():
     raises(ValueError, r"all \[b s \.\.\.\]", lambda g: {"labels": None, "input_ids": None})
     raises(ValueError, "kind must be one of", lambda g: {}, kind="round")
     raises(ValueError, "pad_token_id", lambda g: {}, pad_to_multiple_of=4)
+    raises(ValueError, "is \\['loss_mask'\\]", lambda g: {"loss_mask": torch.ones(2, 10)})
     other = torch.full((2, 10), 5)
     raises(
         DesyncError, "batch\\['input_ids'\\]", lambda g: {"input_ids": other} if g.rank == 1 else {}
@@ -184,6 +185,30 @@ def test_a_missing_gradient_counts_as_zero():
         return p.grad.tolist()
 
     assert simulate(2, fn) == [[3.0, 3.0]] * 2
+
+
+def test_gradients_nobody_has_and_parameters_named_twice():
+    def fn(group):
+        unused, used = (torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16)) for _ in range(2))
+        used.grad = torch.tensor([256.0, 1.0], dtype=torch.bfloat16) if group.rank == 0 else None
+        if group.rank > 0:
+            used.grad = torch.tensor([1.0, 1.0], dtype=torch.bfloat16)
+        seqpar.sum_gradients([unused, used, used], group)
+        return unused.grad, used.grad.tolist()
+
+    assert simulate(3, fn) == [(None, [258.0, 3.0])] * 3
+
+
+def test_sparse_gradients_and_masks_of_numbers_are_refused_on_all_ranks():
+    def sparse(group):
+        table = torch.nn.Embedding(3, 2, sparse=group.rank == 1)
+        table(torch.tensor([0])).sum().backward()
+        seqpar.sum_gradients(table.parameters(), group)
+
+    with pytest.raises(NotImplementedError, match="sparse"):
+        simulate(2, sparse)
+    with pytest.raises(TypeError, match="valid must be bool"):
+        simulate(2, lambda g: seqpar.mean_loss(torch.ones(2), g, valid=torch.ones(2).int()))
 
 
 def test_disagreeing_losses_and_parameters_are_refused():

@@ -103,8 +103,20 @@ def test_wrong_requests_are_refused():
     for wrong in ({"window": 2.5}, {"window": True}, {"causal": "yes"}):
         with pytest.raises(TypeError, match=next(iter(wrong))):
             Mask(**wrong)
-    with pytest.raises(ValueError, match="once"):
-        Layout("own", 4, 2, ((Span(0, 2),), (Span(1, 3),)))
+    for spans in (
+        ((Span(0, 2),), (Span(1, 3),)),
+        ((Span(0, 2),), (Span(1, 2, 2),)),
+        ((Span(0, 2),), (Span(3, 1),)),
+        ((Span(0, 4),), (Span(4, 0),)),
+        ((Span(0, 3),), (Span(3, 2),)),
+        ((Span(0, 2, 2),), (Span(0, 2, 2),)),
+        ((), ()),
+    ):
+        with pytest.raises(ValueError, match="once"):
+            Layout("own", 4, 2, spans)
+    assert Layout("own", 4, 2, ((Span(2, 2),), (Span(0, 2),))).rows == (2, 2)
+    with pytest.raises(TypeError, match=r"integers|int"):
+        zigzag(8.0, 2)
     with pytest.raises(ValueError, match="as many lists"):
         Layout("own", 4, 2, ((Span(0, 4),),))
     with pytest.raises(ValueError, match="multiple of hkv"):

@@ -134,3 +134,70 @@ def test_modules_print_their_options():
     assert text == (
         "RingAttention(Group(rank=0, size=1), mask=Mask(causal=True, window=4), score=Score(scale=None))"
     )
+
+
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_recomputes_in_step(module, use_reentrant):
+    """More ranks than heads: a rank without heads must recompute when the others do."""
+    x = torch.randn(1, 9, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+    def fn(group):
+        layout, attend = zigzag(9, group.size), module(group, mask=CAUSAL)
+        mine = seqpar.shard_sequence(x, layout, group.rank).requires_grad_()
+
+        def block(y):
+            heads = y.unflatten(-1, (2, 4))
+            return attend(heads, heads, heads, layout)
+
+        out = torch.utils.checkpoint.checkpoint(block, mine, use_reentrant=use_reentrant).sin()
+        (dx,) = torch.autograd.grad(out.sum(), mine) if not use_reentrant else _reentrant(out, mine)
+        return seqpar.unshard_sequence(dx, layout, group)
+
+    one, three = simulate(1, fn)[0], simulate(3, fn)[0]
+    torch.testing.assert_close(one, three, rtol=0, atol=1e-12)
+
+
+def _reentrant(out, leaf):
+    out.sum().backward()
+    return (leaf.grad,)
+
+
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_inference_gives_the_same_output(module, mode):
+    q, k, v, _ = whole_tensors(8)
+
+    def fn(group):
+        layout = zigzag(8, group.size)
+        with mode():
+            mine = (seqpar.shard_sequence(x, layout, group.rank).clone() for x in (q, k, v))
+            return module(group, mask=CAUSAL)(*mine, layout)
+
+    def trained(group):
+        layout = zigzag(8, group.size)
+        mine = (seqpar.shard_sequence(x, layout, group.rank).requires_grad_() for x in (q, k, v))
+        return module(group, mask=CAUSAL)(*mine, layout).detach()
+
+    for a, b in zip(simulate(3, fn), simulate(3, trained), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "aten"])
+def test_a_backward_inside_autocast_keeps_its_precision(implementation):
+    def fn(group, casting):
+        q, k, v, w = (x.float().requires_grad_() for x in whole_tensors(8))
+        plan = Plan(group, zigzag(8, 1), CAUSAL, implementation=implementation)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=casting):
+            out = seqpar.attention(q, k, v, plan)
+            return torch.autograd.grad(out, (q, k, v), w)
+
+    for a, b in zip(simulate(1, fn, True)[0], simulate(1, fn, False)[0], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_modules_can_be_copied():
+    import copy
+
+    module = RingAttention(seqpar.Group.alone())
+    assert copy.deepcopy(module).group is module.group

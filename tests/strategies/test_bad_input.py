@@ -11,7 +11,7 @@ import torch
 
 import seqpar
 from seqpar import Mask, RingAttention, Score, UlyssesAttention, simulate
-from seqpar.layout import contiguous, striped, zigzag
+from seqpar.layout import Layout, Span, contiguous, striped, zigzag
 
 LENGTH = 12
 
@@ -48,6 +48,10 @@ ONE_RANK = {  # what rank 1 alone does -> what every message must say
     "heads": ({"heads": (6, 2)}, r"heads .*\(6, 2\) on rank 1"),
     "batch": ({"batch": 1}, r"batch is 2 on ranks 0, 2, 1 on rank 1"),
     "layout kind": ({"layout": contiguous(LENGTH, 3)}, r"contiguous.* on rank 1"),
+    "own layout": (
+        {"layout": Layout("zigzag", 12, 3, tuple((Span(8 - 4 * r, 4),) for r in range(3)))},
+        r"spans is .* on ranks 0, 2, .* on rank 1",
+    ),
     "length": ({"layout": zigzag(13, 3)}, r"must hold|length=13"),
     "strategy": (
         {"module": UlyssesAttention},

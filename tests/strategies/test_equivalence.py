@@ -27,6 +27,7 @@ def check(results):
 @example(Case(length=33, hq=8, hkv=2, kind="striped", window=5), 3)
 @example(Case(length=40, hq=2, hkv=1, dtype=torch.bfloat16), 8)
 @example(Case(length=1, dtype=torch.float32), 2)
+@example(Case(97, 1, 1, d=3, vd=1, causal=False, window=2, dtype=torch.float32), 1)
 def test_equals_one_device(strategy, case, size):
     check(simulate(size, errors_on_rank, case, strategy, None, case.budget()))
 
