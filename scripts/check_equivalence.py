@@ -118,15 +118,15 @@ def main() -> None:
     if not dist.is_torchelastic_launched():
         raise SystemExit("start me with: torchrun --nproc-per-node P scripts/check_equivalence.py")
     dist.init_process_group("gloo")
-    group = Group.of()
-    records = check(group, args.dtype, Console(stderr=True))
+    rank, size = dist.get_rank(), dist.get_world_size()
+    records = check(Group.of(), args.dtype, Console(stderr=True))
     failed = [r for r in records if r["failures"]]
-    if group.rank == 0:
-        show(records, group.size, Console(width=120))
+    if rank == 0:
+        show(records, size, Console(width=120))
         total = sum(r["cases"] for r in records)
-        print(f"P={group.size}: {total} cases, {sum(len(r['failures']) for r in failed)} failures")
+        print(f"P={size}: {total} cases, {sum(len(r['failures']) for r in failed)} failures")
         if args.json:
-            args.json.write_text(json.dumps({"ranks": group.size, "records": records}, indent=1))
+            args.json.write_text(json.dumps({"ranks": size, "records": records}, indent=1))
     dist.destroy_process_group()
     if failed:
         raise SystemExit(1)

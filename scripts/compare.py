@@ -22,10 +22,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from seqpar import Group, Mask, Plan, attention
+from seqpar import Group, Mask, Plan
 from seqpar.layout import LAYOUTS, Layout
-from seqpar.strategies import VOLUMES, Shape, Volume
-from seqpar.testing import PeakMemory, ProcessWorld
+from seqpar.strategies import Volume
+from seqpar.testing import PeakMemory, ProcessWorld, run_step
 
 CONTENDERS = {"ring": "zigzag", "ulysses": "contiguous"}  # strategy -> the layout it likes best
 
@@ -44,8 +44,7 @@ def one_device_step(_: Group, setting: dict[str, Any]) -> float:
 def rank_tensors(layout: Layout, rank: int, setting: dict[str, Any]) -> tuple[torch.Tensor, ...]:
     """q, k, v, dout of this rank's rows."""
     shape = 1, layout.rows[rank], setting["heads"], setting["d"]
-    q, k, v, dout = (torch.randn(shape, dtype=setting["dtype"]) for _ in range(4))
-    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout
+    return tuple(torch.randn(shape, dtype=setting["dtype"]) for _ in range(4))
 
 
 def make_plan(group: Group, setting: dict[str, Any], strategy: str) -> Plan:
@@ -57,27 +56,15 @@ def make_plan(group: Group, setting: dict[str, Any], strategy: str) -> Plan:
 def rank_step(group: Group, setting: dict[str, Any], strategy: str) -> tuple[float, Volume, Volume]:
     """Seconds of forward and backward on this rank, what it sent, and what the formula says."""
     plan = make_plan(group, setting, strategy)
-    q, k, v, dout = rank_tensors(plan.layout, group.rank, setting)
-    meet = torch.zeros(1)
-    group.all_reduce_(meet, "sum")
-    group.traffic.reset()
-    start = time.perf_counter()
-    out = attention(q, k, v, plan)
-    forward = group.traffic.total
-    torch.autograd.grad(out, (q, k, v), dout)
-    seconds = time.perf_counter() - start
-    sent = Volume(forward, group.traffic.total - forward)
-    return seconds, sent, VOLUMES[strategy](plan.layout, group.rank, Shape.of(q, k, v))
+    step = run_step(*rank_tensors(plan.layout, group.rank, setting), plan)
+    return step.seconds, step.sent, step.formula
 
 
 def rank_memory(group: Group, setting: dict[str, Any], strategy: str) -> int:
     """Peak growth in bytes over one step, the rank's own q, k, v, dout and gradients included."""
     rank_step(group, setting | {"length": 8 * group.size}, strategy)  # threads, buffers of gloo
     with PeakMemory() as peak:
-        plan = make_plan(group, setting, strategy)
-        q, k, v, dout = rank_tensors(plan.layout, group.rank, setting)
-        gradients = torch.autograd.grad(attention(q, k, v, plan), (q, k, v), dout)
-        del gradients
+        rank_step(group, setting, strategy)
     return peak.bytes
 
 

@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from train_bytes import Recipe, load_text, standard_library, train
 
-from seqpar import Group, Mask, Plan, attention
+from seqpar import Group, Mask, Plan
 from seqpar.layout import LAYOUTS
-from seqpar.strategies import VOLUMES, Shape, Volume
-from seqpar.testing import NAMES, Budget, PeakMemory
+from seqpar.testing import NAMES, Budget, PeakMemory, Step, run_step
 from seqpar.testing.budget import max_error
 from seqpar.testing.oracle import visible
 
@@ -48,14 +47,13 @@ def equality(group: Group, strategy: str, text: Tensor, dtype: torch.dtype) -> d
     """Largest errors over all ranks against dense float64 attention, and what is allowed."""
     layout = LAYOUTS[LAYOUT_OF[strategy]](len(text), group.size)
     mine = layout.positions(group.rank)
-    *whole, dout = read_text(text, torch.arange(len(text)), dtype)
-    q, k, v = (x[:, mine].requires_grad_() for x in whole)
-    out = attention(q, k, v, Plan(group, layout, Mask(causal=True), strategy=strategy))
-    gradients = torch.autograd.grad(out, (q, k, v), dout[:, mine])
-    budget = Budget.of(*whole, dout, visible(len(text), True, None), WIDTH**-0.5)
+    q, k, v, dout = read_text(text, torch.arange(len(text)), dtype)
+    plan = Plan(group, layout, Mask(causal=True), strategy=strategy)
+    step = run_step(q[:, mine], k[:, mine], v[:, mine], dout[:, mine], plan)
+    budget = Budget.of(q, k, v, dout, visible(len(text), True, None), WIDTH**-0.5)
     errors = [
         max_error(x, expected[:, mine])
-        for x, expected in zip((out.detach(), *gradients), budget.expected, strict=True)
+        for x, expected in zip(step.results, budget.expected, strict=True)
     ]
     everyone: list[Any] = group.transport.gather_objects(errors)
     found = [max(column) for column in zip(*everyone, strict=True)]
@@ -66,22 +64,11 @@ def equality(group: Group, strategy: str, text: Tensor, dtype: torch.dtype) -> d
     }
 
 
-def step(group: Group, strategy: str, text: Tensor) -> tuple[float, Volume, Volume]:
-    """Seconds of one forward and backward, what this rank sent, and the formula."""
+def text_step(group: Group, strategy: str, text: Tensor) -> Step:
+    """One forward and backward over the text, in float32."""
     layout = LAYOUTS[LAYOUT_OF[strategy]](len(text), group.size)
-    *leaves, dout = read_text(text, layout.positions(group.rank), torch.float32)
-    q, k, v = (x.requires_grad_() for x in leaves)
     plan = Plan(group, layout, Mask(causal=True), strategy=strategy)
-    group.all_reduce_(torch.zeros(1), "sum")
-    group.traffic.reset()
-    start = time.perf_counter()
-    out = attention(q, k, v, plan)
-    forward = group.traffic.total
-    torch.autograd.grad(out, (q, k, v), dout)
-    seconds = time.perf_counter() - start
-    sent = Volume(forward, group.traffic.total - forward)
-    formula = VOLUMES[strategy](layout, group.rank, Shape.of(q, k, v))
-    return seconds, sent, formula
+    return run_step(*read_text(text, layout.positions(group.rank), torch.float32), plan)
 
 
 def one_device_step(text: Tensor) -> float:
@@ -106,9 +93,9 @@ def one_device(text: Tensor, rounds: int) -> dict[str, Any]:
 
 def peak_bytes(group: Group, strategy: str, text: Tensor) -> int:
     """Peak growth of this rank's memory over one step, its own tensors included."""
-    step(group, strategy, text[: 8 * group.size])  # threads, buffers of the transport
+    text_step(group, strategy, text[: 8 * group.size])  # threads, buffers of the transport
     with PeakMemory() as peak:
-        step(group, strategy, text)
+        text_step(group, strategy, text)
     return peak.bytes
 
 
@@ -117,9 +104,9 @@ def measure(
 ) -> dict[str, Any]:
     """The record of one strategy. All ranks must call."""
     long, short = text[: args.long], text[: args.short]
-    steps = [step(group, strategy, long) for _ in range(args.rounds)]
-    _, sent, formula = steps[-1]
-    mine = (peak, statistics.median(s[0] for s in steps), sent, formula)
+    steps = [text_step(group, strategy, long) for _ in range(args.rounds)]
+    seconds = statistics.median(step.seconds for step in steps)
+    mine = (peak, seconds, steps[-1].sent, steps[-1].formula)
     everyone: list[Any] = group.transport.gather_objects(mine)
     recipe = Recipe(strategy=strategy, layout=LAYOUT_OF[strategy], steps=args.steps)
     return {

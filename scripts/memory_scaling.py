@@ -6,9 +6,9 @@ starts threads and connections; it counts the rank's own q, k, v, dout and gradi
 that needs most counts. A line (with stored scores a parabola) is fitted to the measured lengths and
 says how long a sequence fits `--memory-mib` per rank.
 
-Freed tensors go back to the system at once, as those of 32 MiB do anyway. glibc would keep the
-small ones measured here in its heap: 5 to 20 % more, by shares that change with N and from run to
-run, so that no line extrapolates. `--mmap-threshold-kib 0` leaves it that. Linux with glibc only.
+Freed tensors go back to the system at once, as they do above 32 MiB whatever is set. glibc would
+keep many of the small ones measured here in its heap: up to 20 % more, another share at every
+length. `--mmap-threshold-kib 0` lets it. Linux with glibc only.
 
 Example: python scripts/memory_scaling.py --memory-mib 256 --verify --plot memory.png
 """
@@ -20,8 +20,9 @@ import bisect
 import ctypes
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,12 @@ def attention_with_stored_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.masked_fill_(hidden, float("-inf")).softmax(-1) @ v
 
 
+ONE_DEVICE: dict[str, Callable[..., Tensor]] = {
+    NOT_STORED: partial(F.scaled_dot_product_attention, is_causal=True),
+    STORED: attention_with_stored_scores,
+}
+
+
 def stored_bytes(length: int, setting: Setting) -> int:
     """About what stored scores need: three copies in the backward of softmax, and the mask."""
     item = torch.empty(0, dtype=getattr(torch, setting.dtype)).element_size()
@@ -89,21 +96,18 @@ def stored_bytes(length: int, setting: Setting) -> int:
 
 def step(group: Group, subject: str, length: int, setting: Setting) -> None:
     """Forward and backward of a subject on this rank's rows of random tensors."""
-    is_strategy, dtype = subject in STRATEGIES, getattr(torch, setting.dtype)
-    if is_strategy:
+    attend: Callable[..., Tensor]
+    if subject in STRATEGIES:
         layout = LAYOUTS[STRATEGIES[subject]](length, group.size)
         plan = Plan(group, layout, Mask(causal=True), strategy=subject)  # type: ignore[arg-type]
-    rows_first = (layout.rows[group.rank], setting.heads) if is_strategy else ()
-    shape = 1, *(rows_first or (setting.heads, length)), setting.d
+        attend = partial(attention, plan=plan)
+        shape = 1, layout.rows[group.rank], setting.heads, setting.d
+    else:
+        attend, shape = ONE_DEVICE[subject], (1, setting.heads, length, setting.d)
+    dtype = getattr(torch, setting.dtype)
     q, k, v, dout = (torch.randn(shape, dtype=dtype) for _ in range(4))
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    if is_strategy:
-        out = attention(q, k, v, plan)
-    elif subject == STORED:
-        out = attention_with_stored_scores(q, k, v)
-    else:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    torch.autograd.grad(out, leaves, dout)
+    torch.autograd.grad(attend(*leaves), leaves, dout)
 
 
 def step_bytes(group: Group, subject: str, length: int, setting: Setting) -> int:
@@ -123,9 +127,9 @@ def measure(subject: str, length: int, ranks: int, setting: Setting) -> int:
 
 
 def fit(points: Sequence[tuple[int, int]], degree: int) -> Fit:
-    """The polynomial in N, of those without negative coefficients, relatively nearest to (N, bytes).
+    """The polynomial in N nearest to (N, bytes) of those that have no negative coefficient.
 
-    Relatively, because repeated measurements scatter by about the same share at all lengths.
+    Nearest by the squares of the relative distances, so that all lengths count alike.
 
     Raises:
         ValueError: fewer than `degree` + 1 points.
@@ -185,29 +189,24 @@ def study(
     series = []
     for (subject, p), measured in points.items():
         fitted = fit(measured, 2 if subject == STORED else 1)
-        row = {"subject": subject, "ranks": p, "points": measured, **asdict(fitted)}
-        row["longest"] = longest(fitted, memory_mib * MIB)
-        row["is_extrapolated"] = row["longest"] > measured[-1][0]
-        series.append(row)
+        row = {"subject": subject, "ranks": p, "points": measured, "fit": asdict(fitted)}
+        fits = longest(fitted, memory_mib * MIB)
+        is_extrapolated = not measured[0][0] <= fits <= measured[-1][0]
+        series.append(row | {"longest": fits, "is_extrapolated": is_extrapolated})
     return {
         "setting": asdict(setting), "memory_mib": memory_mib, "repeats": repeats, "notes": notes,
         "series": series,
     }  # fmt: skip
 
 
-def fit_of(row: dict[str, Any]) -> Fit:
-    """The fit of one of the series of a result."""
-    return Fit(tuple(row["coefficients"]), row["misfit"])
-
-
 def verify(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Measures the strategies with most ranks at the longest N, or as far as `--verify` goes."""
     checks, most = [], max(row["ranks"] for row in result["series"])
     for row in result["series"]:
-        if row["subject"] in STRATEGIES and row["ranks"] == most:
+        if row["subject"] in STRATEGIES and row["ranks"] == most and row["longest"]:
             check = {key: row[key] for key in ("subject", "ranks", "longest")}
             length = min(row["longest"], VERIFY_FACTOR * row["points"][-1][0])
-            check |= {"length": length, "predicted_bytes": fit_of(row).at(length)}
+            check |= {"length": length, "predicted_bytes": Fit(**row["fit"]).at(length)}
             setting = Setting(**result["setting"])
             checks.append(check | {"bytes": measure(row["subject"], length, most, setting)})
     return checks
@@ -250,9 +249,9 @@ def show(result: dict[str, Any], console: Console) -> None:
     for row in result["series"]:
         who, peaks = (row["subject"], str(row["ranks"])), dict(row["points"])
         measured.add_row(*who, *(f"{peaks[n] / MIB:.1f}" if n in peaks else "-" for n in lengths))
-        a, b, *c = row["coefficients"]
+        a, b, *c = row["fit"]["coefficients"]
         fits.add_row(
-            *who, f"{a / MIB:.2f}", f"{b:.0f}", f"{c[0]:.1f}" if c else "", f"{row['misfit']:.1%}",
+            *who, f"{a / MIB:.2f}", f"{b:.0f}", f"{c[0]:.1f}" if c else "", f"{row['fit']['misfit']:.1%}",
             f"{row['longest']:,} {'*' if row['is_extrapolated'] else ' '}",
         )  # fmt: skip
     console.print(measured, fits, *result["notes"], sep="\n")
@@ -276,39 +275,41 @@ def plot(result: dict[str, Any], path: Path | str) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     colours = {"ring": "#0072B2", "ulysses": "#D55E00", NOT_STORED: "#000000", STORED: "#777777"}
+    sizes = {"ring": 9, "ulysses": 5}  # of markers, so that one shows behind the other
     all_ranks = sorted({row["ranks"] for row in result["series"]})
     memory = f"{result['memory_mib']:g} MiB"
     figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 6.8), layout="constrained")
     for row in result["series"]:
-        fitted, name, at = fit_of(row), row["subject"], all_ranks.index(row["ranks"])
+        fitted, name, at = Fit(**row["fit"]), row["subject"], all_ranks.index(row["ranks"])
         lengths, peaks = zip(*row["points"], strict=True)
-        marker, label, pale = "x", name, 0.0
+        marker, label, pale, size = "x", name, 0.0, 7
         if name in STRATEGIES:  # paler for fewer ranks, and another marker
             marker, label = "osD^vP*X"[at % 8], f"{name}, P = {row['ranks']}"
+            size = sizes[name]
             pale = 0.6 * (1 - at / max(1, len(all_ranks) - 1))
         colour = [c + pale * (1 - c) for c in to_rgb(colours[name])]
-        left.plot(lengths, [x / MIB for x in peaks], marker, color=colour, zorder=3)
+        left.plot(lengths, [x / MIB for x in peaks], marker, color=colour, ms=size, zorder=3)
         end = max(lengths[-1], row["longest"])
         for first, last, style in ((lengths[0], lengths[-1], "-"), (lengths[-1], end, ":")):
             grid = [first * (last / first) ** (n / 50) for n in range(51)]
-            left.plot(grid, [fitted.at(n) / MIB for n in grid], style, color=colour)
-        left.plot([], [], marker=marker, color=colour, label=label)
+            left.plot(grid, [fitted.at(n) / MIB for n in grid], style, color=colour, lw=size / 5)
+        left.plot([], [], marker=marker, color=colour, ms=size, lw=size / 5, label=label)
         if name not in STRATEGIES:
             right.axhline(row["longest"], color=colour, ls="--")
             right.annotate(
                 f"{name}: {row['longest']:,}", (0.98, row["longest"]), (0, -5),
                 xycoords=("axes fraction", "data"), textcoords="offset points",
-                ha="right", va="top", color=colour,
+                ha="right", va="top", color=colour, bbox={"fc": "white", "ec": "none", "pad": 1},
             )  # fmt: skip
     left.axhline(result["memory_mib"], color="#009E73", ls="--", label=memory)
     for name, marker in zip(STRATEGIES, "os", strict=True):
         rows = [row for row in result["series"] if row["subject"] == name]
         places = [(row["ranks"], row["longest"]) for row in rows]
-        right.plot(*zip(*places, strict=True), color=colours[name])
+        right.plot(*zip(*places, strict=True), color=colours[name], lw=sizes[name] / 5)
         for row, place in zip(rows, places, strict=True):
             face = "white" if row["is_extrapolated"] else colours[name]
-            right.plot(*place, marker, color=colours[name], mfc=face, ms=8, zorder=3)
-        right.plot([], [], marker=marker, color=colours[name], label=name)
+            right.plot(*place, marker, color=colours[name], mfc=face, ms=sizes[name], zorder=3)
+        right.plot([], [], marker=marker, color=colours[name], ms=sizes[name], label=name)
     right.plot([], [], "o", color="#777777", mfc="white", label="extrapolated by the fit")
     left.set(title="Memory of a rank: measured, fitted, extrapolated (dotted)")
     left.set(xlabel="sequence length N", ylabel="peak memory per rank, MiB")

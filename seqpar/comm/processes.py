@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -18,10 +19,14 @@ _REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
 class ProcessTransport:
-    """One rank of a process group."""
+    """One rank of a process group.
+
+    Refers to the process group without keeping it alive: gloo's threads end only when the last
+    reference is gone, and a process that exits before them may abort.
+    """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = group
+        self._reference = weakref.ref(group)
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self._peers = [dist.get_global_rank(group, rank) for rank in range(self.size)]
@@ -48,6 +53,13 @@ class ProcessTransport:
         if not isinstance(ranks, dist.ProcessGroup):
             raise TypeError(f"expected a ProcessGroup, a DeviceMesh or None, got {type(ranks)}")
         return ProcessTransport(ranks)
+
+    @property
+    def _group(self) -> dist.ProcessGroup:
+        group = self._reference()
+        if group is None:
+            raise RuntimeError("the process group of this seqpar.Group has been destroyed")
+        return group
 
     @property
     def control_device(self) -> torch.device:

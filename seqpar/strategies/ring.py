@@ -34,7 +34,7 @@ def ring_volume(layout: Layout, rank: int, shape: Shape) -> Volume:
 
     Forward, k and v of every block but the one that the next rank owns: for even shards
     (P-1)/P N 2hk elements. Backward, the same again, and the sums of dk and dv, in float32 or wider,
-    for every block but this rank's own.
+    for every block but this rank's own. One rank alone sends nothing.
     """
     blocks = shape.kv * (layout.length - layout.rows[(rank + 1) % layout.size])
     sums = shape.kv * (layout.length - layout.rows[rank])

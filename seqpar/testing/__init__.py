@@ -7,6 +7,7 @@ from seqpar.testing.budget import Budget
 from seqpar.testing.case import NAMES, Case
 from seqpar.testing.equivalence import Errors, errors_on_rank
 from seqpar.testing.memory import PeakMemory
+from seqpar.testing.step import Step, run_step
 from seqpar.testing.worlds import ProcessWorld, WorldError
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "Errors",
     "PeakMemory",
     "ProcessWorld",
+    "Step",
     "WorldError",
     "errors_on_rank",
+    "run_step",
 ]

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from seqpar.comm import Count, Group
-from seqpar.functional import attention
-from seqpar.strategies import VOLUMES, Plan, Shape, Strategy, Volume
+from seqpar.comm import Group
+from seqpar.strategies import Plan, Strategy, Volume
 from seqpar.testing.budget import Budget, max_error
 from seqpar.testing.case import NAMES, Case
+from seqpar.testing.step import run_step
 from seqpar_kernels import Implementation, Score
 
 
@@ -50,26 +48,15 @@ def errors_on_rank(
     """
     layout = case.layout(group.size)
     mine = layout.positions(group.rank)
-    *whole, dout = case.tensors()
-    q, k, v = (x[:, mine].requires_grad_() for x in whole)
+    q, k, v, dout = (x[:, mine] for x in case.tensors())
     plan = Plan(group, layout, case.mask, Score(case.scale), strategy, implementation)
-
-    group.traffic.reset()
-    out = attention(q, k, v, plan)
-    forward = group.traffic.total
-    gradients = torch.autograd.grad(out, (q, k, v), dout[:, mine])
-    sent = Volume(forward, group.traffic.total - forward)
+    step = run_step(q, k, v, dout, plan)
 
     budget = budget or case.budget()
-    results = dict(zip(NAMES, (out.detach(), *gradients), strict=True))
-    for name, x in results.items():
-        if x.dtype != case.dtype:
-            raise AssertionError(f"{name} must be {case.dtype}, got {x.dtype}")
-    found = {
-        name: max_error(x, expected[:, mine])
-        for (name, x), expected in zip(results.items(), budget.expected, strict=True)
-    }
-    formula = VOLUMES[strategy](layout, group.rank, Shape.of(q, k, v))
-    if group.size == 1:
-        formula = Volume(Count(), Count())
-    return Errors(found, dict(zip(NAMES, budget.allowed, strict=True)), sent, formula)
+    found = {}
+    for name, got, expected in zip(NAMES, step.results, budget.expected, strict=True):
+        if got.dtype != case.dtype:
+            raise AssertionError(f"{name} must be {case.dtype}, got {got.dtype}")
+        found[name] = max_error(got, expected[:, mine])
+    allowed = dict(zip(NAMES, budget.allowed, strict=True))
+    return Errors(found, allowed, step.sent, step.formula)

@@ -155,6 +155,25 @@ def test_groups_come_from_a_device_mesh(worlds):
         assert "ProcessGroup" in errors[1]
 
 
+def _destroyed(group):
+    import torch.distributed as dist
+
+    mine = dist.new_group(list(range(group.size)))
+    late = Group.of(mine)
+    all_gather(torch.ones(1), late, [1, 1], 0)
+    dist.destroy_process_group(mine)
+    del mine
+    try:
+        all_gather(torch.ones(1), late, [1, 1], 0)
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_a_group_does_not_keep_its_process_group_alive():
+    with ProcessWorld(2) as world:
+        assert all("has been destroyed" in message for message in world.run(_destroyed))
+
+
 def test_a_failed_world_tells_and_is_gone():
     with ProcessWorld(2) as world:
         with pytest.raises(WorldError, match="this rank fails"):

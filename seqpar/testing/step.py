@@ -1,0 +1,41 @@
+"""`run_step`: one forward and backward of a plan, timed and counted."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from seqpar.functional import attention
+from seqpar.strategies import VOLUMES, Plan, Shape, Volume
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step computed on this rank, how long it took, what it sent, and what the formula says."""
+
+    results: tuple[Tensor, Tensor, Tensor, Tensor]  # out, dq, dk, dv
+    seconds: float
+    sent: Volume
+    formula: Volume
+
+
+def run_step(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, plan: Plan) -> Step:
+    """Attention and its gradients on this rank's rows. All ranks must call.
+
+    The clock starts once all ranks are there, so waiting for a late one is not measured. Resets the
+    counters of the group.
+    """
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    plan.group.all_reduce_(torch.zeros(1, device=q.device), "sum")
+    plan.group.traffic.reset()
+    start = time.perf_counter()
+    out = attention(leaves[0], leaves[1], leaves[2], plan)
+    forward = plan.group.traffic.total
+    dq, dk, dv = torch.autograd.grad(out, leaves, dout)
+    seconds = time.perf_counter() - start
+    sent = Volume(forward, plan.group.traffic.total - forward)
+    formula = VOLUMES[plan.strategy](plan.layout, plan.group.rank, Shape.of(q, k, v))
+    return Step((out.detach(), dq, dk, dv), seconds, sent, formula)
