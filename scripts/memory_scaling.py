@@ -7,7 +7,7 @@ that needs most counts. A line (with stored scores a parabola) is fitted to the 
 says how long a sequence fits `--memory-mib` per rank.
 
 Freed tensors go back to the system at once, as they do above 32 MiB whatever is set. glibc would
-keep many of the small ones measured here in its heap: up to 20 % more, another share at every
+keep many of the small ones measured here in its heap: 5 to 35 % more, another share at every
 length. `--mmap-threshold-kib 0` lets it. Linux with glibc only.
 
 Example: python scripts/memory_scaling.py --memory-mib 256 --verify --plot memory.png
@@ -44,7 +44,7 @@ STORED, NOT_STORED = "one device, scores stored", "one device, scores not stored
 STORED_LIMIT_BYTES = 4 * 2**30  # lengths for which stored scores would need more are left out
 WARM_UP_ROWS = 8  # of a rank
 VERIFY_FACTOR = 4  # `--verify` goes no further than this times the longest measured length
-VERIFY_TOLERANCE = 0.1
+VERIFY_TOLERANCE = 0.15  # lines were 4 to 8 % too high at 32768, fitted up to 8192
 M_MMAP_THRESHOLD = -3  # of mallopt, see malloc.h
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,9 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import track
 
 ROOT = Path(__file__).parents[1]
+PATIENCE_SECONDS = 90
+NOT_CHECKED = {
+    "seqpar/data.py",
+    "seqpar/strategies/check.py",
+}  # check_equivalence.py is blind to these
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,8 @@ PLANTS = [
     Plant("causal diagonal off by one in the mask", f"{LAYOUT}/mask.py",
           "ahead = 0 if self.causal", "ahead = 1 if self.causal", "tests/layout"),
     Plant("causal diagonal off by one in the rectangles", f"{BLOCK}/rectangles.py",
-          "CAUSAL = Band(upper=0)", "CAUSAL = Band(upper=1)", "tests/block"),
+          "causal = min(cols.stop, first + upper)",
+          "causal = min(cols.stop, first + upper + 1)", "tests/block"),
     Plant("causal diagonal off by one in the reference", f"{BLOCK}/reference.py",
           "visible &= offset <= band.upper", "visible &= offset <= band.upper + 1", "tests/block"),
     Plant("window one key short", f"{LAYOUT}/mask.py",
@@ -53,7 +60,7 @@ PLANTS = [
           "upper=None if ahead is None else (apart + ahead) // rows.step",
           "upper=None if ahead is None else -((-apart - ahead) // rows.step)", "tests/layout"),
     Plant("tiles joined that do not continue", f"{LAYOUT}/tiles.py",
-          "both_full = drawn_on.is_full(height, width) and", "both_full =", "tests/layout"),
+          "return both_full or drawn_on == below.band", "return below.work > 0", "tests/layout"),
     Plant("merge without weights", f"{BLOCK}/partial.py",
           "keep, add = torch.exp(self.m - top), torch.exp(m - top)",
           "keep, add = torch.exp(self.m - top), torch.ones_like(m)", "tests/block"),
@@ -114,16 +121,20 @@ def planted(plant: Plant, folder: Path) -> None:
 
 
 def run(command: list[str], folder: Path) -> tuple[bool, str]:
-    """Whether the command failed in the copy, and what it printed."""
+    """Whether the command failed in the copy, or did not end, and what it printed."""
     paths = os.pathsep.join([str(folder), str(folder / "kernels")])
-    env = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CI": "1"}
+    env = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HYPOTHESIS_PROFILE": "quick"}
+    process = subprocess.Popen(
+        command, cwd=folder, env=env, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
     try:
-        done = subprocess.run(
-            command, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=300
-        )
+        text, _ = process.communicate(timeout=PATIENCE_SECONDS)
     except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
         return True, "FAILED did not end"
-    return done.returncode != 0, done.stdout + done.stderr
+    return process.returncode != 0, text
 
 
 def noticed(plant: Plant) -> tuple[str, str]:
@@ -135,6 +146,8 @@ def noticed(plant: Plant) -> tuple[str, str]:
         failed, text = run([sys.executable, "-m", "pytest", "-xq", "--tb=no", plant.test], folder)
         lines = [x for x in text.splitlines() if x.startswith(("FAILED", "ERROR"))]
         by_test = lines[0].split()[1] if failed and lines else "-"
+        if plant.file in NOT_CHECKED:
+            return by_test, "-"
         check = [*torchrun, "scripts/check_equivalence.py", "--dtype", "float64"]
         failed, text = run(check, folder)
         lines = [x for x in text.splitlines() if x.startswith("FAILED")]
@@ -151,17 +164,19 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, help="write the table here too")
     args = parser.parse_args()
     plants = [p for p in PLANTS if not args.only or p.name in args.only]
-    rows, unnoticed = [], []
-    with Progress(console=Console(stderr=True), auto_refresh=False) as progress:
-        for plant in progress.track(plants, description="plants"):
-            by_test, by_check = noticed(plant)
-            progress.refresh()
-            rows.append(f"| {plant.name} | `{plant.file}` | `{by_test}` | {by_check[:100]} |")
-            if by_test == "-":
-                unnoticed.append(plant.name)
-    head = "| bug | planted in | first test to fail | first line of `check_equivalence.py`, P = 3 |"
-    table = "\n".join([head, "|---|---|---|---|", *rows]) + "\n"
-    print(table)
+    table = (
+        "| bug | planted in | first test to fail | first line of `check_equivalence.py`, P = 3 |\n"
+    )
+    table += "|---|---|---|---|\n"
+    print(table, end="", flush=True)
+    unnoticed = []
+    for plant in track(plants, description="plants", console=Console(stderr=True)):
+        by_test, by_check = noticed(plant)
+        row = f"| {plant.name} | `{plant.file}` | `{by_test}` | {by_check[:100]} |\n"
+        print(row, end="", flush=True)
+        table += row
+        if by_test == "-":
+            unnoticed.append(plant.name)
     if args.markdown:
         args.markdown.write_text(table)
     if unnoticed:
