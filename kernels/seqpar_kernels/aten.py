@@ -20,12 +20,12 @@ from seqpar_kernels.reference import visibility
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-# Columns per call of the backward op, for which dk, dv and a block of keys stay in cache. One thread,
-# 4 heads of 64, milliseconds at 256, 384, 512, 1024 columns and uncut. float32: N = 2048 causal 88, 86,
-# 100, 100, 96; N = 8192 causal 1264, 1152, 1278, 1306, 1240; 4096 x 2048 full 608, 563, 576, 635, 623.
-# bfloat16: 75, 74, 75, 73, 70; 1052, 1005, 1120, 1138, 1199; 523, 501, 443, 455, 541. The forward op
-# gains nothing from cutting.
-BACKWARD_COLUMNS = {torch.bfloat16: 1024}
+# Columns per call of the backward op, for which dk, dv and a block of keys stay in cache. Milliseconds
+# at 256, 384, 512, 1024 columns and uncut. float32, 4 heads of 64, one thread: N = 2048 causal 88, 86,
+# 100, 100, 96; N = 8192 causal 1264, 1152, 1278, 1306, 1240; 8 heads, 4096 x 2048 full 608, 563, 576,
+# 635, 623. bfloat16, two processes at once: 94, 103, 96, 91, 89; 1270, 1272, 1103, 1139, 1153; 626,
+# 557, 557, 642, 517. Repeats differ by 10 %. The forward op gains nothing from cutting.
+BACKWARD_COLUMNS = {torch.bfloat16: 512}
 BACKWARD_COLUMNS_ELSE = 384
 
 HeadsFirst = Callable[[Tensor], Tensor]
