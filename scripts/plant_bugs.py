@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -125,13 +124,12 @@ def run(command: list[str], folder: Path) -> tuple[bool, str]:
     paths = os.pathsep.join([str(folder), str(folder / "kernels")])
     env = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HYPOTHESIS_PROFILE": "quick"}
     process = subprocess.Popen(
-        command, cwd=folder, env=env, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        command, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     try:
         text, _ = process.communicate(timeout=PATIENCE_SECONDS)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        process.terminate()  # which torchrun passes on to its ranks
         process.communicate()
         return True, "FAILED did not end"
     return process.returncode != 0, text
