@@ -26,7 +26,7 @@ class Tile:
         """Whether this tile's band, drawn on over the rows of `below`, is what those rows see.
 
         Kernels are faster on one tall tile than on two: torch's bfloat16 backward of zigzag rank 0
-        took 103 ms a step and not 117 to 123 (N = 2048, P = 2).
+        took 103 ms a step and not 115 to 123 (N = 2048, P = 2).
         """
         if self.cols != below.cols or self.rows.stop != below.rows.start:
             return False
