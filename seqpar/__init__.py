@@ -26,12 +26,13 @@ from seqpar.layout import Layout, Mask, contiguous, striped, zigzag
 from seqpar.module import RingAttention, UlyssesAttention
 from seqpar.strategies import Plan
 from seqpar.strategies.check import VERSION
-from seqpar_kernels import Score
+from seqpar_kernels import Dropout, Score
 
 __version__ = VERSION
 
 __all__ = [
     "DesyncError",
+    "Dropout",
     "Group",
     "Layout",
     "Mask",

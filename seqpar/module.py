@@ -11,7 +11,7 @@ from seqpar.comm import Group
 from seqpar.functional import attention
 from seqpar.layout import Layout, Mask
 from seqpar.strategies import Plan, Strategy
-from seqpar_kernels import Implementation, Score
+from seqpar_kernels import Dropout, Implementation, Score
 
 
 class _Attention(nn.Module):
@@ -21,7 +21,9 @@ class _Attention(nn.Module):
         group: the ranks that share the sequence.
         mask: what a position may see; by default everything.
         score: what happens to q.k before the softmax; by default the scale 1/sqrt(d).
-        implementation: of the block math; `None` chooses by device and dtype.
+        implementation: of the block math; `None` chooses by device, dtype and what is asked.
+        dropout: of the attention weights, in training mode only; the same on every rank. Assign to
+            `.dropout` to give every step a seed of its own.
     """
 
     strategy: ClassVar[Strategy]
@@ -33,10 +35,11 @@ class _Attention(nn.Module):
         mask: Mask = Mask(),  # noqa: B008 - frozen
         score: Score = Score(),  # noqa: B008 - frozen
         implementation: Implementation | None = None,
+        dropout: Dropout | None = None,
     ) -> None:
         super().__init__()
         self.group, self.mask, self.score = group, mask, score
-        self.implementation = implementation
+        self.implementation, self.dropout = implementation, dropout
 
     def forward(
         self,
@@ -50,11 +53,14 @@ class _Attention(nn.Module):
 
     def plan(self, layout: Layout) -> Plan:
         """The plan of a call with this layout."""
-        return Plan(self.group, layout, self.mask, self.score, self.strategy, self.implementation)
+        return Plan(
+            self.group, layout, self.mask, self.score, self.strategy, self.implementation,
+            self.dropout if self.training else None,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         """The options, for printing."""
-        return f"{self.group}, mask={self.mask}, score={self.score}"
+        return f"{self.group}, mask={self.mask}, score={self.score}, dropout={self.dropout}"
 
 
 class RingAttention(_Attention):

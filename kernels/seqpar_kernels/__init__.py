@@ -1,31 +1,45 @@
 """Attention of one block of query rows over one block of key rows, on one device.
 
-Nothing here knows a rank, a group or a layout. A block is described by its tensors, a `Band` (which
-columns each row sees) and a `Score`; results of several blocks meet in a `Partial`.
+Nothing here knows a rank, a group or a layout. A block is described by its tensors, a `Block` (which columns
+each row sees, and the score terms); results of several blocks meet in a `Partial`.
 The mathematics is derived in `kernels/README.md`.
 """
 
+from seqpar_kernels.attention import attend, attend_backward, finish
 from seqpar_kernels.band import Band
-from seqpar_kernels.block import (
+from seqpar_kernels.block import Block, Rows
+from seqpar_kernels.choice import (
+    DTYPES,
     IMPLEMENTATIONS,
     Implementation,
-    Rows,
-    attend,
-    attend_backward,
+    Request,
     choose,
+    preference,
+    refusal,
 )
+from seqpar_kernels.documents import Documents
+from seqpar_kernels.dropout import Dropout
 from seqpar_kernels.partial import Partial, accumulation_dtype
-from seqpar_kernels.score import Score
+from seqpar_kernels.score import Score, sink_gradient
 
 __all__ = [
+    "DTYPES",
     "IMPLEMENTATIONS",
     "Band",
+    "Block",
+    "Documents",
+    "Dropout",
     "Implementation",
     "Partial",
+    "Request",
     "Rows",
     "Score",
     "accumulation_dtype",
     "attend",
     "attend_backward",
     "choose",
+    "finish",
+    "preference",
+    "refusal",
+    "sink_gradient",
 ]

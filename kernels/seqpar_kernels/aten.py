@@ -7,14 +7,15 @@ grouped heads become strides of zero (K and V are not copied), unequal widths ar
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from seqpar_kernels.band import Band
+from seqpar_kernels.block import Block, Rows
 from seqpar_kernels.partial import Partial
-from seqpar_kernels.rectangles import CAUSAL, FULL, Rectangle, rectangles, strips
+from seqpar_kernels.rectangles import CAUSAL, FULL, Rectangle, cut, rectangles, strips
 from seqpar_kernels.reference import visibility
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -35,14 +36,13 @@ def forward(
     q: Float[Tensor, "b i hq d"],
     k: Float[Tensor, "b j hkv d"],
     v: Float[Tensor, "b j hkv vd"],
-    band: Band,
-    scale: float,
+    block: Block,
     into: Partial,
 ) -> None:
     """Continues `into` with the block."""
     q, k, v = _as_the_op_wants(q, k, v)
-    q, scale, _ = _positive(q, scale)
-    for rect in rectangles(band, q.shape[1], k.shape[1]):
+    q, scale, _ = _positive(q, block.score.factor)
+    for rect in cut(block, q.shape[1], k.shape[1], rectangles):
         causal, mask = _how(rect, q)
         part = into[rect.rows]
         for of_q, of_kv in _heads_first(q, k):
@@ -55,30 +55,28 @@ def forward(
 
 
 def backward(
-    q: Float[Tensor, "b i hq d"],
+    of: Rows,
     k: Float[Tensor, "b j hkv d"],
     v: Float[Tensor, "b j hkv vd"],
-    out: Float[Tensor, "b i hq vd"],
-    dout: Float[Tensor, "b i hq vd"],
-    lse: Float[Tensor, "b i hq"],
-    band: Band,
-    scale: float,
+    block: Block,
     into: tuple[Tensor, Tensor, Tensor],
+    dslopes: None = None,
 ) -> None:
     """Adds the block's gradients to dq, dk, dv, given the out and lse of the whole rows.
 
     The op derives delta from `out` itself, so it wants `out` where other kernels want delta.
     """
-    q, k, v, out, dout = _as_the_op_wants(q, k, v, out, dout)
-    q, scale, sign = _positive(q, scale)
+    assert dslopes is None, "blocks with ALiBi never come here"
+    q, k, v, out, dout = _as_the_op_wants(of.q, k, v, of.out, of.dout)
+    q, scale, sign = _positive(q, block.score.factor)
     width = BACKWARD_COLUMNS.get(q.dtype, BACKWARD_COLUMNS_ELSE)
-    for rect in strips(band, q.shape[1], k.shape[1], width):
+    for rect in cut(block, q.shape[1], k.shape[1], partial(strips, width=width)):
         causal, mask = _how(rect, q)
         dq, dk, dv = into[0][:, rect.rows], into[1][:, rect.cols], into[2][:, rect.cols]
         for of_q, of_kv in _heads_first(q, k):
             dq_t, dk_t, dv_t = _backward(
                 of_q(dout[:, rect.rows]), of_q(q[:, rect.rows]), of_kv(k[:, rect.cols]),
-                of_kv(v[:, rect.cols]), of_q(out[:, rect.rows]), of_q(lse[:, rect.rows]),
+                of_kv(v[:, rect.cols]), of_q(out[:, rect.rows]), of_q(of.lse[:, rect.rows]),
                 0.0, causal, attn_mask=mask, scale=scale,
             )  # fmt: skip
             of_q(dq).add_(dq_t[..., : dq.shape[-1]], alpha=sign)

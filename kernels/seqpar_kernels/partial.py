@@ -28,7 +28,7 @@ class Partial:
 
     acc: Float[Tensor, "*batch vd"]
     m: Float[Tensor, "*batch"]
-    l: Float[Tensor, "*batch"]  # noqa: E741 - the literature's name
+    l: Float[Tensor, "*batch"]
 
     @staticmethod
     def identity(q: Float[Tensor, "b i hq d"], vd: int) -> Partial:
@@ -48,7 +48,7 @@ class Partial:
         self,
         acc: Float[Tensor, "*batch vd"],
         m: Float[Tensor, "*batch"],
-        l: Float[Tensor, "*batch"] | None = None,  # noqa: E741
+        l: Float[Tensor, "*batch"] | None = None,
     ) -> None:
         """Adds another partial of the same rows, in place. Every row of the other has seen a key.
 
@@ -61,8 +61,23 @@ class Partial:
         self.l.mul_(keep).add_(add if l is None else l * add)
         self.m.copy_(top)
 
-    def finish(self) -> tuple[Float[Tensor, "*batch vd"], Float[Tensor, "*batch"]]:
-        """Normalises, in place: (out, lse). A row that saw nothing gives out = 0, lse = -inf."""
-        lse = torch.log(self.l).add_(self.m)
-        seen = self.l.masked_fill(self.l == 0, 1.0)
-        return self.acc.div_(seen.unsqueeze(-1)), lse
+    def finish(
+        self, dtype: torch.dtype | None = None, sinks: Float[Tensor, "h"] | None = None
+    ) -> tuple[Float[Tensor, "*batch vd"], Float[Tensor, "*batch"]]:
+        """Normalises, in place: (out, lse). A row that saw nothing gives out = 0, lse = -inf.
+
+        Args:
+            dtype: of `out`; by default that of the sums.
+            sinks: one logit for each head, which adds exp(sink) to the sum: lse has it in it.
+        """
+        if sinks is None:
+            lse = torch.log(self.l).add_(self.m)
+            out = self.acc.div_(self.l.masked_fill(self.l == 0, 1.0).unsqueeze(-1))
+        else:
+            sinks = sinks.to(self.m.dtype)
+            top = torch.maximum(self.m, sinks)
+            keep = torch.exp(self.m - top)
+            total = self.l * keep + torch.exp(sinks - top)
+            lse = torch.log(total).add_(top)
+            out = self.acc.mul_(keep.unsqueeze(-1)).div_(total.unsqueeze(-1))
+        return out.to(dtype or out.dtype), lse

@@ -6,10 +6,11 @@ lower diagonal of a window needs a mask, and there it is at most `EDGE` columns 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from seqpar_kernels.band import Band
+from seqpar_kernels.block import Block
 
 EDGE = 256  # rows per strip under a window: the dense mask is EDGE x (EDGE - 1); not tuned
 
@@ -29,6 +30,26 @@ class Rectangle:
 
 FULL = Band()
 CAUSAL = Band(upper=0)
+
+
+def cut(
+    block: Block, num_rows: int, num_cols: int, how: Callable[[Band, int, int], Iterator[Rectangle]]
+) -> Iterator[Rectangle]:
+    """`how` applied to each part of the block whose rows and columns are in one document."""
+    for rows, cols in _documents(block, num_rows, num_cols):
+        band = block.band.at(rows.start, cols.start)
+        for part in how(band, rows.stop - rows.start, cols.stop - cols.start):
+            yield Rectangle(_moved(part.rows, rows.start), _moved(part.cols, cols.start), part.band)
+
+
+def _documents(block: Block, num_rows: int, num_cols: int) -> Iterator[tuple[slice, slice]]:
+    if block.documents is None:
+        yield slice(0, num_rows), slice(0, num_cols)
+        return
+    cols = dict(block.documents.runs(block.col, num_cols, block.step))
+    for document, rows in block.documents.runs(block.row, num_rows, block.step):
+        if document in cols:
+            yield rows, cols[document]
 
 
 def rectangles(band: Band, num_rows: int, num_cols: int) -> Iterator[Rectangle]:
@@ -54,8 +75,7 @@ def strips(band: Band, num_rows: int, num_cols: int, width: int) -> Iterator[Rec
     even = -(-num_cols // num_strips)
     for left in range(0, num_cols, even):
         for part in rectangles(band.at(0, left), num_rows, min(even, num_cols - left)):
-            cols = slice(part.cols.start + left, part.cols.stop + left)
-            yield Rectangle(part.rows, cols, part.band)
+            yield Rectangle(part.rows, _moved(part.cols, left), part.band)
 
 
 def _under(upper: int | None, rows: range, cols: range) -> Iterator[Rectangle]:
@@ -72,6 +92,10 @@ def _under(upper: int | None, rows: range, cols: range) -> Iterator[Rectangle]:
         yield Rectangle(_slice(rows), slice(cols.start, causal), FULL)
     if causal < cols.stop:
         yield Rectangle(_slice(rows), slice(causal, cols.stop), CAUSAL)
+
+
+def _moved(s: slice, by: int) -> slice:
+    return slice(s.start + by, s.stop + by)
 
 
 def _slice(r: range) -> slice:

@@ -1,40 +1,93 @@
-"""`Score`: what happens to q.k before the softmax."""
+"""`Score`: what happens to q.k before the softmax, and the sink that joins it."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Score:
     """Terms of the attention score, the same for every block of a call.
 
+    In this order::
+
+        x = scale * q.k;   x = softcap * tanh(x / softcap);   score = x - slope * |row - column|
+
     Args:
         scale: factor on q.k; `None` means 1/sqrt(d). Kernels want a number: see `resolve`.
+        softcap: scores are bent to stay inside (-softcap, softcap). Source: Gemma 2 (arXiv:2408.00118).
+        alibi_slopes: `[hq]`, one per query head, on global positions; may learn. Source: Press et al.
+            2021 (arXiv:2108.12409).
+        sinks: `[hq]`, one logit per query head that takes part in the softmax and has no value; may
+            learn. Source: Xiao et al. 2023 (arXiv:2309.17453); as a learned logit, gpt-oss 2025.
 
     Raises:
-        ValueError: scale is not finite.
-        TypeError: scale is not a number.
+        ValueError: scale is not finite, softcap is not a positive number, slopes or sinks are not 1-D.
+        TypeError: scale or softcap is not a number, slopes or sinks are not floating point tensors.
     """
 
     scale: float | None = None
+    softcap: float | None = None
+    alibi_slopes: Float[Tensor, "hq"] | None = None
+    sinks: Float[Tensor, "hq"] | None = None
 
     def __post_init__(self) -> None:
-        if self.scale is None:
-            return
-        if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)):
-            raise TypeError(f"scale must be a number or None, got {self.scale!r}")
-        if not math.isfinite(self.scale):
-            raise ValueError(f"scale must be finite, got {self.scale}")
-        object.__setattr__(self, "scale", float(self.scale))  # so that 1 and 1.0 print alike
+        for name in ("scale", "softcap"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name} must be a number or None, got {value!r}")
+            if not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value}")
+            object.__setattr__(self, name, float(value))  # so that 1 and 1.0 print alike
+        if self.softcap is not None and self.softcap <= 0:
+            raise ValueError(f"softcap must be positive, got {self.softcap}; None means no cap")
+        for name in ("alibi_slopes", "sinks"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                raise TypeError(f"{name} must be a floating point tensor [hq], got {value!r}")
+            if value.ndim != 1:
+                raise ValueError(f"{name} must be 1-D, [hq], got {tuple(value.shape)}")
 
     def resolve(self, d: int) -> Score:
         """The same terms with the scale written out for vectors of width `d`."""
-        return self if self.scale is not None else Score(scale=1.0 / math.sqrt(max(d, 1)))
+        return self if self.scale is not None else replace(self, scale=1.0 / math.sqrt(max(d, 1)))
+
+    def of_heads(self, start: int, num_heads: int) -> Score:
+        """The same terms for a range of the query heads."""
+        heads = slice(start, start + num_heads)
+        slopes, sinks = self.alibi_slopes, self.sinks
+        return replace(
+            self,
+            alibi_slopes=None if slopes is None else slopes[heads],
+            sinks=None if sinks is None else sinks[heads],
+        )
 
     @property
     def factor(self) -> float:
         """The scale as a number; only a resolved score has one."""
         assert self.scale is not None, "strategies resolve the score before they call a kernel"
         return self.scale
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the score is scale * q.k and nothing else."""
+        return self.softcap is None and self.alibi_slopes is None
+
+
+def sink_gradient(
+    sinks: Float[Tensor, "hq"], lse: Float[Tensor, "b i hq"], delta: Float[Tensor, "b i hq"]
+) -> Float[Tensor, "hq"]:
+    """These rows' share of the gradient of the sinks.
+
+    A sink is a key whose value is zero, so its ds is p (0 - delta). `lse` has the sink in it.
+    """
+    return -(torch.exp(sinks.to(lse.dtype) - lse) * delta).sum((0, 1)).to(sinks.dtype)

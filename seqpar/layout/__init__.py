@@ -8,7 +8,7 @@ from seqpar.layout.heads import HeadSegment, HeadSplit, split_heads
 from seqpar.layout.mask import Mask
 from seqpar.layout.shards import LAYOUTS, Layout, contiguous, striped, whole, zigzag
 from seqpar.layout.spans import Span
-from seqpar.layout.tiles import Tile, tiles, work
+from seqpar.layout.tiles import Tile, joined_tiles, tiles, work
 
 __all__ = [
     "LAYOUTS",
@@ -19,6 +19,7 @@ __all__ = [
     "Span",
     "Tile",
     "contiguous",
+    "joined_tiles",
     "split_heads",
     "striped",
     "tiles",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from seqpar.layout.mask import Mask
 from seqpar.layout.shards import Layout
@@ -11,11 +12,17 @@ from seqpar_kernels import Band
 
 @dataclass(frozen=True)
 class Tile:
-    """Local query rows, the key rows of the owner they meet, and what they see of them."""
+    """Local query rows, the key rows of the owner they meet, and what they see of them.
+
+    `row` and `col` are the positions of the first of each, `step` lies between neighbours.
+    """
 
     rows: slice
     cols: slice
     band: Band
+    row: int
+    col: int
+    step: int
 
     @property
     def work(self) -> int:
@@ -39,19 +46,32 @@ class Tile:
 def tiles(layout: Layout, mask: Mask, rank: int, owner: int) -> tuple[Tile, ...]:
     """The tiles of `rank`'s queries and `owner`'s keys in which anything is visible.
 
-    Columns are visited from the last to the first. Tiles that continue each other are joined, so a
-    tile may span rows whose positions are not one arithmetic progression.
+    Columns are visited from the last to the first.
     """
     met: list[Tile] = []
     for col_span, (cols, _) in reversed(
         list(zip(layout.spans[owner], layout.places(owner), strict=True))
     ):
         for row_span, (rows, _) in zip(layout.spans[rank], layout.places(rank), strict=True):
-            tile = Tile(rows, cols, mask.band(row_span, col_span))
-            if met and met[-1].continues_as(tile):
-                met[-1] = Tile(slice(met[-1].rows.start, rows.stop), cols, met[-1].band)
-            elif tile.work:
+            band = mask.band(row_span, col_span)
+            tile = Tile(rows, cols, band, row_span.start, col_span.start, row_span.step)
+            if tile.work:
                 met.append(tile)
+    return tuple(met)
+
+
+def joined_tiles(apart: Iterable[Tile]) -> tuple[Tile, ...]:
+    """The same scores in fewer tiles: those whose bands continue each other are joined.
+
+    The positions of a joined tile's rows need not be one progression, so it serves only where a band
+    says all.
+    """
+    met: list[Tile] = []
+    for tile in apart:
+        if met and met[-1].continues_as(tile):
+            met[-1] = replace(met[-1], rows=slice(met[-1].rows.start, tile.rows.stop))
+        else:
+            met.append(tile)
     return tuple(met)
 
 

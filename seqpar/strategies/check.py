@@ -10,7 +10,7 @@ from torch import Tensor
 from seqpar.comm import Group, agreed
 from seqpar.layout import Layout, Mask
 from seqpar.strategies.plan import STRATEGY_NAMES, Plan
-from seqpar_kernels import Score, choose
+from seqpar_kernels import Dropout, Request, Score, choose
 
 VERSION = "0.1.0"
 
@@ -30,6 +30,7 @@ def agree_on_call(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
         _check_plan(plan)
         _check_tensors(q, k, v)
         _check_rows(q, k, v, plan)
+        _check_heads(q, plan.score)
         claim |= _claim(q, k, v, plan)
 
 
@@ -38,6 +39,8 @@ def _check_plan(plan: Plan) -> None:
         value = getattr(plan, name)
         if not isinstance(value, kind):
             raise TypeError(f"{name} must be a seqpar.{kind.__name__}, got {value!r}")
+    if plan.dropout is not None and not isinstance(plan.dropout, Dropout):
+        raise TypeError(f"dropout must be a seqpar.Dropout or None, got {plan.dropout!r}")
     if plan.strategy not in STRATEGY_NAMES:
         raise ValueError(f"strategy must be one of {STRATEGY_NAMES}, got {plan.strategy!r}")
     layout, group = plan.layout, plan.group
@@ -84,16 +87,34 @@ def _check_rows(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
             )
 
 
+def _check_heads(q: Tensor, score: Score) -> None:
+    for name in ("alibi_slopes", "sinks"):
+        x = getattr(score, name)
+        if x is not None and x.shape[0] != q.shape[2]:
+            raise ValueError(
+                f"{name} must have one entry for each of the {q.shape[2]} query heads, "
+                f"got {tuple(x.shape)}"
+            )
+        if x is not None and x.device != q.device:
+            raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
+
+
 def _claim(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> dict[str, Any]:
-    needs = [x.requires_grad and torch.is_grad_enabled() for x in (q, k, v)]
+    score = plan.score.resolve(q.shape[3])
+    learned = {"alibi_slopes": score.alibi_slopes, "sinks": score.sinks}
+    grad = torch.is_grad_enabled()
+    needs = [x.requires_grad and grad for x in (q, k, v, *learned.values()) if x is not None]
     return {
         "version": VERSION,
         "strategy": plan.strategy,
         "layout": plan.layout,
         "spans": hash(plan.layout.spans),
         "mask": plan.mask,
-        "score": plan.score.resolve(q.shape[3]),
-        "implementation": choose(q.device, q.dtype, plan.implementation),
+        "scale": score.scale,
+        "softcap": score.softcap,
+        **{name: None if x is None else x.dtype for name, x in learned.items()},
+        "dropout": plan.dropout,
+        "implementation": choose(Request.of(q, v, score, plan.dropout), plan.implementation),
         "batch": q.shape[0],
         "heads (hq, hkv)": (q.shape[2], k.shape[2]),
         "widths (d, vd)": (q.shape[3], v.shape[3]),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from seqpar.comm import Group
-from seqpar.layout import Layout, Mask, Tile, tiles
-from seqpar_kernels import Implementation, Score
+from seqpar.layout import Layout, Mask, joined_tiles, tiles
+from seqpar_kernels import Block, Dropout, Implementation, Score
 
 Strategy = Literal["ring", "ulysses"]
 STRATEGY_NAMES: tuple[Strategy, ...] = get_args(Strategy)
@@ -26,7 +27,8 @@ class Plan:
         mask: what a position may see.
         score: what happens to q.k before the softmax.
         strategy: how the ranks work together.
-        implementation: of the block math; `None` chooses by device and dtype.
+        implementation: of the block math; `None` chooses by device, dtype and what is asked.
+        dropout: of the attention weights; the same seed on every rank, another for every layer and step.
     """
 
     group: Group
@@ -35,7 +37,17 @@ class Plan:
     score: Score = Score()
     strategy: Strategy = "ring"
     implementation: Implementation | None = None
+    dropout: Dropout | None = None
 
-    def tiles(self, owner: int) -> tuple[Tile, ...]:
-        """The tiles in which this rank's queries see the owner's keys."""
-        return tiles(self.layout, self.mask, self.group.rank, owner)
+    def blocks(self, owner: int, score: Score, head: int) -> Iterator[tuple[slice, slice, Block]]:
+        """(local rows, the owner's rows, block) where this rank's queries see the owner's keys.
+
+        Args:
+            score: of the heads at hand, resolved.
+            head: which of all query heads is the first at hand.
+        """
+        met = tiles(self.layout, self.mask, self.group.rank, owner)
+        needs_positions = score.alibi_slopes is not None or self.dropout is not None
+        for t in met if needs_positions else joined_tiles(met):
+            block = Block(t.band, score, t.row, t.col, t.step, head, self.dropout)
+            yield t.rows, t.cols, block

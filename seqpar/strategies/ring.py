@@ -6,6 +6,7 @@ loop and one backward loop. Source: Liu et al. 2023, Ring Attention (arXiv:2310.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,15 @@ from seqpar.comm import RingSum, ring_pass
 from seqpar.layout import Layout
 from seqpar.strategies.plan import Plan
 from seqpar.strategies.volume import Shape, Volume
-from seqpar_kernels import Partial, Rows, accumulation_dtype, attend, attend_backward
+from seqpar_kernels import (
+    Partial,
+    Rows,
+    accumulation_dtype,
+    attend,
+    attend_backward,
+    finish,
+    sink_gradient,
+)
 
 
 def ring_attention(
@@ -24,9 +33,15 @@ def ring_attention(
     k: Float[Tensor, "b sl hkv d"],
     v: Float[Tensor, "b sl hkv vd"],
     plan: Plan,
+    head: int = 0,
 ) -> Float[Tensor, "b sl hq vd"]:
-    """This rank's rows of softmax(q k^T) v. The call has been checked; all ranks must call."""
-    return _Ring.apply(q, k, v, plan)
+    """This rank's rows of softmax(q k^T) v. The call has been checked; all ranks must call.
+
+    Args:
+        head: which of the attention's query heads is the first of q.
+    """
+    score = plan.score.resolve(q.shape[-1]).of_heads(head, q.shape[2])
+    return _Ring.apply(q, k, v, score.alibi_slopes, score.sinks, replace(plan, score=score), head)
 
 
 def ring_volume(layout: Layout, rank: int, shape: Shape) -> Volume:
@@ -47,44 +62,65 @@ class _Ring(torch.autograd.Function):
 
     forward   out = merge over owners o of attend(q, k_o, v_o)
     backward  dq accumulates here; the sum of dk_o, dv_o follows block o and comes home to its owner
+              slopes and sinks `[hq]` get the share of their gradient that this rank's rows have
     saved     q k v out lse: this rank's own rows, never a gathered sequence
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
-        score = plan.score.resolve(q.shape[-1])
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        slopes: Tensor | None,
+        sinks: Tensor | None,
+        plan: Plan,
+        head: int,
+    ) -> Tensor:
+        score = replace(plan.score, alibi_slopes=slopes, sinks=sinks)
         running = Partial.identity(q, v.shape[-1])
         for owner, (k_o, v_o) in ring_pass((k, v), plan.group, plan.layout.rows):
-            for t in plan.tiles(owner):
+            for rows, cols, block in plan.blocks(owner, score, head):
                 attend(
-                    q[:, t.rows], k_o[:, t.cols], v_o[:, t.cols], t.band, score,
-                    into=running[t.rows], implementation=plan.implementation,
+                    q[:, rows], k_o[:, cols], v_o[:, cols], block,
+                    into=running[rows], implementation=plan.implementation,
                 )  # fmt: skip
             del k_o, v_o  # or they live on while the next block arrives
-        wide_out, lse = running.finish()
-        out = wide_out.to(q.dtype)
-        ctx.plan = plan
-        ctx.save_for_backward(q, k, v, out, lse)
+        out, lse = finish(running, q.dtype, sinks, implementation=plan.implementation)
+        ctx.plan = replace(plan, score=replace(score, alibi_slopes=None, sinks=None))
+        ctx.head = head
+        ctx.save_for_backward(q, k, v, slopes, sinks, out, lse)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (dout,), plan = grad_outputs, ctx.plan
-        q, k, v, out, lse = ctx.saved_tensors
-        score, wide = plan.score.resolve(q.shape[-1]), accumulation_dtype(q.dtype)
-        rows = Rows.of(q, out, dout, lse)
+        q, k, v, slopes, sinks, out, lse = ctx.saved_tensors
+        score = replace(plan.score, alibi_slopes=slopes)
+        wide = accumulation_dtype(q.dtype)
+        mine = Rows.of(q, out, dout, lse, implementation=plan.implementation)
         dq = torch.zeros_like(q, dtype=wide)
+        dslopes = torch.zeros_like(lse) if ctx.needs_input_grad[3] else None
         sums = RingSum(plan.group, plan.layout.rows)
         for owner, (k_o, v_o) in ring_pass((k, v), plan.group, plan.layout.rows):
             dk_o, dv_o = torch.zeros_like(k_o, dtype=wide), torch.zeros_like(v_o, dtype=wide)
-            for t in plan.tiles(owner):
+            for rows, cols, block in plan.blocks(owner, score, ctx.head):
                 attend_backward(
-                    rows[t.rows], k_o[:, t.cols], v_o[:, t.cols], t.band, score,
-                    into=(dq[:, t.rows], dk_o[:, t.cols], dv_o[:, t.cols]),
+                    mine[rows], k_o[:, cols], v_o[:, cols], block,
+                    into=(dq[:, rows], dk_o[:, cols], dv_o[:, cols]),
+                    dslopes=None if dslopes is None else dslopes[:, rows],
                     implementation=plan.implementation,
                 )  # fmt: skip
             sums.add(owner, (dk_o, dv_o))
             del k_o, v_o, dk_o, dv_o  # or they live on while the next block arrives
         dk, dv = sums.home()
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
+        return (
+            dq.to(q.dtype),
+            dk.to(k.dtype),
+            dv.to(v.dtype),
+            None if dslopes is None else dslopes.sum((0, 1)).to(slopes.dtype),
+            sink_gradient(sinks, lse, mine.delta) if ctx.needs_input_grad[4] else None,
+            None,
+            None,
+        )

@@ -42,8 +42,9 @@ def ulysses_attention(
 
     q_h, k_h, v_h = rows_to_heads((q, k, v), there)
     alone = replace(plan, group=Group.alone(), layout=whole(layout.length))
+    first = heads.q[group.rank][0]
     outs = [
-        ring_attention(q_h[:, :, s.q], k_h[:, :, s.kv], v_h[:, :, s.kv], alone)
+        ring_attention(q_h[:, :, s.q], k_h[:, :, s.kv], v_h[:, :, s.kv], alone, first + s.q.start)
         for s in heads.segments(group.rank)
     ]
     if not outs:  # no heads here: the same graph as elsewhere, of empty tensors

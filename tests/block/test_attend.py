@@ -8,9 +8,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from seqpar_kernels import (
-    IMPLEMENTATIONS,
     Band,
+    Block,
     Partial,
+    Request,
     Rows,
     Score,
     attend,
@@ -18,6 +19,7 @@ from seqpar_kernels import (
     choose,
 )
 
+HERE = ("reference", "aten")
 SCORE = Score(0.4)
 BANDS = st.builds(Band, st.none() | st.integers(-90, 20), st.none() | st.integers(-20, 90))
 
@@ -40,7 +42,7 @@ def written_out(band, num_rows, num_cols):
     return (offset >= lower) & (offset <= upper)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", HERE)
 @given(
     band=BANDS,
     num_rows=st.integers(0, 150),
@@ -76,8 +78,7 @@ def test_equals_dense_forward_and_backward(
             q,
             k[:, a:b],
             v[:, a:b],
-            band.at(0, a),
-            SCORE,
+            Block(band, SCORE).at(0, a),
             into=running,
             implementation=implementation,
         )
@@ -93,8 +94,7 @@ def test_equals_dense_forward_and_backward(
             rows,
             k[:, a:b],
             v[:, a:b],
-            band.at(0, a),
-            SCORE,
+            Block(band, SCORE).at(0, a),
             into=into,
             implementation=implementation,
         )
@@ -102,7 +102,7 @@ def test_equals_dense_forward_and_backward(
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", HERE)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_any_strides_give_the_same_bits(implementation, dtype):
     """Heads-first storage, a last dim that is not contiguous, and the zero strides of sum().backward()."""
@@ -116,11 +116,13 @@ def test_any_strides_give_the_same_bits(implementation, dtype):
 
     def run(q, k, v, dout):
         running = Partial.identity(q, 8)
-        attend(q, k, v, Band(None, 0), SCORE, into=running, implementation=implementation)
+        attend(q, k, v, Block(Band(None, 0), SCORE), into=running, implementation=implementation)
         out, lse = running.finish()
         into = tuple(torch.zeros(t.shape, dtype=out.dtype) for t in (q, k, v))
         rows = Rows.of(q, out.to(dtype), dout, lse)
-        attend_backward(rows, k, v, Band(None, 0), SCORE, into=into, implementation=implementation)
+        attend_backward(
+            rows, k, v, Block(Band(None, 0), SCORE), into=into, implementation=implementation
+        )
         return out, lse, *into
 
     for variant in (heads_first, width_first):
@@ -128,11 +130,11 @@ def test_any_strides_give_the_same_bits(implementation, dtype):
             torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", HERE)
 def test_rows_that_see_nothing_are_left_alone(implementation):
     q = torch.randn(1, 100, 2, 4)
     running = Partial.identity(q, 4)
-    attend(q, q, q, Band(None, -40), SCORE, into=running, implementation=implementation)
+    attend(q, q, q, Block(Band(None, -40), SCORE), into=running, implementation=implementation)
     out, lse = running.finish()
     assert (out[:, :40] == 0).all()
     assert (lse[:, :40] == -math.inf).all()
@@ -142,9 +144,9 @@ def test_rows_that_see_nothing_are_left_alone(implementation):
 
 def test_large_scores_do_not_overflow():
     q = torch.full((1, 70, 1, 4), 300.0)
-    for implementation in IMPLEMENTATIONS:
+    for implementation in HERE:
         running = Partial.identity(q, 4)
-        attend(q, q, q, Band(None, 0), SCORE, into=running, implementation=implementation)
+        attend(q, q, q, Block(Band(None, 0), SCORE), into=running, implementation=implementation)
         out, _ = running.finish()
         torch.testing.assert_close(out, q)
 
@@ -152,10 +154,10 @@ def test_large_scores_do_not_overflow():
 def test_a_normalised_part_and_a_running_one_merge_alike():
     q, k = torch.randn(2, 1, 9, 2, 4, dtype=torch.float64)
     whole, parts = Partial.identity(q, 4), Partial.identity(q, 4)
-    attend(q, k, k, Band(), SCORE, into=whole)
+    attend(q, k, k, Block(Band(), SCORE), into=whole)
     for a, b in ((0, 4), (4, 9)):
         one = Partial.identity(q, 4)
-        attend(q, k[:, a:b], k[:, a:b], Band(), SCORE, into=one)
+        attend(q, k[:, a:b], k[:, a:b], Block(Band(), SCORE), into=one)
         if a:
             parts.merge_(*one.finish())
         else:
@@ -166,19 +168,19 @@ def test_a_normalised_part_and_a_running_one_merge_alike():
 
 def test_unknown_or_unfit_implementations_are_refused():
     cpu, meta = torch.device("cpu"), torch.device("meta")
-    assert choose(cpu, torch.bfloat16, None) == "aten"
-    assert choose(meta, torch.float32, None) == "reference"
+    assert choose(Request(cpu, torch.bfloat16, 8, 8), None) == "aten"
+    assert choose(Request(meta, torch.float32, 8, 8), None) == "reference"
     with pytest.raises(
         (ValueError, TypeError), match="fastest"
     ):  # the shape check comes first here
-        choose(cpu, torch.float32, "fastest")
-    with pytest.raises(NotImplementedError, match="'reference' runs there"):
-        choose(meta, torch.float32, "aten")
+        choose(Request(cpu, torch.float32, 8, 8), "fastest")
+    with pytest.raises(NotImplementedError, match="'reference' does all that was asked"):
+        choose(Request(meta, torch.float32, 8, 8), "aten")
     with pytest.raises(NotImplementedError, match="float8"):
-        choose(cpu, torch.float8_e4m3fn, None)
+        choose(Request(cpu, torch.float8_e4m3fn, 8, 8), None)
     q, k = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 2, 4)
     with pytest.raises(ValueError, match="multiple of hkv"):
-        attend(q, k, k, Band(), SCORE, into=Partial.identity(q, 4))
+        attend(q, k, k, Block(Band(), SCORE), into=Partial.identity(q, 4))
     with pytest.raises(ValueError, match="finite"):
         Score(math.nan)
 
@@ -187,7 +189,7 @@ def test_autocast_does_not_lower_the_precision_of_a_block():
     q = torch.randn(1, 40, 2, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = Partial.identity(q, 8)
-        attend(q, q, q, Band(), SCORE, into=cast, implementation="reference")
+        attend(q, q, q, Block(Band(), SCORE), into=cast, implementation="reference")
     plain = Partial.identity(q, 8)
-    attend(q, q, q, Band(), SCORE, into=plain, implementation="reference")
+    attend(q, q, q, Block(Band(), SCORE), into=plain, implementation="reference")
     assert torch.equal(cast.finish()[0], plain.finish()[0])

@@ -43,16 +43,26 @@ def test_known_layouts_are_what_their_names_say():
     assert repr(zigzag(8, 2)) == "Layout(kind='zigzag', length=8, size=2)"
 
 
-@given(KINDS, st.integers(1, 60), st.integers(1, 7), st.booleans(), st.none() | st.integers(1, 62))
-def test_tiles_show_every_visible_score_once(kind, length, size, causal, window):
+@pytest.mark.parametrize("joins", [False, True])
+@given(
+    kind=KINDS,
+    length=st.integers(1, 60),
+    size=st.integers(1, 7),
+    causal=st.booleans(),
+    window=st.none() | st.integers(1, 62),
+)
+def test_tiles_show_every_visible_score_once(joins, kind, length, size, causal, window):
     layout, mask = LAYOUTS[kind](length, size), Mask(causal=causal, window=window)
     seen = torch.zeros(length, length, dtype=torch.int)
     for rank in range(size):
         for owner in range(size):
             rows, cols = layout.positions(rank), layout.positions(owner)
-            for t in tiles(layout, mask, rank, owner):
+            apart = tiles(layout, mask, rank, owner)
+            for t in joined_tiles(apart) if joins else apart:
                 for i, row in enumerate(rows[t.rows].tolist()):
+                    assert joins or row == t.row + i * t.step
                     for j in t.band.columns(i, t.cols.stop - t.cols.start):
+                        assert joins or cols[t.cols][j] == t.col + j * t.step
                         seen[row, cols[t.cols][j]] += 1
     assert torch.equal(seen, oracle.visible(length, causal, window).int())
     assert sum(work(layout, mask)) == int(seen.sum())
@@ -66,7 +76,7 @@ def test_the_busiest_rank_does_at_most_two_percent_more_than_the_mean(kind, size
 
 
 def test_a_zigzag_rank_meets_its_own_rows_in_two_tiles():
-    met = tiles(zigzag(2048, 2), Mask(causal=True), 0, 0)
+    met = joined_tiles(tiles(zigzag(2048, 2), Mask(causal=True), 0, 0))
     assert [(t.rows, t.cols) for t in met] == [
         (slice(512, 1024), slice(512, 1024)), (slice(0, 1024), slice(0, 512)),
     ]  # fmt: skip

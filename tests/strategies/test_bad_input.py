@@ -57,7 +57,7 @@ ONE_RANK = {  # what rank 1 alone does -> what every message must say
         {"module": UlyssesAttention},
         r"strategy is 'ring' on ranks 0, 2, 'ulysses'",
     ),
-    "scale": ({"score": Score(0.5)}, r"score is .*0.5\) on rank 1"),
+    "scale": ({"score": Score(0.5)}, r"scale is .*0.5 on rank 1"),
     "implementation": (
         {"implementation": "reference"},
         r"implementation .*'reference' on",

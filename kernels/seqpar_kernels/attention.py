@@ -1,0 +1,119 @@
+"""`attend`, `attend_backward` and `finish`: one block of query rows over one block of key rows.
+
+Every strategy calls these and nothing else; here an implementation is chosen and launched.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from seqpar_kernels import aten, reference
+from seqpar_kernels.block import Block, Rows
+from seqpar_kernels.choice import Implementation, Request, choose, fuses
+from seqpar_kernels.partial import Partial
+
+
+def attend(
+    q: Float[Tensor, "b i hq d"],
+    k: Float[Tensor, "b j hkv d"],
+    v: Float[Tensor, "b j hkv vd"],
+    block: Block,
+    *,
+    into: Partial,
+    implementation: Implementation | None = None,
+) -> None:
+    """Attends one block of query rows over one block of key rows and continues `into`, in place.
+
+    A row that sees nothing leaves `into` as it was, so masked blocks and empty tensors are legal and
+    exact. Sinks are not added here but once for each row, by `finish`.
+
+    Args:
+        block: what the rows see, and the score with its scale resolved.
+        into: the running sums of these rows, float32 or wider; never normalised between blocks.
+        implementation: `None` chooses, see `choose`.
+
+    Raises:
+        ValueError: hq is not a multiple of hkv.
+        NotImplementedError: the implementation cannot do what is asked.
+    """
+    if _nothing_to_do(q, k, block):
+        return
+    with torch.autocast(q.device.type, enabled=False):
+        _module(q, v, block, implementation).forward(q, k, v, block, into)
+
+
+def attend_backward(
+    rows: Rows,
+    k: Float[Tensor, "b j hkv d"],
+    v: Float[Tensor, "b j hkv vd"],
+    block: Block,
+    *,
+    into: tuple[Tensor, Tensor, Tensor],
+    dslopes: Float[Tensor, "b i hq"] | None = None,
+    implementation: Implementation | None = None,
+) -> None:
+    """Adds the block's share of (dq, dk, dv) to `into`, in place.
+
+    Args:
+        rows: the query rows with lse and delta over *all* their keys, not just this block's.
+        into: dq `[b i hq d]`, dk `[b j hkv d]`, dv `[b j hkv vd]`, float32 or wider.
+        dslopes: where the ALiBi slopes learn: each row's share of their gradient is added to it.
+
+    Raises:
+        ValueError: hq is not a multiple of hkv.
+        NotImplementedError: the implementation cannot do what is asked.
+    """
+    if _nothing_to_do(rows.q, k, block):
+        return
+    with torch.autocast(rows.q.device.type, enabled=False):
+        module = _module(rows.q, v, block, implementation)
+        module.backward(rows, k, v, block, into, dslopes)
+
+
+def finish(
+    running: Partial,
+    dtype: torch.dtype,
+    sinks: Float[Tensor, "h"] | None = None,
+    *,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Tensor, "b i hq vd"], Float[Tensor, "b i hq"]]:
+    """Normalises: (out in `dtype`, lse). The partial is used up. See `Partial.finish`."""
+    if fuses(running.acc, implementation):
+        from seqpar_kernels import triton_softmax
+
+        return triton_softmax.finish(running.acc, running.m, running.l, dtype, sinks)
+    return running.finish(dtype, sinks)
+
+
+def _module(
+    q: Tensor, v: Tensor, block: Block, implementation: Implementation | None
+) -> ModuleType:
+    request = Request.of(q, v, block.score, block.dropout, block.documents)
+    name = choose(request, implementation)
+    if name == "triton":  # lazily: importing seqpar must not need it
+        from seqpar_kernels import triton_attention
+
+        return triton_attention
+    if name == "flash_attn":
+        from seqpar_kernels import flash_attn
+
+        return flash_attn
+    if name == "aten" and q.device.type == "cuda":
+        from seqpar_kernels import aten_cuda
+
+        return aten_cuda
+    return aten if name == "aten" else reference
+
+
+def _nothing_to_do(q: Tensor, k: Tensor, block: Block) -> bool:
+    """Whether no row sees a key. Torch's CPU op dies of a division by zero on empty tensors."""
+    hq, hkv = q.shape[2], k.shape[2]
+    if q.shape[0] == 0 or hq == 0 or q.shape[1] == 0 or k.shape[1] == 0:
+        return True
+    if hkv == 0 or hq % hkv:
+        raise ValueError(f"hq must be a multiple of hkv, got {hq=} {hkv=} (q {tuple(q.shape)})")
+    return block.band.count(q.shape[1], k.shape[1]) == 0

@@ -1,0 +1,179 @@
+"""Launches the Triton kernels: the `triton` implementation of `attend` and `attend_backward`.
+
+A launch allocates nothing but, for packed documents, two integers a row.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from threading import Lock
+from typing import Any
+
+import torch
+import triton
+from jaxtyping import Float
+from torch import Tensor
+
+from seqpar_kernels.block import Block, Rows
+from seqpar_kernels.choice import interprets
+from seqpar_kernels.partial import Partial
+from seqpar_kernels.triton_backward import dkdv_kernel, dq_kernel
+from seqpar_kernels.triton_forward import forward_kernel
+from seqpar_kernels.tuning import L2_BYTES, Tiles, family, tiles_for
+
+_INTERPRETER = Lock()  # it patches triton.language while a kernel runs, and ranks may be threads
+
+
+def forward(
+    q: Float[Tensor, "b i hq d"],
+    k: Float[Tensor, "b j hkv d"],
+    v: Float[Tensor, "b j hkv vd"],
+    block: Block,
+    into: Partial,
+    tiles: Tiles | None = None,
+) -> None:
+    """Continues `into` with the block."""
+    q, k, v = (_rows_contiguous(x) for x in (q, k, v))
+    tiles = tiles or tiles_for("forward", q, v)
+    pack = _pack(q, k, tiles)
+    num_tiles = triton.cdiv(q.shape[1] * pack, tiles.rows)
+    packs = q.shape[0] * q.shape[2] // pack
+    limits = block.row_limits(q.shape[1], k.shape[1], q.device)
+    assert into.m.stride() == into.l.stride(), "m and l are made together"
+    with launching(q):
+        forward_kernel[(num_tiles * packs,)](
+            q, k, v, into.acc, into.m, into.l, _given(limits, q), _given(_slopes(block), q),
+            *_strides(q, k, v, into.acc, into.m),
+            q.shape[1], k.shape[1], q.shape[2], packs, num_tiles, _section(k, v, packs),
+            *_runtime(block, q, k),
+            PACK=pack, LIMITED=limits is not None, REVERSED=_ends_heavy(block, k),
+            **_constants(block, q, k, v, tiles),
+        )  # fmt: skip
+
+
+def backward(
+    of: Rows,
+    k: Float[Tensor, "b j hkv d"],
+    v: Float[Tensor, "b j hkv vd"],
+    block: Block,
+    into: tuple[Tensor, Tensor, Tensor],
+    dslopes: Float[Tensor, "b i hq"] | None,
+    tiles: tuple[Tiles, Tiles] | None = None,
+) -> None:
+    """Adds the block's gradients to dq, dk, dv (and dslopes), given lse and delta of the whole rows."""
+    q, k, v, dout = (_rows_contiguous(x) for x in (of.q, k, v, of.dout))
+    dq, dk, dv = into
+    lse, delta, (b, i, hq, _), hkv = of.lse, of.delta, q.shape, k.shape[2]
+    by_rows, by_cols = tiles or (tiles_for("dq", q, v), tiles_for("dkdv", q, v))
+    inputs, strides = (q, k, v, dout, lse, delta), _strides(q, k, v, dout, lse, delta)
+    slopes = _given(_slopes(block), q)
+    pack = _pack(q, k, by_rows)
+    num_tiles, packs = triton.cdiv(i * pack, by_rows.rows), b * hq // pack
+    limits = block.row_limits(i, k.shape[1], q.device)
+    with launching(q):
+        dq_kernel[(num_tiles * packs,)](
+            *inputs, dq, _given(dslopes, delta), _given(limits, q), slopes,
+            *strides, *_strides(dq, _given(dslopes, delta)),
+            i, k.shape[1], hq, packs, num_tiles, _section(k, v, packs), *_runtime(block, q, k),
+            PACK=pack, LIMITED=limits is not None, REVERSED=_ends_heavy(block, k),
+            LEARNS=dslopes is not None, **_constants(block, q, k, v, by_rows),
+        )  # fmt: skip
+    num_tiles, heads = triton.cdiv(k.shape[1], by_cols.cols), b * hkv
+    limits = block.col_limits(i, k.shape[1], q.device)
+    with launching(q):
+        dkdv_kernel[(num_tiles * heads,)](
+            *inputs, dk, dv, _given(limits, q), slopes, *strides, *_strides(dk, dv),
+            i, k.shape[1], hkv, heads, num_tiles, _section(q, dout, heads), *_runtime(block, q, k),
+            LIMITED=limits is not None, REVERSED=_starts_light(block, q),
+            **_constants(block, q, k, v, by_cols),
+        )  # fmt: skip
+
+
+def _constants(block: Block, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> dict[str, Any]:
+    d, vd, score = q.shape[3], v.shape[3], block.score
+    tallest = max(tiles.rows, tiles.cols) * max(x.stride(1) for x in (q, k, v))
+    return {
+        "GROUP": q.shape[2] // k.shape[2],
+        "D": d,
+        "VD": vd,
+        "PADDED_D": padded(d),
+        "PADDED_VD": padded(vd),
+        "ROWS": tiles.rows,
+        "COLS": tiles.cols,
+        "CAP": score.softcap is not None,
+        "BIAS": score.alibi_slopes is not None,
+        "DROPS": block.dropout is not None,
+        "PLAIN": score.is_plain and score.factor > 0,
+        "WIDE": tallest >= 2**31,
+        "num_warps": tiles.warps,
+        "num_stages": tiles.stages,
+    }
+
+
+def padded(width: int) -> int:
+    """The width of a tile in registers: a power of two that a matrix instruction can take."""
+    return max(16, triton.next_power_of_2(width))
+
+
+def _runtime(block: Block, q: Tensor, k: Tensor) -> tuple[float, ...]:
+    """Band, positions and score terms, as the kernels take them."""
+    i, j, band = q.shape[1], k.shape[1], block.band
+    drop = block.dropout
+    return (
+        -i if band.lower is None else max(band.lower, -i),
+        j if band.upper is None else min(band.upper, j),
+        block.row, block.col, block.step, block.head, block.score.factor,
+        block.score.softcap or 1.0,
+        *((drop.seed, drop.threshold, drop.factor) if drop else (0, 0, 1.0)),
+    )  # fmt: skip
+
+
+def _ends_heavy(block: Block, k: Tensor) -> bool:
+    """Whether the last rows see more than the first."""
+    upper = block.band.upper
+    return upper is not None and upper < k.shape[1] - 1 and block.band.lower is None
+
+
+def _starts_light(block: Block, q: Tensor) -> bool:
+    """Whether the last keys are seen by more rows than the first."""
+    lower = block.band.lower
+    return lower is not None and lower > 1 - q.shape[1] and block.band.upper is None
+
+
+def _pack(q: Tensor, k: Tensor, tiles: Tiles) -> int:
+    """How many heads of a group share a tile of rows: all, where the rows alone would not fill it."""
+    group = q.shape[2] // k.shape[2]
+    return group if q.shape[1] * 2 <= tiles.rows else 1
+
+
+def _section(x: Tensor, y: Tensor, programs: int) -> int:
+    """How many heads to work on at once so that their rows stay in the L2 cache."""
+    heads = x.shape[0] * x.shape[2]
+    per_head = x.shape[1] * (x.shape[3] + y.shape[3]) * x.element_size()
+    together = max(1, int(L2_BYTES[family(x.device)] / 2 / max(per_head, 1)))
+    return max(1, min(programs, together * programs // heads))
+
+
+def _slopes(block: Block) -> Tensor | None:
+    slopes = block.score.alibi_slopes
+    return None if slopes is None else slopes.float().contiguous()
+
+
+def _given(x: Tensor | None, instead: Tensor) -> Tensor:
+    """The tensor, or one that takes its place where the kernel will not look at it."""
+    return instead if x is None else x
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    return [s for x in tensors for s in x.stride()[:3]]
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def launching(q: Tensor) -> AbstractContextManager[Any]:
+    """What a launch on this device needs around it."""
+    if q.device.type == "cuda":
+        return torch.cuda.device(q.device)
+    return _INTERPRETER if interprets() else nullcontext()

@@ -1,0 +1,197 @@
+"""The backward kernels, from the global lse and delta, with no atomics.
+
+`dq_kernel`: a tile of query rows walks its key tiles downwards, as in the forward. `dkdv_kernel`: a tile
+of keys walks the query tiles that see it upwards, all heads of its group in each, so that the order of
+additions depends neither on how the keys were cut into blocks nor on who computes which head.
+Source: Dao 2023, FlashAttention-2 (arXiv:2307.08691), algorithm 2.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from seqpar_kernels.triton_terms import (
+    LOG2E,
+    distance,
+    dot,
+    dot_add,
+    keeps,
+    load_tile,
+    places,
+    program,
+    scores,
+    sees,
+    unit,
+    visits,
+)
+
+
+@triton.jit
+def _weights(
+    x, dp, lse, delta, visible, batch, head, i, j, slope,
+    row, col, step, scale, softcap, seed, threshold, factor,
+    CAP: tl.constexpr, BIAS: tl.constexpr, DROPS: tl.constexpr, PLAIN: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """(p after dropout, ds, dx, distance) of a tile, from x = q.k and dp = dout.v.
+
+    Everything broadcasts, so the tile may lie either way round. dx is the gradient of q.k.
+    """
+    far = distance(i, j, row - col, step)
+    s, bend = scores(x, far, slope, scale, softcap, CAP, BIAS, PLAIN)
+    p = tl.exp2(s * (unit(scale, PLAIN) * LOG2E) - lse * LOG2E)
+    if MASKED:
+        p = tl.where(visible, p, 0.0)
+    dropped = p
+    if DROPS:
+        kept = keeps(seed, threshold, batch, head, i, j, row, col, step)
+        dropped = tl.where(kept, p * factor, 0.0)
+        dp = tl.where(kept, dp * factor, 0.0)
+    ds = p * (dp - delta)
+    return dropped, ds, ds * (bend * scale), far
+
+
+@triton.jit(do_not_specialize=[
+    "num_rows", "num_cols", "heads", "all_packs", "num_tiles", "section",
+    "lower", "upper", "row", "col", "step", "head0", "seed", "threshold",
+])  # fmt: skip
+def dq_kernel(
+    Q, K, V, DOUT, LSE, DELTA, DQ, DSLOPES, LIMITS, SLOPES,
+    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, dout_b, dout_s, dout_h,
+    lse_b, lse_s, lse_h, delta_b, delta_s, delta_h, dq_b, dq_s, dq_h, dsl_b, dsl_s, dsl_h,
+    num_rows, num_cols, heads, all_packs, num_tiles, section,
+    lower, upper, row, col, step, head0, scale, softcap, seed, threshold, factor,
+    GROUP: tl.constexpr, PACK: tl.constexpr, D: tl.constexpr, VD: tl.constexpr,
+    PADDED_D: tl.constexpr, PADDED_VD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    CAP: tl.constexpr, BIAS: tl.constexpr, DROPS: tl.constexpr, PLAIN: tl.constexpr,
+    LIMITED: tl.constexpr, REVERSED: tl.constexpr, WIDE: tl.constexpr, LEARNS: tl.constexpr,
+):  # fmt: skip
+    """Adds to dq `[b i hq d]` and, if LEARNS, to dslopes `[b i hq]`, float32. Else as `forward_kernel`."""
+    tile, pack = program(num_tiles, all_packs, section, REVERSED)
+    batch, h = pack // (heads // PACK), (pack % (heads // PACK)) * PACK
+    b64, h64, g64 = batch.to(tl.int64), h.to(tl.int64), (h // GROUP).to(tl.int64)
+    index = tile * ROWS + tl.arange(0, ROWS)
+    inside = index < num_rows * PACK
+    index = tl.minimum(index, num_rows * PACK - 1)
+    i, head = index // PACK, h + index % PACK
+    first, end = sees(i, lower, upper, num_cols, LIMITS, LIMITED)
+    start, inner, inner_stop, stop = visits(first, end, COLS)
+    slope = tl.load(SLOPES + head) if BIAS else head.to(tl.float32) * 0.0
+
+    d, e = tl.arange(0, PADDED_D), tl.arange(0, PADDED_VD)
+    narrow, wide = inside[:, None] & (d < D)[None, :], inside[:, None] & (e < VD)[None, :]
+    q_at = Q + b64 * q_b + h64 * q_h + places(index, q_s, q_h, PACK)[:, None] + d[None, :]
+    q = tl.load(q_at, mask=narrow, other=0.0)
+    dout_at = b64 * dout_b + h64 * dout_h + places(index, dout_s, dout_h, PACK)
+    dout = tl.load(DOUT + dout_at[:, None] + e[None, :], mask=wide, other=0.0)
+    lse_at = b64 * lse_b + h64 * lse_h + places(index, lse_s, lse_h, PACK)
+    lse = tl.load(LSE + lse_at, mask=inside, other=0.0)
+    delta_at = b64 * delta_b + h64 * delta_h + places(index, delta_s, delta_h, PACK)
+    delta = tl.load(DELTA + delta_at, mask=inside, other=0.0)
+    dq_at = DQ + b64 * dq_b + h64 * dq_h + places(index, dq_s, dq_h, PACK)[:, None] + d[None, :]
+    dq = tl.load(dq_at, mask=narrow, other=0.0)
+    dsl_at = DSLOPES + b64 * dsl_b + h64 * dsl_h + places(index, dsl_s, dsl_h, PACK)
+    dslope = tl.load(dsl_at, mask=inside, other=0.0) if LEARNS else delta * 0.0
+
+    K += b64 * k_b + g64 * k_h
+    V += b64 * v_b + g64 * v_h
+    for phase in tl.static_range(3):  # the upper edge, what all rows see, the lower edge
+        high = stop if phase == 0 else inner_stop if phase == 1 else inner
+        low = inner_stop if phase == 0 else inner if phase == 1 else start
+        MASKED: tl.constexpr = phase != 1
+        for n in range(0, high - low):
+            t = high - 1 - n
+            j = t * COLS + tl.arange(0, COLS)
+            visible = (j[None, :] >= first[:, None]) & (j[None, :] < end[:, None])
+            k = load_tile(K, t * COLS, k_s, num_cols, COLS, D, PADDED_D, MASKED, WIDE)
+            v = load_tile(V, t * COLS, v_s, num_cols, COLS, VD, PADDED_VD, MASKED, WIDE)
+            x = dot(q, tl.trans(k))
+            dp = dot(dout, tl.trans(v))
+            _, ds, dx, far = _weights(
+                x, dp, lse[:, None], delta[:, None], visible, batch, head[:, None] + head0,
+                i[:, None], j[None, :], slope[:, None],
+                row, col, step, scale, softcap, seed, threshold, factor,
+                CAP, BIAS, DROPS, PLAIN, MASKED,
+            )  # fmt: skip
+            if LEARNS:
+                dslope -= tl.sum(ds * far, 1)
+            dq = dot_add(dx, k, dq)
+
+    tl.store(dq_at, dq, mask=narrow)
+    if LEARNS:
+        tl.store(dsl_at, dslope, mask=inside)
+
+
+@triton.jit(do_not_specialize=[
+    "num_rows", "num_cols", "kv_heads", "all_heads", "num_tiles", "section",
+    "lower", "upper", "row", "col", "step", "head0", "seed", "threshold",
+])  # fmt: skip
+def dkdv_kernel(
+    Q, K, V, DOUT, LSE, DELTA, DK, DV, LIMITS, SLOPES,
+    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, dout_b, dout_s, dout_h,
+    lse_b, lse_s, lse_h, delta_b, delta_s, delta_h, dk_b, dk_s, dk_h, dv_b, dv_s, dv_h,
+    num_rows, num_cols, kv_heads, all_heads, num_tiles, section,
+    lower, upper, row, col, step, head0, scale, softcap, seed, threshold, factor,
+    GROUP: tl.constexpr, D: tl.constexpr, VD: tl.constexpr,
+    PADDED_D: tl.constexpr, PADDED_VD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    CAP: tl.constexpr, BIAS: tl.constexpr, DROPS: tl.constexpr, PLAIN: tl.constexpr,
+    LIMITED: tl.constexpr, REVERSED: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Adds to dk `[b j hkv d]`, dv `[b j hkv vd]`, float32. LIMITS `[j 2]`: rows of a column's document."""
+    tile, kv_head = program(num_tiles, all_heads, section, REVERSED)
+    batch, g = kv_head // kv_heads, kv_head % kv_heads
+    b64, g64 = batch.to(tl.int64), g.to(tl.int64)
+    j = tile * COLS + tl.arange(0, COLS)
+    inside = j < num_cols
+    first, end = sees(tl.minimum(j, num_cols - 1), -upper, -lower, num_rows, LIMITS, LIMITED)
+    start, inner, inner_stop, stop = visits(first, end, ROWS)
+
+    K += b64 * k_b + g64 * k_h
+    V += b64 * v_b + g64 * v_h
+    k = load_tile(K, tile * COLS, k_s, num_cols, COLS, D, PADDED_D, True, WIDE)
+    v = load_tile(V, tile * COLS, v_s, num_cols, COLS, VD, PADDED_VD, True, WIDE)
+    d, e = tl.arange(0, PADDED_D), tl.arange(0, PADDED_VD)
+    narrow, wide = inside[:, None] & (d < D)[None, :], inside[:, None] & (e < VD)[None, :]
+    j64 = tl.minimum(j, num_cols - 1).to(tl.int64)[:, None]
+    dk_at = DK + b64 * dk_b + g64 * dk_h + j64 * dk_s + d[None, :]
+    dv_at = DV + b64 * dv_b + g64 * dv_h + j64 * dv_s + e[None, :]
+    dk = tl.load(dk_at, mask=narrow, other=0.0)
+    dv = tl.load(dv_at, mask=wide, other=0.0)
+
+    for phase in tl.static_range(3):  # the first rows that see a key, those that see all, the last
+        low = start if phase == 0 else inner if phase == 1 else inner_stop
+        high = inner if phase == 0 else inner_stop if phase == 1 else stop
+        MASKED: tl.constexpr = phase != 1
+        for n in range(low * GROUP, high * GROUP):
+            t, h = n // GROUP, g * GROUP + n % GROUP
+            h64 = h.to(tl.int64)
+            i = t * ROWS + tl.arange(0, ROWS)
+            visible = (i[None, :] >= first[:, None]) & (i[None, :] < end[:, None])
+            there = i < num_rows
+            q = load_tile(
+                Q + b64 * q_b + h64 * q_h, t * ROWS, q_s, num_rows,
+                ROWS, D, PADDED_D, MASKED, WIDE,
+            )  # fmt: skip
+            dout = load_tile(
+                DOUT + b64 * dout_b + h64 * dout_h, t * ROWS, dout_s, num_rows,
+                ROWS, VD, PADDED_VD, MASKED, WIDE,
+            )  # fmt: skip
+            i64 = i.to(tl.int64)
+            lse = tl.load(LSE + b64 * lse_b + h64 * lse_h + i64 * lse_s, mask=there, other=0.0)
+            delta_at = DELTA + b64 * delta_b + h64 * delta_h + i64 * delta_s
+            delta = tl.load(delta_at, mask=there, other=0.0)
+            slope = tl.load(SLOPES + h) if BIAS else 0.0
+            x = dot(k, tl.trans(q))
+            dp = dot(v, tl.trans(dout))
+            p, _, dx, _ = _weights(
+                x, dp, lse[None, :], delta[None, :], visible, batch, h + head0,
+                i[None, :], j[:, None], slope,
+                row, col, step, scale, softcap, seed, threshold, factor,
+                CAP, BIAS, DROPS, PLAIN, MASKED,
+            )  # fmt: skip
+            dv = dot_add(p, dout, dv)
+            dk = dot_add(dx, q, dk)
+
+    tl.store(dk_at, dk, mask=narrow)
+    tl.store(dv_at, dv, mask=wide)

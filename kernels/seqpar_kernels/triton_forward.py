@@ -1,0 +1,114 @@
+"""The forward kernel: one tile of query rows walks the key tiles it sees, downwards.
+
+It continues (acc, m, l) from where the last block left them and never normalises, so cutting the keys
+into blocks at tile borders changes no bit. Source: Dao 2023, FlashAttention-2 (arXiv:2307.08691).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from seqpar_kernels.triton_terms import (
+    LOG2E,
+    distance,
+    dot,
+    dot_add,
+    keeps,
+    load_tile,
+    places,
+    program,
+    scores,
+    sees,
+    unit,
+    visits,
+)
+
+
+@triton.jit
+def _step(
+    acc, m, l, q, K, V, t, i, slope, first, end, batch, head,
+    k_stride, v_stride, num_cols, row, col, step, scale, softcap, seed, threshold, factor,
+    D: tl.constexpr, VD: tl.constexpr, PADDED_D: tl.constexpr, PADDED_VD: tl.constexpr,
+    COLS: tl.constexpr, CAP: tl.constexpr, BIAS: tl.constexpr, DROPS: tl.constexpr,
+    PLAIN: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """(acc, m, l) continued with key tile t."""
+    j = t * COLS + tl.arange(0, COLS)
+    k = load_tile(K, t * COLS, k_stride, num_cols, COLS, D, PADDED_D, MASKED, WIDE)
+    x = dot(q, tl.trans(k))
+    far = distance(i[:, None], j[None, :], row - col, step)
+    s, _ = scores(x, far, slope[:, None], scale, softcap, CAP, BIAS, PLAIN)
+    if MASKED:
+        s = tl.where((j[None, :] >= first[:, None]) & (j[None, :] < end[:, None]), s, float("-inf"))
+    top = tl.maximum(m, tl.max(s, 1) * unit(scale, PLAIN))
+    # A row that has seen nothing yet: exp(-inf - -inf) would be NaN.
+    origin = tl.where(top == float("-inf"), 0.0, top) if MASKED else top
+    p = tl.exp2(s * (unit(scale, PLAIN) * LOG2E) - (origin * LOG2E)[:, None])
+    shrink = tl.exp2((m - origin) * LOG2E)
+    l = l * shrink + tl.sum(p, 1)
+    if DROPS:
+        kept = keeps(seed, threshold, batch, head[:, None], i[:, None], j[None, :], row, col, step)
+        p = tl.where(kept, p * factor, 0.0)
+    v = load_tile(V, t * COLS, v_stride, num_cols, COLS, VD, PADDED_VD, MASKED, WIDE)
+    acc = dot_add(p, v, acc * shrink[:, None])
+    return acc, top, l
+
+
+@triton.jit(do_not_specialize=[
+    "num_rows", "num_cols", "heads", "all_packs", "num_tiles", "section",
+    "lower", "upper", "row", "col", "step", "head0", "seed", "threshold",
+])  # fmt: skip
+def forward_kernel(
+    Q, K, V, ACC, M, L, LIMITS, SLOPES,
+    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, acc_b, acc_s, acc_h, m_b, m_s, m_h,
+    num_rows, num_cols, heads, all_packs, num_tiles, section,
+    lower, upper, row, col, step, head0, scale, softcap, seed, threshold, factor,
+    GROUP: tl.constexpr, PACK: tl.constexpr, D: tl.constexpr, VD: tl.constexpr,
+    PADDED_D: tl.constexpr, PADDED_VD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    CAP: tl.constexpr, BIAS: tl.constexpr, DROPS: tl.constexpr, PLAIN: tl.constexpr,
+    LIMITED: tl.constexpr, REVERSED: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Q `[b i hq d]`, k `[b j hkv d]`, v `[b j hkv vd]`; acc `[b i hq vd]`, m, l `[b i hq]` float32.
+
+    A program takes PACK query heads of one kv head, ROWS / PACK rows of each. LIMITS `[i 2]` int32 are
+    the columns of a row's document, SLOPES `[hq]` float32; both may be dummies.
+    """
+    tile, pack = program(num_tiles, all_packs, section, REVERSED)
+    batch, h = pack // (heads // PACK), (pack % (heads // PACK)) * PACK
+    b64, h64, g64 = batch.to(tl.int64), h.to(tl.int64), (h // GROUP).to(tl.int64)
+    index = tile * ROWS + tl.arange(0, ROWS)
+    inside = index < num_rows * PACK
+    index = tl.minimum(index, num_rows * PACK - 1)
+    i, head = index // PACK, h + index % PACK
+    first, end = sees(i, lower, upper, num_cols, LIMITS, LIMITED)
+    start, inner, inner_stop, stop = visits(first, end, COLS)
+    slope = tl.load(SLOPES + head) if BIAS else scale * 0.0 + head.to(tl.float32) * 0.0
+
+    d, e = tl.arange(0, PADDED_D), tl.arange(0, PADDED_VD)
+    q_at = Q + b64 * q_b + h64 * q_h + places(index, q_s, q_h, PACK)[:, None] + d[None, :]
+    q = tl.load(q_at, mask=inside[:, None] & (d < D)[None, :], other=0.0)
+    m_at = b64 * m_b + h64 * m_h + places(index, m_s, m_h, PACK)
+    m = tl.load(M + m_at, mask=inside, other=float("-inf"))
+    l = tl.load(L + m_at, mask=inside, other=0.0)
+    acc_at = ACC + b64 * acc_b + h64 * acc_h
+    acc_at += places(index, acc_s, acc_h, PACK)[:, None] + e[None, :]
+    wide = inside[:, None] & (e < VD)[None, :]
+    # What no key has reached is zero and need not be read.
+    acc = tl.load(acc_at, mask=wide & (m > float("-inf"))[:, None], other=0.0)
+
+    K += b64 * k_b + g64 * k_h
+    V += b64 * v_b + g64 * v_h
+    for phase in tl.static_range(3):  # the upper edge, what all rows see, the lower edge
+        high = stop if phase == 0 else inner_stop if phase == 1 else inner
+        low = inner_stop if phase == 0 else inner if phase == 1 else start
+        for n in range(0, high - low):
+            acc, m, l = _step(
+                acc, m, l, q, K, V, high - 1 - n, i, slope, first, end, batch, head + head0,
+                k_s, v_s, num_cols, row, col, step, scale, softcap, seed, threshold, factor,
+                D, VD, PADDED_D, PADDED_VD, COLS, CAP, BIAS, DROPS, PLAIN, phase != 1, WIDE,
+            )  # fmt: skip
+
+    tl.store(acc_at, acc, mask=wide)
+    tl.store(M + m_at, m, mask=inside)
+    tl.store(L + m_at, l, mask=inside)

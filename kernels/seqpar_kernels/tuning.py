@@ -1,0 +1,56 @@
+"""Tile sizes of the Triton kernels, as data: one line per device family, kernel, width and element size.
+
+The choice looks at the device, the widths and the type, never at lengths, head counts or ranks: tiles
+decide the order of additions, and that must not depend on how work was split.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a kernel is launched: tile of query rows, tile of key columns, warps, pipeline stages."""
+
+    rows: int
+    cols: int
+    warps: int
+    stages: int
+    measured: str = "not measured"
+
+
+KERNELS = ("forward", "dq", "dkdv")
+L2_BYTES = {"sm_80": 40e6, "sm_86": 6e6, "sm_90": 50e6, "sm_100": 100e6, "gfx942": 4e6, "cpu": 1e6}
+# Keys: family, kernel, element bytes; then the tiles for padded widths up to 64, 128 and 256.
+TABLE: dict[tuple[str, str, int], tuple[Tiles, Tiles, Tiles]] = {
+    ("sm_80", "forward", 2): (Tiles(128, 64, 4, 3), Tiles(128, 64, 8, 3), Tiles(64, 32, 8, 2)),
+    ("sm_80", "dq", 2): (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 1)),
+    ("sm_80", "dkdv", 2): (Tiles(64, 128, 8, 2), Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 1)),
+    ("sm_90", "forward", 2): (Tiles(128, 128, 8, 3), Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 2)),
+    ("sm_90", "dq", 2): (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 1)),
+    ("sm_90", "dkdv", 2): (Tiles(64, 128, 8, 3), Tiles(64, 128, 8, 2), Tiles(32, 64, 8, 1)),
+    ("cpu", "forward", 2): (Tiles(32, 16, 1, 1),) * 3,
+}
+
+
+def family(device: torch.device) -> str:
+    """The line of the table that a device uses: the newest one that is not newer than it."""
+    if device.type == "cpu":
+        return "cpu"
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    small = major == 8 and minor > 0
+    return "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_86" if small else "sm_80"
+
+
+def tiles_for(kernel: str, q: torch.Tensor, v: torch.Tensor) -> Tiles:
+    """The tiles of a kernel for these tensors."""
+    if q.device.type == "cpu":
+        return Tiles(32, 16, 1, 1)
+    width = max(q.shape[-1], v.shape[-1])
+    line = TABLE[family(q.device), kernel, q.element_size()]
+    return line[0 if width <= 64 else 1 if width <= 128 else 2]
