@@ -19,7 +19,7 @@ from seqpar import Group, Mask, Plan
 from seqpar.layout import LAYOUTS
 from seqpar.testing import NAMES, Budget, PeakMemory, Step, run_step
 from seqpar.testing.budget import max_error
-from seqpar.testing.oracle import visible
+from seqpar.testing.oracle import Terms, visible
 
 HEADS, KV_HEADS, WIDTH = 8, 4, 64
 LAYOUT_OF = {"ring": "zigzag", "ulysses": "contiguous"}
@@ -50,7 +50,7 @@ def equality(group: Group, strategy: str, text: Tensor, dtype: torch.dtype) -> d
     q, k, v, dout = read_text(text, torch.arange(len(text)), dtype)
     plan = Plan(group, layout, Mask(causal=True), strategy=strategy)
     step = run_step(q[:, mine], k[:, mine], v[:, mine], dout[:, mine], plan)
-    budget = Budget.of(q, k, v, dout, visible(len(text), True, None), WIDTH**-0.5)
+    budget = Budget.of(q, k, v, dout, visible(len(text), True, None), Terms(WIDTH**-0.5))
     errors = [
         max_error(x, expected[:, mine])
         for x, expected in zip(step.results, budget.expected, strict=True)

@@ -56,10 +56,10 @@ class Dropout:
 
     def keeps(
         self,
-        batch: Int[Tensor, "*shape"],
-        head: Int[Tensor, "*shape"],
-        row: Int[Tensor, "*shape"],
-        col: Int[Tensor, "*shape"],
+        batch: Int[Tensor, "..."],
+        head: Int[Tensor, "..."],
+        row: Int[Tensor, "..."],
+        col: Int[Tensor, "..."],
     ) -> Bool[Tensor, "..."]:
         """Whether the weights at these global places are kept; the arguments broadcast."""
         return philox(self.seed, col, row, head, batch) >= self.threshold

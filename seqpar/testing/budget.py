@@ -19,27 +19,33 @@ EXACT = 1e-11
 
 @dataclass(frozen=True)
 class Budget:
-    """Expected (out, dq, dk, dv) in float64 and the largest absolute error allowed in each."""
+    """Expected results in float64 and the largest absolute error allowed in each.
+
+    The results are (out, dq, dk, dv), then the gradients of the slopes and of the sinks, if any.
+    """
 
     expected: tuple[Tensor, ...]
     allowed: tuple[float, ...]
 
     @staticmethod
-    def of(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, seen: Tensor, scale: float) -> Budget:
+    def of(
+        q: Tensor, k: Tensor, v: Tensor, dout: Tensor, seen: Tensor, terms: oracle.Terms
+    ) -> Budget:
         """The budget for attention over whole tensors `[b s h d]`, in the precision they come in."""
         wide = q.double(), k.double(), v.double(), dout.double()
-        expected = oracle.with_gradients(*wide, seen, scale)
+        wide_terms = terms.to(torch.float64)
+        expected = oracle.with_gradients(*wide, seen, wide_terms)
         if q.dtype == torch.float64:
             return Budget(expected, tuple(EXACT * max(1.0, largest(e)) for e in expected))
-        dense = oracle.with_gradients(q, k, v, dout, seen, scale)
-        p = oracle.weights(wide[0], wide[1], seen, scale)
-        exponents = oracle.scores(wide[0], wide[1], scale).abs()
-        terms = oracle.magnitudes(*wide, p, scale)
-        powers = oracle.magnitudes(*wide, p * exponents, scale)
+        dense = oracle.with_gradients(q, k, v, dout, seen, terms)
+        p = oracle.weights(wide[0], wide[1], seen, wide_terms)
+        exponents = oracle.scores(wide[0], wide[1], wide_terms).abs()
+        sums = oracle.magnitudes(*wide, p, wide_terms)
+        powers = oracle.magnitudes(*wide, p * exponents, wide_terms)
         step, float32_step = torch.finfo(q.dtype).eps, torch.finfo(torch.float32).eps
         allowed = (
             2 * max_error(d, e) + step * t + float32_step * x
-            for d, e, t, x in zip(dense, expected, terms, powers, strict=True)
+            for d, e, t, x in zip(dense, expected, sums, powers, strict=True)
         )
         return Budget(expected, tuple(allowed))
 

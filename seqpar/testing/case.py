@@ -8,11 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from seqpar.comm import Group
 from seqpar.layout import LAYOUTS, Layout, Mask
+from seqpar.strategies import Plan, Strategy
 from seqpar.testing import oracle
 from seqpar.testing.budget import Budget
+from seqpar_kernels import Dropout, Implementation, Score
 
 NAMES = ("out", "dq", "dk", "dv")
+SEED = 2**40 + 5  # of dropout
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,15 @@ class Case:
     scale: float | None = None
     dtype: torch.dtype = torch.float64
     kind: str = "contiguous"
+    softcap: float | None = None
+    alibi: bool = False
+    sinks: bool = False
+    dropout: float = 0.0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the results are called: the usual four, and gradients of what is learned."""
+        return NAMES + ("dslopes",) * self.alibi + ("dsinks",) * self.sinks
 
     @property
     def mask(self) -> Mask:
@@ -50,8 +63,30 @@ class Case:
         )
         return tuple(x.to(self.dtype) for x in (q, k, v, dout))  # type: ignore[return-value]
 
+    def learned(self) -> tuple[Tensor | None, Tensor | None]:
+        """ALiBi slopes and sinks `[hq]`, or `None`, in the type of sums."""
+        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        slopes = torch.linspace(0.5, 0.01, self.hq, dtype=dtype) if self.alibi else None
+        sinks = torch.linspace(-1.0, 2.0, self.hq, dtype=dtype) if self.sinks else None
+        return slopes, sinks
+
+    def plan(
+        self, group: Group, strategy: Strategy, implementation: Implementation | None = None
+    ) -> Plan:
+        """The plan that solves this case on the ranks of a group; what is learned wants gradients."""
+        slopes, sinks = (None if x is None else x.requires_grad_() for x in self.learned())
+        score = Score(self.scale, self.softcap, slopes, sinks)
+        dropout = Dropout(self.dropout, SEED) if self.dropout else None
+        layout = self.layout(group.size)
+        return Plan(group, layout, self.mask, score, strategy, implementation, dropout)
+
+    def terms(self) -> oracle.Terms:
+        """The score, as the oracle takes it."""
+        scale = 1 / math.sqrt(self.d) if self.scale is None else self.scale
+        dropout = (self.dropout, SEED) if self.dropout else None
+        return oracle.Terms(scale, self.softcap, *self.learned(), dropout)
+
     def budget(self) -> Budget:
         """What the results must be, and how far from it they may be."""
         seen = oracle.visible(self.length, self.causal, self.window)
-        scale = 1 / math.sqrt(self.d) if self.scale is None else self.scale
-        return Budget.of(*self.tensors(), seen, scale)
+        return Budget.of(*self.tensors(), seen, self.terms())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from hypothesis import strategies as st
 
@@ -14,10 +16,24 @@ LENGTHS = st.one_of(
 )
 DTYPES = st.sampled_from([torch.float64] * 5 + [torch.float32, torch.bfloat16, torch.float16])
 
+SCORE_TERMS = st.fixed_dictionaries(
+    {},
+    optional={
+        "softcap": st.sampled_from([0.5, 5.0, 50.0]),
+        "alibi": st.booleans(),
+        "sinks": st.booleans(),
+        "dropout": st.sampled_from([0.1, 0.5, 0.9]),
+    },
+)
+
 
 @st.composite
-def cases(draw: st.DrawFn, dtypes: st.SearchStrategy[torch.dtype] = DTYPES) -> Case:
-    """Any legal attention problem of up to 300 positions."""
+def cases(
+    draw: st.DrawFn,
+    dtypes: st.SearchStrategy[torch.dtype] = DTYPES,
+    terms: st.SearchStrategy[dict[str, Any]] = st.just({}),  # noqa: B008 - a description
+) -> Case:
+    """Any legal attention problem of up to 300 positions, by default with a plain score."""
     length = draw(LENGTHS)
     hkv = draw(st.integers(1, 5))
     return Case(
@@ -32,4 +48,5 @@ def cases(draw: st.DrawFn, dtypes: st.SearchStrategy[torch.dtype] = DTYPES) -> C
         scale=draw(st.none() | st.sampled_from([0.3, -0.5, 0.0])),
         dtype=draw(dtypes),
         kind=draw(st.sampled_from(list(LAYOUTS))),
+        **draw(terms),
     )

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from seqpar.comm import Group
-from seqpar.strategies import Plan, Strategy, Volume
+from seqpar.strategies import Strategy, Volume
 from seqpar.testing.budget import Budget, max_error
 from seqpar.testing.case import NAMES, Case
 from seqpar.testing.step import run_step
-from seqpar_kernels import Implementation, Score
+from seqpar_kernels import Implementation
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Errors:
         """What is out of bounds, in words; empty when all is well."""
         wrong = [
             f"{name} off by {self.found[name]:.3g}, allowed {self.allowed[name]:.3g}"
-            for name in NAMES
+            for name in self.found
             if not self.found[name] <= self.allowed[name]
         ]
         if self.sent != self.formula:
@@ -46,17 +46,18 @@ def errors_on_rank(
     Args:
         budget: of this case, where the caller has it already.
     """
-    layout = case.layout(group.size)
-    mine = layout.positions(group.rank)
+    mine = case.layout(group.size).positions(group.rank)
     q, k, v, dout = (x[:, mine] for x in case.tensors())
-    plan = Plan(group, layout, case.mask, Score(case.scale), strategy, implementation)
-    step = run_step(q, k, v, dout, plan)
+    step = run_step(q, k, v, dout, case.plan(group, strategy, implementation))
 
     budget = budget or case.budget()
     found = {}
-    for name, got, expected in zip(NAMES, step.results, budget.expected, strict=True):
-        if got.dtype != case.dtype:
+    for name, got, expected in zip(case.names, step.results, budget.expected, strict=True):
+        if name in NAMES and got.dtype != case.dtype:
             raise AssertionError(f"{name} must be {case.dtype}, got {got.dtype}")
-        found[name] = max_error(got, expected[:, mine])
-    allowed = dict(zip(NAMES, budget.allowed, strict=True))
+        if name not in NAMES:  # this rank's share
+            got = got.clone()
+            group.all_reduce_(got, "sum")
+        found[name] = max_error(got, expected[:, mine] if name in NAMES else expected)
+    allowed = dict(zip(case.names, budget.allowed, strict=True))
     return Errors(found, allowed, step.sent, step.formula)

@@ -2,8 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Terms:
+    """What an attention score is made of, and where rows and columns are.
+
+    Args:
+        slopes, sinks: `[hq]`.
+        dropout: (p, seed).
+        row, col: global positions; by default 0, 1, ...
+        head: global index of the first head.
+    """
+
+    scale: float
+    softcap: float | None = None
+    slopes: Tensor | None = None
+    sinks: Tensor | None = None
+    dropout: tuple[float, int] | None = None
+    row: Tensor | None = None
+    col: Tensor | None = None
+    head: int = 0
+
+    @property
+    def learned(self) -> list[Tensor]:
+        """The slopes and the sinks, as far as there are any."""
+        return [x for x in (self.slopes, self.sinks) if x is not None]
+
+    def to(self, dtype: torch.dtype) -> Terms:
+        """The same with slopes and sinks in another type."""
+        slopes, sinks = (None if x is None else x.to(dtype) for x in (self.slopes, self.sinks))
+        return replace(self, slopes=slopes, sinks=sinks)
 
 
 def visible(length: int, causal: bool, window: int | None) -> Tensor:
@@ -19,59 +52,116 @@ def visible(length: int, causal: bool, window: int | None) -> Tensor:
     return seen
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, terms: Terms) -> Tensor:
     """Dense attention `[b s hq vd]` in the precision of its inputs, differentiable by autograd."""
-    p = weights(q, k, seen, scale)
+    p = weights(q, k, seen, terms)
+    if terms.dropout is not None:
+        p = p * kept(p, terms) / (1 - terms.dropout[0])
     return torch.einsum("bhij,bjhd->bihd", p, _per_query_head(v, q))
 
 
-def weights(q: Tensor, k: Tensor, seen: Tensor, scale: float) -> Tensor:
-    """The attention matrix `[b hq s s]`."""
-    return torch.softmax(scores(q, k, scale).masked_fill(~seen, float("-inf")), dim=-1)
+def weights(q: Tensor, k: Tensor, seen: Tensor, terms: Terms) -> Tensor:
+    """The attention matrix `[b hq s s]` before dropout; rows that see nothing are zero."""
+    s = scores(q, k, terms)
+    anything = seen.any(-1, keepdim=True)
+    s = torch.where(seen | ~anything, s, float("-inf"))
+    if terms.sinks is None:
+        return torch.softmax(s, -1) * anything
+    sink = terms.sinks.to(s.dtype)[:, None, None].expand(*s.shape[:3], 1)
+    return torch.softmax(torch.cat((s, sink), -1), -1)[..., :-1] * anything
 
 
-def scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """Scale * q.k `[b hq s s]`, nothing hidden."""
-    return torch.einsum("bihd,bjhd->bhij", q, _per_query_head(k, q)) * scale
+def scores(q: Tensor, k: Tensor, terms: Terms) -> Tensor:
+    """The scores `[b hq s s]`, nothing hidden."""
+    s = torch.einsum("bihd,bjhd->bhij", q, _per_query_head(k, q)) * terms.scale
+    if terms.softcap is not None:
+        s = terms.softcap * torch.tanh(s / terms.softcap)
+    if terms.slopes is not None:
+        s = s - terms.slopes.to(s.dtype)[:, None, None] * distance(s, terms).to(s.dtype)
+    return s
+
+
+def distance(s: Tensor, terms: Terms) -> Tensor:
+    """|row - column| `[s s]` in positions."""
+    row, col = _positions(s, terms)
+    return (row[:, None] - col[None, :]).abs()
+
+
+def kept(p: Tensor, terms: Terms) -> Tensor:
+    """Which weights `[b hq s s]` dropout keeps: Philox 4x32-7 of (column, row, head, batch)."""
+    import numpy as np  # 64-bit words, which torch cannot multiply
+
+    assert terms.dropout is not None
+    chance, seed = terms.dropout
+    row, col = (x.numpy().astype(np.uint64) for x in _positions(p, terms))
+    batch, head = np.arange(p.shape[0], dtype=np.uint64), np.arange(p.shape[1], dtype=np.uint64)
+    words = np.broadcast_arrays(
+        col, row[:, None], head[:, None, None] + np.uint64(terms.head), batch[:, None, None, None]
+    )
+    low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+    c = [w & low for w in words]
+    keys = [np.uint64(seed) & low, np.uint64(seed) >> half]
+    for _ in range(7):
+        one, two = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
+        c = [(two >> half) ^ c[1] ^ keys[0], two & low, (one >> half) ^ c[3] ^ keys[1], one & low]
+        keys = [(keys[0] + np.uint64(0x9E3779B9)) & low, (keys[1] + np.uint64(0xBB67AE85)) & low]
+    return torch.from_numpy(c[0].astype(np.int64) >= round(chance * 2**32))
 
 
 def with_gradients(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, seen: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out, dq, dk, dv) of dense attention, by autograd."""
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, seen: Tensor, terms: Terms
+) -> tuple[Tensor, ...]:
+    """(out, dq, dk, dv) of dense attention and the gradients of what is learned, by autograd."""
     leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    slopes, sinks = (
+        None if x is None else x.detach().clone().requires_grad_()
+        for x in (terms.slopes, terms.sinks)
+    )  # fmt: skip
+    terms = replace(terms, slopes=slopes, sinks=sinks)
     with torch.enable_grad():
-        out = attention(leaves[0], leaves[1], leaves[2], seen, scale)
-    dq, dk, dv = torch.autograd.grad(out, leaves, dout)
-    return out.detach(), dq, dk, dv
+        out = attention(leaves[0], leaves[1], leaves[2], seen, terms)
+    return out.detach(), *torch.autograd.grad(out, [*leaves, *terms.learned], dout)
 
 
 def magnitudes(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, p: Tensor, scale: float
-) -> tuple[float, float, float, float]:
-    """The largest sum of absolute terms behind any element of (out, dq, dk, dv), for weights p.
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, p: Tensor, terms: Terms
+) -> tuple[float, ...]:
+    """The largest sum of absolute terms behind any element of each result, for weights p.
 
     Rounding errors scale with these and not with results, which may cancel to nothing.
     """
-    if q.shape[1] == 0:
-        return 0.0, 0.0, 0.0, 0.0
+    if q.shape[1] == 0 or k.shape[1] == 0:
+        return (0.0,) * (4 + len(terms.learned))
     q_a, k_a, v_a, dout_a = (
         q.abs(),
         _per_query_head(k, q).abs(),
         _per_query_head(v, q).abs(),
         dout.abs(),
     )
+    if terms.dropout is not None:
+        v_a = v_a / (1 - terms.dropout[0])
     dp = torch.einsum("bihd,bjhd->bhij", dout_a, v_a)
-    ds = p * (dp + (p * dp).sum(-1, keepdim=True)) * abs(scale)
+    delta = (p * dp).sum(-1, keepdim=True)
+    ds = p * (dp + delta)
+    dx = ds * abs(terms.scale)
     group = q.shape[2] // k.shape[2]
-    terms = (
+    sums = [
         torch.einsum("bhij,bjhd->bihd", p, v_a),
-        torch.einsum("bhij,bjhd->bihd", ds, k_a),
-        torch.einsum("bhij,bihd->bjhd", ds, q_a).unflatten(2, (-1, group)).sum(3),
+        torch.einsum("bhij,bjhd->bihd", dx, k_a),
+        torch.einsum("bhij,bihd->bjhd", dx, q_a).unflatten(2, (-1, group)).sum(3),
         torch.einsum("bhij,bihd->bjhd", p, dout_a).unflatten(2, (-1, group)).sum(3),
-    )
-    out, dq, dk, dv = (float(x.max()) for x in terms)
-    return out, dq, dk, dv
+    ]
+    if terms.slopes is not None:
+        sums.append(torch.einsum("bhij,ij->h", ds, distance(ds, terms).to(ds.dtype)))
+    if terms.sinks is not None:
+        sums.append(delta.sum((0, 2, 3)))
+    return tuple(float(x.max()) for x in sums)
+
+
+def _positions(s: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
+    row = torch.arange(s.shape[-2]) if terms.row is None else terms.row
+    col = torch.arange(s.shape[-1]) if terms.col is None else terms.col
+    return row, col
 
 
 def _per_query_head(x: Tensor, q: Tensor) -> Tensor:

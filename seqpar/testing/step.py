@@ -16,7 +16,7 @@ from seqpar.strategies import VOLUMES, Plan, Shape, Volume
 class Step:
     """What a step computed on this rank, how long it took, what it sent, and what the formula says."""
 
-    results: tuple[Tensor, Tensor, Tensor, Tensor]  # out, dq, dk, dv
+    results: tuple[Tensor, ...]  # out, dq, dk, dv, and the gradients of slopes and sinks that learn
     seconds: float
     sent: Volume
     formula: Volume
@@ -29,13 +29,15 @@ def run_step(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, plan: Plan) -> Step:
     counters of the group.
     """
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    learned = [x for x in (plan.score.alibi_slopes, plan.score.sinks) if x is not None]
+    leaves += [x for x in learned if x.requires_grad]
     plan.group.all_reduce_(torch.zeros(1, device=q.device), "sum")
     plan.group.traffic.reset()
     start = time.perf_counter()
     out = attention(leaves[0], leaves[1], leaves[2], plan)
     forward = plan.group.traffic.total
-    dq, dk, dv = torch.autograd.grad(out, leaves, dout)
+    gradients = torch.autograd.grad(out, leaves, dout)
     seconds = time.perf_counter() - start
     sent = Volume(forward, plan.group.traffic.total - forward)
     formula = VOLUMES[plan.strategy](plan.layout, plan.group.rank, Shape.of(q, k, v))
-    return Step((out.detach(), dq, dk, dv), seconds, sent, formula)
+    return Step((out.detach(), *gradients), seconds, sent, formula)

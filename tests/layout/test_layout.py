@@ -5,7 +5,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seqpar.layout import LAYOUTS, Layout, Mask, Span, joined_tiles, split_heads, tiles, work, zigzag
+from seqpar.layout import (
+    LAYOUTS,
+    Layout,
+    Mask,
+    Span,
+    joined_tiles,
+    split_heads,
+    tiles,
+    work,
+    zigzag,
+)
 from seqpar.testing import oracle
 
 KINDS = st.sampled_from(list(LAYOUTS))

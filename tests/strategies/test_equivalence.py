@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from seqpar import simulate
 from seqpar.strategies import STRATEGIES
 from seqpar.testing import Case, errors_on_rank
-from seqpar.testing.drawn import WORLD_SIZES, cases
+from seqpar.testing.drawn import SCORE_TERMS, WORLD_SIZES, cases
 
 
 def check(results):
@@ -37,6 +37,18 @@ def test_equals_one_device(strategy, case, size):
 @settings(max_examples=40)
 def test_equals_one_device_with_the_reference_kernel(strategy, case, size):
     check(simulate(size, errors_on_rank, case, strategy, "reference", case.budget()))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@given(case=cases(terms=SCORE_TERMS), size=WORLD_SIZES)
+@settings(max_examples=100)
+@example(Case(33, 4, 2, alibi=True, sinks=True, dropout=0.5, softcap=5.0, kind="zigzag"), 3)
+@example(Case(3, 2, 1, alibi=True, sinks=True, dropout=0.5), 5)
+@example(Case(40, 6, 3, alibi=True, sinks=True, kind="striped", dtype=torch.bfloat16), 4)
+@example(Case(0, alibi=True, sinks=True), 2)
+def test_equals_one_device_with_every_score_term(strategy, case, size):
+    """Softcap, ALiBi, sinks and dropout, alone and together; slopes and sinks learn."""
+    check(simulate(size, errors_on_rank, case, strategy, None, case.budget()))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
