@@ -99,20 +99,19 @@ def dq_kernel(
     for phase in tl.static_range(3):  # the upper edge, what all rows see, the lower edge
         high = stop if phase == 0 else inner_stop if phase == 1 else inner
         low = inner_stop if phase == 0 else inner if phase == 1 else start
-        MASKED: tl.constexpr = phase != 1
         for n in range(0, high - low):
             t = high - 1 - n
             j = t * COLS + tl.arange(0, COLS)
             visible = (j[None, :] >= first[:, None]) & (j[None, :] < end[:, None])
-            k = load_tile(K, t * COLS, k_s, num_cols, COLS, D, PADDED_D, MASKED, WIDE)
-            v = load_tile(V, t * COLS, v_s, num_cols, COLS, VD, PADDED_VD, MASKED, WIDE)
+            k = load_tile(K, t * COLS, k_s, num_cols, COLS, D, PADDED_D, phase != 1, WIDE)
+            v = load_tile(V, t * COLS, v_s, num_cols, COLS, VD, PADDED_VD, phase != 1, WIDE)
             x = dot(q, tl.trans(k))
             dp = dot(dout, tl.trans(v))
             _, ds, dx, far = _weights(
                 x, dp, lse[:, None], delta[:, None], visible, batch, head[:, None] + head0,
                 i[:, None], j[None, :], slope[:, None],
                 row, col, step, scale, softcap, seed, threshold, factor,
-                CAP, BIAS, DROPS, PLAIN, MASKED,
+                CAP, BIAS, DROPS, PLAIN, phase != 1,
             )  # fmt: skip
             if LEARNS:
                 dslope -= tl.sum(ds * far, 1)
@@ -162,7 +161,6 @@ def dkdv_kernel(
     for phase in tl.static_range(3):  # the first rows that see a key, those that see all, the last
         low = start if phase == 0 else inner if phase == 1 else inner_stop
         high = inner if phase == 0 else inner_stop if phase == 1 else stop
-        MASKED: tl.constexpr = phase != 1
         for n in range(low * GROUP, high * GROUP):
             t, h = n // GROUP, g * GROUP + n % GROUP
             h64 = h.to(tl.int64)
@@ -171,11 +169,11 @@ def dkdv_kernel(
             there = i < num_rows
             q = load_tile(
                 Q + b64 * q_b + h64 * q_h, t * ROWS, q_s, num_rows,
-                ROWS, D, PADDED_D, MASKED, WIDE,
+                ROWS, D, PADDED_D, phase != 1, WIDE,
             )  # fmt: skip
             dout = load_tile(
                 DOUT + b64 * dout_b + h64 * dout_h, t * ROWS, dout_s, num_rows,
-                ROWS, VD, PADDED_VD, MASKED, WIDE,
+                ROWS, VD, PADDED_VD, phase != 1, WIDE,
             )  # fmt: skip
             i64 = i.to(tl.int64)
             lse = tl.load(LSE + b64 * lse_b + h64 * lse_h + i64 * lse_s, mask=there, other=0.0)
@@ -188,7 +186,7 @@ def dkdv_kernel(
                 x, dp, lse[None, :], delta[None, :], visible, batch, h + head0,
                 i[None, :], j[:, None], slope,
                 row, col, step, scale, softcap, seed, threshold, factor,
-                CAP, BIAS, DROPS, PLAIN, MASKED,
+                CAP, BIAS, DROPS, PLAIN, phase != 1,
             )  # fmt: skip
             dv = dot_add(p, dout, dv)
             dk = dot_add(dx, q, dk)
