@@ -9,20 +9,22 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
 from typing import Any
 
 import torch
 
 from seqpar import __version__
-from seqpar.comm import Group, simulate
-from seqpar.strategies import STRATEGY_NAMES, Plan, Strategy
-from seqpar.testing import NAMES, Case, Errors, ProcessWorld, errors_on_rank, run_step
-from seqpar.testing.budget import max_error
-from seqpar_kernels import DTYPES, IMPLEMENTATIONS, Request, Score, choose, preference, refusal
+from seqpar.comm import simulate
+from seqpar.strategies import STRATEGY_NAMES, Strategy
+from seqpar.testing import Case, Errors, ProcessWorld, errors_on_rank
+from seqpar_kernels import DTYPES, IMPLEMENTATIONS, Request, choose, preference, refusal
 
 PACKAGES = ("torch", "triton", "flash_attn")
+WIDTH = {"d": 64, "vd": 64}
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "softcap": {"softcap": True},
@@ -62,7 +64,7 @@ class Machine:
 class Check:
     """Two ranks against the oracle.
 
-    `share` is the largest error over what is allowed for it, `None` where nothing was computed.
+    `share` is the largest error over what is allowed for it, `None` if the check failed.
     """
 
     world: str
@@ -117,9 +119,9 @@ def choices(device: torch.device) -> Iterator[Choice]:
     """What is chosen on a kind of device, for every dtype and feature."""
     for dtype in DTYPES:
         for feature, asked in FEATURES.items():
-            request = Request(**({"device": device, "dtype": dtype, "d": 64, "vd": 64} | asked))
+            request = Request(device, dtype, **(WIDTH | asked))
             chosen = choose(request)
-            why_not = {
+            why_not: dict[str, str] = {
                 name: refusal(name, request) or _passed_over(name, chosen, device)
                 for name in IMPLEMENTATIONS
                 if name != chosen
@@ -129,25 +131,12 @@ def choices(device: torch.device) -> Iterator[Choice]:
 
 def selfcheck() -> Iterator[Check]:
     """Both strategies on two ranks in every world there is here, in float64 and bfloat16."""
-    worlds: dict[str, Callable[[Case, Strategy], list[Errors]]] = {
-        "threads on cpu": lambda case, strategy: simulate(2, errors_on_rank, case, strategy),
-        "processes on cpu (gloo)": _over_processes,
-    }
+    yield from _checks("threads on cpu", lambda *call: simulate(2, errors_on_rank, *call))
     if torch.cuda.is_available():
-        worlds["threads on cuda"] = lambda case, strategy: simulate(2, _on_cuda, case, strategy)
-    for world, errors_by_rank in worlds.items():
-        for strategy in STRATEGY_NAMES:
-            for dtype in CHECKED_DTYPES:
-                start, share = time.perf_counter(), None
-                try:
-                    errors = errors_by_rank(replace(CHECKED, dtype=dtype), strategy)
-                except Exception as error:  # whatever it is, it is the answer
-                    failures = [f"{type(error).__name__}: {error}"]
-                else:
-                    failures = [f"rank {r}: {f}" for r, e in enumerate(errors) for f in e.failures]
-                    share = max(e.found[n] / e.allowed[n] for e in errors for n in NAMES)
-                seconds = time.perf_counter() - start
-                yield Check(world, strategy, _name(dtype), share, seconds, failures)
+        on_cuda = partial(errors_on_rank, device="cuda")
+        yield from _checks("threads on cuda", lambda *call: simulate(2, on_cuda, *call))
+    with closing(_Processes()) as processes:
+        yield from _checks("processes on cpu (gloo)", processes.errors)
 
 
 def described(machine: Machine) -> Iterator[str]:
@@ -175,7 +164,7 @@ def described(machine: Machine) -> Iterator[str]:
 
 def told(check: Check) -> str:
     """The check in a line of text, with one more for each failure."""
-    share = "" if check.share is None else f", largest error {check.share:.0%} of what is allowed"
+    share = "" if check.share is None else f", largest error {check.share:.2g} of what is allowed"
     line = f"{check.world:<24}{check.strategy:<9}{check.dtype:<10}"
     if not check.failures:
         return f"{line}ok{share}, {check.seconds:.1f} s"
@@ -221,25 +210,43 @@ def _summary(held: Iterable[tuple[str, str]]) -> Iterator[str]:
     by_dtypes: dict[tuple[str, ...], list[str]] = {}
     for feature, dtypes in by_feature.items():
         by_dtypes.setdefault(tuple(dtypes), []).append(feature)
-    for dtypes, features in by_dtypes.items():
+    for types, features in by_dtypes.items():
         what = "" if len(features) == len(FEATURES) else ", ".join(features)
-        when = "" if len(dtypes) == len(DTYPES) else ", ".join(dtypes)
+        when = "" if len(types) == len(DTYPES) else ", ".join(types)
         yield " in ".join(part for part in (what, when) if part)
 
 
-def _over_processes(case: Case, strategy: Strategy) -> list[Errors]:
-    """A world of its own for each check, so that a failure does not take the others along."""
-    with ProcessWorld(2) as world:
-        return world.run(errors_on_rank, case, strategy)
+def _checks(
+    world: str, errors_by_rank: Callable[[Case, Strategy], list[Errors]]
+) -> Iterator[Check]:
+    for strategy in STRATEGY_NAMES:
+        for dtype in CHECKED_DTYPES:
+            start, share = time.perf_counter(), None
+            try:
+                errors = errors_by_rank(replace(CHECKED, dtype=dtype), strategy)
+            except Exception as error:  # whatever it is, it is the answer
+                failures = [f"{type(error).__name__}: {error}"]
+            else:
+                failures = [
+                    f"rank {r}: {text}" for r, e in enumerate(errors) for text in e.failures
+                ]
+                if not failures:
+                    share = max(e.found[n] / e.allowed[n] for e in errors for n in e.found)
+            seconds = time.perf_counter() - start
+            yield Check(world, strategy, _name(dtype), share, seconds, failures)
 
 
-def _on_cuda(group: Group, case: Case, strategy: Strategy) -> Errors:
-    """`errors_on_rank` with tensors on the GPU."""
-    layout = case.layout(group.size)
-    mine, budget = layout.positions(group.rank), case.budget()
-    q, k, v, dout = (x[:, mine].cuda() for x in case.tensors())
-    plan = Plan(group, layout, case.mask, Score(case.scale), strategy)
-    step = run_step(q, k, v, dout, plan)
-    pairs = zip(NAMES, step.results, budget.expected, strict=True)
-    found = {name: max_error(got.cpu(), expected[:, mine]) for name, got, expected in pairs}
-    return Errors(found, dict(zip(NAMES, budget.allowed, strict=True)), step.sent, step.formula)
+class _Processes:
+    """Two processes, started when they are first needed and again after a failure."""
+
+    def __init__(self) -> None:
+        self._world: ProcessWorld | None = None
+
+    def errors(self, case: Case, strategy: Strategy) -> list[Errors]:
+        if self._world is None or not self._world.is_alive:
+            self._world = ProcessWorld(2)
+        return self._world.run(errors_on_rank, case, strategy)
+
+    def close(self) -> None:
+        if self._world is not None and self._world.is_alive:
+            self._world.close()
