@@ -7,6 +7,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # Triton kernels then run in Python; read when triton is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from hypothesis import Phase, settings
 
 from seqpar.testing import ProcessWorld

@@ -115,7 +115,7 @@ def padded(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def _runtime(block: Block, q: Tensor, k: Tensor) -> tuple[float, ...]:
+def _runtime(block: Block, q: Tensor, k: Tensor) -> tuple[int | float, ...]:
     """Band, positions and score terms, as the kernels take them."""
     i, j, band = q.shape[1], k.shape[1], block.band
     drop = block.dropout

@@ -69,18 +69,15 @@ def finish_kernel(
     m_at = _at(n, B, C, m0, m1, m2)
     m = tl.load(M + m_at, mask=there, other=float("-inf"))
     l = tl.load(L + m_at, mask=there, other=0.0)
-    keep = m * 0.0 + 1.0
+    acc_at = ACC + _at(n, B, C, a0, a1, a2)[:, None] + e[None, :]
+    acc = tl.load(acc_at, mask=wide & (l != 0.0)[:, None], other=0.0)
     if SINKING:
         sink = tl.load(SINKS + n % C, mask=there, other=0.0).to(m.dtype)
         top = tl.maximum(m, sink)
         keep = tl.exp2((m - top) * LOG2E)
         l = l * keep + tl.exp2((sink - top) * LOG2E)
-        m = top
-    acc_at = ACC + _at(n, B, C, a0, a1, a2)[:, None] + e[None, :]
+        acc, m = acc * keep[:, None], top
     seen = tl.where(l == 0.0, 1.0, l)
-    acc = tl.load(acc_at, mask=wide & (l != 0.0)[:, None], other=0.0)
-    if SINKING:
-        acc = acc * keep[:, None]
     out_at = OUT + _at(n, B, C, o0, o1, o2)[:, None] + e[None, :]
     tl.store(out_at, (acc / seen[:, None]).to(OUT.dtype.element_ty), mask=wide)
     tl.store(LSE + _at(n, B, C, l0, l1, l2), m + tl.log(l), mask=there)

@@ -71,10 +71,16 @@ class Case:
         return slopes, sinks
 
     def plan(
-        self, group: Group, strategy: Strategy, implementation: Implementation | None = None
+        self,
+        group: Group,
+        strategy: Strategy,
+        implementation: Implementation | None = None,
+        device: str = "cpu",
     ) -> Plan:
         """The plan that solves this case on the ranks of a group; what is learned wants gradients."""
-        slopes, sinks = (None if x is None else x.requires_grad_() for x in self.learned())
+        slopes, sinks = (
+            None if x is None else x.to(device).requires_grad_() for x in self.learned()
+        )
         score = Score(self.scale, self.softcap, slopes, sinks)
         dropout = Dropout(self.dropout, SEED) if self.dropout else None
         layout = self.layout(group.size)

@@ -40,15 +40,17 @@ def errors_on_rank(
     strategy: Strategy,
     implementation: Implementation | None = None,
     budget: Budget | None = None,
+    device: str = "cpu",
 ) -> Errors:
     """Forward and backward of this rank's rows, compared with the oracle. All ranks must call.
 
     Args:
         budget: of this case, where the caller has it already.
+        device: where the attention runs; it is judged on the CPU.
     """
     mine = case.layout(group.size).positions(group.rank)
-    q, k, v, dout = (x[:, mine] for x in case.tensors())
-    step = run_step(q, k, v, dout, case.plan(group, strategy, implementation))
+    q, k, v, dout = (x[:, mine].to(device) for x in case.tensors())
+    step = run_step(q, k, v, dout, case.plan(group, strategy, implementation, device))
 
     budget = budget or case.budget()
     found = {}
@@ -58,6 +60,6 @@ def errors_on_rank(
         if name not in NAMES:  # this rank's share
             got = got.clone()
             group.all_reduce_(got, "sum")
-        found[name] = max_error(got, expected[:, mine] if name in NAMES else expected)
+        found[name] = max_error(got.cpu(), expected[:, mine] if name in NAMES else expected)
     allowed = dict(zip(case.names, budget.allowed, strict=True))
     return Errors(found, allowed, step.sent, step.formula)
