@@ -10,10 +10,10 @@ import os
 if os.environ.get("SEQPAR_CHECK_SHAPES") == "1":  # for tests, and inherited by the ranks they start
     from jaxtyping import install_import_hook
 
-    # Not the functions that users call: they refuse by themselves, and on all ranks. Not the Triton
-    # kernels: their interpreter wants the functions as they were written.
-    _kernels = ["attention", "aten", "band", "block", "documents", "dropout", "partial"]
-    _kernels += ["rectangles", "reference", "row_softmax", "score", "triton_attention"]
+    # Not what users call (Score, Dropout, attention, ...): that refuses by itself, and on all ranks.
+    # Not the Triton kernels: their interpreter wants the functions as they were written.
+    _kernels = ["dispatch", "aten", "band", "block", "partial", "rectangles", "reference"]
+    _kernels += ["row_softmax", "triton_attention"]
     _checked = [
         *(f"seqpar_kernels.{name}" for name in _kernels),
         "seqpar.layout",

@@ -5,7 +5,6 @@ each row sees, and the score terms); results of several blocks meet in a `Partia
 The mathematics is derived in `kernels/README.md`.
 """
 
-from seqpar_kernels.attention import attend, attend_backward, finish
 from seqpar_kernels.band import Band
 from seqpar_kernels.block import Block, Rows
 from seqpar_kernels.choice import (
@@ -17,6 +16,8 @@ from seqpar_kernels.choice import (
     preference,
     refusal,
 )
+from seqpar_kernels.custom_ops import attention
+from seqpar_kernels.dispatch import attend, attend_backward, finish
 from seqpar_kernels.documents import Documents
 from seqpar_kernels.dropout import Dropout
 from seqpar_kernels.partial import Partial, accumulation_dtype
@@ -37,6 +38,7 @@ __all__ = [
     "accumulation_dtype",
     "attend",
     "attend_backward",
+    "attention",
     "choose",
     "finish",
     "preference",

@@ -14,15 +14,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from seqpar.comm import RingSum, ring_pass
-from seqpar.layout import Layout
+from seqpar.layout import Layout, Span
 from seqpar.strategies.plan import Plan
 from seqpar.strategies.volume import Shape, Volume
 from seqpar_kernels import (
+    Block,
     Partial,
     Rows,
     accumulation_dtype,
     attend,
     attend_backward,
+    attention,
     finish,
     sink_gradient,
 )
@@ -37,10 +39,17 @@ def ring_attention(
 ) -> Float[Tensor, "b sl hq vd"]:
     """This rank's rows of softmax(q k^T) v. The call has been checked; all ranks must call.
 
+    One rank alone is one block: an op that compilers and checkpointing policies know by name.
+
     Args:
         head: which of the attention's query heads is the first of q.
     """
     score = plan.score.resolve(q.shape[-1]).of_heads(head, q.shape[2])
+    if plan.group.size == 1 and len(plan.layout.spans[0]) <= 1:
+        rows = Span(0, plan.layout.length)
+        block = Block(plan.mask.band(rows, rows), score, head=head, dropout=plan.dropout)
+        out, _ = attention(q, k, v, block, implementation=plan.implementation)
+        return out
     return _Ring.apply(q, k, v, score.alibi_slopes, score.sinks, replace(plan, score=score), head)
 
 

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from seqpar_kernels import (
     Band,
     Block,
+    Documents,
+    Dropout,
     Partial,
     Request,
     Rows,
@@ -18,6 +20,7 @@ from seqpar_kernels import (
     attend_backward,
     choose,
 )
+from seqpar_kernels.dropout import philox
 
 HERE = ("reference", "aten")
 SCORE = Score(0.4)
@@ -181,8 +184,45 @@ def test_unknown_or_unfit_implementations_are_refused():
     q, k = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 2, 4)
     with pytest.raises(ValueError, match="multiple of hkv"):
         attend(q, k, k, Block(Band(), SCORE), into=Partial.identity(q, 4))
-    with pytest.raises(ValueError, match="finite"):
-        Score(math.nan)
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "make"),
+    [
+        (ValueError, "scale must be finite", lambda: Score(math.nan)),
+        (TypeError, "scale must be a number", lambda: Score("1")),
+        (ValueError, "softcap must be positive, got 0.0", lambda: Score(softcap=0)),
+        (ValueError, "softcap must be positive", lambda: Score(softcap=-1.0)),
+        (ValueError, "softcap must be finite", lambda: Score(softcap=math.inf)),
+        (
+            ValueError,
+            r"sinks must be 1-D, \[hq\], got \(2, 1\)",
+            lambda: Score(sinks=torch.ones(2, 1)),
+        ),
+        (TypeError, "alibi_slopes must be a floating", lambda: Score(alibi_slopes=torch.arange(2))),
+        (TypeError, "alibi_slopes must be a floating", lambda: Score(alibi_slopes=[0.5])),
+        (ValueError, r"p must be in \[0, 1\), got 1", lambda: Dropout(1, 0)),
+        (ValueError, r"p must be in \[0, 1\), got -0.1", lambda: Dropout(-0.1, 0)),
+        (ValueError, "seed must be in", lambda: Dropout(0.1, -1)),
+        (TypeError, "seed must be an integer", lambda: Dropout(0.1, 1.5)),
+        (ValueError, "boundaries from 0", lambda: Documents((1, 2))),
+        (ValueError, "boundaries from 0", lambda: Documents((0, 3, 2))),
+        (TypeError, "integer boundaries", lambda: Documents((0, 1.5))),
+    ],
+)
+def test_terms_that_mean_nothing_are_refused(error, match, make):
+    with pytest.raises(error, match=match):
+        make()
+
+
+def test_dropout_is_the_published_generator():
+    """Known answers of Philox 4x32 with 7 rounds, from the source's own test vectors."""
+    zeros = [torch.zeros(1, dtype=torch.long)] * 4
+    assert philox(0, *zeros).item() == 0x5F6FB709
+    pi = [torch.tensor([x]) for x in (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)]
+    assert philox(0x299F31D0A4093822, *pi).item() == 0x4DFCCABA
+    kept = Dropout(0.25, 9).keeps(*zeros[:2], torch.arange(300)[:, None], torch.arange(300))
+    assert abs(kept.double().mean().item() - 0.75) < 5 * (0.25 * 0.75 / 90000) ** 0.5
 
 
 def test_autocast_does_not_lower_the_precision_of_a_block():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import seqpar
-from seqpar import Mask, RingAttention, Score, UlyssesAttention, simulate
+from seqpar import Dropout, Mask, RingAttention, Score, UlyssesAttention, simulate
 from seqpar.layout import Layout, Span, contiguous, striped, zigzag
 
 LENGTH = 12
@@ -32,6 +32,7 @@ def call(group, **change):
         mask=change.get("mask", Mask(causal=True)),
         score=change.get("score", Score()),
         implementation=change.get("implementation"),
+        dropout=change.get("dropout"),
     )
     return attend(q, k, v, layout)
 
@@ -58,6 +59,28 @@ ONE_RANK = {  # what rank 1 alone does -> what every message must say
         r"strategy is 'ring' on ranks 0, 2, 'ulysses'",
     ),
     "scale": ({"score": Score(0.5)}, r"scale is .*0.5 on rank 1"),
+    "softcap": ({"score": Score(softcap=5.0)}, r"softcap is None on ranks 0, 2, 5.0 on rank 1"),
+    "sinks": (
+        {"score": Score(sinks=torch.zeros(4))},
+        r"sinks is None on ranks 0, 2, torch.float32 on rank 1",
+    ),
+    "sinks of other heads": (
+        {"score": Score(sinks=torch.zeros(2))},
+        r"sinks must have one entry for each of the 4 query heads, got \(2,\)",
+    ),
+    "dropout": ({"dropout": Dropout(0.1, 3)}, r"dropout is None on ranks 0, 2, Dropout\(p=0.1"),
+    "dropout not a dropout": (
+        {"dropout": 0.1},
+        r"dropout must be a seqpar.Dropout or None, got 0.1",
+    ),
+    "what the implementation lacks": (
+        {"implementation": "aten", "score": Score(softcap=5.0)},
+        r"implementation 'aten' has no softcap; 'reference' does all that was asked",
+    ),
+    "no GPU": (
+        {"implementation": "flash_attn"},
+        r"implementation 'flash_attn' does not run on cpu; 'aten' does all",
+    ),
     "implementation": (
         {"implementation": "reference"},
         r"implementation .*'reference' on",
@@ -83,6 +106,14 @@ ALL_RANKS = {  # what every rank does -> what every message must say
     "integers": ({"dtype": torch.int64}, "floating point, got torch.int64"),
     "float8": ({"dtype": torch.float8_e4m3fn}, "float8"),
     "layout not a layout": ({"layout": 12}, "layout must be a seqpar.Layout, got 12"),
+    "slopes of other heads": (
+        {"score": Score(alibi_slopes=torch.ones(3))},
+        r"alibi_slopes must have one entry for each of the 4 query heads",
+    ),
+    "sinks elsewhere": (
+        {"score": Score(sinks=torch.ones(4, device="meta"))},
+        "sinks must be on the device of q, cpu, got meta",
+    ),
     "unknown implementation": ({"implementation": "cuda"}, "cuda"),
     "layout for another P": ({"layout": striped(LENGTH, 2)}, r"seqpar.striped\(12, group.size\)"),
 }

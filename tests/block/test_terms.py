@@ -1,7 +1,7 @@
-"""The Triton kernels against the float64 oracle: compiled where there is a GPU, else interpreted.
+"""Every implementation of a block against the float64 oracle: all score terms, bands, places, carries.
 
-Values and all gradients, every score term alone and with others, keys in blocks cut anywhere. A lower
-precision may have twice the error of dense attention in that precision, see `seqpar.testing.budget`.
+The Triton kernels run compiled where there is a GPU, else interpreted. A lower precision may have twice
+the error of dense attention in that precision, see `seqpar.testing.budget`.
 """
 
 import pytest
@@ -22,6 +22,7 @@ from seqpar_kernels import (
     Partial,
     Rows,
     Score,
+    accumulation_dtype,
     attend,
     attend_backward,
     finish,
@@ -52,19 +53,19 @@ PLACES = st.fixed_dictionaries(
 DTYPES = st.sampled_from([torch.float32] * 3 + [torch.bfloat16, torch.float16])
 
 
-def problem(num_rows, num_cols, heads, widths, dtype, batch=1):
+def problem(num_rows, num_cols, heads, widths, dtype, device=DEVICE, batch=1):
     """q, k, v, dout on the device."""
     generator = torch.Generator().manual_seed(1)
     (hq, hkv), (d, vd) = heads, widths
     shapes = (num_rows, hq, d), (num_cols, hkv, d), (num_cols, hkv, vd), (num_rows, hq, vd)
     tensors = (torch.randn(batch, *s, dtype=torch.float64, generator=generator) for s in shapes)
-    return tuple(x.to(dtype).to(DEVICE) for x in tensors)
+    return tuple(x.to(dtype).to(device) for x in tensors)
 
 
-def make_block(band, score, place, bounds, hq):
+def make_block(band, score, place, bounds, hq, device=DEVICE, wide=torch.float32):
     """The block of a drawn problem; slopes and sinks on the device."""
-    slopes = torch.linspace(0.3, 0.01, hq, device=DEVICE) if "slopes" in score else None
-    sinks = torch.linspace(-1.0, 2.0, hq, device=DEVICE) if "sinks" in score else None
+    slopes = torch.linspace(0.3, 0.01, hq, device=device, dtype=wide) if "slopes" in score else None
+    sinks = torch.linspace(-1.0, 2.0, hq, device=device, dtype=wide) if "sinks" in score else None
     return Block(
         band,
         Score(score["scale"], score.get("softcap"), slopes, sinks),
@@ -88,23 +89,32 @@ def seen_by_definition(block, num_rows, num_cols):
     return seen, row, col
 
 
-def run(tensors, block, hops, tiles):
-    """Results of the kernels with the keys in these blocks, and the partial and dq as they were."""
+def run(tensors, block, hops, how):
+    """Results with the keys in these blocks, and the partial and dq as they were.
+
+    `how` is the name of an implementation, or the tiles for the Triton kernels.
+    """
     q, k, v, dout = tensors
-    sinks = block.score.sinks
+    sinks, name = block.score.sinks, how if isinstance(how, str) else "triton"
     running = Partial.identity(q, v.shape[-1])
     for a, b in reversed(hops):
-        triton_attention.forward(q, k[:, a:b], v[:, a:b], block.at(0, a), running, tiles)
+        part = q, k[:, a:b], v[:, a:b], block.at(0, a)
+        if isinstance(how, str):
+            attend(*part, into=running, implementation=how)
+        else:
+            triton_attention.forward(*part, running, how)
     raw = tuple(x.clone() for x in (running.acc, running.m, running.l))
-    out, lse = finish(running, q.dtype, sinks, implementation="triton")
-    rows = Rows.of(q, out, dout, lse, implementation="triton")
-    dq, dk, dv = (torch.zeros(x.shape, device=DEVICE) for x in (q, k, v))
+    out, lse = finish(running, q.dtype, sinks, implementation=name)
+    rows = Rows.of(q, out, dout, lse, implementation=name)
+    dq, dk, dv = (torch.zeros(x.shape, device=x.device, dtype=lse.dtype) for x in (q, k, v))
     dslopes = None if block.score.alibi_slopes is None else torch.zeros_like(lse)
     for a, b in reversed(hops):
-        triton_attention.backward(
-            rows, k[:, a:b], v[:, a:b], block.at(0, a), (dq, dk[:, a:b], dv[:, a:b]), dslopes,
-            (tiles, tiles),
-        )  # fmt: skip
+        part = rows, k[:, a:b], v[:, a:b], block.at(0, a)
+        into = dq, dk[:, a:b], dv[:, a:b]
+        if isinstance(how, str):
+            attend_backward(*part, into=into, dslopes=dslopes, implementation=how)
+        else:
+            triton_attention.backward(*part, into, dslopes, (how, how))
     results = [out, dq, dk, dv]
     if dslopes is not None:
         results.append(dslopes.sum((0, 1)))
@@ -139,15 +149,42 @@ def hops_at(cuts, num_cols):
 @example(Band(-9, 9), {"scale": 0.4, "softcap": 0.5, "dropout": 0.7}, {}, None, (50, 50), (1, 1), (16, 16),
          torch.bfloat16, [17, 33], Tiles(32, 16, 4, 1))  # fmt: skip
 def test_equals_the_oracle(band, score, place, bounds, sizes, heads, widths, dtype, cuts, tiles):
-    tensors = problem(*sizes, heads, widths, dtype)
-    block = make_block(band, score, place, bounds, heads[0])
+    check(tiles, band, score, place, bounds, sizes, heads, widths, dtype, cuts)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "aten"])
+@given(
+    band=BANDS,
+    score=SCORES,
+    place=PLACES,
+    bounds=st.none() | st.lists(st.integers(0, 300), max_size=6),
+    sizes=st.tuples(st.integers(1, 150), st.integers(1, 150)),
+    heads=st.sampled_from([(1, 1), (2, 2), (4, 2), (3, 1)]),
+    widths=st.sampled_from([(16, 16), (24, 5), (3, 40)]),
+    dtype=st.sampled_from([torch.float64, torch.float64, torch.bfloat16]),
+    cuts=st.lists(st.integers(0, 150), max_size=2),
+)
+@example(Band(), {"scale": 0.4, "sinks": True}, {"step": 3}, [70, 70, 80], (70, 80), (4, 2), (16, 16),
+         torch.float64, [])  # fmt: skip
+def test_torch_equals_the_oracle(
+    implementation, band, score, place, bounds, sizes, heads, widths, dtype, cuts
+):
+    if implementation == "aten":
+        score = {name: x for name, x in score.items() if name in ("scale", "sinks")}
+    check(implementation, band, score, place, bounds, sizes, heads, widths, dtype, cuts)
+
+
+def check(how, band, score, place, bounds, sizes, heads, widths, dtype, cuts):
+    device = "cpu" if isinstance(how, str) else DEVICE
+    tensors = problem(*sizes, heads, widths, dtype, device)
+    block = make_block(band, score, place, bounds, heads[0], device, accumulation_dtype(dtype))
     seen, row, col = seen_by_definition(block, *sizes)
     cpu = [None if x is None else x.cpu() for x in (block.score.alibi_slopes, block.score.sinks)]
     dropout = (score["dropout"], SEED) if "dropout" in score else None
     terms = Terms(score["scale"], score.get("softcap"), *cpu, dropout, row, col, head=2)
     budget = Budget.of(*(x.cpu() for x in tensors), seen, terms)
 
-    results, _ = run(tensors, block, hops_at(cuts, sizes[1]), tiles)
+    results, _ = run(tensors, block, hops_at(cuts, sizes[1]), how)
     names = ["out", "dq", "dk", "dv", *["dslopes"] * (cpu[0] is not None), "dsinks"]
     for name, got, want, allowed in zip(
         names, results, budget.expected, budget.allowed, strict=False

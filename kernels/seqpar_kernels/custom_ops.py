@@ -1,0 +1,176 @@
+"""Attention of one block of rows over all its keys as two opaque torch ops, forward and backward.
+
+`torch.compile`, activation checkpointing and fake tensors see `seqpar::attention_forward` and
+`seqpar::attention_backward` and never what is inside, which may depend on device and data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from seqpar_kernels.band import Band
+from seqpar_kernels.block import Block, Rows
+from seqpar_kernels.choice import Implementation
+from seqpar_kernels.dispatch import attend, attend_backward, finish
+from seqpar_kernels.documents import Documents
+from seqpar_kernels.dropout import Dropout
+from seqpar_kernels.partial import Partial, accumulation_dtype
+from seqpar_kernels.score import Score, sink_gradient
+
+# Tensors first; what follows describes the block. Ops take no dataclasses.
+_BLOCK = (
+    "Tensor? alibi_slopes, Tensor? sinks, int? lower, int? upper, float scale, float? softcap, "
+    "int[4] place, float dropout, int seed, int[]? documents, str? implementation"
+)
+
+
+def attention(
+    q: Float[Tensor, "b i hq d"],
+    k: Float[Tensor, "b j hkv d"],
+    v: Float[Tensor, "b j hkv vd"],
+    block: Block,
+    *,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Tensor, "b i hq vd"], Float[Tensor, "b i hq"]]:
+    """(out, lse) of a block that holds all the keys of its rows. out is differentiable, lse is not.
+
+    Gradients reach q, k, v and, where they learn, the block's ALiBi slopes and sinks.
+
+    Raises:
+        ValueError: hq is not a multiple of hkv.
+        NotImplementedError: the implementation cannot do what is asked.
+    """
+    score, drop = block.score, block.dropout
+    return torch.ops.seqpar.attention_forward(
+        q, k, v, score.alibi_slopes, score.sinks, block.band.lower, block.band.upper,
+        score.factor, score.softcap, [block.row, block.col, block.step, block.head],
+        drop.p if drop else 0.0, drop.seed if drop else 0,
+        list(block.documents.bounds) if block.documents else None, implementation,
+    )  # fmt: skip
+
+
+def _block(
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+    lower: int | None,
+    upper: int | None,
+    scale: float,
+    softcap: float | None,
+    place: Sequence[int],
+    dropout: float,
+    seed: int,
+    documents: Sequence[int] | None,
+) -> Block:
+    row, col, step, head = place
+    return Block(
+        Band(lower, upper),
+        Score(scale, softcap, slopes, sinks),
+        row=row,
+        col=col,
+        step=step,
+        head=head,
+        dropout=Dropout(dropout, seed) if dropout else None,
+        documents=None if documents is None else Documents(tuple(documents)),
+    )
+
+
+@torch.library.custom_op(
+    "seqpar::attention_forward",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, {_BLOCK}) -> (Tensor, Tensor)",
+)
+def _forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    *described, implementation = args
+    block = _block(*described)
+    running = Partial.identity(q, v.shape[-1])
+    attend(q, k, v, block, into=running, implementation=implementation)
+    return finish(running, q.dtype, block.score.sinks, implementation=implementation)
+
+
+@_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+    out = q.new_empty(*q.shape[:-1], v.shape[-1])
+    return out, q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype))
+
+
+@torch.library.custom_op(
+    "seqpar::attention_backward",
+    mutates_args=(),
+    schema=(
+        "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool slopes_learn, "
+        f"bool sinks_learn, {_BLOCK}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+)
+def _backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    slopes_learn: bool,
+    sinks_learn: bool,
+    *args: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *described, implementation = args
+    block = _block(*described)
+    rows = Rows.of(q, out, dout, lse, implementation=implementation)
+    dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v))
+    by_row = torch.zeros_like(lse) if slopes_learn else None
+    attend_backward(
+        rows, k, v, block, into=(dq, dk, dv), dslopes=by_row, implementation=implementation
+    )
+    dslopes, dsinks = lse.new_empty(0), lse.new_empty(0)
+    if by_row is not None:
+        assert block.score.alibi_slopes is not None
+        dslopes = by_row.sum((0, 1)).to(block.score.alibi_slopes.dtype)
+    if sinks_learn:
+        assert block.score.sinks is not None
+        dsinks = sink_gradient(block.score.sinks, lse, rows.delta)
+    # An op may not give back one tensor twice, nor what it was given.
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dslopes, dsinks
+
+
+@_backward.register_fake
+def _(
+    dout: Tensor,  # noqa: ARG001
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,  # noqa: ARG001
+    lse: Tensor,
+    slopes_learn: bool,
+    sinks_learn: bool,
+    *args: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    slopes, sinks = args[:2]
+    return (
+        *(x.new_empty(x.shape) for x in (q, k, v)),
+        slopes.new_empty(slopes.shape) if slopes_learn else lse.new_empty(0),
+        sinks.new_empty(sinks.shape) if sinks_learn else lse.new_empty(0),
+    )  # type: ignore[return-value]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, slopes, sinks, *ctx.described = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, slopes, sinks, out, lse)
+
+
+def _differentiate(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, slopes, sinks, out, lse = ctx.saved_tensors
+    learn = ctx.needs_input_grad[3:5]
+    dq, dk, dv, *learned = torch.ops.seqpar.attention_backward(
+        dout, q, k, v, out, lse, *learn, slopes, sinks, *ctx.described
+    )
+    gradients = (x if wanted else None for x, wanted in zip(learned, learn, strict=True))
+    return dq, dk, dv, *gradients, *(None for _ in ctx.described)
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)

@@ -1,0 +1,118 @@
+"""The two torch ops: what the compiler is told of them is what they do."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from seqpar_kernels import Band, Block, Documents, Dropout, Score, attention
+
+BLOCKS = {
+    "plain": Block(Band(None, 0), Score(0.4)),
+    "everything": Block(
+        Band(-20, 3),
+        Score(0.4, 5.0, torch.tensor([0.1, 0.2]).double(), torch.tensor([0.5, -1.0]).double()),
+        row=3, col=1, step=2, head=1, dropout=Dropout(0.3, 7), documents=Documents((0, 9, 30)),
+    ),
+}  # fmt: skip
+
+
+def problem(block):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, n, h, d, dtype=torch.float64, generator=generator).requires_grad_()
+        for n, h, d in ((9, 2, 8), (12, 1, 8), (12, 1, 5))
+    )
+    score = block.score
+    learned = [x.requires_grad_() for x in (score.alibi_slopes, score.sinks) if x is not None]
+    return (q, k, v), learned
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_ops_pass_the_checks_of_torch(name):
+    block = BLOCKS[name]
+    (q, k, v), _ = problem(block)
+    score, drop = block.score, block.dropout
+    described = (
+        score.alibi_slopes, score.sinks, block.band.lower, block.band.upper, score.factor,
+        score.softcap, [block.row, block.col, block.step, block.head], drop.p if drop else 0.0,
+        drop.seed if drop else 0, list(block.documents.bounds) if block.documents else None, None,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.seqpar.attention_forward, (q, k, v, *described))
+    out, lse = (x.detach() for x in attention(q, k, v, block))
+    plain = [None if x is None else x.detach() for x in described[:2]]
+    tensors = [x.detach() for x in (torch.ones_like(out), q, k, v, out, lse)]
+    learn = [x is not None for x in plain]
+    arguments = (*tensors, *learn, *plain, *described[2:])
+    torch.library.opcheck(torch.ops.seqpar.attention_backward, arguments)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_gradients_are_those_of_finite_differences(name):
+    (q, k, v), learned = problem(BLOCKS[name])
+    assert torch.autograd.gradcheck(
+        lambda *x: attention(*x[:3], BLOCKS[name])[0], (q, k, v, *learned)
+    )
+
+
+def test_lse_is_not_differentiable_and_says_so():
+    (q, k, v), _ = problem(BLOCKS["plain"])
+    out, lse = attention(q, k, v, BLOCKS["plain"])
+    assert out.requires_grad
+    assert not lse.requires_grad
+
+
+def test_a_second_derivative_is_refused():
+    (q, k, v), _ = problem(BLOCKS["plain"])
+    out, _ = attention(q, k, v, BLOCKS["plain"])
+    (dq,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"attention_backward|does not require grad"):
+        torch.autograd.grad(dq.sum(), k)
+
+
+def test_compiles_to_two_opaque_ops():
+    """One graph, no break, and the same numbers."""
+    (q, k, v), _ = problem(BLOCKS["plain"])
+    seen = []
+
+    def backend(graph, _):
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    def layer(q, k, v):
+        return attention(q * 2, k, v, BLOCKS["plain"])[0] + 1
+
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, v), layer(q, k, v), rtol=0, atol=0)
+    assert sum("seqpar.attention_forward" in name for name in seen) == 1
+    torch._dynamo.reset()
+
+
+def test_selective_checkpointing_keeps_the_result(monkeypatch):
+    """A policy that names the op saves (out, lse): the forward kernels run once."""
+    from seqpar_kernels import custom_ops
+
+    (q, k, v), _ = problem(BLOCKS["plain"])
+    runs = []
+    attend = custom_ops.attend
+    monkeypatch.setattr(custom_ops, "attend", lambda *a, **b: (runs.append(1), attend(*a, **b)))
+    op = torch.ops.seqpar.attention_forward.default
+
+    def policy(_, func, *args, **kwargs):  # noqa: ARG001
+        return CheckpointPolicy.MUST_SAVE if func == op else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def layer(q):
+        return attention(q.sin(), k, v, BLOCKS["plain"])[0].cos()
+
+    for context, expected in (
+        ({}, 2),
+        ({"context_fn": lambda: create_selective_checkpoint_contexts(policy)}, 1),
+    ):
+        runs.clear()
+        out = checkpoint(layer, q, use_reentrant=False, **context)
+        (dq,) = torch.autograd.grad(out.sum(), q)
+        assert len(runs) == expected
+        torch.testing.assert_close(dq, torch.autograd.grad(layer(q).sum(), q)[0])
