@@ -26,13 +26,16 @@ KERNELS = ("forward", "dq", "dkdv")
 L2_BYTES = {"sm_80": 40e6, "sm_86": 6e6, "sm_90": 50e6, "sm_100": 100e6, "gfx942": 4e6, "cpu": 1e6}
 # Keys: family, kernel, element bytes; then the tiles for padded widths up to 64, 128 and 256.
 TABLE: dict[tuple[str, str, int], tuple[Tiles, Tiles, Tiles]] = {
-    ("sm_80", "forward", 2): (Tiles(128, 64, 4, 3), Tiles(128, 64, 8, 3), Tiles(64, 32, 8, 2)),
-    ("sm_80", "dq", 2): (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 1)),
-    ("sm_80", "dkdv", 2): (Tiles(64, 128, 8, 2), Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 1)),
-    ("sm_90", "forward", 2): (Tiles(128, 128, 8, 3), Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 2)),
-    ("sm_90", "dq", 2): (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 1)),
-    ("sm_90", "dkdv", 2): (Tiles(64, 128, 8, 3), Tiles(64, 128, 8, 2), Tiles(32, 64, 8, 1)),
-    ("cpu", "forward", 2): (Tiles(32, 16, 1, 1),) * 3,
+    ("sm_80", "forward", 2): (Tiles(128, 128, 8, 3), Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 2)),
+    ("sm_80", "dq", 2): (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 2)),
+    ("sm_80", "dkdv", 2): (Tiles(64, 128, 8, 3), Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 2)),
+    ("sm_90", "forward", 2): (Tiles(128, 128, 8, 3), Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 2)),
+    ("sm_90", "dq", 2): (Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 3), Tiles(64, 32, 8, 2)),
+    ("sm_90", "dkdv", 2): (Tiles(64, 128, 8, 3), Tiles(32, 128, 8, 2), Tiles(32, 32, 8, 1)),
+    ("gfx942", "forward", 2): (Tiles(128, 64, 4, 1), Tiles(128, 64, 4, 1), Tiles(32, 32, 4, 1)),
+    ("gfx942", "dq", 2): (Tiles(64, 64, 4, 1), Tiles(64, 32, 4, 1), Tiles(32, 32, 4, 1)),
+    ("gfx942", "dkdv", 2): (Tiles(64, 64, 4, 1), Tiles(32, 64, 4, 1), Tiles(32, 32, 4, 1)),
+    **{("cpu", kernel, size): (Tiles(32, 32, 1, 1),) * 3 for kernel in KERNELS for size in (2, 4)},
 }
 
 
@@ -49,8 +52,9 @@ def family(device: torch.device) -> str:
 
 def tiles_for(kernel: str, q: torch.Tensor, v: torch.Tensor) -> Tiles:
     """The tiles of a kernel for these tensors."""
-    if q.device.type == "cpu":
-        return Tiles(32, 16, 1, 1)
-    width = max(q.shape[-1], v.shape[-1])
-    line = TABLE[family(q.device), kernel, q.element_size()]
-    return line[0 if width <= 64 else 1 if width <= 128 else 2]
+    return line(family(q.device), kernel, q.element_size(), max(q.shape[-1], v.shape[-1]))
+
+
+def line(family: str, kernel: str, element_bytes: int, width: int) -> Tiles:
+    """The tiles of a kernel for heads of this width."""
+    return TABLE[family, kernel, element_bytes][0 if width <= 64 else 1 if width <= 128 else 2]
