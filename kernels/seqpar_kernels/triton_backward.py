@@ -34,12 +34,11 @@ def _weights(
     CAP: tl.constexpr, BIAS: tl.constexpr, DROPS: tl.constexpr, PLAIN: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """(p after dropout, ds, dx, distance) of a tile, from x = q.k and dp = dout.v.
+    """(p after dropout, ds, dx) of a tile, from x = q.k and dp = dout.v.
 
     Everything broadcasts, so the tile may lie either way round. dx is the gradient of q.k.
     """
-    far = distance(i, j, row - col, step)
-    s, bend = scores(x, far, slope, scale, softcap, CAP, BIAS, PLAIN)
+    s, bend = scores(x, i, j, row - col, step, slope, scale, softcap, CAP, BIAS, PLAIN)
     p = tl.exp2(s * (unit(scale, PLAIN) * LOG2E) - lse * LOG2E)
     if MASKED:
         p = tl.where(visible, p, 0.0)
@@ -49,7 +48,7 @@ def _weights(
         dropped = tl.where(kept, p * factor, 0.0)
         dp = tl.where(kept, dp * factor, 0.0)
     ds = p * (dp - delta)
-    return dropped, ds, ds * (bend * scale), far
+    return dropped, ds, ds * (bend * scale)
 
 
 @triton.jit(do_not_specialize=[
@@ -107,14 +106,14 @@ def dq_kernel(
             v = load_tile(V, t * COLS, v_s, num_cols, COLS, VD, PADDED_VD, phase != 1, WIDE)
             x = dot(q, tl.trans(k))
             dp = dot(dout, tl.trans(v))
-            _, ds, dx, far = _weights(
+            _, ds, dx = _weights(
                 x, dp, lse[:, None], delta[:, None], visible, batch, head[:, None] + head0,
                 i[:, None], j[None, :], slope[:, None],
                 row, col, step, scale, softcap, seed, threshold, factor,
                 CAP, BIAS, DROPS, PLAIN, phase != 1,
             )  # fmt: skip
             if LEARNS:
-                dslope -= tl.sum(ds * far, 1)
+                dslope -= tl.sum(ds * distance(i[:, None], j[None, :], row - col, step), 1)
             dq = dot_add(dx, k, dq)
 
     tl.store(dq_at, dq, mask=narrow)
@@ -182,7 +181,7 @@ def dkdv_kernel(
             slope = tl.load(SLOPES + h) if BIAS else 0.0
             x = dot(k, tl.trans(q))
             dp = dot(v, tl.trans(dout))
-            p, _, dx, _ = _weights(
+            p, _, dx = _weights(
                 x, dp, lse[None, :], delta[None, :], visible, batch, h + head0,
                 i[None, :], j[:, None], slope,
                 row, col, step, scale, softcap, seed, threshold, factor,

@@ -11,7 +11,6 @@ import triton.language as tl
 
 from seqpar_kernels.triton_terms import (
     LOG2E,
-    distance,
     dot,
     dot_add,
     keeps,
@@ -37,8 +36,10 @@ def _step(
     j = t * COLS + tl.arange(0, COLS)
     k = load_tile(K, t * COLS, k_stride, num_cols, COLS, D, PADDED_D, MASKED, WIDE)
     x = dot(q, tl.trans(k))
-    far = distance(i[:, None], j[None, :], row - col, step)
-    s, _ = scores(x, far, slope[:, None], scale, softcap, CAP, BIAS, PLAIN)
+    s, _ = scores(
+        x, i[:, None], j[None, :], row - col, step, slope[:, None], scale, softcap,
+        CAP, BIAS, PLAIN,
+    )  # fmt: skip
     if MASKED:
         s = tl.where((j[None, :] >= first[:, None]) & (j[None, :] < end[:, None]), s, float("-inf"))
     top = tl.maximum(m, tl.max(s, 1) * unit(scale, PLAIN))

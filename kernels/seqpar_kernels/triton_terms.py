@@ -129,10 +129,10 @@ def distance(i, j, apart, step):
 
 @triton.jit
 def scores(
-    x, far, slope, scale, softcap,
+    x, i, j, apart, step, slope, scale, softcap,
     CAP: tl.constexpr, BIAS: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
-    """(s, ds / d(scale x)) for x = q.k at distance `far`. A plain score stays x: see `unit`."""
+    """(s, ds / d(scale x)) for x = q.k of rows i and columns j. A plain score stays x: see `unit`."""
     bend = 1.0
     if PLAIN:
         s = x
@@ -143,7 +143,7 @@ def scores(
             s = bent * softcap
             bend = 1.0 - bent * bent
         if BIAS:
-            s = s - slope * far
+            s = s - slope * distance(i, j, apart, step)
     return s, bend
 
 
