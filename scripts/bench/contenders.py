@@ -1,0 +1,268 @@
+"""Who is measured: the block math of `seqpar`, on one rank or all ranks in turn, and torch's attention.
+
+A contender is made from whole tensors, has steps to run in order, and then the results. The oracle for
+long sequences is here too; it shares no code with any of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from seqpar.layout import Layout, Mask, joined_tiles, tiles
+from seqpar.layout.shards import whole
+from seqpar_kernels import (
+    Block,
+    Implementation,
+    Partial,
+    Request,
+    Rows,
+    Score,
+    accumulation_dtype,
+    attend,
+    attend_backward,
+    finish,
+    preference,
+    refusal,
+)
+
+Tensors = tuple[Tensor, Tensor, Tensor, Tensor]  # q, k, v, dout, or out, dq, dk, dv: [b s h d]
+Step = Callable[[], None]
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+Meeting = tuple[int, list[tuple[slice, slice, Block]]]  # owner; local rows, its rows, block
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An attention problem of one sequence."""
+
+    tokens: int
+    heads: int
+    kv_heads: int
+    d: int
+    causal: bool
+    dtype: torch.dtype = torch.bfloat16
+
+    def __str__(self) -> str:
+        heads = f"{self.heads}" if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
+        mask = "causal" if self.causal else "full"
+        return f"{self.tokens} tokens, {heads} heads of {self.d}, {mask}"
+
+    @property
+    def forward_flops(self) -> float:
+        """Two products of 2 i j d operations for each head; half of them where causal."""
+        return 4 * self.heads * self.tokens**2 * self.d / (2 if self.causal else 1)
+
+    @property
+    def backward_flops(self) -> float:
+        """Five products, where the forward has two."""
+        return 2.5 * self.forward_flops
+
+    def tensors(self, device: torch.device) -> Tensors:
+        """q, k, v and dout: normal numbers."""
+        make = partial(torch.randn, device=device, dtype=self.dtype)
+        of_q = 1, self.tokens, self.heads, self.d
+        of_kv = 1, self.tokens, self.kv_heads, self.d
+        return make(of_q), make(of_kv), make(of_kv), make(of_q)
+
+
+class Contender(Protocol):
+    """Something that computes attention and its gradients."""
+
+    forward: list[Step]
+    backward: list[Step]
+
+    def results(self) -> Tensors:
+        """Out, dq, dk, dv, once all steps have run."""
+
+
+Makers = Mapping[str, Callable[[], Contender]]
+
+
+class Ranks:
+    """The block math of all ranks of a ring, one after the other on one device, with no messages.
+
+    One rank is attention over the whole sequence. A step is what one rank computes; the last one of
+    the backward is the conversion of dk and dv, which ranks do when the sums are home.
+    """
+
+    def __init__(
+        self, tensors: Tensors, layout: Layout, causal: bool, implementation: Implementation
+    ) -> None:
+        self._layout, self._implementation = layout, implementation
+        device, ranks = tensors[0].device, range(layout.size)
+        self._shards = [[x[:, layout.positions(r).to(device)] for x in tensors] for r in ranks]
+        self._meetings = [meetings(layout, causal, tensors[0].shape[-1], r) for r in ranks]
+        self._saved: dict[int, tuple[Tensor, Tensor]] = {}
+        self._sums: dict[int, tuple[Tensor, Tensor]] = {}
+        self._dq: dict[int, Tensor] = {}
+        self._dkdv: dict[int, tuple[Tensor, Tensor]] = {}
+        self.forward: list[Step] = [partial(self._forward, r) for r in ranks]
+        self.backward: list[Step] = [partial(self._backward, r) for r in ranks]
+        self.backward.append(self._home)
+
+    def _forward(self, rank: int) -> None:
+        q, _, v, _ = self._shards[rank]
+        running = Partial.identity(q, v.shape[-1])
+        for owner, blocks in self._meetings[rank]:
+            _, k_o, v_o, _ = self._shards[owner]
+            for rows, cols, block in blocks:
+                attend(
+                    q[:, rows], k_o[:, cols], v_o[:, cols], block,
+                    into=running[rows], implementation=self._implementation,
+                )  # fmt: skip
+        self._saved[rank] = finish(running, q.dtype, implementation=self._implementation)
+
+    def _backward(self, rank: int) -> None:
+        q, _, _, dout = self._shards[rank]
+        out, lse = self._saved[rank]
+        wide = accumulation_dtype(q.dtype)
+        mine = Rows.of(q, out, dout, lse, implementation=self._implementation)
+        dq = torch.zeros_like(q, dtype=wide)
+        for owner, blocks in self._meetings[rank]:
+            _, k_o, v_o, _ = self._shards[owner]
+            share = torch.zeros_like(k_o, dtype=wide), torch.zeros_like(v_o, dtype=wide)
+            for rows, cols, block in blocks:
+                into = dq[:, rows], share[0][:, cols], share[1][:, cols]
+                attend_backward(
+                    mine[rows], k_o[:, cols], v_o[:, cols], block,
+                    into=into, implementation=self._implementation,
+                )  # fmt: skip
+            if rank > 0:  # the first rank's share begins the sum
+                for x, total in zip(share, self._sums[owner], strict=True):
+                    x.add_(total)
+            self._sums[owner] = share
+        self._dq[rank] = dq.to(q.dtype)
+
+    def _home(self) -> None:
+        for owner, (dk, dv) in self._sums.items():
+            _, k, v, _ = self._shards[owner]
+            self._dkdv[owner] = dk.to(k.dtype), dv.to(v.dtype)
+
+    def results(self) -> Tensors:
+        """Out, dq, dk, dv in the order of positions."""
+        ranks, inverse = range(self._layout.size), self._layout.inverse()
+        by_rank = (
+            [self._saved[r][0] for r in ranks],
+            [self._dq[r] for r in ranks],
+            [self._dkdv[r][0] for r in ranks],
+            [self._dkdv[r][1] for r in ranks],
+        )
+        out, dq, dk, dv = (torch.cat(xs, 1)[:, inverse.to(xs[0].device)] for xs in by_rank)
+        return out, dq, dk, dv
+
+
+def meetings(layout: Layout, causal: bool, d: int, rank: int) -> list[Meeting]:
+    """The blocks of a rank's queries and every owner's keys, in the order in which owners pass by."""
+    score = Score().resolve(d)
+    met = []
+    for step in range(layout.size):
+        owner = (rank - step) % layout.size
+        joined = joined_tiles(tiles(layout, Mask(causal=causal), rank, owner))
+        blocks = [(t.rows, t.cols, Block(t.band, score, t.row, t.col, t.step)) for t in joined]
+        met.append((owner, blocks))
+    return met
+
+
+class Torch:
+    """An attention of torch's, differentiated by autograd. It sees `[b h s d]` views of `[b s h d]`."""
+
+    def __init__(self, tensors: Tensors, attention: Attention) -> None:
+        *leaves, self._dout = (x.transpose(1, 2) for x in tensors)
+        self._leaves = [x.detach().requires_grad_() for x in leaves]
+        self._attention = attention
+        self.forward: list[Step] = [self._forward]
+        self.backward: list[Step] = [self._backward]
+
+    def _forward(self) -> None:
+        with torch.enable_grad():
+            self._out = self._attention(*self._leaves)
+
+    def _backward(self) -> None:
+        self._grads = torch.autograd.grad(self._out, self._leaves, self._dout)
+        self._out = self._out.detach()  # the graph has served
+
+    def results(self) -> Tensors:
+        """Out, dq, dk, dv."""
+        out, dq, dk, dv = (x.detach().transpose(1, 2) for x in (self._out, *self._grads))
+        return out, dq, dk, dv
+
+
+def contenders(setting: Setting, tensors: Tensors) -> Makers:
+    """Everyone who may try a setting. Making or running one may fail, and says why."""
+    causal, is_grouped = setting.causal, setting.heads != setting.kv_heads
+
+    def sdpa(backend: SDPBackend) -> Contender:
+        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(
+                    q, k, v, is_causal=causal, enable_gqa=is_grouped
+                )
+
+        return Torch(tensors, attention)
+
+    def flex() -> Contender:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        torch.compiler.reset()  # or the shapes of earlier settings count towards a limit
+        compiled = torch.compile(flex_attention, dynamic=False)
+        n, device = setting.tokens, tensors[0].device.type
+        seen = create_block_mask(_is_past, None, None, n, n, device=device) if causal else None
+        return Torch(
+            tensors, lambda q, k, v: compiled(q, k, v, block_mask=seen, enable_gqa=is_grouped)
+        )
+
+    layout = whole(setting.tokens)
+    ours = {
+        f"seqpar {name}": partial(Ranks, tensors, layout, causal, name)
+        for name in implementations(setting, tensors[0].device)
+    }
+    return {
+        **ours,
+        "torch flash": partial(sdpa, SDPBackend.FLASH_ATTENTION),
+        "torch cuDNN": partial(sdpa, SDPBackend.CUDNN_ATTENTION),
+        "torch flex": flex,
+    }
+
+
+def implementations(setting: Setting, device: torch.device) -> list[Implementation]:
+    """The fast implementations that can do a setting, in order of preference."""
+    request = Request(device, setting.dtype, setting.d, setting.d)
+    return [n for n in preference(device) if n != "reference" and refusal(n, request) is None]
+
+
+def _is_past(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:  # noqa: ARG001 - flex passes them
+    return i >= j
+
+
+def exact(tensors: Tensors, causal: bool, chunk: int = 256) -> tuple[Tensors, Tensor]:
+    """(out, dq, dk, dv) and lse in float64, by the definition, `chunk` rows at a time."""
+    q, k, v, dout = (x.double() for x in tensors)
+    group, scale = q.shape[2] // k.shape[2], 1 / math.sqrt(q.shape[3])
+    k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
+    out, dq, dk, dv = (torch.zeros_like(x) for x in (dout, q, k, v))
+    lse = torch.zeros_like(q[..., 0])
+    columns = torch.arange(k.shape[1], device=q.device)
+    for start in range(0, q.shape[1], chunk):
+        rows = slice(start, min(start + chunk, q.shape[1]))
+        s = torch.einsum("bihd,bjhd->bhij", q[:, rows], k) * scale
+        if causal:
+            s.masked_fill_(columns[None, :] > columns[rows, None], float("-inf"))
+        lse[:, rows] = torch.logsumexp(s, dim=-1).transpose(1, 2)
+        p = torch.softmax(s, dim=-1)
+        out[:, rows] = torch.einsum("bhij,bjhd->bihd", p, v)
+        dp = torch.einsum("bihd,bjhd->bhij", dout[:, rows], v)
+        ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
+        dq[:, rows] = torch.einsum("bhij,bjhd->bihd", ds, k)
+        dk += torch.einsum("bhij,bihd->bjhd", ds, q[:, rows])
+        dv += torch.einsum("bhij,bihd->bjhd", p, dout[:, rows])
+    dk, dv = (x.unflatten(2, (-1, group)).sum(3) for x in (dk, dv))
+    return (out, dq, dk, dv), lse
