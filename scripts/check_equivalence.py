@@ -31,6 +31,13 @@ MASKS: dict[str, dict[str, Any]] = {
     "causal": {"causal": True},
     "window": {"causal": True, "window": 9},
     "two-sided window": {"causal": False, "window": 9},
+    "causal, every score term": {
+        "causal": True,
+        "softcap": 5.0,
+        "alibi": True,
+        "sinks": True,
+        "dropout": 0.3,
+    },
 }
 DTYPES = {
     "float64": torch.float64, "float32": torch.float32,
