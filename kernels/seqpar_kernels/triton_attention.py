@@ -47,7 +47,7 @@ def forward(
             q.shape[1], k.shape[1], q.shape[2], packs, num_tiles, _section(k, v, packs),
             *_runtime(block, q, k),
             PACK=pack, LIMITED=limits is not None, REVERSED=_ends_heavy(block, k),
-            **_constants(block, q, k, v, tiles),
+            **_constants(block, tiles, q, k, v),
         )  # fmt: skip
 
 
@@ -76,7 +76,7 @@ def backward(
             *strides, *_strides(dq, _given(dslopes, delta)),
             i, k.shape[1], hq, packs, num_tiles, _section(k, v, packs), *_runtime(block, q, k),
             PACK=pack, LIMITED=limits is not None, REVERSED=_ends_heavy(block, k),
-            LEARNS=dslopes is not None, **_constants(block, q, k, v, by_rows),
+            LEARNS=dslopes is not None, **_constants(block, by_rows, q, k, v, dout),
         )  # fmt: skip
     num_tiles, heads = triton.cdiv(k.shape[1], by_cols.cols), b * hkv
     limits = block.col_limits(i, k.shape[1], q.device)
@@ -85,13 +85,15 @@ def backward(
             *inputs, dk, dv, _given(limits, q), slopes, *strides, *_strides(dk, dv),
             i, k.shape[1], hkv, heads, num_tiles, _section(q, dout, heads), *_runtime(block, q, k),
             LIMITED=limits is not None, REVERSED=_starts_light(block, q),
-            **_constants(block, q, k, v, by_cols),
+            **_constants(block, by_cols, q, k, v, dout),
         )  # fmt: skip
 
 
-def _constants(block: Block, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> dict[str, Any]:
+def _constants(
+    block: Block, tiles: Tiles, q: Tensor, k: Tensor, v: Tensor, *others: Tensor
+) -> dict[str, Any]:
     d, vd, score = q.shape[3], v.shape[3], block.score
-    tallest = max(tiles.rows, tiles.cols) * max(x.stride(1) for x in (q, k, v))
+    tallest = max(tiles.rows, tiles.cols) * max(x.stride(1) for x in (q, k, v, *others))
     return {
         "GROUP": q.shape[2] // k.shape[2],
         "D": d,
