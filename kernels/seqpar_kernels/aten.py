@@ -41,7 +41,7 @@ def forward(
 ) -> None:
     """Continues `into` with the block."""
     q, k, v = _as_the_op_wants(q, k, v)
-    q, scale, _ = _positive(q, block.score.factor)
+    q, scale, _ = positive(q, block.score.factor)
     for rect in cut(block, q.shape[1], k.shape[1], rectangles):
         causal, mask = _how(rect, q)
         part = into[rect.rows]
@@ -68,7 +68,7 @@ def backward(
     """
     assert dslopes is None, "blocks with ALiBi never come here"
     q, k, v, out, dout = _as_the_op_wants(of.q, k, v, of.out, of.dout)
-    q, scale, sign = _positive(q, block.score.factor)
+    q, scale, sign = positive(q, block.score.factor)
     width = BACKWARD_COLUMNS.get(q.dtype, BACKWARD_COLUMNS_ELSE)
     for rect in cut(block, q.shape[1], k.shape[1], partial(strips, width=width)):
         causal, mask = _how(rect, q)
@@ -84,7 +84,7 @@ def backward(
             _add_heads(of_kv(dv), dv_t)
 
 
-def _positive(q: Tensor, scale: float) -> tuple[Tensor, float, int]:
+def positive(q: Tensor, scale: float) -> tuple[Tensor, float, int]:
     """(q, scale, sign) with the sign of the scale moved into q.
 
     The op multiplies its -inf for hidden scores by the scale: a negative or zero one shows them.

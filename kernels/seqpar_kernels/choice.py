@@ -124,7 +124,11 @@ def _aten(request: Request) -> str | None:
             max(request.d, request.vd) > 256,
             f"has no head dim above 256, got {request.d, request.vd}",
         ),
-    )
+        (
+            not torch.backends.cuda.is_flash_attention_available(),
+            "has no FlashAttention in this build of torch",
+        ),
+    ) or _first((not _is_ampere(request.device), "needs compute capability 8.0 or newer"))
 
 
 def _triton(request: Request) -> str | None:
@@ -153,8 +157,9 @@ def _flash_attn(request: Request) -> str | None:
         ),
         (request.alibi, "does not add ALiBi on global positions"),
         (request.dropout, "cannot drop weights by their global position"),
-        (find_spec("flash_attn") is None, "is not installed: pip install flash-attn"),
-    )
+        # The extension, since other packages share the name flash_attn.
+        (find_spec("flash_attn_2_cuda") is None, "is not installed: pip install 'flash-attn>=2.7'"),
+    ) or _first((not _is_ampere(request.device), "needs compute capability 8.0 or newer"))
 
 
 _REFUSALS: dict[Implementation, Callable[[Request], str | None]] = {
