@@ -138,8 +138,8 @@ def magnitudes(
         _per_query_head(v, q).abs(),
         dout.abs(),
     )
-    if terms.dropout is not None:
-        v_a = v_a / (1 - terms.dropout[0])
+    factor = 1 if terms.dropout is None else 1 / (1 - terms.dropout[0])
+    v_a = v_a * factor
     dp = torch.einsum("bihd,bjhd->bhij", dout_a, v_a)
     delta = (p * dp).sum(-1, keepdim=True)
     ds = p * (dp + delta)
@@ -149,7 +149,7 @@ def magnitudes(
         torch.einsum("bhij,bjhd->bihd", p, v_a),
         torch.einsum("bhij,bjhd->bihd", dx, k_a),
         torch.einsum("bhij,bihd->bjhd", dx, q_a).unflatten(2, (-1, group)).sum(3),
-        torch.einsum("bhij,bihd->bjhd", p, dout_a).unflatten(2, (-1, group)).sum(3),
+        torch.einsum("bhij,bihd->bjhd", p * factor, dout_a).unflatten(2, (-1, group)).sum(3),
     ]
     if terms.slopes is not None:
         sums.append(torch.einsum("bhij,ij->h", ds, distance(ds, terms).to(ds.dtype)))
