@@ -1,8 +1,7 @@
 """The `aten` implementation on CUDA: the FlashAttention-2 that torch brings.
 
 The ops are those under `scaled_dot_product_attention`, called one level lower, where they take a window.
-Not here: the cuDNN op. It has no window, wants heads first, and could serve full and square causal blocks
-only.
+torch's other op that returns lse, cuDNN's, is `seqpar_kernels.cudnn`.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ def forward(
     into: Partial,
 ) -> None:
     """Continues `into` with the block."""
-    windows.forward(_op, q, k, v, block, into)
+    windows.forward(forward_op, q, k, v, block, into)
 
 
 def backward(
@@ -44,10 +43,13 @@ def backward(
     The op is deterministic where `torch.use_deterministic_algorithms` asks for it.
     """
     assert dslopes is None, "blocks with ALiBi never come here"
-    windows.backward(_backward_op, of, k, v, block, into)
+    windows.backward(backward_op, of, k, v, block, into)
 
 
-def _op(q: Tensor, k: Tensor, v: Tensor, scale: float, window: Window) -> tuple[Tensor, Tensor]:
+def forward_op(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: Window
+) -> tuple[Tensor, Tensor]:
+    """(out, lse `[b hq i]`) of one window."""
     out, lse, *_ = _forward(
         q, k, v, None, None, q.shape[1], k.shape[1], 0.0, False, False,
         scale=scale, window_size_left=window.left, window_size_right=window.right,
@@ -55,7 +57,7 @@ def _op(q: Tensor, k: Tensor, v: Tensor, scale: float, window: Window) -> tuple[
     return out, lse
 
 
-def _backward_op(
+def backward_op(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -65,9 +67,9 @@ def _backward_op(
     scale: float,
     window: Window,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    seed = torch.empty(
-        0, dtype=torch.uint64, device=q.device
-    )  # of a dropout that is off: never read
+    """(dq, dk, dv) of one window."""
+    # The state of a dropout that is off, which is never read.
+    seed = torch.empty(0, dtype=torch.uint64, device=q.device)
     return _backward(
         dout, q, k, v, out, lse, None, None, q.shape[1], k.shape[1], 0.0, False, seed, seed,
         scale=scale, window_size_left=window.left, window_size_right=window.right,

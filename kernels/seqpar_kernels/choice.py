@@ -19,13 +19,13 @@ from seqpar_kernels.documents import Documents
 from seqpar_kernels.dropout import Dropout
 from seqpar_kernels.score import Score
 
-Implementation = Literal["reference", "aten", "triton", "flash_attn"]
+Implementation = Literal["reference", "aten", "triton", "flash_attn", "cudnn"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HALF = (torch.bfloat16, torch.float16)
 PREFERENCE: dict[str, tuple[Implementation, ...]] = {
     "cpu": ("aten", "reference"),  # triton interprets there, for tests
-    "cuda": ("triton", "aten", "flash_attn", "reference"),
+    "cuda": ("triton", "aten", "flash_attn", "cudnn", "reference"),
 }
 
 
@@ -162,11 +162,23 @@ def _flash_attn(request: Request) -> str | None:
     ) or _first((not _is_ampere(request.device), "needs compute capability 8.0 or newer"))
 
 
+def _cudnn(request: Request) -> str | None:
+    return _first(
+        (request.device.type != "cuda", f"does not run on {request.device.type}"),
+        (not torch.backends.cudnn.is_available(), "has no cuDNN in this build of torch"),
+        (
+            max(request.d, request.vd) > 128,
+            f"has no head dim above 128, got {request.d, request.vd}",
+        ),
+    ) or _aten(request)  # which does what needs a window
+
+
 _REFUSALS: dict[Implementation, Callable[[Request], str | None]] = {
     "reference": _reference,
     "aten": _aten,
     "triton": _triton,
     "flash_attn": _flash_attn,
+    "cudnn": _cudnn,
 }
 
 

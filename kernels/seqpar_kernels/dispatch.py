@@ -102,6 +102,10 @@ def _module(
         from seqpar_kernels import flash_attn
 
         return flash_attn
+    if name == "cudnn":
+        from seqpar_kernels import cudnn
+
+        return cudnn
     if name == "aten" and q.device.type == "cuda":
         from seqpar_kernels import aten_cuda
 

@@ -11,14 +11,16 @@ from torch.utils._pytree import tree_map
 
 from seqpar_kernels import Band, Block, Documents, Partial, Rows, Score, reference
 from seqpar_kernels import aten_cuda as on_aten
+from seqpar_kernels import cudnn as on_cudnn
 from seqpar_kernels import flash_attn as on_flash_attn
 from seqpar_kernels.windows import windows
 
-ADAPTERS = {"flash_attn": on_flash_attn, "aten": on_aten}
+ADAPTERS = {"flash_attn": on_flash_attn, "aten": on_aten, "cudnn": on_cudnn}
 BANDS = st.builds(Band, st.none() | st.integers(-75, 20), st.none() | st.integers(-20, 75))
 SIZES = st.integers(0, 70)
 CLOSE = {"rtol": 0, "atol": 1e-11}
 REAL = SimpleNamespace(forward=on_aten._forward, backward=on_aten._backward)
+REAL_CUDNN = SimpleNamespace(forward=on_cudnn._forward, backward=on_cudnn._backward)
 
 
 def inside(nq, nk, left, right):
@@ -155,6 +157,30 @@ def aten_backward(*args, scale, window_size_left, window_size_right):
     return fake_backward(dout, q, k, v, out, lse, scale, left, right, 0.0)
 
 
+def cudnn_forward(*args, scale):
+    like = on_meta(REAL_CUDNN.forward, *args, scale=scale)
+    q, k, v, bias, wants_lse, dropout_p, causal, debug = args
+    assert (bias, wants_lse, dropout_p, debug) == (None, True, 0.0, False)
+    assert not causal or q.shape[2] == k.shape[2], "where another shape's mask hangs is not known"
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out, lse = fake_forward(q, k, v, scale, -1, 0 if causal else -1, 0.0)
+    out, lse = out.transpose(1, 2), lse.unsqueeze(-1)
+    assert (out.shape, lse.shape) == (like[0].shape, like[1].shape)
+    return out, lse, None, None, *like[4:6], torch.empty(()), torch.empty(()), None
+
+
+def cudnn_backward(*args, scale):
+    on_meta(REAL_CUDNN.backward, *args, scale=scale)
+    dout, q, k, v, out, lse, _, _, bias, cum_q, cum_k, max_q, max_k, dropout_p, causal = args
+    assert (bias, cum_q, cum_k, dropout_p) == (None, None, None, 0.0)
+    assert (max_q, max_k) == (q.shape[2], k.shape[2])
+    assert not causal or q.shape[2] == k.shape[2]
+    dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
+    right = 0 if causal else -1
+    grads = fake_backward(dout, q, k, v, out, lse.squeeze(-1), scale, -1, right, 0.0)
+    return tuple(x.transpose(1, 2) for x in grads)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _fakes():
     package, interface = ModuleType("flash_attn"), ModuleType("flash_attn.flash_attn_interface")
@@ -165,6 +191,8 @@ def _fakes():
         patch.setitem(sys.modules, "flash_attn.flash_attn_interface", interface)
         patch.setattr(on_aten, "_forward", aten_forward)
         patch.setattr(on_aten, "_backward", aten_backward)
+        patch.setattr(on_cudnn, "_forward", cudnn_forward)
+        patch.setattr(on_cudnn, "_backward", cudnn_backward)
         yield
 
 
