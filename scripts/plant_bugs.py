@@ -209,7 +209,7 @@ def noticed(plant: Plant) -> tuple[str, str]:
         planted(plant, folder)
         failed, text = run([sys.executable, "-m", "pytest", "-xq", "--tb=no", plant.test], folder)
         lines = [x for x in text.splitlines() if x.startswith(("FAILED", "ERROR"))]
-        by_test = lines[0].split()[1] if failed and lines else "-"
+        by_test = "-" if not failed else lines[0].split()[1] if lines else f"{plant.test}: crashed"
         if plant.file in NOT_CHECKED or "triton" in plant.file:
             return by_test, "-"
         check = [*torchrun, "scripts/check_equivalence.py", "--dtype", "float64"]

@@ -256,19 +256,19 @@ def strided(shape, strides, dtype, far):
 @pytest.mark.parametrize(
     ("what", "strides"),
     [
-        ("batch", (2**31 + 64, 32, 16, 1)),
-        ("heads", (4096, 16, 2**31 + 64, 1)),
+        ("batch", (2**30 + 64, 48, 16, 1)),
+        ("heads", (4096, 48, 2**30 + 64, 1)),
         ("rows", (16, 2**27, 64, 1)),
     ],
 )
 def test_offsets_beyond_32_bits(what, strides):
-    """A tensor of more than 2**31 elements: each stride in turn takes its offsets past 32 bits."""
-    shape = (2, 20, 2, 16)
+    """A tensor of more than 2**31 elements: each stride fits 32 bits, its offsets in turn do not."""
+    shape = (3, 20, 3, 16)
     far = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1
     assert far > 2**31, what
     big = strided(shape, strides, torch.float16, far)
     small = big.contiguous()
-    block = make_block(Band(None, 0), {"scale": 0.4}, {}, None, 2)
+    block = make_block(Band(None, 0), {"scale": 0.4}, {}, None, 3)
     results = []
     for x, dout in ((small, small), (big, small), (small, big)):
         running = Partial.identity(x, 16)
