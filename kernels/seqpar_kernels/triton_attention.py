@@ -46,8 +46,7 @@ def forward(
             *_strides(q, k, v, into.acc, into.m),
             q.shape[1], k.shape[1], q.shape[2], packs, num_tiles, _section(k, v, packs),
             *_runtime(block, q, k),
-            PACK=pack, LIMITED=limits is not None, REVERSED=_ends_heavy(block, k),
-            **_constants(block, tiles, q, k, v),
+            PACK=pack, **_walk_columns(block, q, k, tiles), **_constants(block, tiles, q, k, v),
         )  # fmt: skip
 
 
@@ -75,8 +74,8 @@ def backward(
             *inputs, dq, _given(dslopes, delta), _given(limits, q), slopes,
             *strides, *_strides(dq, _given(dslopes, delta)),
             i, k.shape[1], hq, packs, num_tiles, _section(k, v, packs), *_runtime(block, q, k),
-            PACK=pack, LIMITED=limits is not None, REVERSED=_ends_heavy(block, k),
-            LEARNS=dslopes is not None, **_constants(block, by_rows, q, k, v, dout),
+            PACK=pack, LEARNS=dslopes is not None, **_walk_columns(block, q, k, by_rows),
+            **_constants(block, by_rows, q, k, v, dout),
         )  # fmt: skip
     num_tiles, heads = triton.cdiv(k.shape[1], by_cols.cols), b * hkv
     limits = block.col_limits(i, k.shape[1], q.device)
@@ -84,8 +83,7 @@ def backward(
         dkdv_kernel[(num_tiles * heads,)](
             *inputs, dk, dv, _given(limits, q), slopes, *strides, *_strides(dk, dv),
             i, k.shape[1], hkv, heads, num_tiles, _section(q, dout, heads), *_runtime(block, q, k),
-            LIMITED=limits is not None, REVERSED=_starts_light(block, q),
-            **_constants(block, by_cols, q, k, v, dout),
+            **_walk_rows(block, q, k, by_cols), **_constants(block, by_cols, q, k, v, dout),
         )  # fmt: skip
 
 
@@ -106,7 +104,9 @@ def _constants(
         "BIAS": score.alibi_slopes is not None,
         "DROPS": block.dropout is not None,
         "PLAIN": score.is_plain and score.factor > 0,
+        "LIMITED": block.documents is not None,
         "WIDE": tallest >= 2**31,
+        "enable_fp_fusion": True,  # said aloud: versions of Triton differ in the default
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
     }
@@ -130,16 +130,41 @@ def _runtime(block: Block, q: Tensor, k: Tensor) -> tuple[int | float, ...]:
     )  # fmt: skip
 
 
-def _ends_heavy(block: Block, k: Tensor) -> bool:
-    """Whether the last rows see more than the first."""
-    upper = block.band.upper
-    return upper is not None and upper < k.shape[1] - 1 and block.band.lower is None
+def _walk_columns(block: Block, q: Tensor, k: Tensor, tiles: Tiles) -> dict[str, Any]:
+    """For tiles of rows: do the last see most, and which phases may there be.
+
+    The phases are 0, where the upper diagonal or the last column cuts a tile, 1, inside, and 2, where
+    the lower diagonal does.
+    """
+    upper, lower = _cuts(block, q, k)
+    packed = block.documents is not None
+    ragged = k.shape[1] % tiles.cols > 0
+    return {
+        "REVERSED": upper and not lower,
+        "FROM": 0 if upper or packed or ragged else 1,
+        "TO": 3 if lower or packed else 2,
+    }
 
 
-def _starts_light(block: Block, q: Tensor) -> bool:
-    """Whether the last keys are seen by more rows than the first."""
-    lower = block.band.lower
-    return lower is not None and lower > 1 - q.shape[1] and block.band.upper is None
+def _walk_rows(block: Block, q: Tensor, k: Tensor, tiles: Tiles) -> dict[str, Any]:
+    """For tiles of columns, which see their rows the other way round: as `_walk_columns`."""
+    upper, lower = _cuts(block, q, k)
+    packed = block.documents is not None
+    ragged = q.shape[1] % tiles.rows > 0
+    return {
+        "REVERSED": lower and not upper,
+        "FROM": 0 if upper or packed else 1,
+        "TO": 3 if lower or packed or ragged else 2,
+    }
+
+
+def _cuts(block: Block, q: Tensor, k: Tensor) -> tuple[bool, bool]:
+    """Whether the upper and the lower diagonal hide anything."""
+    lower, upper = block.band.lower, block.band.upper
+    return (
+        upper is not None and upper < k.shape[1] - 1,
+        lower is not None and lower > 1 - q.shape[1],
+    )
 
 
 def _pack(q: Tensor, k: Tensor, tiles: Tiles) -> int:

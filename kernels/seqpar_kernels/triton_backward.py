@@ -64,7 +64,8 @@ def dq_kernel(
     GROUP: tl.constexpr, PACK: tl.constexpr, D: tl.constexpr, VD: tl.constexpr,
     PADDED_D: tl.constexpr, PADDED_VD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     CAP: tl.constexpr, BIAS: tl.constexpr, DROPS: tl.constexpr, PLAIN: tl.constexpr,
-    LIMITED: tl.constexpr, REVERSED: tl.constexpr, WIDE: tl.constexpr, LEARNS: tl.constexpr,
+    LIMITED: tl.constexpr, REVERSED: tl.constexpr, WIDE: tl.constexpr,
+    FROM: tl.constexpr, TO: tl.constexpr, LEARNS: tl.constexpr,
 ):  # fmt: skip
     """Adds to dq `[b i hq d]` and, if LEARNS, to dslopes `[b i hq]`, float32. Else as `forward_kernel`."""
     tile, pack = program(num_tiles, all_packs, section, REVERSED)
@@ -75,7 +76,7 @@ def dq_kernel(
     index = tl.minimum(index, num_rows * PACK - 1)
     i, head = index // PACK, h + index % PACK
     first, end = sees(i, lower, upper, num_cols, LIMITS, LIMITED)
-    start, inner, inner_stop, stop = visits(first, end, COLS)
+    start, inner, inner_stop, stop = visits(first, end, COLS, FROM == 1)
     slope = tl.load(SLOPES + head) if BIAS else head.to(tl.float32) * 0.0
 
     d, e = tl.arange(0, PADDED_D), tl.arange(0, PADDED_VD)
@@ -95,7 +96,7 @@ def dq_kernel(
 
     K += b64 * k_b + g64 * k_h
     V += b64 * v_b + g64 * v_h
-    for phase in tl.static_range(3):  # the upper edge, what all rows see, the lower edge
+    for phase in tl.static_range(FROM, TO):  # the upper edge, what all rows see, the lower edge
         high = stop if phase == 0 else inner_stop if phase == 1 else inner
         low = inner_stop if phase == 0 else inner if phase == 1 else start
         for n in range(0, high - low):
@@ -135,6 +136,7 @@ def dkdv_kernel(
     PADDED_D: tl.constexpr, PADDED_VD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     CAP: tl.constexpr, BIAS: tl.constexpr, DROPS: tl.constexpr, PLAIN: tl.constexpr,
     LIMITED: tl.constexpr, REVERSED: tl.constexpr, WIDE: tl.constexpr,
+    FROM: tl.constexpr, TO: tl.constexpr,
 ):  # fmt: skip
     """Adds to dk `[b j hkv d]`, dv `[b j hkv vd]`, float32. LIMITS `[j 2]`: rows of a column's document."""
     tile, kv_head = program(num_tiles, all_heads, section, REVERSED)
@@ -143,7 +145,7 @@ def dkdv_kernel(
     j = tile * COLS + tl.arange(0, COLS)
     inside = j < num_cols
     first, end = sees(tl.minimum(j, num_cols - 1), -upper, -lower, num_rows, LIMITS, LIMITED)
-    start, inner, inner_stop, stop = visits(first, end, ROWS)
+    start, inner, inner_stop, stop = visits(first, end, ROWS, TO == 2)
 
     K += b64 * k_b + g64 * k_h
     V += b64 * v_b + g64 * v_h
@@ -157,7 +159,9 @@ def dkdv_kernel(
     dk = tl.load(dk_at, mask=narrow, other=0.0)
     dv = tl.load(dv_at, mask=wide, other=0.0)
 
-    for phase in tl.static_range(3):  # the first rows that see a key, those that see all, the last
+    for phase in tl.static_range(
+        FROM, TO
+    ):  # the first rows that see a key, all that see all, the last
         low = start if phase == 0 else inner if phase == 1 else inner_stop
         high = inner if phase == 0 else inner_stop if phase == 1 else stop
         for n in range(low * GROUP, high * GROUP):

@@ -69,11 +69,13 @@ def forward_kernel(
     PADDED_D: tl.constexpr, PADDED_VD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     CAP: tl.constexpr, BIAS: tl.constexpr, DROPS: tl.constexpr, PLAIN: tl.constexpr,
     LIMITED: tl.constexpr, REVERSED: tl.constexpr, WIDE: tl.constexpr,
+    FROM: tl.constexpr, TO: tl.constexpr,
 ):  # fmt: skip
     """Q `[b i hq d]`, k `[b j hkv d]`, v `[b j hkv vd]`; acc `[b i hq vd]`, m, l `[b i hq]` float32.
 
     A program takes PACK query heads of one kv head, ROWS / PACK rows of each. LIMITS `[i 2]` int32 are
-    the columns of a row's document, SLOPES `[hq]` float32; both may be dummies.
+    the columns of a row's document, SLOPES `[hq]` float32; both may be dummies. FROM and TO leave out the
+    phases that this block does not have.
     """
     tile, pack = program(num_tiles, all_packs, section, REVERSED)
     batch, h = pack // (heads // PACK), (pack % (heads // PACK)) * PACK
@@ -83,7 +85,7 @@ def forward_kernel(
     index = tl.minimum(index, num_rows * PACK - 1)
     i, head = index // PACK, h + index % PACK
     first, end = sees(i, lower, upper, num_cols, LIMITS, LIMITED)
-    start, inner, inner_stop, stop = visits(first, end, COLS)
+    start, inner, inner_stop, stop = visits(first, end, COLS, FROM == 1)
     slope = tl.load(SLOPES + head) if BIAS else scale * 0.0 + head.to(tl.float32) * 0.0
 
     d, e = tl.arange(0, PADDED_D), tl.arange(0, PADDED_VD)
@@ -100,7 +102,7 @@ def forward_kernel(
 
     K += b64 * k_b + g64 * k_h
     V += b64 * v_b + g64 * v_h
-    for phase in tl.static_range(3):  # the upper edge, what all rows see, the lower edge
+    for phase in tl.static_range(FROM, TO):  # the upper edge, what all rows see, the lower edge
         high = stop if phase == 0 else inner_stop if phase == 1 else inner
         low = inner_stop if phase == 0 else inner if phase == 1 else start
         for n in range(0, high - low):

@@ -264,5 +264,13 @@ def _launch(kernel, leading, rows, tensors, strided, sizes, **constants) -> None
     strides = [s for x in strided for s in x.stride()[:3]]
     with launching(tensors[0]):
         kernel[(triton.cdiv(a * b * c, rows),)](
-            *tensors, a * b * c, b, c, *sizes, *strides, ROWS=rows, **constants
+            *tensors,
+            a * b * c,
+            b,
+            c,
+            *sizes,
+            *strides,
+            ROWS=rows,
+            enable_fp_fusion=True,
+            **constants,
         )

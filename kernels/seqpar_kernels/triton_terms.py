@@ -76,15 +76,18 @@ def sees(index, lower, upper, num_others, LIMITS, LIMITED: tl.constexpr):
 
 
 @triton.jit
-def visits(first, end, TILE: tl.constexpr):
-    """Tiles to visit and, inside them, tiles that all see whole: (start, inner start, inner end, end)."""
+def visits(first, end, TILE: tl.constexpr, LATE: tl.constexpr):
+    """Tiles to visit and, inside them, tiles that all see whole: (start, inner start, inner stop, stop).
+
+    If none is seen whole by all, the inner range is empty and lies at the start, or if LATE at the stop.
+    """
     start = tl.min(first, 0) // TILE
     stop = tl.maximum(tl.cdiv(tl.max(end, 0), TILE), start)
     inner = tl.cdiv(tl.max(first, 0), TILE)
     inner_stop = tl.min(end, 0) // TILE
     hollow = inner >= inner_stop
-    inner = tl.where(hollow, start, inner)
-    inner_stop = tl.where(hollow, start, inner_stop)
+    inner = tl.where(hollow, stop if LATE else start, inner)
+    inner_stop = tl.where(hollow, stop if LATE else start, inner_stop)
     return start, inner, inner_stop, stop
 
 

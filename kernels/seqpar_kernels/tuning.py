@@ -61,14 +61,15 @@ TABLE: dict[tuple[str, str, int], tuple[Tiles, Tiles, Tiles]] = {
 
 
 def family(device: torch.device) -> str:
-    """The line of the table that a device uses: the newest one that is not newer than it."""
+    """The family whose tiles a device uses. Consumer chips have the shared memory of sm_86."""
     if device.type == "cpu":
         return "cpu"
     if torch.version.hip is not None:
         return "gfx942"
     major, minor = torch.cuda.get_device_capability(device)
-    small = major == 8 and minor > 0
-    return "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_86" if small else "sm_80"
+    if (major == 8 and minor > 0) or major == 12:
+        return "sm_86"
+    return "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
 
 
 def tiles_for(kernel: str, q: torch.Tensor, v: torch.Tensor) -> Tiles:
