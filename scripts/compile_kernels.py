@@ -47,7 +47,7 @@ TARGETS = {  # family -> what the compiler calls it, and shared memory of a prog
     "sm_100": (GPUTarget("cuda", 100, 32), 227 * KIB),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * KIB),
 }
-BANDS = {"causal": Band(None, 0), "full": Band()}
+BANDS = {"causal": Band(None, 0), "full": Band(), "window": Band(-511, 0)}
 FEATURES = ("plain", "softcap", "alibi", "dropout", "documents")
 POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
@@ -288,7 +288,7 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--kernels", nargs="+", choices=kernels, default=list(kernels))
     parser.add_argument("--d", type=int, nargs="+", default=[64, 128, 256], help="width of a head")
-    parser.add_argument("--masks", nargs="+", choices=BANDS, default=list(BANDS))
+    parser.add_argument("--masks", nargs="+", choices=BANDS, default=["causal", "full"])
     parser.add_argument("--dtype", nargs="+", choices=dtypes, default=["bfloat16"])
     parser.add_argument("--features", nargs="+", choices=FEATURES, default=["plain"])
     parser.add_argument(
