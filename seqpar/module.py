@@ -20,7 +20,8 @@ class _Attention(nn.Module):
     Args:
         group: the ranks that share the sequence.
         mask: what a position may see; by default everything.
-        score: what happens to q.k before the softmax; by default the scale 1/sqrt(d).
+        score: what happens to q.k before the softmax; by default the scale 1/sqrt(d). Where its tensors
+            learn, assign to `.score` in every forward, see `seqpar.Score`.
         implementation: of the block math; `None` chooses by device, dtype and what is asked.
         dropout: of the attention weights, in training mode only; the same on every rank. Assign to
             `.dropout` to give every step a seed of its own.

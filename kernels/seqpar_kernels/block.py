@@ -87,7 +87,7 @@ class Rows:
     ) -> Rows:
         """The rows of `q` with their delta."""
         delta = torch.zeros(lse.shape, dtype=accumulation_dtype(q.dtype), device=q.device)
-        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+        dout = dout if dout.stride(-1) == 1 or dout.shape[-1] == 1 else dout.contiguous()
         with torch.autocast(q.device.type, enabled=False):
             add_dot_(out, dout, delta, implementation=implementation)
         return Rows(q, out, dout, lse, delta)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from importlib.util import find_spec
 from typing import Literal, get_args
 
@@ -25,7 +26,8 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HALF = (torch.bfloat16, torch.float16)
 PREFERENCE: dict[str, tuple[Implementation, ...]] = {
     "cpu": ("aten", "reference"),  # triton interprets there, for tests
-    "cuda": ("triton", "aten", "flash_attn", "cudnn", "reference"),
+    # cuDNN only on request: its adapter has never run on a GPU, and aten does all that it does.
+    "cuda": ("triton", "aten", "flash_attn", "reference"),
 }
 
 
@@ -96,8 +98,9 @@ def fuses(x: Tensor, implementation: Implementation | None) -> bool:
     """Whether what surrounds the attention of x (delta, finishing, row softmax) runs in Triton."""
     if implementation == "triton":
         return True
-    here = x.device.type == "cuda" and implementation != "reference"
-    return here and x.dtype != torch.float64 and find_spec("triton") is not None
+    if x.device.type != "cuda" or implementation == "reference":
+        return False
+    return _triton(Request(x.device, x.dtype, d=1, vd=1)) is None
 
 
 def interprets() -> bool:
@@ -110,25 +113,30 @@ def _reference(request: Request) -> str | None:  # noqa: ARG001 - it can do ever
 
 
 def _aten(request: Request) -> str | None:
-    missing = _first(
-        (request.softcap, "has no softcap"),
-        (request.alibi, "does not add ALiBi on global positions"),
-        (request.dropout, "cannot drop weights by their global position"),
-    )
+    missing = "has no softcap" if request.softcap else _positional(request)
     if request.device.type == "cpu" or missing:
         return missing
-    return _first(
-        (request.device.type != "cuda", f"does not run on {request.device.type}"),
-        (request.dtype not in HALF, f"takes bfloat16 and float16 on cuda, not {request.dtype}"),
-        (
-            max(request.d, request.vd) > 256,
-            f"has no head dim above 256, got {request.d, request.vd}",
-        ),
-        (
-            not torch.backends.cuda.is_flash_attention_available(),
-            "has no FlashAttention in this build of torch",
-        ),
-    ) or _first((not _is_ampere(request.device), "needs compute capability 8.0 or newer"))
+    if request.device.type == "cuda" and not torch.backends.cuda.is_flash_attention_available():
+        return "has no FlashAttention in this build of torch"
+    return _flash(request)
+
+
+def _flash_attn(request: Request) -> str | None:
+    # The extension, since other packages share the name flash_attn.
+    if find_spec("flash_attn_2_cuda") is None:
+        return _flash(request) or "is not installed: pip install 'flash-attn>=2.7'"
+    version = metadata.version("flash-attn")
+    if tuple(int(x) for x in version.split(".")[:2]) < (2, 7):
+        return f"needs flash-attn 2.7 or newer, got {version}"
+    return _flash(request) or _positional(request)
+
+
+def _cudnn(request: Request) -> str | None:
+    if request.device.type == "cuda" and not torch.backends.cudnn.is_available():
+        return "has no cuDNN in this build of torch"
+    if max(request.d, request.vd) > 128:
+        return f"has no head dim above 128, got {request.d, request.vd}"
+    return _aten(request) if request.device.type == "cuda" else _flash(request)
 
 
 def _triton(request: Request) -> str | None:
@@ -139,38 +147,40 @@ def _triton(request: Request) -> str | None:
         (device.type not in ("cuda", "cpu"), f"does not run on {device.type}"),
         (device.type == "cpu" and not interprets(), f"needs a GPU ({here})"),
         (request.dtype == torch.float64, "accumulates in float32 and refuses float64"),
-        (
-            max(request.d, request.vd) > 256,
-            f"has no head dim above 256, got {request.d, request.vd}",
-        ),
+        (max(request.d, request.vd) > 256, f"has no head dim above 256, got {_widths(request)}"),
         (device.type == "cuda" and not _is_ampere(device), "needs compute capability 8.0 or newer"),
     )
 
 
-def _flash_attn(request: Request) -> str | None:
+def _flash(request: Request) -> str | None:
+    """What FlashAttention-2 lacks, whoever brings it."""
+    device = request.device
+    if device.type != "cuda":
+        return f"does not run on {device.type}"
+    if torch.version.hip is not None:
+        return "is not tested on AMD GPUs, where the op may ignore its window"
+    widest, big = max(request.d, request.vd), ((8, 0), (9, 0))
     return _first(
-        (request.device.type != "cuda", f"does not run on {request.device.type}"),
-        (request.dtype not in HALF, f"takes bfloat16 and float16, not {request.dtype}"),
+        (request.dtype not in HALF, f"takes bfloat16 and float16 on cuda, not {request.dtype}"),
+        (widest > 256, f"has no head dim above 256, got {_widths(request)}"),
+        (not _is_ampere(device), "needs compute capability 8.0 or newer"),
         (
-            max(request.d, request.vd) > 256,
-            f"has no head dim above 256, got {request.d, request.vd}",
+            widest > 192 and torch.cuda.get_device_capability(device) not in big,
+            f"has a backward above head dim 192 on A100 and H100 only, got {_widths(request)}",
         ),
+    )
+
+
+def _positional(request: Request) -> str | None:
+    """What a kernel lacks that does not know the place of a block."""
+    return _first(
         (request.alibi, "does not add ALiBi on global positions"),
         (request.dropout, "cannot drop weights by their global position"),
-        # The extension, since other packages share the name flash_attn.
-        (find_spec("flash_attn_2_cuda") is None, "is not installed: pip install 'flash-attn>=2.7'"),
-    ) or _first((not _is_ampere(request.device), "needs compute capability 8.0 or newer"))
+    )
 
 
-def _cudnn(request: Request) -> str | None:
-    return _first(
-        (request.device.type != "cuda", f"does not run on {request.device.type}"),
-        (not torch.backends.cudnn.is_available(), "has no cuDNN in this build of torch"),
-        (
-            max(request.d, request.vd) > 128,
-            f"has no head dim above 128, got {request.d, request.vd}",
-        ),
-    ) or _aten(request)  # which does what needs a window
+def _widths(request: Request) -> str:
+    return f"{request.d} and {request.vd}" if request.d != request.vd else f"{request.d}"
 
 
 _REFUSALS: dict[Implementation, Callable[[Request], str | None]] = {

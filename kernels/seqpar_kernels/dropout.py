@@ -22,8 +22,9 @@ _WORD = 0xFFFFFFFF
 class Dropout:
     """Drops each weight with probability `p` and divides the others by 1 - p.
 
-    The counter is (column, row, head, batch), all global, the key is the seed. Give every layer and
-    every step another seed, and every rank the same.
+    The counter is (column, row, head, batch), the key is the seed. Columns, rows and heads are global, the
+    batch is that of the tensors: give every layer, step and data-parallel replica another seed, and the
+    ranks that share a sequence the same.
 
     Raises:
         ValueError: p is outside [0, 1) or the seed outside [0, 2**63).

@@ -76,8 +76,10 @@ class Partial:
         else:
             sinks = sinks.to(self.m.dtype)
             top = torch.maximum(self.m, sinks)
+            top = torch.where(top == -torch.inf, 0.0, top)
             keep = torch.exp(self.m - top)
             total = self.l * keep + torch.exp(sinks - top)
             lse = torch.log(total).add_(top)
-            out = self.acc.mul_(keep.unsqueeze(-1)).div_(total.unsqueeze(-1))
+            seen = total.masked_fill(total == 0, 1.0)
+            out = self.acc.mul_(keep.unsqueeze(-1)).div_(seen.unsqueeze(-1))
         return out.to(dtype or out.dtype), lse

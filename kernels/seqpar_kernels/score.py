@@ -14,6 +14,9 @@ from torch import Tensor
 class Score:
     """Terms of the attention score, the same for every block of a call.
 
+    Where slopes or sinks learn, make the score anew in every forward from the parameters: what replaces
+    parameters (loading with `assign=True`, FSDP2, `functional_call`) cannot reach into a score made before.
+
     In this order::
 
         x = scale * q.k;   x = softcap * tanh(x / softcap);   score = x - slope * |row - column|

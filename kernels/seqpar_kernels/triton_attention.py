@@ -40,6 +40,7 @@ def forward(
     packs = q.shape[0] * q.shape[2] // pack
     limits = block.row_limits(q.shape[1], k.shape[1], q.device)
     assert into.m.stride() == into.l.stride(), "m and l are made together"
+    assert _is_row_contiguous(into.acc), "acc is written row by row"
     with launching(q):
         forward_kernel[(num_tiles * packs,)](
             q, k, v, into.acc, into.m, into.l, _given(limits, q), _given(_slopes(block), q),
@@ -62,6 +63,7 @@ def backward(
     """Adds the block's gradients to dq, dk, dv (and dslopes), given lse and delta of the whole rows."""
     q, k, v, dout = (_rows_contiguous(x) for x in (of.q, k, v, of.dout))
     dq, dk, dv = into
+    assert all(_is_row_contiguous(x) for x in into), "gradients are written row by row"
     lse, delta, (b, i, hq, _), hkv = of.lse, of.delta, q.shape, k.shape[2]
     by_rows, by_cols = tiles or (tiles_for("dq", q, v), tiles_for("dkdv", q, v))
     inputs, strides = (q, k, v, dout, lse, delta), _strides(q, k, v, dout, lse, delta)
@@ -103,7 +105,7 @@ def _constants(
         "CAP": score.softcap is not None,
         "BIAS": score.alibi_slopes is not None,
         "DROPS": block.dropout is not None,
-        "PLAIN": score.is_plain and score.factor > 0,
+        "PLAIN": score.is_plain and score.factor >= torch.finfo(torch.float32).tiny,
         "LIMITED": block.documents is not None,
         "WIDE": tallest >= 2**31,
         "enable_fp_fusion": True,  # said aloud: versions of Triton differ in the default
@@ -196,7 +198,11 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return x if _is_row_contiguous(x) else x.contiguous()
+
+
+def _is_row_contiguous(x: Tensor) -> bool:
+    return x.stride(-1) == 1 or x.shape[-1] == 1
 
 
 def launching(q: Tensor) -> AbstractContextManager[Any]:

@@ -74,6 +74,7 @@ def finish_kernel(
     if SINKING:
         sink = tl.load(SINKS + n % C, mask=there, other=0.0).to(m.dtype)
         top = tl.maximum(m, sink)
+        top = tl.where(top == float("-inf"), 0.0, top)
         keep = tl.exp2((m - top) * LOG2E)
         l = l * keep + tl.exp2((sink - top) * LOG2E)
         acc, m = acc * keep[:, None], top
@@ -260,7 +261,9 @@ def _launch(kernel, leading, rows, tensors, strided, sizes, **constants) -> None
     a, b, c = leading
     if a * b * c == 0:
         return
-    assert all(x.stride(-1) == 1 for x in strided if x.ndim == 4), "columns are contiguous"
+    assert all(x.stride(-1) == 1 or x.shape[-1] == 1 for x in strided if x.ndim == 4), (
+        "columns are contiguous"
+    )
     strides = [s for x in strided for s in x.stride()[:3]]
     with launching(tensors[0]):
         kernel[(triton.cdiv(a * b * c, rows),)](

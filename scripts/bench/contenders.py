@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from seqpar.layout import Layout, Mask, joined_tiles, tiles
 from seqpar.layout.shards import whole
 from seqpar_kernels import (
+    IMPLEMENTATIONS,
     Block,
     Implementation,
     Partial,
@@ -234,9 +235,11 @@ def contenders(setting: Setting, tensors: Tensors) -> Makers:
 
 
 def implementations(setting: Setting, device: torch.device) -> list[Implementation]:
-    """The fast implementations that can do a setting, in order of preference."""
+    """The fast implementations that can do a setting: in order of preference, then those by name only."""
     request = Request(device, setting.dtype, setting.d, setting.d)
-    return [n for n in preference(device) if n != "reference" and refusal(n, request) is None]
+    names = dict.fromkeys((*preference(device), *IMPLEMENTATIONS))
+    slow = {"reference", "triton" if device.type == "cpu" else "reference"}
+    return [n for n in names if n not in slow and refusal(n, request) is None]
 
 
 def _is_past(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:  # noqa: ARG001 - flex passes them

@@ -39,6 +39,11 @@ class Plan:
     implementation: Implementation | None = None
     dropout: Dropout | None = None
 
+    @property
+    def drops(self) -> Dropout | None:
+        """The dropout, unless its p is zero."""
+        return self.dropout if self.dropout is not None and self.dropout.p > 0 else None
+
     def blocks(self, owner: int, score: Score, head: int) -> Iterator[tuple[slice, slice, Block]]:
         """(local rows, the owner's rows, block) where this rank's queries see the owner's keys.
 
@@ -47,7 +52,7 @@ class Plan:
             head: which of all query heads is the first at hand.
         """
         met = tiles(self.layout, self.mask, self.group.rank, owner)
-        needs_positions = score.alibi_slopes is not None or self.dropout is not None
+        needs_positions = score.alibi_slopes is not None or self.drops is not None
         for t in met if needs_positions else joined_tiles(met):
-            block = Block(t.band, score, t.row, t.col, t.step, head, self.dropout)
+            block = Block(t.band, score, t.row, t.col, t.step, head, self.drops)
             yield t.rows, t.cols, block

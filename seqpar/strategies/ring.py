@@ -47,7 +47,7 @@ def ring_attention(
     score = plan.score.resolve(q.shape[-1]).of_heads(head, q.shape[2])
     if plan.group.size == 1 and len(plan.layout.spans[0]) <= 1:
         rows = Span(0, plan.layout.length)
-        block = Block(plan.mask.band(rows, rows), score, head=head, dropout=plan.dropout)
+        block = Block(plan.mask.band(rows, rows), score, head=head, dropout=plan.drops)
         out, _ = attention(q, k, v, block, implementation=plan.implementation)
         return out
     return _Ring.apply(q, k, v, score.alibi_slopes, score.sinks, replace(plan, score=score), head)
@@ -109,11 +109,11 @@ class _Ring(torch.autograd.Function):
         score = replace(plan.score, alibi_slopes=slopes)
         wide = accumulation_dtype(q.dtype)
         mine = Rows.of(q, out, dout, lse, implementation=plan.implementation)
-        dq = torch.zeros_like(q, dtype=wide)
+        dq = torch.zeros(q.shape, dtype=wide, device=q.device)
         dslopes = torch.zeros_like(lse) if ctx.needs_input_grad[3] else None
         sums = RingSum(plan.group, plan.layout.rows)
         for owner, (k_o, v_o) in ring_pass((k, v), plan.group, plan.layout.rows):
-            dk_o, dv_o = torch.zeros_like(k_o, dtype=wide), torch.zeros_like(v_o, dtype=wide)
+            dk_o, dv_o = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k_o, v_o))
             for rows, cols, block in plan.blocks(owner, score, ctx.head):
                 attend_backward(
                     mine[rows], k_o[:, cols], v_o[:, cols], block,

@@ -105,10 +105,12 @@ def test_equals_dense_forward_and_backward(
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("implementation", HERE)
+@pytest.mark.parametrize("implementation", [*HERE, "triton"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_any_strides_give_the_same_bits(implementation, dtype):
+def test_any_strides_give_the_same_results(implementation, dtype):
     """Heads-first storage, a last dim that is not contiguous, and the zero strides of sum().backward()."""
+    if implementation == "triton" and dtype == torch.float64:
+        return  # refused, see below
     x = torch.randn(4, 2, 3, 20, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
     plain = [t.transpose(1, 2).contiguous() for t in x]
     plain[3] = torch.ones_like(plain[3])
@@ -122,7 +124,7 @@ def test_any_strides_give_the_same_bits(implementation, dtype):
         attend(q, k, v, Block(Band(None, 0), SCORE), into=running, implementation=implementation)
         out, lse = running.finish()
         into = tuple(torch.zeros(t.shape, dtype=out.dtype) for t in (q, k, v))
-        rows = Rows.of(q, out.to(dtype), dout, lse)
+        rows = Rows.of(q, out.to(dtype), dout, lse, implementation=implementation)
         attend_backward(
             rows, k, v, Block(Band(None, 0), SCORE), into=into, implementation=implementation
         )
@@ -131,6 +133,27 @@ def test_any_strides_give_the_same_bits(implementation, dtype):
     for variant in (heads_first, width_first):
         for got, expected in zip(run(*variant), run(*plain), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", [*HERE, "triton"])
+def test_a_value_of_width_one_in_any_strides(implementation):
+    """Such a tensor calls itself contiguous whatever its last stride is."""
+    q, k = torch.randn(2, 1, 20, 2, 8)
+    v, dout = (x.permute(0, 2, 3, 1) for x in torch.randn(2, 1, 1, 20, 2))
+    assert dout.stride(-1) != 1
+    results = []
+    for v_t, dout_t in ((v, dout), (v.clone(memory_format=torch.contiguous_format), dout)):
+        running = Partial.identity(q, 1)
+        attend(q, k, v_t, Block(Band(), SCORE), into=running, implementation=implementation)
+        out, lse = running.finish()
+        rows = Rows.of(q, out, dout_t, lse, implementation=implementation)
+        into = tuple(torch.zeros(t.shape) for t in (q, k, v))
+        attend_backward(
+            rows, k, v_t, Block(Band(), SCORE), into=into, implementation=implementation
+        )
+        results.append((out, lse, *into))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("implementation", HERE)
@@ -179,6 +202,12 @@ def test_unknown_or_unfit_implementations_are_refused():
         choose(Request(cpu, torch.float32, 8, 8), "fastest")
     with pytest.raises(NotImplementedError, match="'reference' does all that was asked"):
         choose(Request(meta, torch.float32, 8, 8), "aten")
+    with pytest.raises(NotImplementedError, match="refuses float64; 'aten' does all"):
+        choose(Request(cpu, torch.float64, 8, 8), "triton")
+    with pytest.raises(NotImplementedError, match="head dim above 256, got 320 and 8"):
+        choose(Request(cpu, torch.float32, 320, 8), "triton")
+    with pytest.raises(NotImplementedError, match=r"'aten' cannot drop .*'reference' does all"):
+        choose(Request(cpu, torch.float32, 8, 8, dropout=True), "aten")
     with pytest.raises(NotImplementedError, match="float8"):
         choose(Request(cpu, torch.float8_e4m3fn, 8, 8), None)
     q, k = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 2, 4)

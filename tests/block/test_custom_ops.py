@@ -1,5 +1,7 @@
 """The two torch ops: what the compiler is told of them is what they do."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.checkpoint import (
@@ -8,7 +10,16 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from seqpar_kernels import Band, Block, Documents, Dropout, Score, attention
+from seqpar_kernels import (
+    Band,
+    Block,
+    Documents,
+    Dropout,
+    Partial,
+    Score,
+    attention,
+    reference,
+)
 
 BLOCKS = {
     "plain": Block(Band(None, 0), Score(0.4)),
@@ -56,6 +67,27 @@ def test_gradients_are_those_of_finite_differences(name):
     assert torch.autograd.gradcheck(
         lambda *x: attention(*x[:3], BLOCKS[name])[0], (q, k, v, *learned)
     )
+
+
+def test_the_op_hands_on_everything_it_is_told():
+    """Positions, head, documents, dropout and implementation reach the kernel: each one matters."""
+    block = BLOCKS["everything"]
+    (q, k, v), _ = problem(block)
+    with torch.no_grad():
+        out, lse = attention(q, k, v, block)
+        running = Partial.identity(q, 5)
+        reference.forward(q, k, v, block, running)
+        for got, expected in zip(
+            (out, lse), running.finish(q.dtype, block.score.sinks), strict=True
+        ):
+            assert torch.equal(got, expected)
+        for change in (
+            {"row": 4}, {"col": 2}, {"step": 1}, {"head": 0}, {"dropout": Dropout(0.3, 8)},
+            {"dropout": None}, {"documents": None}, {"band": Band(-2, 3)},
+        ):  # fmt: skip
+            assert not torch.equal(attention(q, k, v, replace(block, **change))[0], out), change
+        with pytest.raises(NotImplementedError, match="'aten' has no softcap"):
+            attention(q, k, v, block, implementation="aten")
 
 
 def test_lse_is_not_differentiable_and_says_so():

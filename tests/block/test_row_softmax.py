@@ -7,9 +7,6 @@ from hypothesis import strategies as st
 
 from seqpar_kernels import Partial, finish, row_softmax
 
-pytestmark = [  # of Triton's interpreter, which runs on numpy: log 0 is meant
-    pytest.mark.filterwarnings("ignore:divide by zero encountered in log:RuntimeWarning"),
-]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WAYS = pytest.mark.parametrize(
     ("implementation", "dtype", "close"),
@@ -86,6 +83,17 @@ def test_finish_in_one_kernel_equals_torch(sinking):
     torch.testing.assert_close(got[1], want[1], rtol=1e-6, atol=1e-6)
     assert torch.isinf(got[1][0, 0]).all() != sinking
     assert (got[0][0, 0] == 0).all()
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+def test_a_sink_of_minus_infinity_is_none(implementation):
+    acc, m, l = torch.ones(1, 2, 1, 4), torch.zeros(1, 2, 1), torch.ones(1, 2, 1)
+    m[0, 0], l[0, 0], acc[0, 0] = -torch.inf, 0.0, 0.0
+    parts = Partial(*(x.to(DEVICE) for x in (acc, m, l)))
+    sinks = torch.tensor([-torch.inf], device=DEVICE)
+    out, lse = finish(parts, torch.float32, sinks, implementation=implementation)
+    assert out[0, :, 0, 0].tolist() == [0.0, 1.0]
+    assert lse[0, :, 0].tolist() == [-torch.inf, 0.0]
 
 
 @pytest.mark.parametrize("weighted", [False, True])

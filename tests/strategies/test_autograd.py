@@ -1,11 +1,14 @@
 """What autograd users do around attention: gradcheck, several calls, shared inputs, frozen inputs."""
 
+from functools import partial
+
 import pytest
 import torch
 
 import seqpar
 from seqpar import Mask, Plan, RingAttention, UlyssesAttention, simulate
 from seqpar.layout import zigzag
+from seqpar_kernels import aten, reference, triton_attention
 
 MODULES = [RingAttention, UlyssesAttention]
 CAUSAL = Mask(causal=True)
@@ -203,3 +206,69 @@ def test_modules_can_be_copied():
 
     module = RingAttention(seqpar.Group.alone())
     assert copy.deepcopy(module).group is module.group
+
+
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("implementation", ["reference", "aten", "triton"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_any_strides_over_ranks(module, implementation, size):
+    """q, k and v of a convolution: neither heads nor width lie together."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 1, 2 * 16, 12, generator=generator)  # [three, b, h d, s]
+
+    def fn(group, together):
+        layout = zigzag(12, group.size)
+        local = []
+        for t in x.unflatten(2, (2, 16)).permute(0, 1, 4, 2, 3):
+            mine = seqpar.shard_sequence(t, layout, group.rank)
+            mine = mine.contiguous() if together else mine.mT.contiguous().mT
+            local.append(mine.requires_grad_())
+        out = module(group, mask=CAUSAL, implementation=implementation)(*local, layout)
+        return out.detach(), *torch.autograd.grad(out.square().sum(), local)
+
+    for scattered, together in zip(
+        simulate(size, fn, False), simulate(size, fn, True), strict=True
+    ):
+        for a, b in zip(scattered, together, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def spied(ran, name, real, *args):
+    ran.append(name)
+    return real(*args)
+
+
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("implementation", ["reference", "aten", "triton"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_implementation_that_was_asked_for_runs(module, implementation, size, monkeypatch):
+    modules = {"reference": reference, "aten": aten, "triton": triton_attention}
+    ran = []
+    for name, its in modules.items():
+        for direction in ("forward", "backward"):
+            real = getattr(its, direction)
+            monkeypatch.setattr(its, direction, partial(spied, ran, (name, direction), real))
+
+    def fn(group):
+        x = torch.randn(1, 4 // size, 2, 16, requires_grad=True)
+        module(group, implementation=implementation)(x, x, x, zigzag(4, size)).sum().backward()
+
+    simulate(size, fn)
+    assert set(ran) == {(implementation, "forward"), (implementation, "backward")}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_dropout_is_for_training(module):
+    q, k, v, _ = whole_tensors()
+
+    def fn(group, dropout, training):
+        layout = zigzag(6, group.size)
+        local = (seqpar.shard_sequence(x, layout, group.rank) for x in (q, k, v))
+        return module(group, dropout=dropout).train(training)(*local, layout)
+
+    drop = seqpar.Dropout(0.5, 3)
+    for rank, plain in enumerate(simulate(2, fn, None, True)):
+        assert torch.equal(simulate(2, fn, drop, False)[rank], plain)
+        assert not torch.equal(simulate(2, fn, drop, True)[rank], plain)
+        never = seqpar.Dropout(0.0, 3)
+        assert torch.equal(simulate(2, fn, never, True)[rank], plain)

@@ -77,6 +77,10 @@ ONE_RANK = {  # what rank 1 alone does -> what every message must say
         {"implementation": "aten", "score": Score(softcap=5.0)},
         r"implementation 'aten' has no softcap; 'reference' does all that was asked",
     ),
+    "dropout that the implementation lacks": (
+        {"implementation": "aten", "dropout": Dropout(0.1, 3)},
+        r"implementation 'aten' cannot drop weights .*'reference' does all that was asked",
+    ),
     "no GPU": (
         {"implementation": "flash_attn"},
         r"implementation 'flash_attn' does not run on cpu; 'aten' does all",
