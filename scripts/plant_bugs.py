@@ -166,6 +166,19 @@ PLANTS = [
     Plant("op: fake lse in the type of q", f"{BLOCK}/custom_ops.py",
           "return out, q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype))",
           "return out, q.new_empty(q.shape[:-1], dtype=torch.float32)", OPS),
+    Plant("op: documents not handed on", f"{BLOCK}/custom_ops.py",
+          "documents=None if documents is None else Documents(tuple(documents))", "documents=None", OPS),
+    Plant("dq in the strides of q", "seqpar/strategies/ring.py",
+          "dq = torch.zeros(q.shape, dtype=wide, device=q.device)",
+          "dq = torch.zeros_like(q, dtype=wide)", "tests/strategies/test_autograd.py"),
+    Plant("dropout in evaluation mode", "seqpar/module.py",
+          "self.dropout if self.training else None", "self.dropout", "tests/strategies/test_autograd.py"),
+    Plant("another implementation than was asked for", "seqpar/strategies/ring.py",
+          "into=running[rows], implementation=plan.implementation,", "into=running[rows],",
+          "tests/strategies/test_autograd.py"),
+    Plant("dropout not asked of the implementation", "seqpar/strategies/check.py",
+          "Request.of(q, v, score, plan.drops)", "Request.of(q, v, score)",
+          "tests/strategies/test_bad_input.py"),
     Plant("op: lse said to be differentiable", f"{BLOCK}/custom_ops.py",
           "    ctx.mark_non_differentiable(lse)\n", "", OPS),
 ]  # fmt: skip
@@ -209,7 +222,8 @@ def noticed(plant: Plant) -> tuple[str, str]:
         planted(plant, folder)
         failed, text = run([sys.executable, "-m", "pytest", "-xq", "--tb=no", plant.test], folder)
         lines = [x for x in text.splitlines() if x.startswith(("FAILED", "ERROR"))]
-        by_test = "-" if not failed else lines[0].split()[1] if lines else f"{plant.test}: crashed"
+        name = lines[0].split(maxsplit=1)[1].split(" - ")[0] if lines else f"{plant.test} crashed"
+        by_test = name if failed else "-"
         if plant.file in NOT_CHECKED or "triton" in plant.file:
             return by_test, "-"
         check = [*torchrun, "scripts/check_equivalence.py", "--dtype", "float64"]

@@ -7,46 +7,21 @@ of a block that needs one is done by torch's FlashAttention-2. Chosen by name on
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from seqpar_kernels import aten_cuda, windows
-from seqpar_kernels.block import Block, Rows
-from seqpar_kernels.partial import Partial
-from seqpar_kernels.windows import Window
+from seqpar_kernels import aten_cuda
+from seqpar_kernels.windows import Adapter, Window
 
 _forward = torch.ops.aten._scaled_dot_product_cudnn_attention.default
 _backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
 
 
-def forward(
-    q: Float[Tensor, "b i hq d"],
-    k: Float[Tensor, "b j hkv d"],
-    v: Float[Tensor, "b j hkv vd"],
-    block: Block,
-    into: Partial,
-) -> None:
-    """Continues `into` with the block."""
-    windows.forward(_op, q, k, v, block, into)
-
-
-def backward(
-    of: Rows,
-    k: Float[Tensor, "b j hkv d"],
-    v: Float[Tensor, "b j hkv vd"],
-    block: Block,
-    into: tuple[Tensor, Tensor, Tensor],
-    dslopes: None = None,
-) -> None:
-    """Adds the block's gradients to dq, dk, dv, given the out and lse of the whole rows."""
-    assert dslopes is None, "blocks with ALiBi never come here"
-    windows.backward(_backward_op, of, k, v, block, into)
-
-
-def _op(q: Tensor, k: Tensor, v: Tensor, scale: float, window: Window) -> tuple[Tensor, Tensor]:
+def _forward_op(
+    q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
     causal = _is_causal(q, k, window)
     if causal is None:
-        return aten_cuda.forward_op(q, k, v, scale, window)
+        return aten_cuda.ADAPTER.forward_op(q, k, v, window, scale, softcap)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out, lse, *_ = _forward(q, k, v, None, True, 0.0, causal, False, scale=scale)
     return out.transpose(1, 2), lse.reshape(q.shape[:3])
@@ -59,12 +34,13 @@ def _backward_op(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    scale: float,
     window: Window,
+    scale: float,
+    softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     causal = _is_causal(q, k, window)
     if causal is None:
-        return aten_cuda.backward_op(dout, q, k, v, out, lse, scale, window)
+        return aten_cuda.ADAPTER.backward_op(dout, q, k, v, out, lse, window, scale, softcap)
     dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
     seed = torch.zeros((), dtype=torch.int64, device=q.device)  # of a dropout that is off
     dq, dk, dv = _backward(
@@ -83,3 +59,6 @@ def _is_causal(q: Tensor, k: Tensor, window: Window) -> bool | None:
         return False
     square = q.shape[1] == k.shape[1] and window.left is None and window.right == 0
     return True if square else None
+
+
+ADAPTER = Adapter(_forward_op, _backward_op)

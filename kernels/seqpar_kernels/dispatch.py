@@ -11,10 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from seqpar_kernels import aten, reference
+from seqpar_kernels import aten, aten_cuda, cudnn, flash_attn, reference
 from seqpar_kernels.block import Block, Rows
 from seqpar_kernels.choice import Implementation, Request, choose, fuses
 from seqpar_kernels.partial import Partial
+from seqpar_kernels.windows import Adapter
 
 
 def attend(
@@ -43,7 +44,7 @@ def attend(
     if _nothing_to_do(q, k, block):
         return
     with torch.autocast(q.device.type, enabled=False):
-        _module(q, v, block, implementation).forward(q, k, v, block, into)
+        _chosen(q, v, block, implementation).forward(q, k, v, block, into)
 
 
 def attend_backward(
@@ -70,8 +71,8 @@ def attend_backward(
     if _nothing_to_do(rows.q, k, block):
         return
     with torch.autocast(rows.q.device.type, enabled=False):
-        module = _module(rows.q, v, block, implementation)
-        module.backward(rows, k, v, block, into, dslopes)
+        chosen = _chosen(rows.q, v, block, implementation)
+        chosen.backward(rows, k, v, block, into, dslopes)
 
 
 def finish(
@@ -89,28 +90,20 @@ def finish(
     return running.finish(dtype, sinks)
 
 
-def _module(
+def _chosen(
     q: Tensor, v: Tensor, block: Block, implementation: Implementation | None
-) -> ModuleType:
+) -> ModuleType | Adapter:
+    """What has the `forward` and the `backward` of the implementation."""
     request = Request.of(q, v, block.score, block.dropout, block.documents)
     name = choose(request, implementation)
     if name == "triton":  # lazily: importing seqpar must not need it
         from seqpar_kernels import triton_attention
 
         return triton_attention
-    if name == "flash_attn":
-        from seqpar_kernels import flash_attn
-
-        return flash_attn
-    if name == "cudnn":
-        from seqpar_kernels import cudnn
-
-        return cudnn
-    if name == "aten" and q.device.type == "cuda":
-        from seqpar_kernels import aten_cuda
-
-        return aten_cuda
-    return aten if name == "aten" else reference
+    if name == "aten":
+        return aten_cuda.ADAPTER if q.device.type == "cuda" else aten
+    adapters = {"flash_attn": flash_attn.ADAPTER, "cudnn": cudnn.ADAPTER}
+    return adapters.get(name, reference)
 
 
 def _nothing_to_do(q: Tensor, k: Tensor, block: Block) -> bool:

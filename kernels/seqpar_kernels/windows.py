@@ -1,15 +1,16 @@
 """What FlashAttention-2 wants of a block: windows for bands, one width, a positive scale.
 
-Both adapters to it walk the same windows and differ in the op they call, so the loops are here. The op
+Adapters to it walk the same windows and differ in the ops they call, so the loops are here. The op
 rounds what it returns to the type of q: the out of every block, and every block's share of the gradients.
 Source: Dao 2023, FlashAttention-2 (arXiv:2307.08691).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
@@ -39,55 +40,87 @@ class Window:
     right: int | None
 
 
-# (q, k, v, scale, window) -> (out [b i hq w], lse [b hq i])
-ForwardOp = Callable[[Tensor, Tensor, Tensor, float, Window], tuple[Tensor, Tensor]]
-# (dout, q, k, v, out, lse [b hq i], scale, window) -> (dq, dk, dv)
-BackwardOp = Callable[
-    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, Window], tuple[Tensor, Tensor, Tensor]
-]
+class ForwardOp(Protocol):
+    """Attention of some rows under one window."""
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float, softcap: float
+    ) -> tuple[Tensor, Tensor]:
+        """(out `[b i hq w]`, lse `[b hq i]`). A softcap of zero is none."""
 
 
-def forward(
-    op: ForwardOp,
-    q: Float[Tensor, "b i hq d"],
-    k: Float[Tensor, "b j hkv d"],
-    v: Float[Tensor, "b j hkv vd"],
-    block: Block,
-    into: Partial,
-) -> None:
-    """Continues `into` with the block, one call of `op` for each of its windows."""
-    q, k, v = _as_the_op_wants(q, k, v)
-    q, scale, _ = positive(q, block.score.factor)
-    for window in windows(block, q.shape[1], k.shape[1]):
-        rows, cols = window.rows, window.cols
-        out, lse = op(q[:, rows], k[:, cols], v[:, cols], scale, window)
-        _merge_(into[rows], out[..., : into.acc.shape[-1]], lse.transpose(1, 2))
+class BackwardOp(Protocol):
+    """The gradients of a `ForwardOp`, given lse `[b hq i]` of the whole rows."""
+
+    def __call__(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        window: Window,
+        scale: float,
+        softcap: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(dq, dk, dv), in the type of q."""
 
 
-def backward(
-    op: BackwardOp,
-    of: Rows,
-    k: Float[Tensor, "b j hkv d"],
-    v: Float[Tensor, "b j hkv vd"],
-    block: Block,
-    into: tuple[Tensor, Tensor, Tensor],
-) -> None:
-    """Adds the block's gradients to dq, dk, dv, given the out and lse of the whole rows.
+@dataclass(frozen=True)
+class Adapter:
+    """An implementation made of two ops that take windows."""
 
-    The op derives delta from `out` and `dout` itself, both in the type of q.
-    """
-    out, dout = of.out.to(of.q.dtype), of.dout.to(of.q.dtype)
-    q, k, v, out, dout = _as_the_op_wants(of.q, k, v, out, dout)
-    q, scale, sign = positive(q, block.score.factor)
-    for window in windows(block, q.shape[1], k.shape[1]):
-        rows, cols = window.rows, window.cols
-        lse = of.lse[:, rows].transpose(1, 2).contiguous()
-        dq, dk, dv = op(
-            dout[:, rows], q[:, rows], k[:, cols], v[:, cols], out[:, rows], lse, scale, window
-        )
-        _add(into[0][:, rows], dq, sign)
-        _add(into[1][:, cols], dk)
-        _add(into[2][:, cols], dv)
+    forward_op: ForwardOp
+    backward_op: BackwardOp
+
+    def forward(
+        self,
+        q: Float[Tensor, "b i hq d"],
+        k: Float[Tensor, "b j hkv d"],
+        v: Float[Tensor, "b j hkv vd"],
+        block: Block,
+        into: Partial,
+    ) -> None:
+        """Continues `into` with the block, one call for each of its windows."""
+        q, k, v = _as_the_op_wants(q, k, v)
+        q, scale, _ = positive(q, block.score.factor)
+        softcap = block.score.softcap or 0.0
+        for window in windows(block, q.shape[1], k.shape[1]):
+            rows, cols = window.rows, window.cols
+            out, lse = self.forward_op(
+                q[:, rows], k[:, cols], v[:, cols], window=window, scale=scale, softcap=softcap
+            )
+            _merge_(into[rows], out[..., : into.acc.shape[-1]], lse.transpose(1, 2))
+
+    def backward(
+        self,
+        of: Rows,
+        k: Float[Tensor, "b j hkv d"],
+        v: Float[Tensor, "b j hkv vd"],
+        block: Block,
+        into: tuple[Tensor, Tensor, Tensor],
+        dslopes: Tensor | None = None,
+    ) -> None:
+        """Adds the block's gradients to dq, dk, dv, given the out and lse of the whole rows.
+
+        The op derives delta from `out` and `dout` itself, both in the type of q.
+        """
+        assert dslopes is None, "blocks with ALiBi never come here"
+        out, dout = of.out.to(of.q.dtype), of.dout.to(of.q.dtype)
+        q, k, v, out, dout = _as_the_op_wants(of.q, k, v, out, dout)
+        q, scale, sign = positive(q, block.score.factor)
+        softcap = block.score.softcap or 0.0
+        for window in windows(block, q.shape[1], k.shape[1]):
+            rows, cols = window.rows, window.cols
+            lse = of.lse[:, rows].transpose(1, 2).contiguous()
+            dq, dk, dv = self.backward_op(
+                dout[:, rows], q[:, rows], k[:, cols], v[:, cols], out[:, rows], lse,
+                window=window, scale=scale, softcap=softcap,
+            )  # fmt: skip
+            _add(into[0][:, rows], dq, sign)
+            _add(into[1][:, cols], dk)
+            _add(into[2][:, cols], dv)
 
 
 def windows(block: Block, num_rows: int, num_cols: int) -> Iterator[Window]:

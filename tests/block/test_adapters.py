@@ -15,7 +15,11 @@ from seqpar_kernels import cudnn as on_cudnn
 from seqpar_kernels import flash_attn as on_flash_attn
 from seqpar_kernels.windows import windows
 
-ADAPTERS = {"flash_attn": on_flash_attn, "aten": on_aten, "cudnn": on_cudnn}
+ADAPTERS = {
+    "flash_attn": on_flash_attn.ADAPTER,
+    "aten": on_aten.ADAPTER,
+    "cudnn": on_cudnn.ADAPTER,
+}
 BANDS = st.builds(Band, st.none() | st.integers(-75, 20), st.none() | st.integers(-20, 75))
 SIZES = st.integers(0, 70)
 CLOSE = {"rtol": 0, "atol": 1e-11}
@@ -311,6 +315,6 @@ def test_flash_attn_is_deterministic_on_request():
     q, k, v, dout = (normal(n, 1, 5, 1, 8) for n in range(4))
     torch.use_deterministic_algorithms(True)
     try:
-        attended(on_flash_attn, q, k, v, dout, Block(Band(), Score(0.2)), [0, 5])
+        attended(on_flash_attn.ADAPTER, q, k, v, dout, Block(Band(), Score(0.2)), [0, 5])
     finally:
         torch.use_deterministic_algorithms(False)
