@@ -40,7 +40,7 @@ TABLE: dict[tuple[str, str, int], tuple[Tiles, Tiles, Tiles]] = {
     ("sm_86", "dkdv", 4): (Tiles(16, 32, 8, 2), Tiles(16, 16, 8, 2), Tiles(16, 16, 8, 2)),
     ("sm_90", "forward", 2): (Tiles(128, 128, 8, 3), Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 2)),
     ("sm_90", "dq", 2): (Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 3), Tiles(64, 32, 8, 2)),
-    ("sm_90", "dkdv", 2): (Tiles(64, 128, 8, 3), Tiles(32, 128, 8, 2), Tiles(32, 32, 8, 2)),
+    ("sm_90", "dkdv", 2): (Tiles(64, 128, 8, 2), Tiles(32, 128, 8, 2), Tiles(32, 32, 8, 2)),
     ("sm_90", "forward", 4): (Tiles(32, 32, 8, 2), Tiles(16, 32, 8, 2), Tiles(32, 16, 16, 2)),
     ("sm_90", "dq", 4): (Tiles(64, 32, 8, 2), Tiles(16, 32, 8, 2), Tiles(16, 16, 16, 2)),
     ("sm_90", "dkdv", 4): (Tiles(32, 16, 4, 2), Tiles(16, 16, 8, 2), Tiles(16, 16, 8, 2)),
