@@ -31,6 +31,7 @@ MASKS: dict[str, dict[str, Any]] = {
     "causal": {"causal": True},
     "window": {"causal": True, "window": 9},
     "two-sided window": {"causal": False, "window": 9},
+    "causal, documents": {"causal": True},
     "causal, every score term": {
         "causal": True,
         "softcap": 5.0,
@@ -55,9 +56,11 @@ def cases(dtypes: list[str]) -> Iterator[tuple[str, str, Case]]:
                 for dtype in dtypes:
                     for hq, hkv in HEADS:
                         for length in LENGTHS.get(dtype, (97,)):
+                            packed = (0, length // 3, length // 3, length // 2, length)
                             yield strategy, mask_name, Case(
                                 length, hq, hkv, d=8, vd=8, batch=1 + length % 2,
-                                kind=kind, dtype=DTYPES[dtype], **mask,
+                                kind=kind, dtype=DTYPES[dtype],
+                                documents=packed if "documents" in mask_name else None, **mask,
                             )  # fmt: skip
 
 

@@ -177,7 +177,7 @@ PLANTS = [
           "into=running[rows], implementation=plan.implementation,", "into=running[rows],",
           "tests/strategies/test_autograd.py"),
     Plant("dropout not asked of the implementation", "seqpar/strategies/check.py",
-          "Request.of(q, v, score, plan.drops)", "Request.of(q, v, score)",
+          "Request.of(q, v, score, plan.drops, plan.packed)", "Request.of(q, v, score)",
           "tests/strategies/test_bad_input.py"),
     Plant("op: lse said to be differentiable", f"{BLOCK}/custom_ops.py",
           "    ctx.mark_non_differentiable(lse)\n", "", OPS),

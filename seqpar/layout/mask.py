@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from seqpar.layout.spans import Span
-from seqpar_kernels import Band
+from seqpar_kernels import Band, Documents
 
 
 @dataclass(frozen=True)
@@ -16,18 +17,23 @@ class Mask:
         causal: row i sees no column after i.
         window: how many keys back a row sees, itself included; as many ahead when not causal.
             Row i sees column j only if i - window < j (and, not causal, j < i + window).
+        documents: boundaries of packed documents, as cumulative lengths 0, ..., length of the sequence;
+            a position sees its own document only. Equal boundaries are empty documents.
 
     Raises:
-        ValueError: window is less than 1.
-        TypeError: causal is not a bool, or window not an integer.
+        ValueError: window is less than 1, or documents do not start at 0 or go down.
+        TypeError: causal is not a bool, window not an integer, or documents not integers.
     """
 
     causal: bool = False
     window: int | None = None
+    documents: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.causal, bool):
             raise TypeError(f"causal must be a bool, got {self.causal!r}")
+        if self.documents is not None:
+            object.__setattr__(self, "documents", Documents(tuple(self.documents)).bounds)
         if self.window is None:
             return
         if isinstance(self.window, bool) or not isinstance(self.window, int):

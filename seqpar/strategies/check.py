@@ -43,11 +43,15 @@ def _check_plan(plan: Plan) -> None:
         raise TypeError(f"dropout must be a seqpar.Dropout or None, got {plan.dropout!r}")
     if plan.strategy not in STRATEGY_NAMES:
         raise ValueError(f"strategy must be one of {STRATEGY_NAMES}, got {plan.strategy!r}")
-    layout, group = plan.layout, plan.group
+    layout, group, documents = plan.layout, plan.group, plan.mask.documents
     if layout.size != group.size:
         raise ValueError(
             f"the layout must be for the {group.size} ranks of the group, got {layout}; "
             f"make it with seqpar.{layout.kind}({layout.length}, group.size)"
+        )
+    if documents is not None and documents[-1] != layout.length:
+        raise ValueError(
+            f"documents must end where the sequence does, at {layout.length}, got {documents[-1]}"
         )
 
 
@@ -114,7 +118,9 @@ def _claim(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> dict[str, Any]:
         "softcap": score.softcap,
         **{name: None if x is None else x.dtype for name, x in learned.items()},
         "dropout": plan.drops,
-        "implementation": choose(Request.of(q, v, score, plan.drops), plan.implementation),
+        "implementation": choose(
+            Request.of(q, v, score, plan.drops, plan.packed), plan.implementation
+        ),
         "batch": q.shape[0],
         "heads (hq, hkv)": (q.shape[2], k.shape[2]),
         "widths (d, vd)": (q.shape[3], v.shape[3]),

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from seqpar.comm import Group
 from seqpar.layout import Layout, Mask, joined_tiles, tiles
-from seqpar_kernels import Block, Dropout, Implementation, Score
+from seqpar_kernels import Block, Documents, Dropout, Implementation, Score
 
 Strategy = Literal["ring", "ulysses"]
 STRATEGY_NAMES: tuple[Strategy, ...] = get_args(Strategy)
@@ -44,6 +44,11 @@ class Plan:
         """The dropout, unless its p is zero."""
         return self.dropout if self.dropout is not None and self.dropout.p > 0 else None
 
+    @property
+    def packed(self) -> Documents | None:
+        """The documents of the mask, as kernels take them."""
+        return None if self.mask.documents is None else Documents(tuple(self.mask.documents))
+
     def blocks(self, owner: int, score: Score, head: int) -> Iterator[tuple[slice, slice, Block]]:
         """(local rows, the owner's rows, block) where this rank's queries see the owner's keys.
 
@@ -52,7 +57,7 @@ class Plan:
             head: which of all query heads is the first at hand.
         """
         met = tiles(self.layout, self.mask, self.group.rank, owner)
-        needs_positions = score.alibi_slopes is not None or self.drops is not None
+        needs_positions = score.alibi_slopes is not None or self.drops or self.packed
         for t in met if needs_positions else joined_tiles(met):
-            block = Block(t.band, score, t.row, t.col, t.step, head, self.drops)
+            block = Block(t.band, score, t.row, t.col, t.step, head, self.drops, self.packed)
             yield t.rows, t.cols, block

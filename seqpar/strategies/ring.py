@@ -47,7 +47,8 @@ def ring_attention(
     score = plan.score.resolve(q.shape[-1]).of_heads(head, q.shape[2])
     if plan.group.size == 1 and len(plan.layout.spans[0]) <= 1:
         rows = Span(0, plan.layout.length)
-        block = Block(plan.mask.band(rows, rows), score, head=head, dropout=plan.drops)
+        band = plan.mask.band(rows, rows)
+        block = Block(band, score, head=head, dropout=plan.drops, documents=plan.packed)
         out, _ = attention(q, k, v, block, implementation=plan.implementation)
         return out
     return _Ring.apply(q, k, v, score.alibi_slopes, score.sinks, replace(plan, score=score), head)

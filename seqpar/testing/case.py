@@ -38,6 +38,7 @@ class Case:
     alibi: bool = False
     sinks: bool = False
     dropout: float = 0.0
+    documents: tuple[int, ...] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -47,7 +48,7 @@ class Case:
     @property
     def mask(self) -> Mask:
         """The mask, as the package takes it."""
-        return Mask(causal=self.causal, window=self.window)
+        return Mask(causal=self.causal, window=self.window, documents=self.documents)
 
     def layout(self, size: int) -> Layout:
         """The layout for a number of ranks."""
@@ -94,5 +95,5 @@ class Case:
 
     def budget(self) -> Budget:
         """What the results must be, and how far from it they may be."""
-        seen = oracle.visible(self.length, self.causal, self.window)
+        seen = oracle.visible(self.length, self.causal, self.window, self.documents)
         return Budget.of(*self.tensors(), seen, self.terms())

@@ -27,6 +27,11 @@ SCORE_TERMS = st.fixed_dictionaries(
 )
 
 
+def _documents(length: int) -> st.SearchStrategy[tuple[int, ...]]:
+    borders = st.lists(st.integers(0, length), max_size=6).map(sorted)
+    return borders.map(lambda inner: (0, *inner, length))
+
+
 @st.composite
 def cases(
     draw: st.DrawFn,
@@ -48,5 +53,6 @@ def cases(
         scale=draw(st.none() | st.sampled_from([0.3, -0.5, 0.0])),
         dtype=draw(dtypes),
         kind=draw(st.sampled_from(list(LAYOUTS))),
+        documents=draw(st.none() | st.none() | _documents(length)),
         **draw(terms),
     )

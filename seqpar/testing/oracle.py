@@ -39,7 +39,9 @@ class Terms:
         return replace(self, slopes=slopes, sinks=sinks)
 
 
-def visible(length: int, causal: bool, window: int | None) -> Tensor:
+def visible(
+    length: int, causal: bool, window: int | None, documents: tuple[int, ...] | None = None
+) -> Tensor:
     """The mask `[s s]`, True where row i sees column j, straight from the definition."""
     i, j = torch.arange(length)[:, None], torch.arange(length)[None, :]
     seen = torch.ones(length, length, dtype=torch.bool)
@@ -49,6 +51,9 @@ def visible(length: int, causal: bool, window: int | None) -> Tensor:
         seen &= i - j < window
         if not causal:
             seen &= j - i < window
+    if documents is not None:
+        of = (torch.arange(length)[:, None] >= torch.tensor(documents)).sum(-1)
+        seen &= of[:, None] == of[None, :]
     return seen
 
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from seqpar import Mask
 from seqpar_kernels import (
     Band,
     Block,
@@ -235,6 +236,8 @@ def test_unknown_or_unfit_implementations_are_refused():
         (ValueError, "seed must be in", lambda: Dropout(0.1, -1)),
         (TypeError, "seed must be an integer", lambda: Dropout(0.1, 1.5)),
         (ValueError, "boundaries from 0", lambda: Documents((1, 2))),
+        (ValueError, "boundaries from 0", lambda: Mask(documents=[5, 9])),
+        (ValueError, "boundaries from 0", lambda: Mask(documents=())),
         (ValueError, "boundaries from 0", lambda: Documents((0, 3, 2))),
         (TypeError, "integer boundaries", lambda: Documents((0, 1.5))),
     ],

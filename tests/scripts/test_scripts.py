@@ -92,7 +92,7 @@ def test_check_equivalence_passes_under_torchrun(tmp_path):
         "check_equivalence.py", "--dtype", "float64", "--json", tmp_path / "x.json", ranks=3
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "P=3: 270 cases, 0 failures" in done.stdout
+    assert "P=3: 324 cases, 0 failures" in done.stdout
     assert json.loads((tmp_path / "x.json").read_text())["ranks"] == 3
 
 

@@ -81,6 +81,14 @@ ONE_RANK = {  # what rank 1 alone does -> what every message must say
         {"implementation": "aten", "dropout": Dropout(0.1, 3)},
         r"implementation 'aten' cannot drop weights .*'reference' does all that was asked",
     ),
+    "documents": (
+        {"mask": Mask(causal=True, documents=(0, 5, 12))},
+        r"mask is .*documents=None\) on ranks 0, 2, .*documents=\(0, 5, 12\)\) on rank 1",
+    ),
+    "documents of another length": (
+        {"mask": Mask(causal=True, documents=(0, 5, 11))},
+        r"documents must end where the sequence does, at 12, got 11",
+    ),
     "no GPU": (
         {"implementation": "flash_attn"},
         r"implementation 'flash_attn' does not run on cpu; 'aten' does all",

@@ -27,6 +27,8 @@ def check(results):
 @example(Case(length=33, hq=8, hkv=2, kind="striped", window=5), 3)
 @example(Case(length=40, hq=2, hkv=1, dtype=torch.bfloat16), 8)
 @example(Case(length=1, dtype=torch.float32), 2)
+@example(Case(40, 4, 2, kind="zigzag", documents=(0, 7, 7, 19, 40)), 3)
+@example(Case(24, causal=False, window=4, kind="striped", documents=(0, 0, 8, 16, 24)), 3)
 @example(Case(97, 1, 1, d=3, vd=1, causal=False, window=2, dtype=torch.float32), 1)
 def test_equals_one_device(strategy, case, size):
     check(simulate(size, errors_on_rank, case, strategy, None, case.budget()))
@@ -46,6 +48,7 @@ def test_equals_one_device_with_the_reference_kernel(strategy, case, size):
 @example(Case(3, 2, 1, alibi=True, sinks=True, dropout=0.5), 5)
 @example(Case(40, 6, 3, alibi=True, sinks=True, kind="striped", dtype=torch.bfloat16), 4)
 @example(Case(0, alibi=True, sinks=True), 2)
+@example(Case(30, 2, 1, alibi=True, dropout=0.5, kind="zigzag", documents=(0, 11, 30)), 4)
 def test_equals_one_device_with_every_score_term(strategy, case, size):
     """Softcap, ALiBi, sinks and dropout, alone and together; slopes and sinks learn."""
     check(simulate(size, errors_on_rank, case, strategy, None, case.budget()))
