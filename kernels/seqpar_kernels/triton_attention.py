@@ -1,6 +1,7 @@
 """Launches the Triton kernels: the `triton` implementation of `attend` and `attend_backward`.
 
-A launch allocates nothing but, for packed documents, two integers a row.
+A launch allocates nothing but two integers a row for packed documents, and copies of inputs whose rows
+are not contiguous.
 """
 
 from __future__ import annotations

@@ -28,6 +28,11 @@ SCORE = Score(0.4)
 BANDS = st.builds(Band, st.none() | st.integers(-90, 20), st.none() | st.integers(-20, 90))
 
 
+def device_of(implementation):
+    """Where an implementation is tested: Triton compiles where there is a GPU, else it interprets."""
+    return "cuda" if implementation == "triton" and torch.cuda.is_available() else "cpu"
+
+
 def dense(q, k, v, seen):
     """(out, lse); rows that see nothing give 0 and -inf."""
     group = q.shape[2] // k.shape[2]
@@ -113,10 +118,11 @@ def test_any_strides_give_the_same_results(implementation, dtype):
     if implementation == "triton" and dtype == torch.float64:
         return  # refused, see below
     x = torch.randn(4, 2, 3, 20, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = x.to(device_of(implementation))
     plain = [t.transpose(1, 2).contiguous() for t in x]
     plain[3] = torch.ones_like(plain[3])
     heads_first = [t.transpose(1, 2) for t in x]
-    heads_first[3] = torch.ones((), dtype=dtype).expand_as(plain[3])
+    heads_first[3] = x.new_ones(()).expand_as(plain[3])
     width_first = [t.mT.contiguous().mT for t in plain]
     assert width_first[0].stride(-1) != 1
 
@@ -124,7 +130,7 @@ def test_any_strides_give_the_same_results(implementation, dtype):
         running = Partial.identity(q, 8)
         attend(q, k, v, Block(Band(None, 0), SCORE), into=running, implementation=implementation)
         out, lse = running.finish()
-        into = tuple(torch.zeros(t.shape, dtype=out.dtype) for t in (q, k, v))
+        into = tuple(torch.zeros(t.shape, dtype=out.dtype, device=q.device) for t in (q, k, v))
         rows = Rows.of(q, out.to(dtype), dout, lse, implementation=implementation)
         attend_backward(
             rows, k, v, Block(Band(None, 0), SCORE), into=into, implementation=implementation
@@ -139,8 +145,9 @@ def test_any_strides_give_the_same_results(implementation, dtype):
 @pytest.mark.parametrize("implementation", [*HERE, "triton"])
 def test_a_value_of_width_one_in_any_strides(implementation):
     """Such a tensor calls itself contiguous whatever its last stride is."""
-    q, k = torch.randn(2, 1, 20, 2, 8)
-    v, dout = (x.permute(0, 2, 3, 1) for x in torch.randn(2, 1, 1, 20, 2))
+    device = device_of(implementation)
+    q, k = torch.randn(2, 1, 20, 2, 8, device=device)
+    v, dout = (x.permute(0, 2, 3, 1) for x in torch.randn(2, 1, 1, 20, 2, device=device))
     assert dout.stride(-1) != 1
     results = []
     for v_t, dout_t in ((v, dout), (v.clone(memory_format=torch.contiguous_format), dout)):
@@ -148,7 +155,7 @@ def test_a_value_of_width_one_in_any_strides(implementation):
         attend(q, k, v_t, Block(Band(), SCORE), into=running, implementation=implementation)
         out, lse = running.finish()
         rows = Rows.of(q, out, dout_t, lse, implementation=implementation)
-        into = tuple(torch.zeros(t.shape) for t in (q, k, v))
+        into = tuple(torch.zeros(t.shape, device=device) for t in (q, k, v))
         attend_backward(
             rows, k, v_t, Block(Band(), SCORE), into=into, implementation=implementation
         )

@@ -14,6 +14,11 @@ MODULES = [RingAttention, UlyssesAttention]
 CAUSAL = Mask(causal=True)
 
 
+def device_of(implementation):
+    """Where an implementation is tested: Triton compiles where there is a GPU, else it interprets."""
+    return "cuda" if implementation == "triton" and torch.cuda.is_available() else "cpu"
+
+
 def whole_tensors(length=6, heads=2):
     return torch.randn(
         4, 1, length, heads, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
@@ -215,6 +220,7 @@ def test_any_strides_over_ranks(module, implementation, size):
     """q, k and v of a convolution: neither heads nor width lie together."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 1, 2 * 16, 12, generator=generator)  # [three, b, h d, s]
+    x = x.to(device_of(implementation))
 
     def fn(group, together):
         layout = zigzag(12, group.size)
@@ -250,7 +256,8 @@ def test_the_implementation_that_was_asked_for_runs(module, implementation, size
             monkeypatch.setattr(its, direction, partial(spied, ran, (name, direction), real))
 
     def fn(group):
-        x = torch.randn(1, 4 // size, 2, 16, requires_grad=True)
+        device = device_of(implementation)
+        x = torch.randn(1, 4 // size, 2, 16, requires_grad=True, device=device)
         module(group, implementation=implementation)(x, x, x, zigzag(4, size)).sum().backward()
 
     simulate(size, fn)
