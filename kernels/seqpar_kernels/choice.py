@@ -135,7 +135,7 @@ def _cudnn(request: Request) -> str | None:
     if request.device.type == "cuda" and not torch.backends.cudnn.is_available():
         return "has no cuDNN in this build of torch"
     if max(request.d, request.vd) > 128:
-        return f"has no head dim above 128, got {request.d, request.vd}"
+        return f"has no head dim above 128, got {_widths(request)}"
     return _aten(request) if request.device.type == "cuda" else _flash(request)
 
 

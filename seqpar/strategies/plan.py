@@ -57,7 +57,8 @@ class Plan:
             head: which of all query heads is the first at hand.
         """
         met = tiles(self.layout, self.mask, self.group.rank, owner)
-        needs_positions = score.alibi_slopes is not None or self.drops or self.packed
+        drops, packed = self.drops, self.packed
+        needs_positions = score.alibi_slopes is not None or drops or packed
         for t in met if needs_positions else joined_tiles(met):
-            block = Block(t.band, score, t.row, t.col, t.step, head, self.drops, self.packed)
+            block = Block(t.band, score, t.row, t.col, t.step, head, drops, packed)
             yield t.rows, t.cols, block

@@ -111,12 +111,17 @@ def test_equals_dense_forward_and_backward(
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("implementation", [*HERE, "triton"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("implementation", "dtype"),
+    [
+        (name, dtype)
+        for name in (*HERE, "triton")
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+        if (name, dtype) != ("triton", torch.float64)  # which it refuses
+    ],
+)
 def test_any_strides_give_the_same_results(implementation, dtype):
     """Heads-first storage, a last dim that is not contiguous, and the zero strides of sum().backward()."""
-    if implementation == "triton" and dtype == torch.float64:
-        return  # refused, see below
     x = torch.randn(4, 2, 3, 20, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
     x = x.to(device_of(implementation))
     plain = [t.transpose(1, 2).contiguous() for t in x]
