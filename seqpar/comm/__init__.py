@@ -2,29 +2,40 @@
 
 from seqpar.comm.agree import DesyncError, agree, agreed
 from seqpar.comm.gather import all_gather, reduce_scatter
+from seqpar.comm.grid import Grid
 from seqpar.comm.group import Group
 from seqpar.comm.heads import HeadTrade, heads_to_rows, rows_to_heads
+from seqpar.comm.parcel import Parcel
+from seqpar.comm.pieces import Delivery, HomeSum, Piece, gather_pass, send_home
 from seqpar.comm.reduce import all_reduce, all_reduce_, replicate
-from seqpar.comm.ring import RingSum, ring_pass
+from seqpar.comm.ring import RingSum, Trip, ring_pass
 from seqpar.comm.threads import simulate
 from seqpar.comm.traffic import Count, Traffic
 
 __all__ = [
     "Count",
+    "Delivery",
     "DesyncError",
+    "Grid",
     "Group",
     "HeadTrade",
+    "HomeSum",
+    "Parcel",
+    "Piece",
     "RingSum",
     "Traffic",
+    "Trip",
     "agree",
     "agreed",
     "all_gather",
     "all_reduce",
     "all_reduce_",
+    "gather_pass",
     "heads_to_rows",
     "reduce_scatter",
     "replicate",
     "ring_pass",
     "rows_to_heads",
+    "send_home",
     "simulate",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -15,6 +15,8 @@ from seqpar.comm.transport import Message, Pending, ReduceOp, Transport
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
+
+    from seqpar.comm.grid import Grid
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +46,20 @@ class Group:
     def alone() -> Group:
         """A group of one rank, which has nobody to talk to."""
         return Group(_Alone())
+
+    def grid(self, *, ulysses: int | None = None, ring: int | None = None) -> Grid:
+        """These ranks in two dimensions, ulysses ranks next to each other. Creates no process group.
+
+        Args:
+            ulysses, ring: the degrees; either follows from the other.
+
+        Raises:
+            ValueError: the degrees do not multiply to the size of the group.
+            TypeError: a degree is not an integer.
+        """
+        from seqpar.comm.grid import grid  # which needs this class
+
+        return grid(self, ulysses=ulysses, ring=ring)
 
     @property
     def rank(self) -> int:
@@ -88,6 +104,7 @@ class _Alone:
     """The transport of a group of one."""
 
     rank, size = 0, 1
+    global_ranks: ClassVar[list[int]] = [0]
 
     @property
     def control_device(self):  # type: ignore[no-untyped-def]

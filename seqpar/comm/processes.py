@@ -68,6 +68,11 @@ class ProcessTransport:
             return torch.device("cpu")
         return torch.device(torch.accelerator.current_accelerator() or "cpu")
 
+    @property
+    def global_ranks(self) -> list[int]:
+        """By rank of this group, the rank among all processes."""
+        return self._peers
+
     def exchange(
         self, primitive: str, sends: Sequence[Message], receives: Sequence[Message]
     ) -> _ProcessPending:

@@ -1,87 +1,213 @@
-"""The ring: every rank's block visits every other rank, and what it gathers there comes home.
+"""The ring: blocks visit the ranks that want them, and what is summed for them there comes home.
 
-`ring_pass` brings blocks round while their visitor computes; `RingSum` is its dual and sums what the
-visited ranks have to add. The next hop is always in flight while the current one is worked on.
+`ring_pass` brings blocks round while their visitor computes; `RingSum` is its dual. The next hop is
+always in flight while the current block is worked on, and no rank is sent what it does not want.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from seqpar.comm.group import Group
-from seqpar.comm.transport import Pending
+from seqpar.comm.parcel import Block, Parcel
+from seqpar.comm.transport import Message, Pending
 
-Block = tuple[Tensor, ...]
+Wants = Callable[[int, int], bool]  # (visitor, owner): whether the visitor wants the owner's block
+
+
+@dataclass(frozen=True)
+class Trip:
+    """Who is where when: at step t the block of rank o is due at rank o + t * direction.
+
+    A block goes from visitor to next neighbour; where that neighbour does not want it, the chain ends, and
+    the next one that does gets it from the owner. So every rank that wants a block is sent it once.
+
+    Args:
+        rows: how many rows each rank's block has.
+        wants: the same answers on every rank.
+        direction: 1 or -1.
+    """
+
+    group: Group
+    rows: Sequence[int]
+    wants: Wants = field(default=lambda visitor, owner: True)  # noqa: ARG005
+    direction: int = 1
+
+    def at(self, steps: int) -> int:
+        """The rank so many steps ahead of this one."""
+        return (self.group.rank + steps * self.direction) % self.group.size
+
+    def visits(self, visitor: int, owner: int) -> bool:
+        """Whether the block is sent to the visitor; it is not sent to its owner."""
+        return visitor != owner and self.wants(visitor, owner)
+
+    def follows(self, visitor: int, owner: int) -> bool:
+        """Whether the neighbour before the visitor has the block too, be it as its owner."""
+        before = (visitor - self.direction) % self.group.size
+        return before == owner or self.visits(before, owner)
+
+    def is_awaited(self) -> bool:
+        """Whether anybody else wants this rank's block."""
+        return any(self.visits(rank, self.group.rank) for rank in self.group.others)
 
 
 def ring_pass(
-    block: Block, group: Group, rows: Sequence[int], *, primitive: str = "ring_pass"
-) -> Iterator[tuple[int, Block]]:
-    """Yields (owner, block of that owner): this rank's own first, then rank - 1, rank - 2, ...
+    block: Block, trip: Trip, *, primitive: str = "ring_pass"
+) -> Iterator[tuple[int, Block | None]]:
+    """Yields (owner, block of that owner, or `None` if this rank does not want it), for all P owners.
 
-    Sends P - 1 times. A block must not be used once the next one is asked for, nor written to.
+    This rank's own comes first. A block must not be used once the next one is asked for, nor written to.
 
     Args:
-        block: this rank's tensors, `[b sl ...]`.
-        rows: sl of every rank.
+        block: this rank's tensors, `[b sl h w]` or `[b sl h]`, packed by `Parcel`.
     """
-    block = tuple(x.contiguous() for x in block)
+    group, parcel = trip.group, Parcel.of(block)
+    own = parcel.pack(block) if trip.is_awaited() else ()
+    held: Block | None = own
+    double = _DoubleBuffer(block, parcel, max(trip.rows))
     for step in range(group.size):
-        owner = (group.rank - step) % group.size
-        is_last = step == group.size - 1
-        incoming: Block = ()
-        if not is_last:
-            incoming = _like(block, rows[(owner - 1) % group.size])
-            pending = _hop(group, primitive, block, incoming)
-        yield owner, block
-        if not is_last:
-            pending.wait()
-            block = incoming
+        owner, coming = trip.at(-step), trip.at(-step - 1)
+        sends: list[Message] = []
+        receives: list[Message] = []
+        arriving: Block | None = None
+        if step + 1 < group.size:
+            if held is not None and trip.visits(trip.at(1), owner):
+                sends += [(trip.at(1), x) for x in held]
+            far = trip.at(step + 1)
+            if step and trip.visits(far, group.rank) and not trip.follows(far, group.rank):
+                sends += [(far, x) for x in own]
+            if trip.visits(group.rank, coming):
+                source = trip.at(-1) if trip.follows(group.rank, coming) else coming
+                arriving = double.of(step, trip.rows[coming])
+                receives = [(source, x) for x in arriving]
+        pending = group.exchange(primitive, sends, receives)
+        if step == 0:
+            yield owner, block
+        else:
+            yield owner, None if held is None else parcel.unpack(held)
+        pending.wait()
+        held = arriving
 
 
 class RingSum:
-    """Sums, for each block, what every rank adds to it, at the rank that owns it.
+    """Sums, for each block, what every visitor adds to it, at the rank that owns it.
 
-    `add` is called once per owner in the order of `ring_pass`; the share for this rank's own block
-    stays here, so partial sums hop P - 1 times. They arrive while the next share is computed.
+    In every step of a `ring_pass` on the same trip, for a wanted block or not: `open` gives tensors to add
+    to, `close` sends them on. Sums follow the blocks and go home from where a chain ends.
+
+    Args:
+        like: this rank's tensors that the sums are for; a sum has their shapes, all in `dtype`.
+        in_order: a visitor continues the sum that arrived instead of adding its own to it, beginning with
+            the owner: additions are made in the order of the trip, and the sum cannot travel while the
+            visitor computes. Otherwise the owner's share stays at home, one hop less.
     """
 
-    def __init__(self, group: Group, rows: Sequence[int], *, primitive: str = "ring_sum") -> None:
-        self._group, self._rows, self._primitive = group, rows, primitive
-        self._own: Block = ()
+    def __init__(
+        self,
+        like: Block,
+        trip: Trip,
+        dtype: torch.dtype,
+        *,
+        in_order: bool = False,
+        primitive: str = "ring_sum",
+    ) -> None:
+        self._trip, self._like, self._in_order = trip, like, in_order
+        parcel = Parcel.of(like)
+        self._parcel = Parcel(parcel.widths, (dtype,) * len(like))
+        self._primitive = primitive
+        self._step = 0
         self._pending: Pending | None = None
-        self._arriving: Block = ()
+        self._for_next: Tensor | None = None  # on its way to be continued here
+        self._for_home: Tensor | None = None  # on its way to this rank as its owner
+        self._arrived: Tensor | None = None
+        self._total: Tensor | None = None
+        self._share: Tensor | None = None
 
-    def add(self, owner: int, share: Block) -> None:
-        """Adds this rank's share for the owner's block and sends the sum on. Keeps the tensors."""
-        if owner == self._group.rank:
-            self._own = share
-            return
-        self._receive_into(share)
-        self._arriving = _like(share, self._rows[(owner - 1) % self._group.size])
-        self._pending = _hop(self._group, self._primitive, share, self._arriving)
+    def open(self) -> Block | None:
+        """The tensors to add this rank's share to, or `None` if it does not want the block."""
+        trip, rank = self._trip, self._trip.group.rank
+        owner = trip.at(-self._step)
+        if owner != rank and not trip.visits(rank, owner):
+            self._share = None
+            return None
+        if self._in_order:
+            self._land()
+            self._share, self._arrived = self._arrived, None
+        if self._share is None:
+            self._share = self._empty(trip.rows[owner]).zero_()
+        return self._parcel.unpack((self._share,))
+
+    def close(self) -> None:
+        """Sends the sum to the next visitor, or home."""
+        trip, rank, step = self._trip, self._trip.group.rank, self._step
+        owner = trip.at(-step)
+        self._land()
+        share, self._share, self._step = self._share, None, step + 1
+        sends: list[Message] = []
+        receives: list[Message] = []
+        if share is not None and self._arrived is not None:
+            share += self._arrived
+        self._arrived = None
+        goes_on = trip.visits(trip.at(1), owner)
+        if share is not None and owner == rank and not (self._in_order and goes_on):
+            self._total = share
+        elif share is not None:
+            sends = [(trip.at(1) if goes_on else owner, share)]
+        if self._is_continued(trip.at(-step - 1)):
+            self._for_next = self._empty(trip.rows[trip.at(-step - 1)])
+            receives.append((trip.at(-1), self._for_next))
+        last = trip.at(step)
+        if step and trip.visits(last, rank) and not trip.visits(trip.at(step + 1), rank):
+            self._for_home = self._empty(trip.rows[rank])
+            receives.append((last, self._for_home))
+        self._pending = trip.group.exchange(self._primitive, sends, receives)
 
     def home(self) -> Block:
         """This rank's own block, with the shares of all ranks."""
-        self._receive_into(self._own)
-        return self._own
+        self._land()
+        assert self._total is not None, "closed P times"
+        return self._parcel.unpack((self._total,))
 
-    def _receive_into(self, share: Block) -> None:
+    def _is_continued(self, owner: int) -> bool:
+        """Whether the neighbour before this rank sends the sum of the owner's block here."""
+        trip = self._trip
+        if not trip.visits(trip.group.rank, owner):
+            return False
+        return self._in_order if trip.at(-1) == owner else trip.follows(trip.group.rank, owner)
+
+    def _land(self) -> None:
         if self._pending is not None:
             self._pending.wait()
             self._pending = None
-            for total, partial in zip(share, self._arriving, strict=True):
-                total.add_(partial)
+        if self._for_next is not None:
+            self._arrived, self._for_next = self._for_next, None
+        if self._for_home is not None:
+            self._total = (
+                self._for_home if self._total is None else self._total.add_(self._for_home)
+            )
+            self._for_home = None
+
+    def _empty(self, rows: int) -> Tensor:
+        b, _, h = self._like[0].shape[:3]
+        return self._parcel.empty(self._like[0], rows, b, h)[0]
 
 
-def _hop(group: Group, primitive: str, outgoing: Block, incoming: Block) -> Pending:
-    after, before = (group.rank + 1) % group.size, (group.rank - 1) % group.size
-    return group.exchange(
-        primitive, [(after, x) for x in outgoing], [(before, x) for x in incoming]
-    )
+class _DoubleBuffer:
+    """Two blocks to receive in by turns, made when first needed."""
 
+    def __init__(self, block: Block, parcel: Parcel, rows: int) -> None:
+        self._shape = rows, block[0].shape[0], block[0].shape[2]
+        self._block, self._parcel = block, parcel
+        self._buffers: list[Block | None] = [None, None]
 
-def _like(block: Block, rows: int) -> Block:
-    return tuple(x.new_empty(x.shape[0], rows, *x.shape[2:]) for x in block)
+    def of(self, step: int, rows: int) -> Block:
+        """The buffer of a step, for so many rows."""
+        buffer = self._buffers[step % 2]
+        if buffer is None:
+            buffer = self._parcel.empty(self._block[0], *self._shape)
+            self._buffers[step % 2] = buffer
+        return tuple(x[:rows] for x in buffer)

@@ -138,6 +138,11 @@ class ThreadTransport:
         self._num_sent: Counter[int] = Counter()
         self._num_received: Counter[int] = Counter()
 
+    @property
+    def global_ranks(self) -> list[int]:
+        """The ranks themselves."""
+        return list(range(self.size))
+
     def exchange(
         self, primitive: str, sends: Sequence[Message], receives: Sequence[Message]
     ) -> _ThreadPending:

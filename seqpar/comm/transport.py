@@ -32,6 +32,10 @@ class Transport(Protocol):
     def control_device(self) -> torch.device:
         """Where tensors of a few bytes for agreement must live."""
 
+    @property
+    def global_ranks(self) -> list[int]:
+        """By rank, what the whole world calls it."""
+
     def exchange(
         self, primitive: str, sends: Sequence[Message], receives: Sequence[Message]
     ) -> Pending:

@@ -8,7 +8,7 @@ from seqpar.layout.heads import HeadSegment, HeadSplit, split_heads
 from seqpar.layout.mask import Mask
 from seqpar.layout.shards import LAYOUTS, Layout, contiguous, striped, whole, zigzag
 from seqpar.layout.spans import Span
-from seqpar.layout.tiles import Tile, joined_tiles, tiles, work
+from seqpar.layout.tiles import Tile, joined_tiles, meets, tiles, work
 
 __all__ = [
     "LAYOUTS",
@@ -20,6 +20,7 @@ __all__ = [
     "Tile",
     "contiguous",
     "joined_tiles",
+    "meets",
     "split_heads",
     "striped",
     "tiles",

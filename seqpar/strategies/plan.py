@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from seqpar.comm import Group
-from seqpar.layout import Layout, Mask, joined_tiles, tiles
+from seqpar.comm import Grid, Group
+from seqpar.layout import Layout, Mask, Span, joined_tiles, meets, tiles
 from seqpar_kernels import Block, Documents, Dropout, Implementation, Score
 
-Strategy = Literal["ring", "ulysses"]
+Strategy = Literal[
+    "ring",
+    "ulysses",
+    "allgather",
+    "mesh",
+    "hybrid",
+    "materialised_rows",
+    "materialised_columns",
+    "materialised_depth",
+]
 STRATEGY_NAMES: tuple[Strategy, ...] = get_args(Strategy)
+GRID_STRATEGIES = ("mesh", "hybrid")
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +39,12 @@ class Plan:
         strategy: how the ranks work together.
         implementation: of the block math; `None` chooses by device, dtype and what is asked.
         dropout: of the attention weights; the same seed on every rank, another for every layer and step.
+        kv_layout: of the keys and values, where they are another sequence than the queries; `None`: the
+            layout of the queries.
+        invariant: whether results, gradients included, must be the same bits for any number of ranks.
+            What that asks of each strategy, and costs, is in docs/numerics.md. `None` becomes what holds
+            without being asked for: True for Ulysses.
+        grid: the ranks of the group in two dimensions, for the mesh and the hybrid.
     """
 
     group: Group
@@ -38,6 +54,19 @@ class Plan:
     strategy: Strategy = "ring"
     implementation: Implementation | None = None
     dropout: Dropout | None = None
+    kv_layout: Layout | None = None
+    invariant: bool | None = None
+    grid: Grid | None = None
+
+    def __post_init__(self) -> None:
+        if self.invariant is None:
+            exact = self.implementation in (None, "reference", "triton")
+            object.__setattr__(self, "invariant", self.strategy == "ulysses" and exact)
+
+    @property
+    def keys(self) -> Layout:
+        """Which rank holds which keys."""
+        return self.layout if self.kv_layout is None else self.kv_layout
 
     @property
     def drops(self) -> Dropout | None:
@@ -49,14 +78,20 @@ class Plan:
         """The documents of the mask, as kernels take them."""
         return None if self.mask.documents is None else Documents(tuple(self.mask.documents))
 
-    def blocks(self, owner: int, score: Score, head: int) -> Iterator[tuple[slice, slice, Block]]:
-        """(local rows, the owner's rows, block) where this rank's queries see the owner's keys.
+    def sees(self, rows: Sequence[Span], cols: Sequence[Span]) -> bool:
+        """Whether any of these query rows sees any of these keys."""
+        return meets(rows, cols, self.mask)
+
+    def blocks(
+        self, rows: Sequence[Span], cols: Sequence[Span], score: Score, head: int
+    ) -> Iterator[tuple[slice, slice, Block]]:
+        """(rows, columns, block) where the query rows of some spans see the keys of others.
 
         Args:
             score: of the heads at hand, resolved.
             head: which of all query heads is the first at hand.
         """
-        met = tiles(self.layout, self.mask, self.group.rank, owner)
+        met = tiles(rows, cols, self.mask)
         drops, packed = self.drops, self.packed
         needs_positions = score.alibi_slopes is not None or drops or packed
         for t in met if needs_positions else joined_tiles(met):

@@ -1,0 +1,160 @@
+"""`Grid`: the ranks of a group in two dimensions; each dimension is a group of its own to this rank."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from seqpar.comm.group import Group
+from seqpar.comm.transport import Message, Pending, ReduceOp, Transport
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """A group arranged as ring x ulysses. Make one with `Group.grid` or `Grid.of`.
+
+    Ulysses ranks are neighbours, which belong on one node: the hybrid exchanges most among them. For the
+    mesh, `ring` counts the rows of tiles and `ulysses` the columns: queries are gathered among the ulysses
+    ranks and keys among the ring ranks.
+
+    Both dimensions talk over the group of all, and count in its traffic; no process group is created.
+
+    Args:
+        group: all ranks.
+        members: `members[i][j]` is the rank in `group` of ring index i and ulysses index j.
+    """
+
+    group: Group
+    members: tuple[tuple[int, ...], ...]
+
+    @staticmethod
+    def of(mesh: DeviceMesh, group: Group | None = None) -> Grid:
+        """The grid of a 2-D device mesh: dimensions named ring and ulysses, or in that order.
+
+        Args:
+            group: of exactly the ranks of the mesh; by default of all processes.
+
+        Raises:
+            ValueError: the mesh is not 2-D, or the group has other ranks than the mesh.
+            RuntimeError: torch.distributed is not initialised.
+        """
+        if getattr(mesh, "ndim", None) != 2:
+            raise ValueError(f"a grid needs a 2-D device mesh, got {mesh!r}")
+        group = group or Group.of()
+        names = mesh.mesh_dim_names or ()
+        ranks = mesh.mesh.T if tuple(names) == ("ulysses", "ring") else mesh.mesh
+        place = {rank: n for n, rank in enumerate(group.transport.global_ranks)}
+        if sorted(place) != sorted(ranks.flatten().tolist()):
+            raise ValueError(
+                f"the group must have the {ranks.numel()} ranks of the mesh, got {group}; pass group= "
+                "made of the flattened mesh"
+            )
+        return Grid(group, tuple(tuple(place[r] for r in row) for row in ranks.tolist()))
+
+    @property
+    def index(self) -> tuple[int, int]:
+        """This rank's ring index and ulysses index."""
+        rank = self.group.rank
+        return next((i, row.index(rank)) for i, row in enumerate(self.members) if rank in row)
+
+    @property
+    def ulysses(self) -> Group:
+        """The ranks of this rank's ring index."""
+        return _view(self.group, self.members[self.index[0]])
+
+    @property
+    def ring(self) -> Group:
+        """The ranks of this rank's ulysses index."""
+        return _view(self.group, [row[self.index[1]] for row in self.members])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(ring size, ulysses size)."""
+        return len(self.members), len(self.members[0])
+
+    def __deepcopy__(self, memo: object) -> Grid:
+        """Itself: a copied model talks to the same ranks."""
+        return self
+
+    def __repr__(self) -> str:
+        ring, ulysses = self.shape
+        return f"Grid(ring={ring}, ulysses={ulysses}, rank={self.group.rank})"
+
+
+def grid(group: Group, *, ulysses: int | None = None, ring: int | None = None) -> Grid:
+    """See `Group.grid`."""
+    for name, degree in (("ulysses", ulysses), ("ring", ring)):
+        if degree is not None and (isinstance(degree, bool) or not isinstance(degree, int)):
+            raise TypeError(f"{name} must be an integer, got {degree!r}")
+    if ulysses is None and ring is None:
+        raise ValueError("a grid needs ulysses=, ring= or both")
+    if ulysses is None:
+        ulysses = group.size // max(ring or 1, 1)
+    if ring is None:
+        ring = group.size // max(ulysses, 1)
+    if ulysses < 1 or ring < 1 or ulysses * ring != group.size:
+        raise ValueError(
+            f"the degrees of a grid must multiply to the {group.size} ranks of the group, "
+            f"got {ulysses=} {ring=}"
+        )
+    rows = (range(i * ulysses, (i + 1) * ulysses) for i in range(ring))
+    return Grid(group, tuple(tuple(row) for row in rows))
+
+
+def _view(group: Group, members: Sequence[int]) -> Group:
+    return Group(_View(group.transport, tuple(members)), group.traffic)
+
+
+class _View:
+    """Some ranks of a transport, counted anew. Everything goes point to point."""
+
+    def __init__(self, whole: Transport, members: tuple[int, ...]) -> None:
+        self._whole, self._members = whole, members
+        self.rank, self.size = members.index(whole.rank), len(members)
+
+    @property
+    def control_device(self) -> torch.device:
+        return self._whole.control_device
+
+    @property
+    def global_ranks(self) -> list[int]:
+        return [self._whole.global_ranks[m] for m in self._members]
+
+    def exchange(
+        self, primitive: str, sends: Sequence[Message], receives: Sequence[Message]
+    ) -> Pending:
+        sends, receives = ([(self._members[r], x) for r, x in ms] for ms in (sends, receives))
+        return self._whole.exchange(primitive, sends, receives)
+
+    def all_reduce(self, x: Tensor, op: ReduceOp) -> None:
+        everyone = self._gather("all_reduce", x, [x] * self.size)
+        stacked = torch.stack(everyone)
+        x.copy_(stacked.sum(0, dtype=x.dtype) if op == "sum" else stacked.amax(0))
+
+    def gather_objects(self, item: object) -> list[object]:
+        device = self.control_device
+        raw = torch.frombuffer(bytearray(pickle.dumps(item)), dtype=torch.uint8).to(device)
+        count = torch.tensor([raw.numel()], device=device)
+        counts = self._gather("gather_objects", count, [count] * self.size)
+        shapes = [raw.new_empty(int(n)) for n in counts]
+        everyone = self._gather("gather_objects", raw, shapes)
+        return [cast("object", pickle.loads(bytes(x.tolist()))) for x in everyone]
+
+    def _gather(self, primitive: str, x: Tensor, shapes: Sequence[Tensor]) -> list[Tensor]:
+        """Every rank's tensor, in order; `shapes` says how they look."""
+        others = [r for r in range(self.size) if r != self.rank]
+        everyone = [
+            x.clone() if r == self.rank else torch.empty_like(s) for r, s in enumerate(shapes)
+        ]
+        self.exchange(
+            primitive, [(r, x) for r in others], [(r, everyone[r]) for r in others]
+        ).wait()
+        return everyone

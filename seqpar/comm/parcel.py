@@ -1,0 +1,69 @@
+"""`Parcel`: several tensors of the same rows and heads as one message for each dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Block = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """How tensors `[b rows h w]` and `[b rows h]` travel together: side by side, rows first.
+
+    Side by side means that k and v of a row are neighbours in memory and each is a view of what was
+    received, with stride 1 in its width: nothing is unpacked. Rows first means that some rows of a parcel
+    are one piece of memory, whatever the batch.
+    """
+
+    widths: tuple[int | None, ...]  # None: the tensor has no width
+    dtypes: tuple[torch.dtype, ...]
+
+    @staticmethod
+    def of(block: Sequence[Tensor]) -> Parcel:
+        """The parcel that these tensors make."""
+        widths = tuple(x.shape[3] if x.ndim == 4 else None for x in block)
+        return Parcel(widths, tuple(x.dtype for x in block))
+
+    @property
+    def messages(self) -> list[torch.dtype]:
+        """The dtype of each message."""
+        return list(dict.fromkeys(self.dtypes))
+
+    def pack(self, block: Sequence[Tensor]) -> Block:
+        """The messages, each `[rows b h w]` and contiguous. Copies."""
+        wide = [x if x.ndim == 4 else x.unsqueeze(-1) for x in block]
+        return tuple(
+            torch.cat([x.transpose(0, 1) for x in wide if x.dtype == dtype], dim=-1).contiguous()
+            for dtype in self.messages
+        )
+
+    def unpack(self, messages: Sequence[Tensor]) -> Block:
+        """The tensors `[b rows h (w)]`, views of the messages."""
+        parts = {
+            dtype: iter(
+                message.transpose(0, 1).split(
+                    [w or 1 for w, t in zip(self.widths, self.dtypes, strict=True) if t == dtype],
+                    dim=-1,
+                )
+            )
+            for dtype, message in zip(self.messages, messages, strict=True)
+        }
+        tensors = [next(parts[dtype]) for dtype in self.dtypes]
+        return tuple(
+            x if w is not None else x.squeeze(-1) for x, w in zip(tensors, self.widths, strict=True)
+        )
+
+    def empty(self, like: Tensor, rows: int, batch: int, heads: int) -> Block:
+        """Messages to receive, on the device of a tensor."""
+        return tuple(
+            like.new_empty(rows, batch, heads, self._width(dtype), dtype=dtype)
+            for dtype in self.messages
+        )
+
+    def _width(self, dtype: torch.dtype) -> int:
+        return sum(w or 1 for w, t in zip(self.widths, self.dtypes, strict=True) if t == dtype)

@@ -1,0 +1,183 @@
+"""Gathering in pieces, straight from their owners, and the dual: shares go straight home.
+
+A chunk is a list of pieces of the ranks' rows. The next chunk is in flight while one is worked on, so a
+rank holds two chunks and never the whole sequence. A piece is sent to the ranks that want it only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from seqpar.comm.group import Group
+from seqpar.comm.parcel import Block, Parcel
+from seqpar.comm.transport import Pending
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some of an owner's rows."""
+
+    owner: int
+    rows: slice
+
+    @property
+    def length(self) -> int:
+        """How many rows."""
+        return int(self.rows.stop - self.rows.start)
+
+
+Chunk = tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """Which pieces there are, in chunks, and which ranks want them, besides their owners.
+
+    Args:
+        wants: (rank, piece); the same answers on every rank.
+    """
+
+    group: Group
+    chunks: Sequence[Chunk]
+    wants: Callable[[int, Piece], bool] = field(default=lambda rank, piece: True)  # noqa: ARG005
+
+    def received(self, n: int, rank: int) -> list[tuple[Piece, slice]]:
+        """The pieces of chunk n that a rank holds once it has gathered it, and where they then are."""
+        pieces = [p for p in self.chunks[n] if p.owner == rank or self.wants(rank, p)]
+        ends = list(accumulate((p.length for p in pieces), initial=0))
+        return [(p, slice(a, b)) for p, a, b in zip(pieces, ends[:-1], ends[1:], strict=True)]
+
+
+def gather_pass(
+    block: Block, delivery: Delivery, *, primitive: str = "gather"
+) -> Iterator[tuple[Chunk, Block]]:
+    """Yields (pieces, their rows one after the other) for every chunk, as far as this rank wants them.
+
+    Args:
+        block: this rank's tensors, `[b sl h w]` or `[b sl h]`, packed by `Parcel`.
+    """
+    group, parcel = delivery.group, Parcel.of(block)
+    own = parcel.pack(block)
+
+    def start(n: int) -> tuple[Chunk, Block, Pending]:
+        received = delivery.received(n, group.rank)
+        rows = sum(p.length for p, _ in received)
+        chunk = parcel.empty(block[0], rows, block[0].shape[0], block[0].shape[2])
+        sends = [
+            (rank, x[p.rows])
+            for rank in group.others
+            for p in delivery.chunks[n]
+            if p.owner == group.rank and delivery.wants(rank, p)
+            for x in own
+        ]
+        receives = [
+            (p.owner, x[place]) for p, place in received if p.owner != group.rank for x in chunk
+        ]
+        pending = group.exchange(primitive, sends, receives)
+        for p, place in received:
+            if p.owner == group.rank:
+                for x, y in zip(chunk, own, strict=True):
+                    x[place] = y[p.rows]
+        return tuple(p for p, _ in received), chunk, pending
+
+    coming = start(0) if delivery.chunks else None
+    for n in range(len(delivery.chunks)):
+        assert coming is not None
+        pieces, chunk, pending = coming
+        pending.wait()
+        coming = start(n + 1) if n + 1 < len(delivery.chunks) else None
+        yield pieces, parcel.unpack(chunk)
+
+
+class HomeSum:
+    """Sums what ranks add to the pieces they hold, at the pieces' owners: the dual of `gather_pass`.
+
+    For every chunk in turn, `open` gives tensors to add to and `close` sends them home. Shares are added
+    in the order of ranks, once the next chunk is done.
+
+    Args:
+        like: this rank's tensors that the sums are for; a sum has their shapes, all in `dtype`.
+    """
+
+    def __init__(
+        self, like: Block, delivery: Delivery, dtype: torch.dtype, *, primitive: str = "scatter"
+    ) -> None:
+        self._delivery, self._primitive = delivery, primitive
+        self._parcel = Parcel(Parcel.of(like).widths, (dtype,) * len(like))
+        self._like, (self._batch, rows, self._heads) = like[0], like[0].shape[:3]
+        self._total = self._empty(rows).zero_()
+        self._n = 0
+        self._share = self._total[:0]
+        self._pending: Pending | None = None
+        self._arriving: list[tuple[int, Piece, Tensor]] = []
+
+    def open(self) -> Block:
+        """The tensors to add this rank's share of the chunk to."""
+        received = self._delivery.received(self._n, self._delivery.group.rank)
+        self._share = self._empty(sum(p.length for p, _ in received)).zero_()
+        return self._parcel.unpack((self._share,))
+
+    def close(self) -> None:
+        """Sends the shares to the owners of the pieces."""
+        self._land()
+        self._pending, self._arriving = _start_home(
+            self._share, self._delivery, self._n, self._primitive
+        )
+        self._n += 1
+
+    def home(self) -> Block:
+        """This rank's rows, with the shares of all ranks."""
+        self._land()
+        return self._parcel.unpack((self._total,))
+
+    def _land(self) -> None:
+        if self._pending is not None:
+            self._pending.wait()
+            self._pending = None
+        for _, p, x in self._arriving:
+            self._total[p.rows] += x
+        self._arriving = []
+
+    def _empty(self, rows: int) -> Tensor:
+        return self._parcel.empty(self._like, rows, self._batch, self._heads)[0]
+
+
+def send_home(
+    block: Block, delivery: Delivery, *, primitive: str = "scatter"
+) -> list[tuple[Piece, Block]]:
+    """What every rank, in order, has for pieces of this rank's rows, of a delivery of one chunk.
+
+    Args:
+        block: tensors `[b i h w]` or `[b i h]` of one dtype, of all rows that this rank has gathered.
+    """
+    parcel = Parcel.of(block)
+    (share,) = parcel.pack(block)
+    pending, arriving = _start_home(share, delivery, 0, primitive)
+    pending.wait()
+    return [(p, parcel.unpack((x,))) for _, p, x in arriving]
+
+
+def _start_home(
+    share: Tensor, delivery: Delivery, n: int, primitive: str
+) -> tuple[Pending, list[tuple[int, Piece, Tensor]]]:
+    """Sends the rows of a chunk home: (pending, [(from, piece, share)] in the order of ranks)."""
+    group, received = delivery.group, delivery.received(n, delivery.group.rank)
+    own = [p for p in delivery.chunks[n] if p.owner == group.rank]
+    arriving = [
+        (rank, p, share.new_empty(p.length, *share.shape[1:]))
+        for rank in group.others
+        for p in own
+        if delivery.wants(rank, p)
+    ]
+    pending = group.exchange(
+        primitive,
+        [(p.owner, share[place]) for p, place in received if p.owner != group.rank],
+        [(rank, x) for rank, _, x in arriving],
+    )
+    arriving += [(group.rank, p, share[place]) for p, place in received if p.owner == group.rank]
+    return pending, sorted(arriving, key=lambda a: a[0])
