@@ -1,7 +1,10 @@
-"""`attention`: the functional form of every strategy."""
+"""`attention` and `attention_with_lse`: the functional form of every strategy; `merge`, of their results."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -10,8 +13,8 @@ from seqpar.strategies import STRATEGIES, Plan, agree_on_call
 
 def attention(
     q: Float[Tensor, "b sl hq d"],
-    k: Float[Tensor, "b sl hkv d"],
-    v: Float[Tensor, "b sl hkv vd"],
+    k: Float[Tensor, "b slk hkv d"],
+    v: Float[Tensor, "b slk hkv vd"],
     plan: Plan,
 ) -> Float[Tensor, "b sl hq vd"]:
     """This rank's rows of softmax(scale q k^T + mask) v over the whole sequence. All ranks must call.
@@ -21,9 +24,55 @@ def attention(
 
     Raises:
         TypeError: an argument is of the wrong kind, or a tensor not floating point.
-        ValueError: shapes, devices, heads or rows do not fit together or do not fit the layout.
-        NotImplementedError: the requested implementation does not serve this device and dtype.
+        ValueError: shapes, devices, heads or rows do not fit together or do not fit the layout, or
+            invariant bits were asked for that this strategy, layout or mask cannot give.
+        NotImplementedError: the requested implementation cannot do what was asked.
         DesyncError: the ranks' calls differ, or another rank raised one of the above.
     """
-    agree_on_call(q, k, v, plan)
-    return STRATEGIES[plan.strategy](q, k, v, plan)
+    plan = agree_on_call(q, k, v, plan)
+    out, _ = STRATEGIES[plan.strategy](q, k, v, plan)
+    return out
+
+
+def attention_with_lse(
+    q: Float[Tensor, "b sl hq d"],
+    k: Float[Tensor, "b slk hkv d"],
+    v: Float[Tensor, "b slk hkv vd"],
+    plan: Plan,
+) -> tuple[Float[Tensor, "b sl hq vd"], Float[Tensor, "b sl hq"]]:
+    """As `attention`, and lse: the natural log of the sum of exp(score) of each row, sinks included.
+
+    Both are differentiable. lse is float32 or wider, and -inf for a row that sees nothing, whose out is 0.
+    Raises what `attention` does.
+    """
+    plan = agree_on_call(q, k, v, plan, with_lse=True)
+    out, lse = STRATEGIES[plan.strategy](q, k, v, plan, with_lse=True)
+    assert lse is not None, "it was asked for"
+    return out, lse
+
+
+def merge(
+    parts: Sequence[tuple[Float[Tensor, "*rows vd"], Float[Tensor, "*rows"]]],
+) -> tuple[Float[Tensor, "*rows vd"], Float[Tensor, "*rows"]]:
+    """(out, lse) of the same query rows over all the keys that the parts have attended apart.
+
+    Differentiable, and local: no rank is asked for anything. The parts must have disjoint keys, and at most
+    one of them the sinks, which are in lse. Uses: a prefix that several sequences share, memory, caches.
+
+    Raises:
+        ValueError: no parts, or parts of different shapes.
+
+    Source: Juravsky et al. 2024, Hydragen (arXiv:2402.05099), section 3.1, for shared prefixes.
+    """
+    shapes = {(tuple(out.shape), tuple(lse.shape)) for out, lse in parts}
+    if len(shapes) != 1 or any(out[:-1] != lse for out, lse in shapes):
+        raise ValueError(
+            f"merge takes (out [.. vd], lse [..]) pairs of the same rows, got {sorted(shapes)}"
+        )
+    lses = torch.stack([lse for _, lse in parts])
+    unseen = lses == -torch.inf
+    finite = lses.masked_fill(unseen, torch.finfo(lses.dtype).min / 2)
+    total = torch.logsumexp(finite, 0)
+    weights = torch.exp(finite - total).masked_fill(unseen, 0.0)
+    outs = (w.unsqueeze(-1) * out for w, (out, _) in zip(weights, parts, strict=True))
+    return sum(outs).to(parts[0][0].dtype), total.masked_fill(unseen.all(0), -torch.inf)

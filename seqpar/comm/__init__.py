@@ -4,7 +4,7 @@ from seqpar.comm.agree import DesyncError, agree, agreed
 from seqpar.comm.gather import all_gather, reduce_scatter
 from seqpar.comm.grid import Grid
 from seqpar.comm.group import Group
-from seqpar.comm.heads import HeadTrade, heads_to_rows, rows_to_heads
+from seqpar.comm.heads import HeadTrade, Places, heads_to_rows, per_query_head, rows_to_heads
 from seqpar.comm.parcel import Parcel
 from seqpar.comm.pieces import Delivery, HomeSum, Piece, gather_pass, send_home
 from seqpar.comm.reduce import all_reduce, all_reduce_, replicate
@@ -22,6 +22,7 @@ __all__ = [
     "HomeSum",
     "Parcel",
     "Piece",
+    "Places",
     "RingSum",
     "Traffic",
     "Trip",
@@ -32,6 +33,7 @@ __all__ = [
     "all_reduce_",
     "gather_pass",
     "heads_to_rows",
+    "per_query_head",
     "reduce_scatter",
     "replicate",
     "ring_pass",

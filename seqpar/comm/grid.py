@@ -59,21 +59,20 @@ class Grid:
             )
         return Grid(group, tuple(tuple(place[r] for r in row) for row in ranks.tolist()))
 
-    @property
-    def index(self) -> tuple[int, int]:
-        """This rank's ring index and ulysses index."""
-        rank = self.group.rank
+    def index_of(self, rank: int) -> tuple[int, int]:
+        """The ring index and the ulysses index of a rank of the group."""
         return next((i, row.index(rank)) for i, row in enumerate(self.members) if rank in row)
 
     @property
     def ulysses(self) -> Group:
         """The ranks of this rank's ring index."""
-        return _view(self.group, self.members[self.index[0]])
+        return _view(self.group, self.members[self.index_of(self.group.rank)[0]])
 
     @property
     def ring(self) -> Group:
         """The ranks of this rank's ulysses index."""
-        return _view(self.group, [row[self.index[1]] for row in self.members])
+        j = self.index_of(self.group.rank)[1]
+        return _view(self.group, [row[j] for row in self.members])
 
     @property
     def shape(self) -> tuple[int, int]:

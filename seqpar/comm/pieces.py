@@ -39,46 +39,59 @@ class Delivery:
     """Which pieces there are, in chunks, and which ranks want them, besides their owners.
 
     Args:
+        rank, size: of this rank in the group.
         wants: (rank, piece); the same answers on every rank.
     """
 
-    group: Group
+    rank: int
+    size: int
     chunks: Sequence[Chunk]
     wants: Callable[[int, Piece], bool] = field(default=lambda rank, piece: True)  # noqa: ARG005
 
-    def received(self, n: int, rank: int) -> list[tuple[Piece, slice]]:
-        """The pieces of chunk n that a rank holds once it has gathered it, and where they then are."""
-        pieces = [p for p in self.chunks[n] if p.owner == rank or self.wants(rank, p)]
+    def received(self, n: int) -> list[tuple[Piece, slice]]:
+        """The pieces of chunk n that this rank then holds, its own too, and where they are."""
+        pieces = [p for p in self.chunks[n] if p.owner == self.rank or self.wants(self.rank, p)]
         ends = list(accumulate((p.length for p in pieces), initial=0))
         return [(p, slice(a, b)) for p, a, b in zip(pieces, ends[:-1], ends[1:], strict=True)]
 
+    def sent(self, n: int) -> list[tuple[int, Piece]]:
+        """(to, piece) of this rank's pieces in chunk n."""
+        own = [p for p in self.chunks[n] if p.owner == self.rank]
+        others = (rank for rank in range(self.size) if rank != self.rank)
+        return [(rank, p) for rank in others for p in own if self.wants(rank, p)]
+
+    @property
+    def gathered_rows(self) -> int:
+        """How many rows this rank sends in a `gather_pass`."""
+        return sum(p.length for n in range(len(self.chunks)) for _, p in self.sent(n))
+
+    @property
+    def returned_rows(self) -> int:
+        """How many rows this rank sends home for a `HomeSum`."""
+        received = (p for n in range(len(self.chunks)) for p, _ in self.received(n))
+        return sum(p.length for p in received if p.owner != self.rank)
+
 
 def gather_pass(
-    block: Block, delivery: Delivery, *, primitive: str = "gather"
+    block: Block, delivery: Delivery, group: Group, *, primitive: str = "gather"
 ) -> Iterator[tuple[Chunk, Block]]:
     """Yields (pieces, their rows one after the other) for every chunk, as far as this rank wants them.
 
     Args:
         block: this rank's tensors, `[b sl h w]` or `[b sl h]`, packed by `Parcel`.
     """
-    group, parcel = delivery.group, Parcel.of(block)
+    parcel = Parcel.of(block)
     own = parcel.pack(block)
 
     def start(n: int) -> tuple[Chunk, Block, Pending]:
-        received = delivery.received(n, group.rank)
+        received = delivery.received(n)
         rows = sum(p.length for p, _ in received)
         chunk = parcel.empty(block[0], rows, block[0].shape[0], block[0].shape[2])
-        sends = [
-            (rank, x[p.rows])
-            for rank in group.others
-            for p in delivery.chunks[n]
-            if p.owner == group.rank and delivery.wants(rank, p)
-            for x in own
-        ]
-        receives = [
-            (p.owner, x[place]) for p, place in received if p.owner != group.rank for x in chunk
-        ]
-        pending = group.exchange(primitive, sends, receives)
+        pending = group.exchange(
+            primitive,
+            [(rank, x[p.rows]) for rank, p in delivery.sent(n) for x in own],
+            [(p.owner, x[at]) for p, at in received if p.owner != group.rank for x in chunk],
+        )
         for p, place in received:
             if p.owner == group.rank:
                 for x, y in zip(chunk, own, strict=True):
@@ -105,9 +118,15 @@ class HomeSum:
     """
 
     def __init__(
-        self, like: Block, delivery: Delivery, dtype: torch.dtype, *, primitive: str = "scatter"
+        self,
+        like: Block,
+        delivery: Delivery,
+        group: Group,
+        dtype: torch.dtype,
+        *,
+        primitive: str = "scatter",
     ) -> None:
-        self._delivery, self._primitive = delivery, primitive
+        self._delivery, self._group, self._primitive = delivery, group, primitive
         self._parcel = Parcel(Parcel.of(like).widths, (dtype,) * len(like))
         self._like, (self._batch, rows, self._heads) = like[0], like[0].shape[:3]
         self._total = self._empty(rows).zero_()
@@ -118,15 +137,16 @@ class HomeSum:
 
     def open(self) -> Block:
         """The tensors to add this rank's share of the chunk to."""
-        received = self._delivery.received(self._n, self._delivery.group.rank)
-        self._share = self._empty(sum(p.length for p, _ in received)).zero_()
+        self._share = self._empty(
+            sum(p.length for p, _ in self._delivery.received(self._n))
+        ).zero_()
         return self._parcel.unpack((self._share,))
 
     def close(self) -> None:
         """Sends the shares to the owners of the pieces."""
         self._land()
         self._pending, self._arriving = _start_home(
-            self._share, self._delivery, self._n, self._primitive
+            self._share, self._delivery, self._n, self._group, self._primitive
         )
         self._n += 1
 
@@ -148,7 +168,7 @@ class HomeSum:
 
 
 def send_home(
-    block: Block, delivery: Delivery, *, primitive: str = "scatter"
+    block: Block, delivery: Delivery, group: Group, *, primitive: str = "scatter"
 ) -> list[tuple[Piece, Block]]:
     """What every rank, in order, has for pieces of this rank's rows, of a delivery of one chunk.
 
@@ -157,27 +177,23 @@ def send_home(
     """
     parcel = Parcel.of(block)
     (share,) = parcel.pack(block)
-    pending, arriving = _start_home(share, delivery, 0, primitive)
+    pending, arriving = _start_home(share, delivery, 0, group, primitive)
     pending.wait()
     return [(p, parcel.unpack((x,))) for _, p, x in arriving]
 
 
 def _start_home(
-    share: Tensor, delivery: Delivery, n: int, primitive: str
+    share: Tensor, delivery: Delivery, n: int, group: Group, primitive: str
 ) -> tuple[Pending, list[tuple[int, Piece, Tensor]]]:
     """Sends the rows of a chunk home: (pending, [(from, piece, share)] in the order of ranks)."""
-    group, received = delivery.group, delivery.received(n, delivery.group.rank)
-    own = [p for p in delivery.chunks[n] if p.owner == group.rank]
+    received = delivery.received(n)
     arriving = [
-        (rank, p, share.new_empty(p.length, *share.shape[1:]))
-        for rank in group.others
-        for p in own
-        if delivery.wants(rank, p)
+        (rank, p, share.new_empty(p.length, *share.shape[1:])) for rank, p in delivery.sent(n)
     ]
     pending = group.exchange(
         primitive,
-        [(p.owner, share[place]) for p, place in received if p.owner != group.rank],
+        [(p.owner, share[at]) for p, at in received if p.owner != group.rank],
         [(rank, x) for rank, _, x in arriving],
     )
-    arriving += [(group.rank, p, share[place]) for p, place in received if p.owner == group.rank]
+    arriving += [(group.rank, p, share[at]) for p, at in received if p.owner == group.rank]
     return pending, sorted(arriving, key=lambda a: a[0])

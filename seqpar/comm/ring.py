@@ -27,19 +27,25 @@ class Trip:
     the next one that does gets it from the owner. So every rank that wants a block is sent it once.
 
     Args:
+        rank: this rank.
         rows: how many rows each rank's block has.
         wants: the same answers on every rank.
         direction: 1 or -1.
     """
 
-    group: Group
+    rank: int
     rows: Sequence[int]
     wants: Wants = field(default=lambda visitor, owner: True)  # noqa: ARG005
     direction: int = 1
 
     def at(self, steps: int) -> int:
         """The rank so many steps ahead of this one."""
-        return (self.group.rank + steps * self.direction) % self.group.size
+        return (self.rank + steps * self.direction) % self.size
+
+    @property
+    def size(self) -> int:
+        """The number of ranks."""
+        return len(self.rows)
 
     def visits(self, visitor: int, owner: int) -> bool:
         """Whether the block is sent to the visitor; it is not sent to its owner."""
@@ -47,16 +53,35 @@ class Trip:
 
     def follows(self, visitor: int, owner: int) -> bool:
         """Whether the neighbour before the visitor has the block too, be it as its owner."""
-        before = (visitor - self.direction) % self.group.size
+        before = (visitor - self.direction) % self.size
         return before == owner or self.visits(before, owner)
 
     def is_awaited(self) -> bool:
         """Whether anybody else wants this rank's block."""
-        return any(self.visits(rank, self.group.rank) for rank in self.group.others)
+        return any(self.visits(rank, self.rank) for rank in range(self.size))
+
+    @property
+    def passed_rows(self) -> int:
+        """How many rows this rank sends in a `ring_pass`."""
+        total = 0
+        for step in range(self.size - 1):
+            owner, far = self.at(-step), self.at(step + 1)
+            holds = step == 0 or self.visits(self.rank, owner)
+            if holds and self.visits(self.at(1), owner):
+                total += self.rows[owner]
+            if step and self.visits(far, self.rank) and not self.follows(far, self.rank):
+                total += self.rows[self.rank]
+        return total
+
+    def summed_rows(self, *, in_order: bool) -> int:
+        """How many rows this rank sends for a `RingSum`."""
+        seen = [owner for owner in range(self.size) if self.visits(self.rank, owner)]
+        begins = in_order and self.visits(self.at(1), self.rank)
+        return sum(self.rows[owner] for owner in seen) + begins * self.rows[self.rank]
 
 
 def ring_pass(
-    block: Block, trip: Trip, *, primitive: str = "ring_pass"
+    block: Block, trip: Trip, group: Group, *, primitive: str = "ring_pass"
 ) -> Iterator[tuple[int, Block | None]]:
     """Yields (owner, block of that owner, or `None` if this rank does not want it), for all P owners.
 
@@ -65,7 +90,7 @@ def ring_pass(
     Args:
         block: this rank's tensors, `[b sl h w]` or `[b sl h]`, packed by `Parcel`.
     """
-    group, parcel = trip.group, Parcel.of(block)
+    parcel = Parcel.of(block)
     own = parcel.pack(block) if trip.is_awaited() else ()
     held: Block | None = own
     double = _DoubleBuffer(block, parcel, max(trip.rows))
@@ -110,12 +135,13 @@ class RingSum:
         self,
         like: Block,
         trip: Trip,
+        group: Group,
         dtype: torch.dtype,
         *,
         in_order: bool = False,
         primitive: str = "ring_sum",
     ) -> None:
-        self._trip, self._like, self._in_order = trip, like, in_order
+        self._trip, self._group, self._like, self._in_order = trip, group, like, in_order
         parcel = Parcel.of(like)
         self._parcel = Parcel(parcel.widths, (dtype,) * len(like))
         self._primitive = primitive
@@ -129,7 +155,7 @@ class RingSum:
 
     def open(self) -> Block | None:
         """The tensors to add this rank's share to, or `None` if it does not want the block."""
-        trip, rank = self._trip, self._trip.group.rank
+        trip, rank = self._trip, self._trip.rank
         owner = trip.at(-self._step)
         if owner != rank and not trip.visits(rank, owner):
             self._share = None
@@ -143,7 +169,7 @@ class RingSum:
 
     def close(self) -> None:
         """Sends the sum to the next visitor, or home."""
-        trip, rank, step = self._trip, self._trip.group.rank, self._step
+        trip, rank, step = self._trip, self._trip.rank, self._step
         owner = trip.at(-step)
         self._land()
         share, self._share, self._step = self._share, None, step + 1
@@ -164,7 +190,7 @@ class RingSum:
         if step and trip.visits(last, rank) and not trip.visits(trip.at(step + 1), rank):
             self._for_home = self._empty(trip.rows[rank])
             receives.append((last, self._for_home))
-        self._pending = trip.group.exchange(self._primitive, sends, receives)
+        self._pending = self._group.exchange(self._primitive, sends, receives)
 
     def home(self) -> Block:
         """This rank's own block, with the shares of all ranks."""
@@ -175,9 +201,9 @@ class RingSum:
     def _is_continued(self, owner: int) -> bool:
         """Whether the neighbour before this rank sends the sum of the owner's block here."""
         trip = self._trip
-        if not trip.visits(trip.group.rank, owner):
+        if not trip.visits(trip.rank, owner):
             return False
-        return self._in_order if trip.at(-1) == owner else trip.follows(trip.group.rank, owner)
+        return self._in_order if trip.at(-1) == owner else trip.follows(trip.rank, owner)
 
     def _land(self) -> None:
         if self._pending is not None:

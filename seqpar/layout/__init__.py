@@ -7,8 +7,8 @@ rectangle of scores whose visibility is one `Band`. Kernels and strategies never
 from seqpar.layout.heads import HeadSegment, HeadSplit, split_heads
 from seqpar.layout.mask import Mask
 from seqpar.layout.shards import LAYOUTS, Layout, contiguous, striped, whole, zigzag
-from seqpar.layout.spans import Span
-from seqpar.layout.tiles import Tile, joined_tiles, meets, tiles, work
+from seqpar.layout.spans import Span, joined
+from seqpar.layout.tiles import Tile, held, joined_tiles, meets, part, tiles, work
 
 __all__ = [
     "LAYOUTS",
@@ -19,8 +19,11 @@ __all__ = [
     "Span",
     "Tile",
     "contiguous",
+    "held",
+    "joined",
     "joined_tiles",
     "meets",
+    "part",
     "split_heads",
     "striped",
     "tiles",

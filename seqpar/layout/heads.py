@@ -32,6 +32,14 @@ class HeadSplit:
         """Whether some kv head is on more than one rank."""
         return sum(stop - start for start, stop in self.kv) > self.hkv
 
+    def num_q(self, rank: int) -> int:
+        """How many query heads a rank takes."""
+        return self.q[rank][1] - self.q[rank][0]
+
+    def num_kv(self, rank: int) -> int:
+        """How many kv heads a rank needs."""
+        return self.kv[rank][1] - self.kv[rank][0]
+
     def segments(self, rank: int) -> Iterator[HeadSegment]:
         """The rank's heads in at most three runs in which every kv head serves equally many.
 

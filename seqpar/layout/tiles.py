@@ -26,7 +26,18 @@ class Tile:
     step: int
 
     @property
-    def work(layout: Layout, mask: Mask) -> tuple[int, ...]:
+    def part(spans: Sequence[Span], rows: slice) -> tuple[Span, ...]:
+    """The positions of some of the rows that spans hold."""
+    parts = []
+    for at, span in held(spans):
+        first, stop = max(rows.start, at.start), min(rows.stop, at.stop)
+        if first < stop:
+            start = span.start + (first - at.start) * span.step
+            parts.append(Span(start, stop - first, span.step))
+    return tuple(parts)
+
+
+def work(layout: Layout, mask: Mask) -> tuple[int, ...]:
     """Visible scores per rank when each attends its own rows to all keys: the ring's load balance."""
     everything = [span for spans in layout.spans for span in spans]
     return tuple(

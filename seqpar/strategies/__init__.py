@@ -1,15 +1,33 @@
 """The ways to attend a sharded sequence. Each file holds one strategy and the formula of what it sends."""
 
-from seqpar.strategies.check import agree_on_call
-from seqpar.strategies.plan import STRATEGY_NAMES, Plan, Strategy
+from collections.abc import Callable
+from typing import Any
+
+from seqpar.strategies.allgather import allgather_attention, allgather_volume
+from seqpar.strategies.check import agree_on_call, resolve
+from seqpar.strategies.mesh import mesh_attention, mesh_volume
+from seqpar.strategies.plan import GRID_STRATEGIES, STRATEGY_NAMES, Plan, Strategy
 from seqpar.strategies.ring import ring_attention, ring_volume
 from seqpar.strategies.ulysses import ulysses_attention, ulysses_volume
 from seqpar.strategies.volume import Shape, Volume
 
-STRATEGIES = {"ring": ring_attention, "ulysses": ulysses_attention}
-VOLUMES = {"ring": ring_volume, "ulysses": ulysses_volume}
+STRATEGIES: dict[Strategy, Callable[..., Any]] = {
+    "ring": ring_attention,
+    "ulysses": ulysses_attention,
+    "allgather": allgather_attention,
+    "mesh": mesh_attention,
+    "hybrid": ulysses_attention,
+}
+VOLUMES: dict[Strategy, Callable[[Plan, int, Shape], Volume]] = {
+    "ring": ring_volume,
+    "ulysses": ulysses_volume,
+    "allgather": allgather_volume,
+    "mesh": mesh_volume,
+    "hybrid": ulysses_volume,
+}
 
 __all__ = [
+    "GRID_STRATEGIES",
     "STRATEGIES",
     "STRATEGY_NAMES",
     "VOLUMES",
@@ -18,8 +36,5 @@ __all__ = [
     "Strategy",
     "Volume",
     "agree_on_call",
-    "ring_attention",
-    "ring_volume",
-    "ulysses_attention",
-    "ulysses_volume",
+    "resolve",
 ]

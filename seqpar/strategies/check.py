@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from seqpar.comm import Group, agreed
+from seqpar.comm import Grid, Group, agreed
 from seqpar.layout import Layout, Mask
-from seqpar.strategies.plan import STRATEGY_NAMES, Plan
-from seqpar_kernels import Dropout, Request, Score, choose
+from seqpar.strategies.invariance import check_invariance, invariant_implementation
+from seqpar.strategies.plan import GRID_STRATEGIES, STRATEGY_NAMES, Plan
+from seqpar_kernels import Dropout, Request, Score, choose, tile_border
 
 VERSION = "0.1.0"
 
 
-def agree_on_call(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
-    """Returns if this call is legal here and the same on all ranks. All ranks must call.
+def agree_on_call(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, with_lse: bool = False
+) -> Plan:
+    """The plan with its implementation chosen, if the call is legal here and the same on all ranks.
+
+    All ranks must call.
+
+    Args:
+        with_lse: whether lse is wanted too, and differentiable.
 
     Raises:
         TypeError: an argument is of the wrong kind, or a tensor not floating point.
-        ValueError: shapes, devices, heads or rows do not fit together or do not fit the layout.
-        NotImplementedError: no implementation serves this device and dtype.
+        ValueError: shapes, devices, heads or rows do not fit together or do not fit the layout, or the
+            strategy cannot give invariant bits with this layout and mask.
+        NotImplementedError: no implementation serves this device and dtype, or not the requested one.
         DesyncError: ranks differ, or another rank raised one of the above.
     """
     if not isinstance(plan, Plan) or not isinstance(plan.group, Group):
@@ -31,27 +41,92 @@ def agree_on_call(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
         _check_tensors(q, k, v)
         _check_rows(q, k, v, plan)
         _check_heads(q, plan.score)
-        claim |= _claim(q, k, v, plan)
+        resolved = resolve(plan, q, v, with_lse=with_lse)
+        claim |= _claim(q, k, v, resolved, with_lse)
+    return resolved
+
+
+def resolve(plan: Plan, q: Tensor, v: Tensor, *, with_lse: bool = False) -> Plan:
+    """The plan with the implementation that serves these tensors. Sends nothing.
+
+    Raises:
+        ValueError: bits cannot be invariant with this strategy, layout and mask.
+        NotImplementedError: no implementation serves them, or not the requested one.
+    """
+    score = plan.score.resolve(q.shape[3])
+    request = Request.of(q, v, score, plan.drops, plan.packed, lse=with_lse)
+    if plan.strategy.startswith("materialised"):
+        if plan.implementation not in (None, "reference", "triton"):
+            raise NotImplementedError(
+                f"stored scores are made by torch and softened by torch or Triton, got implementation "
+                f"{plan.implementation!r}; 'reference', 'triton' or None can do it"
+            )
+        choose(request, plan.implementation)
+        name = plan.implementation
+    elif plan.invariant:
+        name = invariant_implementation(plan, request)
+    else:
+        name = choose(request, plan.implementation)
+    if plan.invariant:
+        check_invariance(plan, None if name is None else tile_border(name, q, v))
+    return replace(plan, implementation=name)
 
 
 def _check_plan(plan: Plan) -> None:
-    for name, kind in (("layout", Layout), ("mask", Mask), ("score", Score)):
+    for name, kind in (("layout", Layout), ("keys", Layout), ("mask", Mask), ("score", Score)):
         value = getattr(plan, name)
         if not isinstance(value, kind):
+            name = name.replace("keys", "kv_layout")
             raise TypeError(f"{name} must be a seqpar.{kind.__name__}, got {value!r}")
     if plan.dropout is not None and not isinstance(plan.dropout, Dropout):
         raise TypeError(f"dropout must be a seqpar.Dropout or None, got {plan.dropout!r}")
+    if not isinstance(plan.invariant, bool):
+        raise TypeError(f"invariant must be a bool or None, got {plan.invariant!r}")
     if plan.strategy not in STRATEGY_NAMES:
         raise ValueError(f"strategy must be one of {STRATEGY_NAMES}, got {plan.strategy!r}")
-    layout, group, documents = plan.layout, plan.group, plan.mask.documents
-    if layout.size != group.size:
+    _check_layouts(plan)
+    _check_grid(plan)
+
+
+def _check_layouts(plan: Plan) -> None:
+    layout, keys, group, documents = plan.layout, plan.keys, plan.group, plan.mask.documents
+    for each in (layout, keys):
+        if each.size != group.size:
+            raise ValueError(
+                f"the layout must be for the {group.size} ranks of the group, got {each}; "
+                f"make it with seqpar.{each.kind}({each.length}, group.size)"
+            )
+    if len({span.step for each in (layout, keys) for spans in each.spans for span in spans}) > 1:
         raise ValueError(
-            f"the layout must be for the {group.size} ranks of the group, got {layout}; "
-            f"make it with seqpar.{layout.kind}({layout.length}, group.size)"
+            "queries and keys must be dealt in the same steps: both striped, or neither; "
+            f"got {layout.kind} and {keys.kind}"
         )
     if documents is not None and documents[-1] != layout.length:
         raise ValueError(
             f"documents must end where the sequence does, at {layout.length}, got {documents[-1]}"
+        )
+    if documents is not None and keys.length != layout.length:
+        raise ValueError(
+            "documents are of one sequence: queries and keys must have the same length, "
+            f"got {layout.length} and {keys.length}"
+        )
+
+
+def _check_grid(plan: Plan) -> None:
+    grid, needs = plan.grid, plan.strategy in GRID_STRATEGIES
+    if needs and not isinstance(grid, Grid):
+        raise TypeError(
+            f"strategy {plan.strategy!r} takes a seqpar.Grid, got {grid!r}; make one with "
+            "group.grid(ulysses=...)"
+        )
+    if grid is None:
+        return
+    if not needs:
+        raise ValueError(f"a grid is for {GRID_STRATEGIES}, got one for {plan.strategy!r}")
+    ranks = sorted(rank for row in grid.members for rank in row)
+    if ranks != list(range(plan.group.size)) or len({len(row) for row in grid.members}) > 1:
+        raise ValueError(
+            f"the degrees of the grid must multiply to the {plan.group.size} ranks, got {grid}"
         )
 
 
@@ -80,9 +155,9 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _check_rows(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
-    rank, layout = plan.group.rank, plan.layout
-    rows = layout.rows[rank]
-    for name, x in (("q", q), ("k", k), ("v", v)):
+    rank = plan.group.rank
+    for name, x, layout in (("q", q, plan.layout), ("k", k, plan.keys), ("v", v, plan.keys)):
+        rows = layout.rows[rank]
         if x.shape[1] != rows:
             raise ValueError(
                 f"rank {rank} of {layout.size} must hold {rows} of the {layout.length} positions "
@@ -103,7 +178,7 @@ def _check_heads(q: Tensor, score: Score) -> None:
             raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
 
 
-def _claim(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> dict[str, Any]:
+def _claim(q: Tensor, k: Tensor, v: Tensor, plan: Plan, with_lse: bool) -> dict[str, Any]:
     score = plan.score.resolve(q.shape[3])
     learned = {"alibi_slopes": score.alibi_slopes, "sinks": score.sinks}
     grad = torch.is_grad_enabled()
@@ -113,14 +188,17 @@ def _claim(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> dict[str, Any]:
         "strategy": plan.strategy,
         "layout": plan.layout,
         "spans": hash(plan.layout.spans),
+        "kv_layout": plan.kv_layout,
+        "spans of keys": hash(plan.keys.spans),
+        "grid": None if plan.grid is None else plan.grid.members,
+        "invariant": plan.invariant,
+        "with lse": with_lse,
         "mask": plan.mask,
         "scale": score.scale,
         "softcap": score.softcap,
         **{name: None if x is None else x.dtype for name, x in learned.items()},
         "dropout": plan.drops,
-        "implementation": choose(
-            Request.of(q, v, score, plan.drops, plan.packed), plan.implementation
-        ),
+        "implementation": plan.implementation,
         "batch": q.shape[0],
         "heads (hq, hkv)": (q.shape[2], k.shape[2]),
         "widths (d, vd)": (q.shape[3], v.shape[3]),

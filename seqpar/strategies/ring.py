@@ -1,136 +1,173 @@
-"""Ring attention: queries stay home, key/value blocks make one trip round the group.
+"""Ring attention: queries stay home, key/value blocks make a trip round the ranks that see them.
 
-Contiguous, zigzag, striped and uneven shards differ only in `plan.layout`, so there is one forward
-loop and one backward loop. Source: Liu et al. 2023, Ring Attention (arXiv:2310.01889), section 3.
+Contiguous, zigzag, striped and uneven shards differ only in `plan.layout`. Backward, what is smaller
+travels: keys and values with the sums of dk and dv, or queries with dout, lse, delta and the sum of dq.
+Source: Liu et al. 2023, Ring Attention (arXiv:2310.01889), section 3; that queries may travel backward,
+Sun et al. 2024, BurstAttention (arXiv:2403.09347).
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterator
+from functools import cache
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from seqpar.comm import RingSum, ring_pass
-from seqpar.layout import Layout, Span
-from seqpar.strategies.plan import Plan
-from seqpar.strategies.volume import Shape, Volume
-from seqpar_kernels import (
-    Block,
-    Partial,
-    Rows,
-    accumulation_dtype,
-    attend,
-    attend_backward,
-    attention,
-    finish,
-    sink_gradient,
+from seqpar.comm import Count, RingSum, Trip, ring_pass
+from seqpar.layout import Span
+from seqpar.strategies.blockwise import (
+    Gradients,
+    Spans,
+    Visit,
+    blockwise_attention,
+    learned_elements,
 )
+from seqpar.strategies.plan import Plan
+from seqpar.strategies.volume import Shape, Volume, needs_out
+from seqpar_kernels import Block, Partial, Rows, attention, attention_with_lse
 
 
 def ring_attention(
     q: Float[Tensor, "b sl hq d"],
-    k: Float[Tensor, "b sl hkv d"],
-    v: Float[Tensor, "b sl hkv vd"],
+    k: Float[Tensor, "b slk hkv d"],
+    v: Float[Tensor, "b slk hkv vd"],
     plan: Plan,
+    *,
+    with_lse: bool = False,
     head: int = 0,
-) -> Float[Tensor, "b sl hq vd"]:
-    """This rank's rows of softmax(q k^T) v. The call has been checked; all ranks must call.
+) -> tuple[Float[Tensor, "b sl hq vd"], Float[Tensor, "b sl hq"]]:
+    """(out, lse) of this rank's rows of softmax(q k^T) v. The call has been checked; all ranks must call.
 
     One rank alone is one block: an op that compilers and checkpointing policies know by name.
 
     Args:
+        with_lse: whether lse may be differentiated.
         head: which of the attention's query heads is the first of q.
     """
     score = plan.score.resolve(q.shape[-1]).of_heads(head, q.shape[2])
-    if plan.group.size == 1 and len(plan.layout.spans[0]) <= 1:
-        rows = Span(0, plan.layout.length)
-        band = plan.mask.band(rows, rows)
+    if plan.group.size == 1 and all(len(x.spans[0]) <= 1 for x in (plan.layout, plan.keys)):
+        band = plan.mask.band(Span(0, plan.layout.length), Span(0, plan.keys.length))
         block = Block(band, score, head=head, dropout=plan.drops, documents=plan.packed)
-        out, _ = attention(q, k, v, block, implementation=plan.implementation)
-        return out
-    return _Ring.apply(q, k, v, score.alibi_slopes, score.sinks, replace(plan, score=score), head)
+        attend_alone = attention_with_lse if with_lse else attention
+        return attend_alone(q, k, v, block, implementation=plan.implementation)
+    return blockwise_attention(q, k, v, plan, RingRoute(plan), score, head)
 
 
-def ring_volume(layout: Layout, rank: int, shape: Shape) -> Volume:
+def ring_volume(plan: Plan, rank: int, shape: Shape) -> Volume:
     """What `rank` sends.
 
     Forward, k and v of every block but the one that the next rank owns: for even shards
     (P-1)/P N 2hk elements. Backward, the same again, and the sums of dk and dv, in float32 or wider,
-    for every block but this rank's own. One rank alone sends nothing.
+    for every block but this rank's own: (P-1)/P N 2hk. Where it is fewer bytes, instead q, dout, lse and
+    delta, and the sum of dq in float32: (P-1)/P N (3hq + 2nq). Blocks that a rank does not see are not
+    sent to it. In order (`plan.invariant`) the sums make one hop more, with the owner's share.
     """
-    blocks = shape.kv * (layout.length - layout.rows[(rank + 1) % layout.size])
-    sums = shape.kv * (layout.length - layout.rows[rank])
-    forward = shape.count(blocks)
-    return Volume(forward, forward + shape.count(sums, wide=True))
+    if plan.layout.size == 1:
+        return Volume()
+    trip = _key_trip(plan, rank)
+    forward = shape.count(shape.kv * trip.passed_rows)
+    if _queries_travel(plan, shape):
+        trip = _query_trip(plan, rank)
+        backward = _travelling(plan, shape, trip.passed_rows)
+        sums = shape.hq * (shape.d + shape.slopes_learn)
+    else:
+        backward, sums = forward, shape.kv
+    backward += shape.count(sums * trip.summed_rows(in_order=bool(plan.invariant)), wide=True)
+    learned = learned_elements(plan, rank, shape.num_learned, shape.hq)
+    return Volume(forward, backward + shape.count(learned, wide=True))
 
 
-class _Ring(torch.autograd.Function):
-    """q [b sl hq d], k [b sl hkv d], v [b sl hkv vd] of this rank -> out [b sl hq vd].
+class RingRoute:
+    """Own rows; keys by `ring_pass`, in the order of the trip."""
 
-    forward   out = merge over owners o of attend(q, k_o, v_o)
-    backward  dq accumulates here; the sum of dk_o, dv_o follows block o and comes home to its owner
-              slopes and sinks `[hq]` get the share of their gradient that this rank's rows have
-    saved     q k v out lse: this rank's own rows, never a gathered sequence
-    """
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._own = plan.layout.spans[plan.group.rank]
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        slopes: Tensor | None,
-        sinks: Tensor | None,
-        plan: Plan,
-        head: int,
-    ) -> Tensor:
-        score = replace(plan.score, alibi_slopes=slopes, sinks=sinks)
-        running = Partial.identity(q, v.shape[-1])
-        for owner, (k_o, v_o) in ring_pass((k, v), plan.group, plan.layout.rows):
-            for rows, cols, block in plan.blocks(owner, score, head):
-                attend(
-                    q[:, rows], k_o[:, cols], v_o[:, cols], block,
-                    into=running[rows], implementation=plan.implementation,
-                )  # fmt: skip
-            del k_o, v_o  # or they live on while the next block arrives
-        out, lse = finish(running, q.dtype, sinks, implementation=plan.implementation)
-        ctx.plan = replace(plan, score=replace(score, alibi_slopes=None, sinks=None))
-        ctx.head = head
-        ctx.save_for_backward(q, k, v, slopes, sinks, out, lse)
-        return out
+    def rows(self, q: Tensor) -> tuple[Spans, Tensor]:
+        """This rank's own."""
+        return self._own, q
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (dout,), plan = grad_outputs, ctx.plan
-        q, k, v, slopes, sinks, out, lse = ctx.saved_tensors
-        score = replace(plan.score, alibi_slopes=slopes)
-        wide = accumulation_dtype(q.dtype)
-        mine = Rows.of(q, out, dout, lse, implementation=plan.implementation)
-        dq = torch.zeros(q.shape, dtype=wide, device=q.device)
-        dslopes = torch.zeros_like(lse) if ctx.needs_input_grad[3] else None
-        sums = RingSum(plan.group, plan.layout.rows)
-        for owner, (k_o, v_o) in ring_pass((k, v), plan.group, plan.layout.rows):
-            dk_o, dv_o = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k_o, v_o))
-            for rows, cols, block in plan.blocks(owner, score, ctx.head):
-                attend_backward(
-                    mine[rows], k_o[:, cols], v_o[:, cols], block,
-                    into=(dq[:, rows], dk_o[:, cols], dv_o[:, cols]),
-                    dslopes=None if dslopes is None else dslopes[:, rows],
-                    implementation=plan.implementation,
-                )  # fmt: skip
-            sums.add(owner, (dk_o, dv_o))
-            del k_o, v_o, dk_o, dv_o  # or they live on while the next block arrives
-        dk, dv = sums.home()
-        return (
-            dq.to(q.dtype),
-            dk.to(k.dtype),
-            dv.to(v.dtype),
-            None if dslopes is None else dslopes.sum((0, 1)).to(slopes.dtype),
-            sink_gradient(sinks, lse, mine.delta) if ctx.needs_input_grad[4] else None,
-            None,
-            None,
-        )
+    def columns(self, k: Tensor, v: Tensor) -> Iterator[tuple[Spans, Tensor, Tensor]]:
+        """Block by block, this rank's first."""
+        for owner, block in ring_pass((k, v), _key_trip(self._plan), self._plan.group):
+            if block is not None:
+                yield self._plan.keys.spans[owner], *block
+
+    def merged(self, running: Partial) -> Partial:
+        """Nobody else worked on these rows."""
+        return running
+
+    def visits(self, mine: Rows, k: Tensor, v: Tensor, into: Gradients) -> Iterator[Visit]:
+        """Keys visit rows, or rows visit keys."""
+        shape = Shape.of(mine.q, k, v, slopes_learn=into.dslopes is not None)
+        if _queries_travel(self._plan, shape):
+            return self._rows_visit(mine, k, v, into)
+        return self._keys_visit(mine, k, v, into)
+
+    def _keys_visit(self, mine: Rows, k: Tensor, v: Tensor, into: Gradients) -> Iterator[Visit]:
+        plan = self._plan
+        trip = _key_trip(plan)
+        sums = RingSum((k, v), trip, plan.group, into.dq.dtype, in_order=bool(plan.invariant))
+        for owner, block in ring_pass((k, v), trip, plan.group):
+            share = sums.open()
+            if block is not None and share is not None:
+                cols = plan.keys.spans[owner]
+                yield Visit(self._own, cols, mine, *block, into.dq, *share, into.dslopes)
+            sums.close()
+        into.dk, into.dv = sums.home()
+
+    def _rows_visit(self, mine: Rows, k: Tensor, v: Tensor, into: Gradients) -> Iterator[Visit]:
+        plan, own_keys = self._plan, self._plan.keys.spans[self._plan.group.rank]
+        trip = _query_trip(plan)
+        like = (mine.q,) if into.dslopes is None else (mine.q, mine.lse)
+        sums = RingSum(like, trip, plan.group, into.dq.dtype, in_order=bool(plan.invariant))
+        travelling = (mine.q, mine.dout, mine.lse, mine.delta)
+        if needs_out(plan.implementation):
+            travelling += (mine.out,)
+        for owner, block in ring_pass(travelling, trip, plan.group):
+            share = sums.open()
+            if block is not None and share is not None:
+                q_o, dout_o, lse_o, delta_o, *out_o = block
+                rows = Rows(q_o, out_o[0] if out_o else dout_o, dout_o, lse_o, delta_o)
+                dq_o, dslopes_o = share if len(share) == 2 else (*share, None)
+                yield Visit(
+                    plan.layout.spans[owner], own_keys, rows, k, v, dq_o, into.dk, into.dv, dslopes_o
+                )
+            sums.close()
+        home = sums.home()
+        into.dq, into.dslopes = home if len(home) == 2 else (*home, None)
+
+
+def _key_trip(plan: Plan, rank: int | None = None) -> Trip:
+    """Keys go to the next rank, so a rank meets them from its own downwards."""
+    rows, keys = plan.layout.spans, plan.keys.spans
+    wants = cache(lambda visitor, owner: plan.sees(rows[visitor], keys[owner]))
+    return Trip(plan.group.rank if rank is None else rank, plan.keys.rows, wants)
+
+
+def _query_trip(plan: Plan, rank: int | None = None) -> Trip:
+    """Queries go to the rank before, so a rank's keys meet them from its own upwards."""
+    rows, keys = plan.layout.spans, plan.keys.spans
+    wants = cache(lambda visitor, owner: plan.sees(rows[owner], keys[visitor]))
+    rank = plan.group.rank if rank is None else rank
+    return Trip(rank, plan.layout.rows, wants, direction=-1)
+
+
+def _queries_travel(plan: Plan, shape: Shape) -> bool:
+    """Whether they are fewer bytes than keys in backward, were everything to be sent everywhere."""
+    queries = _travelling(plan, shape, plan.layout.length)
+    queries += shape.count(
+        shape.hq * (shape.d + shape.slopes_learn) * plan.layout.length, wide=True
+    )
+    keys = shape.count(shape.kv * plan.keys.length)
+    keys += shape.count(shape.kv * plan.keys.length, wide=True)
+    return queries.bytes < keys.bytes
+
+
+def _travelling(plan: Plan, shape: Shape, rows: int) -> Count:
+    """Query rows and what backward must know of them, without the sums."""
+    out = shape.vd if needs_out(plan.implementation) else 0
+    narrow = shape.count(shape.hq * (shape.d + shape.vd + out) * rows)
+    return narrow + shape.count(2 * shape.hq * rows, wide=True)

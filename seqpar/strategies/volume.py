@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from seqpar.comm import Count
-from seqpar_kernels import accumulation_dtype
+from seqpar_kernels import Implementation, accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,20 @@ class Shape:
     d: int
     vd: int
     dtype: torch.dtype
+    slopes_learn: bool = False
+    sinks_learn: bool = False
+    with_lse: bool = False
 
     @staticmethod
-    def of(q: Tensor, k: Tensor, v: Tensor) -> Shape:
-        """The sizes of `q [b sl hq d]`, `k [b sl hkv d]`, `v [b sl hkv vd]`."""
-        return Shape(q.shape[0], q.shape[2], k.shape[2], q.shape[3], v.shape[3], q.dtype)
+    def of(q: Tensor, k: Tensor, v: Tensor, **what: bool) -> Shape:
+        """The sizes of `q [b sl hq d]`, `k [b sl hkv d]`, `v [b sl hkv vd]`, and what is wanted of it."""
+        sizes = q.shape[0], q.shape[2], k.shape[2], q.shape[3], v.shape[3]
+        return Shape(*sizes, q.dtype, **what)
+
+    @property
+    def num_learned(self) -> int:
+        """How many of slopes and sinks get gradients."""
+        return self.slopes_learn + self.sinks_learn
 
     @property
     def kv(self) -> int:
@@ -42,5 +51,10 @@ class Shape:
 class Volume:
     """What one rank sends."""
 
-    forward: Count
-    backward: Count
+    forward: Count = Count()
+    backward: Count = Count()
+
+
+def needs_out(implementation: Implementation | None) -> bool:
+    """Whether its backward derives delta from `out`, so that rows that travel take `out` along."""
+    return implementation not in ("reference", "triton")

@@ -1,0 +1,158 @@
+"""The mesh: the score matrix in R x C tiles, one for each rank, as in a blocked matrix product.
+
+Queries are gathered among the C ranks of a grid row, keys and values, in chunks, among the R ranks of a
+grid column; partial outputs are merged at home. With C = 1 this is the all-gather strategy, with R = 1 its
+query-side dual. Striped layouts make all causal tiles equal. The decomposition is that of SUMMA, van de
+Geijn and Watts 1997, of a product that is never stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from seqpar.comm import Delivery, Grid, HomeSum, Piece, gather_pass, send_home
+from seqpar.layout import Span, joined, part
+from seqpar.strategies.blockwise import Gradients, Spans, Visit, blockwise_attention
+from seqpar.strategies.plan import Plan
+from seqpar.strategies.volume import Shape, Volume, needs_out
+from seqpar_kernels import Partial, Rows
+
+
+def mesh_attention(
+    q: Float[Tensor, "b sl hq d"],
+    k: Float[Tensor, "b slk hkv d"],
+    v: Float[Tensor, "b slk hkv vd"],
+    plan: Plan,
+    *,
+    with_lse: bool = False,  # noqa: ARG001 - it always may be
+) -> tuple[Float[Tensor, "b sl hq vd"], Float[Tensor, "b sl hq"]]:
+    """(out, lse) of this rank's rows of softmax(q k^T) v. The call has been checked; all ranks must call."""
+    assert plan.grid is not None, "checked"
+    route = MeshRoute(plan, plan.grid)
+    return blockwise_attention(q, k, v, plan, route, plan.score.resolve(q.shape[-1]), 0)
+
+
+def mesh_volume(plan: Plan, rank: int, shape: Shape) -> Volume:
+    """What `rank` sends: for even shards (N/P) [(C-1)(2hq + 2nq) + (R-1) 2hk] elements forward.
+
+    Backward (N/P) [(C-1)(3hq + 2nq) + (R-1) 4hk]. What goes home goes as float32 or wider. Nothing is sent
+    to a rank that sees nothing of it.
+    """
+    assert plan.grid is not None, "checked"
+    return MeshRoute(plan, plan.grid, rank).volume(shape)
+
+
+class MeshRoute:
+    """The query rows of a grid row; the keys of a grid column, chunk by chunk."""
+
+    def __init__(self, plan: Plan, grid: Grid, rank: int | None = None) -> None:
+        rank = plan.group.rank if rank is None else rank
+        self._plan, self._grid = plan, grid
+        i, j = grid.index_of(rank)
+        row, col = grid.members[i], [members[j] for members in grid.members]
+        self._row_spans = [plan.layout.spans[r] for r in row]
+        self._col_spans = [plan.keys.spans[r] for r in col]
+        keys = [[s for m in grid.members for s in plan.keys.spans[m[n]]] for n in range(len(row))]
+        queries = [[s for r in m for s in plan.layout.spans[r]] for m in grid.members]
+        self._rows = Delivery(
+            j, len(row), [sliced(self._row_spans, 0, 1)],
+            cache(lambda peer, p: plan.sees(self._row_spans[p.owner], keys[peer])),
+        )  # fmt: skip
+        self._cols = Delivery(
+            i, len(col), [sliced(self._col_spans, n, len(col)) for n in range(len(col))],
+            cache(lambda peer, p: plan.sees(queries[peer], spans_of([p], self._col_spans))),
+        )  # fmt: skip
+
+    def rows(self, q: Tensor) -> tuple[Spans, Tensor]:
+        """Those of the grid row."""
+        spans, (gathered,) = self._gather_rows((q,))
+        return spans, gathered
+
+    def columns(self, k: Tensor, v: Tensor) -> Iterator[tuple[Spans, Tensor, Tensor]]:
+        """A slice of every rank's keys at a time."""
+        for pieces, (k_c, v_c) in gather_pass((k, v), self._cols, self._grid.ring):
+            yield spans_of(pieces, self._col_spans), k_c, v_c
+
+    def merged(self, running: Partial) -> Partial:
+        """This rank's rows of the partials of its grid row, merged in the order of ranks."""
+        if self._rows.size == 1:
+            return running
+        parts = send_home((running.acc, running.m, running.l), self._rows, self._grid.ulysses)
+        (_, first), *others = parts
+        total = Partial(*(x.contiguous() for x in first))
+        for _, (acc, m, l) in others:
+            total.absorb_(Partial(acc, m, l))
+        return total
+
+    def visits(self, mine: Rows, k: Tensor, v: Tensor, into: Gradients) -> Iterator[Visit]:
+        """The rows of the grid row, gathered once, meet the keys chunk by chunk."""
+        spans, rows, dq, dslopes = self._gather_backward(mine, into)
+        sums = HomeSum((k, v), self._cols, self._grid.ring, into.dk.dtype)
+        for pieces, (k_c, v_c) in gather_pass((k, v), self._cols, self._grid.ring):
+            cols = spans_of(pieces, self._col_spans)
+            yield Visit(spans, cols, rows, k_c, v_c, dq, *sums.open(), dslopes)
+            sums.close()
+        into.dk, into.dv = sums.home()
+        if self._rows.size > 1:
+            total = (into.dq,) if into.dslopes is None else (into.dq, into.dslopes)
+            share = (dq,) if dslopes is None else (dq, dslopes)
+            for _, parts in send_home(share, self._rows, self._grid.ulysses):
+                for x, y in zip(total, parts, strict=True):
+                    x += y
+
+    def volume(self, shape: Shape) -> Volume:
+        """What the rank sends."""
+        rows, cols = self._rows, self._cols
+        out = shape.vd if needs_out(self._plan.implementation) else 0
+        keys = shape.count(cols.gathered_rows * shape.kv)
+        forward = (
+            keys
+            + shape.count(rows.gathered_rows * shape.hq * shape.d)
+            + shape.count(rows.returned_rows * shape.hq * (shape.vd + 2), wide=True)
+        )
+        backward = (
+            keys
+            + shape.count(rows.gathered_rows * shape.hq * (shape.d + shape.vd + out))
+            + shape.count(rows.gathered_rows * shape.hq * 2, wide=True)
+            + shape.count(rows.returned_rows * shape.hq * (shape.d + shape.slopes_learn), wide=True)
+            + shape.count(cols.returned_rows * shape.kv, wide=True)
+        )
+        return Volume(forward, backward)
+
+    def _gather_rows(self, block: tuple[Tensor, ...]) -> tuple[Spans, tuple[Tensor, ...]]:
+        if self._rows.size == 1:
+            return self._row_spans[0], block
+        ((pieces, gathered),) = gather_pass(block, self._rows, self._grid.ulysses)
+        return spans_of(pieces, self._row_spans), gathered
+
+    def _gather_backward(
+        self, mine: Rows, into: Gradients
+    ) -> tuple[Spans, Rows, Tensor, Tensor | None]:
+        """The rows of the grid row, and zeros for their dq and dslopes."""
+        if self._rows.size == 1:
+            return self._row_spans[0], mine, into.dq, into.dslopes
+        block = (mine.q, mine.dout, mine.lse, mine.delta)
+        if needs_out(self._plan.implementation):
+            block += (mine.out,)
+        spans, (q, dout, lse, delta, *out) = self._gather_rows(block)
+        rows = Rows(q, out[0] if out else dout, dout, lse, delta)
+        dq = torch.zeros(q.shape, dtype=into.dq.dtype, device=q.device)
+        dslopes = None if into.dslopes is None else torch.zeros(lse.shape).to(lse)
+        return spans, rows, dq, dslopes
+
+
+def sliced(spans: Sequence[Spans], n: int, of: int) -> tuple[Piece, ...]:
+    """The n-th of `of` slices of the rows of each rank, as pieces."""
+    num_rows = [sum(s.length for s in x) for x in spans]
+    slices = [slice(rows * n // of, rows * (n + 1) // of) for rows in num_rows]
+    return tuple(Piece(owner, s) for owner, s in enumerate(slices) if s.start < s.stop)
+
+
+def spans_of(pieces: Sequence[Piece], spans: Sequence[Spans]) -> tuple[Span, ...]:
+    """The positions of pieces that are held one after the other."""
+    return joined(s for p in pieces for s in part(spans[p.owner], p.rows))
