@@ -9,6 +9,7 @@ from seqpar.layout.mask import Mask
 from seqpar.layout.shards import LAYOUTS, Layout, contiguous, striped, whole, zigzag
 from seqpar.layout.spans import Span
 from seqpar.layout.tiles import Tile, joined_tiles, tiles, work
+from seqpar.layout.visible import sees, visible_count
 
 __all__ = [
     "LAYOUTS",
@@ -20,9 +21,11 @@ __all__ = [
     "Tile",
     "contiguous",
     "joined_tiles",
+    "sees",
     "split_heads",
     "striped",
     "tiles",
+    "visible_count",
     "whole",
     "work",
     "zigzag",
