@@ -17,16 +17,24 @@ if os.environ.get("SEQPAR_CHECK_SHAPES") == "1":  # for tests, and inherited by 
     _checked = [
         *(f"seqpar_kernels.{name}" for name in _kernels),
         "seqpar.layout",
+        "seqpar.strategies.allgather",
+        "seqpar.strategies.mesh",
         "seqpar.strategies.ring",
         "seqpar.strategies.ulysses",
     ]
     install_import_hook(_checked, "beartype.beartype")
 
-from seqpar.comm import DesyncError, Group, simulate
+from seqpar.comm import DesyncError, Grid, Group, simulate
 from seqpar.data import mean_loss, shard_batch, shard_sequence, sum_gradients, unshard_sequence
-from seqpar.functional import attention
+from seqpar.functional import attention, attention_with_lse, merge
 from seqpar.layout import Layout, Mask, contiguous, striped, zigzag
-from seqpar.module import RingAttention, UlyssesAttention
+from seqpar.module import (
+    AllGatherAttention,
+    HybridAttention,
+    MeshAttention,
+    RingAttention,
+    UlyssesAttention,
+)
 from seqpar.strategies import Plan
 from seqpar.strategies.check import VERSION
 from seqpar_kernels import Dropout, Score
@@ -34,18 +42,24 @@ from seqpar_kernels import Dropout, Score
 __version__ = VERSION
 
 __all__ = [
+    "AllGatherAttention",
     "DesyncError",
     "Dropout",
+    "Grid",
     "Group",
+    "HybridAttention",
     "Layout",
     "Mask",
+    "MeshAttention",
     "Plan",
     "RingAttention",
     "Score",
     "UlyssesAttention",
     "attention",
+    "attention_with_lse",
     "contiguous",
     "mean_loss",
+    "merge",
     "shard_batch",
     "shard_sequence",
     "simulate",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from seqpar.comm import Group
+from seqpar.comm import Grid, Group
 from seqpar.functional import attention
 from seqpar.layout import Layout, Mask
 from seqpar.strategies import Plan, Strategy
@@ -25,9 +25,11 @@ class _Attention(nn.Module):
         implementation: of the block math; `None` chooses by device, dtype and what is asked.
         dropout: of the attention weights, in training mode only; the same on every rank. Assign to
             `.dropout` to give every step a seed of its own.
+        invariant: whether results must be the same bits for any number of ranks; see `seqpar.Plan`.
     """
 
-    strategy: ClassVar[Strategy]
+    strategy: Strategy
+    grid: Grid | None = None
 
     def __init__(
         self,
@@ -37,31 +39,38 @@ class _Attention(nn.Module):
         score: Score = Score(),  # noqa: B008 - frozen
         implementation: Implementation | None = None,
         dropout: Dropout | None = None,
+        invariant: bool | None = None,
     ) -> None:
         super().__init__()
         self.group, self.mask, self.score = group, mask, score
-        self.implementation, self.dropout = implementation, dropout
+        self.implementation, self.dropout, self.invariant = implementation, dropout, invariant
 
     def forward(
         self,
         q: Float[Tensor, "b sl hq d"],
-        k: Float[Tensor, "b sl hkv d"],
-        v: Float[Tensor, "b sl hkv vd"],
+        k: Float[Tensor, "b slk hkv d"],
+        v: Float[Tensor, "b slk hkv vd"],
         layout: Layout,
+        *,
+        kv_layout: Layout | None = None,
     ) -> Float[Tensor, "b sl hq vd"]:
-        """This rank's rows of the attention over the whole sequence; see `seqpar.attention`."""
-        return attention(q, k, v, self.plan(layout))
+        """This rank's rows of the attention over the whole sequence; see `seqpar.attention`.
 
-    def plan(self, layout: Layout) -> Plan:
+        Args:
+            kv_layout: of k and v, where they are another sequence than q.
+        """
+        return attention(q, k, v, self.plan(layout, kv_layout))
+
+    def plan(self, layout: Layout, kv_layout: Layout | None = None) -> Plan:
         """The plan of a call with this layout."""
         return Plan(
             self.group, layout, self.mask, self.score, self.strategy, self.implementation,
-            self.dropout if self.training else None,
+            self.dropout if self.training else None, kv_layout, self.invariant, self.grid,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
         """The options, for printing."""
-        return f"{self.group}, mask={self.mask}, score={self.score}, dropout={self.dropout}"
+        return f"{self.grid or self.group}, mask={self.mask}, score={self.score}, dropout={self.dropout}"
 
 
 class RingAttention(_Attention):
@@ -74,3 +83,41 @@ class UlyssesAttention(_Attention):
     """Rows are traded for heads, whole sequences attended, and traded back; works best for P <= hq."""
 
     strategy = "ulysses"
+
+
+class AllGatherAttention(_Attention):
+    """Each rank gathers, chunk by chunk, the keys and values that its rows see."""
+
+    strategy = "allgather"
+
+
+class _GridAttention(_Attention):
+    """Attention over the ranks of a `Grid`.
+
+    Args:
+        grid: the ranks that share the sequence, in two dimensions; `layout` counts the ranks of `grid.group`.
+    """
+
+    def __init__(self, grid: Grid, **options: Any) -> None:
+        if not isinstance(grid, Grid):
+            raise TypeError(
+                f"{type(self).__name__} takes a seqpar.Grid, such as group.grid(ulysses=2), got {grid!r}"
+            )
+        super().__init__(grid.group, **options)
+        self.grid = grid
+
+
+class MeshAttention(_GridAttention):
+    """A tile of the score matrix for each rank: traffic falls with the root of P; no limit from heads.
+
+    `grid.ring` counts the rows of tiles and `grid.ulysses` the columns. Best with a striped layout where
+    the mask is causal.
+    """
+
+    strategy = "mesh"
+
+
+class HybridAttention(_GridAttention):
+    """Ulysses among neighbours, a ring outside: for more ranks than heads, and for slow links outside."""
+
+    strategy = "hybrid"

@@ -9,6 +9,7 @@ from seqpar.layout.mask import Mask
 from seqpar.layout.shards import LAYOUTS, Layout, contiguous, striped, whole, zigzag
 from seqpar.layout.spans import Span, joined
 from seqpar.layout.tiles import Tile, held, joined_tiles, meets, part, tiles, work
+from seqpar.layout.visible import sees, visible_count
 
 __all__ = [
     "LAYOUTS",
@@ -24,9 +25,11 @@ __all__ = [
     "joined_tiles",
     "meets",
     "part",
+    "sees",
     "split_heads",
     "striped",
     "tiles",
+    "visible_count",
     "whole",
     "work",
     "zigzag",

@@ -1,14 +1,17 @@
 """`Layout`: which rank holds which positions of a sequence, for any length and any number of ranks.
 
 One object shards, positions, masks and restores; nothing else in the package decides where a token
-lives. Source: zigzag, Zhu 2024, ring-flash-attention; striped, Brandon et al. 2023 (arXiv:2311.09431).
+lives. What is dealt are blocks of `multiple_of` consecutive positions, of which the last may be short:
+shards are cut where blocks begin, and the remainder is with the last rows.
+
+Source: zigzag, Zhu 2024, ring-flash-attention; striped, Brandon et al. 2023 (arXiv:2311.09431).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
+from typing import Protocol
 
 import torch
 from jaxtyping import Int
@@ -21,8 +24,8 @@ from seqpar.layout.spans import Span, joined
 class Layout:
     """A partition of the positions 0 ... length - 1 over `size` ranks.
 
-    Build one with `contiguous`, `zigzag` or `striped`. Ranks may hold different numbers of positions,
-    or none. A rank's rows are its spans, one after the other; all spans have one step.
+    Build one with `contiguous`, `zigzag`, `striped` or `balanced`. Ranks may hold different numbers of
+    positions, or none. A rank's rows are its spans, one after the other; all spans have one step.
 
     Raises:
         ValueError: the spans do not hold every position exactly once, or differ in step.
@@ -68,6 +71,24 @@ class Layout:
             for a, b, s in zip(ends[:-1], ends[1:], self.spans[rank], strict=True)
         )
 
+    def is_cut_at(self, multiple: int) -> bool:
+        """Whether every rank holds runs of consecutive positions, cut at multiples of `multiple` only.
+
+        The end of the sequence need not be one.
+
+        Raises:
+            ValueError: multiple is less than 1.
+            TypeError: multiple is not an integer.
+        """
+        _check(self.length, self.size, multiple)
+        return all(
+            span.step == 1
+            and span.start % multiple == 0
+            and (span.positions.stop % multiple == 0 or span.positions.stop == self.length)
+            for spans in self.spans
+            for span in spans
+        )
+
     def permutation(self) -> Int[Tensor, "s"]:
         """The positions of rank 0, then of rank 1, ...: `x[permutation]` is x as the ranks hold it."""
         return torch.cat([self.positions(rank) for rank in range(self.size)])
@@ -80,39 +101,45 @@ class Layout:
         return inverse
 
 
-def contiguous(length: int, size: int) -> Layout:
-    """Rank r holds the r-th of `size` runs; the first `length % size` runs are one longer.
+def contiguous(length: int, size: int, *, multiple_of: int = 1) -> Layout:
+    """Rank r holds the r-th of `size` runs of blocks; the first runs may be one block longer.
 
     Raises:
-        ValueError: length is negative or size is not positive.
+        ValueError: length is negative, or size or multiple_of is not positive.
         TypeError: they are not integers.
     """
-    runs = _cut(length, size)
+    runs = _cut(length, size, multiple_of)
     return Layout("contiguous", length, size, tuple(joined([run]) for run in runs))
 
 
-def zigzag(length: int, size: int) -> Layout:
+def zigzag(length: int, size: int, *, multiple_of: int = 1) -> Layout:
     """Rank r holds runs r and 2 * size - 1 - r of 2 * size: equal causal work on every rank.
 
     Raises:
-        ValueError: length is negative or size is not positive.
+        ValueError: length is negative, or size or multiple_of is not positive.
         TypeError: they are not integers.
     """
-    runs = _cut(length, size, runs_per_rank=2)
+    runs = _cut(length, size, multiple_of, runs_per_rank=2)
     spans = tuple(joined([runs[r], runs[2 * size - 1 - r]]) for r in range(size))
     return Layout("zigzag", length, size, spans)
 
 
-def striped(length: int, size: int) -> Layout:
-    """Rank r holds positions r, r + size, r + 2 * size, ...: equal work in every causal tile.
+def striped(length: int, size: int, *, multiple_of: int = 1) -> Layout:
+    """Rank r holds blocks r, r + size, r + 2 * size, ...: equal work in every causal tile.
+
+    Blocks of one position are one span with a step, longer ones are as many spans as there are blocks.
 
     Raises:
-        ValueError: length is negative or size is not positive.
+        ValueError: length is negative, or size or multiple_of is not positive.
         TypeError: they are not integers.
     """
-    _check(length, size)
-    counts = [len(range(r, length, size)) for r in range(size)]
-    spans = tuple(joined([Span(r, n, size)]) for r, n in enumerate(counts))
+    _check(length, size, multiple_of)
+    if multiple_of == 1:
+        counts = [len(range(r, length, size)) for r in range(size)]
+        spans = tuple(joined([Span(r, n, size)]) for r, n in enumerate(counts))
+    else:
+        starts = [range(r * multiple_of, length, size * multiple_of) for r in range(size)]
+        spans = tuple(joined(Span(a, min(multiple_of, length - a)) for a in s) for s in starts)
     return Layout("striped", length, size, spans)
 
 
@@ -121,26 +148,36 @@ def whole(length: int) -> Layout:
     return contiguous(length, 1)
 
 
-LAYOUTS: dict[str, Callable[[int, int], Layout]] = {
+class MakeLayout(Protocol):
+    """What every entry of `LAYOUTS` is called with."""
+
+    def __call__(self, length: int, size: int, *, multiple_of: int = 1) -> Layout:
+        """The layout of `length` positions over `size` ranks."""
+        ...
+
+
+LAYOUTS: dict[str, MakeLayout] = {
     "contiguous": contiguous,
     "zigzag": zigzag,
     "striped": striped,
 }
 
 
-def _cut(length: int, size: int, runs_per_rank: int = 1) -> list[Span]:
-    """Runs of consecutive positions, in order, whose lengths differ by at most one."""
-    _check(length, size)
+def _cut(length: int, size: int, multiple_of: int, runs_per_rank: int = 1) -> list[Span]:
+    """Runs of blocks, in order, whose numbers of blocks differ by at most one."""
+    _check(length, size, multiple_of)
     num_runs = size * runs_per_rank
-    short, longer = divmod(length, num_runs)
-    lengths = [short + (i < longer) for i in range(num_runs)]
-    starts = accumulate(lengths, initial=0)
-    return [Span(start, n) for start, n in zip(starts, lengths, strict=False)]
+    short, longer = divmod(-(-length // multiple_of), num_runs)
+    num_blocks = [short + (i < longer) for i in range(num_runs)]
+    ends = [min(n * multiple_of, length) for n in accumulate(num_blocks, initial=0)]
+    return [Span(start, stop - start) for start, stop in pairwise(ends)]
 
 
-def _check(length: int, size: int) -> None:
-    for number in (length, size):
+def _check(length: int, size: int, multiple_of: int) -> None:
+    for number in (length, size, multiple_of):
         if isinstance(number, bool) or not isinstance(number, int):
-            raise TypeError(f"a layout needs integers, got {length=} {size=}")
+            raise TypeError(f"a layout needs integers, got {length=} {size=} {multiple_of=}")
     if length < 0 or size < 1:
         raise ValueError(f"a layout needs length >= 0 and size >= 1, got {length=} {size=}")
+    if multiple_of < 1:
+        raise ValueError(f"shards are cut at multiples of a positive number, got {multiple_of=}")

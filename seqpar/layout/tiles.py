@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from seqpar.layout.mask import Mask
 from seqpar.layout.shards import Layout
 from seqpar.layout.spans import Span
+from seqpar.layout.visible import sees, visible_count
 from seqpar_kernels import Band
 
 
@@ -44,11 +45,3 @@ def work(layout: Layout, mask: Mask) -> tuple[int, ...]:
         sum(visible_count(mask, row, col) for row in spans for col in everything)
         for spans in layout.spans
     )
-
-
-def sees(mask: Mask, rows: Span, cols: Span) -> bool:
-    return mask.band(rows, cols).count(rows.length, cols.length) > 0
-
-
-def visible_count(mask: Mask, rows: Span, cols: Span) -> int:
-    return mask.band(rows, cols).count(rows.length, cols.length)

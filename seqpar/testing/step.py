@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from seqpar.functional import attention
-from seqpar.strategies import VOLUMES, Plan, Shape, Volume
+from seqpar.strategies import VOLUMES, Plan, Shape, Volume, resolve
 
 
 @dataclass(frozen=True)
@@ -39,5 +39,12 @@ def run_step(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, plan: Plan) -> Step:
     gradients = torch.autograd.grad(out, leaves, dout)
     seconds = time.perf_counter() - start
     sent = Volume(forward, plan.group.traffic.total - forward)
-    formula = VOLUMES[plan.strategy](plan.layout, plan.group.rank, Shape.of(q, k, v))
+    score = plan.score
+    learn = {
+        f"{name}_learn": x is not None and x.requires_grad
+        for name, x in (("slopes", score.alibi_slopes), ("sinks", score.sinks))
+    }
+    formula = VOLUMES[plan.strategy](
+        resolve(plan, q, v), plan.group.rank, Shape.of(q, k, v, **learn)
+    )
     return Step((out.detach(), *gradients), seconds, sent, formula)
