@@ -185,9 +185,7 @@ def _to_heads(xs: Sequence[Tensor], trade: HeadTrade) -> tuple[Tensor, ...]:
 
 def _to_rows(ys: Sequence[Tensor], trade: HeadTrade) -> tuple[Tensor, ...]:
     rank, places = trade.group.rank, trade.places
-    sends = [
-        (r, _take(y, places[n][r])) for r in trade.group.others for n, y in enumerate(ys)
-    ]
+    sends = [(r, _take(y, places[n][r])) for r in trade.group.others for n, y in enumerate(ys)]
     receives = [
         (r, y.new_empty(y.shape[0], trade.rows(n)[rank], _length(trade.takes(n, r)), y.shape[3]))
         for r in trade.group.others

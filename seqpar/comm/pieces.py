@@ -23,12 +23,18 @@ class Piece:
     """Some of an owner's rows."""
 
     owner: int
-    rows: slice
+    start: int
+    stop: int
+
+    @property
+    def rows(self) -> slice:
+        """Which, counted among those of the owner."""
+        return slice(self.start, self.stop)
 
     @property
     def length(self) -> int:
-        """How many rows."""
-        return int(self.rows.stop - self.rows.start)
+        """How many."""
+        return self.stop - self.start
 
 
 Chunk = tuple[Piece, ...]

@@ -124,6 +124,6 @@ def runs(layout: Layout) -> list[tuple[Piece, ...]]:
             for n in range(span.start // run, span.positions[-1] // run + 1):
                 first = max(span.start, n * run)
                 stop = min(span.start + span.length, (n + 1) * run)
-                rows = slice(at.start + first - span.start, at.start + stop - span.start)
-                cut[n].append((first, Piece(owner, rows)))
+                shift = at.start - span.start
+                cut[n].append((first, Piece(owner, first + shift, stop + shift)))
     return [tuple(p for _, p in sorted(x, key=lambda pair: pair[0])) for x in cut]

@@ -168,7 +168,7 @@ def _share(x: Tensor, plan: Plan) -> Tensor:
     group, layout = plan.group, plan.layout
     if not plan.invariant or group.size == 1:
         return sum_rows(x)
-    pieces = tuple(Piece(rank, slice(0, n)) for rank, n in enumerate(layout.rows))
+    pieces = tuple(Piece(rank, 0, n) for rank, n in enumerate(layout.rows))
     to_first = Delivery(group, [pieces], wants=lambda rank, piece: rank == 0)  # noqa: ARG005
     ((_, (everything,)),) = gather_pass((x,), to_first, primitive="learned")
     if group.rank > 0:

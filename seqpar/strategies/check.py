@@ -17,9 +17,7 @@ from seqpar_kernels import Dropout, Request, Score, choose, tile_border
 VERSION = "0.1.0"
 
 
-def agree_on_call(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, with_lse: bool = False
-) -> Plan:
+def agree_on_call(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, with_lse: bool = False) -> Plan:
     """The plan with its implementation chosen, if the call is legal here and the same on all ranks.
 
     All ranks must call.

@@ -83,10 +83,11 @@ class MeshRoute:
         if self._rows.size == 1:
             return running
         parts = send_home((running.acc, running.m, running.l), self._rows, self._grid.ulysses)
-        (_, first), *others = parts
-        total = Partial(*(x.contiguous() for x in first))
-        for _, (acc, m, l) in others:
-            total.absorb_(Partial(acc, m, l))
+        if not parts:  # no rows here
+            return running[slice(0, 0)]
+        total, *others = (Partial(*(x.contiguous() for x in part)) for _, part in parts)
+        for other in others:
+            total.absorb_(other)
         return total
 
     def visits(self, mine: Rows, k: Tensor, v: Tensor, into: Gradients) -> Iterator[Visit]:
@@ -149,8 +150,8 @@ class MeshRoute:
 def sliced(spans: Sequence[Spans], n: int, of: int) -> tuple[Piece, ...]:
     """The n-th of `of` slices of the rows of each rank, as pieces."""
     num_rows = [sum(s.length for s in x) for x in spans]
-    slices = [slice(rows * n // of, rows * (n + 1) // of) for rows in num_rows]
-    return tuple(Piece(owner, s) for owner, s in enumerate(slices) if s.start < s.stop)
+    pieces = (Piece(r, rows * n // of, rows * (n + 1) // of) for r, rows in enumerate(num_rows))
+    return tuple(p for p in pieces if p.length)
 
 
 def spans_of(pieces: Sequence[Piece], spans: Sequence[Spans]) -> tuple[Span, ...]:

@@ -133,7 +133,15 @@ class RingRoute:
                 rows = Rows(q_o, out_o[0] if out_o else dout_o, dout_o, lse_o, delta_o)
                 dq_o, dslopes_o = share if len(share) == 2 else (*share, None)
                 yield Visit(
-                    plan.layout.spans[owner], own_keys, rows, k, v, dq_o, into.dk, into.dv, dslopes_o
+                    plan.layout.spans[owner],
+                    own_keys,
+                    rows,
+                    k,
+                    v,
+                    dq_o,
+                    into.dk,
+                    into.dv,
+                    dslopes_o,
                 )
             sums.close()
         home = sums.home()

@@ -113,7 +113,13 @@ def _middle(
     keys, at_k = _merged(plan.keys, grid.members)
     outer = Group.alone() if grid.shape[0] == 1 else grid.ring
     middle = replace(
-        plan, group=outer, layout=layout, kv_layout=keys, strategy="ring", grid=None, invariant=False
+        plan,
+        group=outer,
+        layout=layout,
+        kv_layout=keys,
+        strategy="ring",
+        grid=None,
+        invariant=False,
     )
     return middle, at_q, at_k
 
@@ -126,7 +132,9 @@ def _merged(
         return whole(layout.length), (tuple(layout.places(rank) for rank in members[0]),)
     all_spans, all_places = [], []
     for ranks in members:
-        rows = [(span, n, at) for n, rank in enumerate(ranks) for at, span in held(layout.spans[rank])]
+        rows = [
+            (span, n, at) for n, rank in enumerate(ranks) for at, span in held(layout.spans[rank])
+        ]
         if len(ranks) > 1:
             rows.sort(key=lambda row: row[0].start)
         places: list[list[tuple[slice, slice]]] = [[] for _ in ranks]

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from seqpar.comm import Group
+from seqpar.comm import Grid, Group
 from seqpar.layout import LAYOUTS, Layout, Mask
-from seqpar.strategies import Plan, Strategy
+from seqpar.layout import contiguous as balanced
+from seqpar.strategies import GRID_STRATEGIES, Plan, Strategy
 from seqpar.testing import oracle
 from seqpar.testing.budget import Budget
 from seqpar_kernels import Dropout, Implementation, Score
@@ -39,6 +40,10 @@ class Case:
     sinks: bool = False
     dropout: float = 0.0
     documents: tuple[int, ...] | None = None
+    kv_length: int | None = None
+    multiple_of: int = 1
+    degree: int = 0  # which divisor of the number of ranks is the Ulysses degree of a grid
+    invariant: bool | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -52,15 +57,30 @@ class Case:
 
     def layout(self, size: int) -> Layout:
         """The layout for a number of ranks."""
-        return LAYOUTS[self.kind](self.length, size)
+        return self._laid_out(self.length, size)
+
+    def keys(self, size: int) -> Layout:
+        """The layout of the keys."""
+        return self._laid_out(self.length if self.kv_length is None else self.kv_length, size)
+
+    def _laid_out(self, length: int, size: int) -> Layout:
+        if self.kind == "balanced":
+            return balanced(length, size, self.mask, multiple_of=self.multiple_of)
+        return LAYOUTS[self.kind](length, size, multiple_of=self.multiple_of)
+
+    def grid(self, group: Group) -> Grid:
+        """The ranks in two dimensions."""
+        divisors = [n for n in range(1, group.size + 1) if group.size % n == 0]
+        return group.grid(ulysses=divisors[self.degree % len(divisors)])
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k, v and dout, whole, `[b s h d]`: normal numbers rounded to `dtype`."""
         generator = torch.Generator().manual_seed(0)
-        shapes = (self.hq, self.d), (self.hkv, self.d), (self.hkv, self.vd), (self.hq, self.vd)
+        n, m = self.length, self.length if self.kv_length is None else self.kv_length
+        shapes = (n, self.hq, self.d), (m, self.hkv, self.d), (m, self.hkv, self.vd)
         q, k, v, dout = (
-            torch.randn(self.batch, self.length, *s, dtype=torch.float64, generator=generator)
-            for s in shapes
+            torch.randn(self.batch, *s, dtype=torch.float64, generator=generator)
+            for s in (*shapes, (n, self.hq, self.vd))
         )
         return tuple(x.to(self.dtype) for x in (q, k, v, dout))  # type: ignore[return-value]
 
@@ -85,7 +105,12 @@ class Case:
         score = Score(self.scale, self.softcap, slopes, sinks)
         dropout = Dropout(self.dropout, SEED) if self.dropout else None
         layout = self.layout(group.size)
-        return Plan(group, layout, self.mask, score, strategy, implementation, dropout)
+        keys = None if self.kv_length is None else self.keys(group.size)
+        grid = self.grid(group) if strategy in GRID_STRATEGIES else None
+        return Plan(
+            group, layout, self.mask, score, strategy, implementation, dropout, keys,
+            self.invariant, grid,
+        )  # fmt: skip
 
     def terms(self) -> oracle.Terms:
         """The score, as the oracle takes it."""
@@ -95,5 +120,5 @@ class Case:
 
     def budget(self) -> Budget:
         """What the results must be, and how far from it they may be."""
-        seen = oracle.visible(self.length, self.causal, self.window, self.documents)
+        seen = oracle.visible(self.length, self.causal, self.window, self.documents, self.kv_length)
         return Budget.of(*self.tensors(), seen, self.terms())

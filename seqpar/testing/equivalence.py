@@ -48,8 +48,10 @@ def errors_on_rank(
         budget: of this case, where the caller has it already.
         device: where the attention runs; it is judged on the CPU.
     """
-    mine = case.layout(group.size).positions(group.rank)
-    q, k, v, dout = (x[:, mine].to(device) for x in case.tensors())
+    rows, cols = (x.positions(group.rank) for x in (case.layout(group.size), case.keys(group.size)))
+    mine = dict(zip(NAMES, (rows, rows, cols, cols), strict=True))
+    held = rows, cols, cols, rows
+    q, k, v, dout = (x[:, at].to(device) for x, at in zip(case.tensors(), held, strict=True))
     step = run_step(q, k, v, dout, case.plan(group, strategy, implementation, device))
 
     budget = budget or case.budget()
@@ -60,6 +62,6 @@ def errors_on_rank(
         if name not in NAMES:  # this rank's share
             got = got.clone()
             group.all_reduce_(got, "sum")
-        found[name] = max_error(got.cpu(), expected[:, mine] if name in NAMES else expected)
+        found[name] = max_error(got.cpu(), expected[:, mine[name]] if name in mine else expected)
     allowed = dict(zip(case.names, budget.allowed, strict=True))
     return Errors(found, allowed, step.sent, step.formula)

@@ -40,11 +40,16 @@ class Terms:
 
 
 def visible(
-    length: int, causal: bool, window: int | None, documents: tuple[int, ...] | None = None
+    length: int,
+    causal: bool,
+    window: int | None,
+    documents: tuple[int, ...] | None = None,
+    kv_length: int | None = None,
 ) -> Tensor:
-    """The mask `[s s]`, True where row i sees column j, straight from the definition."""
-    i, j = torch.arange(length)[:, None], torch.arange(length)[None, :]
-    seen = torch.ones(length, length, dtype=torch.bool)
+    """The mask `[s skv]`, True where row i sees column j, straight from the definition."""
+    kv_length = length if kv_length is None else kv_length
+    i, j = torch.arange(length)[:, None], torch.arange(kv_length)[None, :]
+    seen = torch.ones(length, kv_length, dtype=torch.bool)
     if causal:
         seen &= j <= i
     if window is not None:
