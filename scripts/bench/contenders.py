@@ -167,7 +167,7 @@ def meetings(layout: Layout, causal: bool, d: int, rank: int) -> list[Meeting]:
     met = []
     for step in range(layout.size):
         owner = (rank - step) % layout.size
-        joined = joined_tiles(tiles(layout, Mask(causal=causal), rank, owner))
+        joined = joined_tiles(tiles(layout.spans[rank], layout.spans[owner], Mask(causal=causal)))
         blocks = [(t.rows, t.cols, Block(t.band, score, t.row, t.col, t.step)) for t in joined]
         met.append((owner, blocks))
     return met

@@ -8,15 +8,21 @@ import functools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from seqpar import Group, simulate
 from seqpar.comm import (
+    Delivery,
     HeadTrade,
+    HomeSum,
+    Parcel,
+    Piece,
     RingSum,
+    Trip,
     all_gather,
     all_reduce,
+    gather_pass,
     heads_to_rows,
     reduce_scatter,
     replicate,
@@ -60,7 +66,7 @@ def scatter_pair(group, rows):
 def heads_pair(group, kind, length, hkv, per, back):
     layout, split = LAYOUTS[kind](length, group.size), split_heads(hkv * per, hkv, group.size)
     places = tuple(layout.places(r) for r in range(group.size))
-    trade = HeadTrade(group, places, (split.q, split.kv), (split.hq, split.hkv))
+    trade = HeadTrade(group, (places,) * 2, (split.q, split.kv), (split.hq, split.hkv), (None,) * 2)
     (q0, q1), (k0, k1) = split.q[group.rank], split.kv[group.rank]
     rows = [(2, layout.rows[group.rank], split.hq, 3), (2, layout.rows[group.rank], split.hkv, 4)]
     heads = [(2, length, q1 - q0, 3), (2, length, k1 - k0, 4)]
@@ -108,34 +114,145 @@ def check_reduce(results):
         torch.testing.assert_close(dshared, sum(r[2] for r in results))
 
 
-def ring_pair(group, rows):
-    """What ring_pass brings is every rank's block; what RingSum sums is every rank's share."""
-    block = normal(group, 1, rows[group.rank], 2)
-    sums = RingSum(group, rows)
+def repeated_pair(group, length, hkv, per):
+    """Kv heads repeated for every query head of a rank: their gradients are one for each of those."""
+    layout, split = LAYOUTS["striped"](length, group.size), split_heads(hkv * per, hkv, group.size)
+    places = tuple(layout.places(r) for r in range(group.size))
+    trade = HeadTrade(group, (places,), (split.kv,), (split.hkv,), (split.q,))
+    rows, num_q = (2, layout.rows[group.rank], hkv, 3), split.num_q(group.rank)
+    return inner(lambda xs: rows_to_heads(xs, trade), [rows], [(2, length, num_q, 3)], group)
+
+
+@given(st.integers(0, 9), st.integers(1, 3), st.integers(1, 4), st.integers(1, 6))
+def test_repeated_heads_and_their_gradients_are_duals(length, hkv, per, size):
+    total(simulate(size, repeated_pair, length, hkv, per))
+
+
+def ring_pair(group, rows, wanted, direction, in_order):
+    """What ring_pass brings and what RingSum sums; a visitor appends its digit to the sum, or adds it."""
+    trip = Trip(group.rank, rows, lambda v, o: (v, o) in wanted, direction)
+    block = normal(group, 1, rows[group.rank], 1, 2), normal(group, 1, rows[group.rank], 1)
+    like = (block[0],)
+    sums = RingSum(like, trip, group, torch.float64, in_order=in_order)
     seen = []
-    for owner, (visiting,) in ring_pass((block,), group, rows):
-        seen.append((owner, visiting.clone()))
-        sums.add(owner, (visiting * (group.rank + 1),))
+    for owner, visiting in ring_pass(block, trip, group):
+        share = sums.open()
+        assert (share is None) == (visiting is None)
+        if visiting is not None:
+            seen.append((owner, tuple(x.clone() for x in visiting)))
+            share[0].mul_(10 if in_order else 1).add_(group.rank + 1)
+        sums.close()
     (home,) = sums.home()
-    return block, seen, home, group.traffic.by_primitive
+    expected = {
+        "ring_pass": 3 * trip.passed_rows,
+        "ring_sum": 2 * trip.summed_rows(in_order=in_order),
+    }
+    return block, seen, home, group.traffic.by_primitive, expected
 
 
-def check_ring(results, rows):
-    size = len(rows)
-    for rank, (block, seen, home, sent) in enumerate(results):
-        assert [o for o, _ in seen] == [(rank - step) % size for step in range(size)]
+def check_ring(results, wanted, direction, in_order):
+    size = len(results)
+    for rank, (block, seen, home, sent, expected) in enumerate(results):
+        path = [(rank - step * direction) % size for step in range(size)]
+        assert [o for o, _ in seen] == [o for o in path if o == rank or (rank, o) in wanted]
         for owner, visiting in seen:
-            assert torch.equal(visiting, results[owner][0])
-        torch.testing.assert_close(home, block * sum(range(1, size + 1)))
+            assert all(torch.equal(x, y) for x, y in zip(visiting, results[owner][0], strict=True))
+        visitors = [(rank + step * direction) % size for step in range(size)]
+        visitors = [v for v in visitors if v == rank or (v, rank) in wanted]
+        if block[0].numel():
+            assert set(home.unique().tolist()) == {
+                expected_sum(visitors, direction, size, in_order)
+            }
         counted = {name: count.elements for name, count in sent.items()}
-        visits, returns = sum(rows) - rows[(rank + 1) % size], sum(rows) - rows[rank]
-        expected = {"ring_pass": 2 * visits, "ring_sum": 2 * returns}
+        assert counted == {name: n for name, n in expected.items() if n}
+    received = sum(3 * results[o][0][0].shape[1] for v, o in wanted if v != o)
+    assert received == sum(expected["ring_pass"] for *_, expected in results)
+
+
+def expected_sum(visitors, direction, size, in_order):
+    """Chains of neighbours append their digits in turn; where one breaks, another sum begins."""
+    if not in_order:
+        return sum(v + 1 for v in visitors)
+    chains = [[visitors[0]]]
+    for v in visitors[1:]:
+        if v == (chains[-1][-1] + direction) % size:
+            chains[-1].append(v)
+        else:
+            chains.append([v])
+    return sum(int("".join(str(v + 1) for v in chain)) for chain in chains)
+
+
+RINGS = st.integers(1, 6).flatmap(
+    lambda size: st.tuples(
+        st.lists(st.integers(0, 5), min_size=size, max_size=size),
+        st.sets(st.tuples(st.integers(0, size - 1), st.integers(0, size - 1))),
+    )
+)
+
+
+@given(RINGS, st.sampled_from([1, -1]), st.booleans())
+@example(([1] * 4, {(v, o) for v in range(4) for o in range(4)}), 1, False)
+@example(([2, 0, 3], {(1, 0), (2, 0), (2, 1)}), 1, True)
+@example(([1] * 5, {(0, 1), (1, 0), (4, 0), (0, 4)}), -1, True)
+def test_the_ring_brings_what_is_wanted_and_sums_every_share(ring, direction, in_order):
+    rows, wanted = ring
+    results = simulate(len(rows), ring_pair, rows, wanted, direction, in_order)
+    check_ring(results, wanted, direction, in_order)
+
+
+def pieces_pair(group, rows, num_chunks, wanted):
+    """What gather_pass brings and what HomeSum sums: every holder adds its rank + 1 to a piece."""
+    pieces = [Piece(o, n * c // num_chunks, n * (c + 1) // num_chunks)
+              for c in range(num_chunks) for o, n in enumerate(rows)]  # fmt: skip
+    chunks = [pieces[c * len(rows) : (c + 1) * len(rows)] for c in range(num_chunks)]
+    delivery = Delivery(group.rank, group.size, chunks, lambda r, p: (r, p.owner) in wanted)
+    block = (normal(group, 2, rows[group.rank], 1, 2),)
+    sums = HomeSum(block, delivery, group, torch.float64)
+    seen = []
+    for held, (x,) in gather_pass(block, delivery, group):
+        seen.append((held, x.clone()))
+        sums.open()[0].add_(group.rank + 1)
+        sums.close()
+    home = sums.home()[0]
+    expected = {"gather": 4 * delivery.gathered_rows, "scatter": 4 * delivery.returned_rows}
+    return block[0], seen, home, group.traffic.by_primitive, chunks, expected
+
+
+@given(RINGS, st.integers(1, 3))
+def test_pieces_reach_who_wants_them_and_shares_come_home(ring, num_chunks):
+    rows, wanted = ring
+    check_pieces(simulate(len(rows), pieces_pair, rows, num_chunks, wanted), wanted)
+
+
+def check_pieces(results, wanted):
+    for rank, (block, seen, home, sent, chunks, expected) in enumerate(results):
+        for n, (held, x) in enumerate(seen):
+            want = [p for p in chunks[n] if p.owner == rank or (rank, p.owner) in wanted]
+            assert list(held) == want
+            if want:
+                assert torch.equal(x, torch.cat([results[p.owner][0][:, p.rows] for p in want], 1))
+        holders = [r for r in range(len(results)) if r == rank or (r, rank) in wanted]
+        if block.numel():
+            assert set(home.unique().tolist()) == {sum(r + 1 for r in holders)}
+        counted = {name: count.elements for name, count in sent.items()}
         assert counted == {name: n for name, n in expected.items() if n}
 
 
-@given(ROWS)
-def test_the_ring_brings_every_block_and_sums_every_share(rows):
-    check_ring(simulate(len(rows), ring_pair, rows), rows)
+@given(
+    st.lists(st.sampled_from([torch.float64, torch.float32]), min_size=1, max_size=4),
+    st.integers(1, 3), st.integers(0, 4), st.integers(1, 3),
+)  # fmt: skip
+def test_parcels_are_unpacked_as_they_were_packed(dtypes, batch, rows, heads):
+    block = tuple(
+        torch.randn((batch, rows, heads) + (n,) * (n > 0), dtype=dtype)
+        for n, dtype in enumerate(dtypes)
+    )
+    parcel = Parcel.of(block)
+    messages = parcel.pack(block)
+    assert len(messages) == len(set(dtypes))
+    assert all(m.is_contiguous() for m in messages)
+    for x, y in zip(block, parcel.unpack(messages), strict=True):
+        torch.testing.assert_close(y, x, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
@@ -149,7 +266,13 @@ def test_all_of_it_over_processes(worlds, rows):
     total(run(gather_pair, rows))
     total(run(scatter_pair, rows))
     check_reduce(run(reduce_pairs))
-    check_ring(run(ring_pair, rows), rows)
+    everything = {(v, o) for v in range(len(rows)) for o in range(len(rows))}
+    some = {(v, o) for v, o in everything if (v + 2 * o) % 3}
+    for wanted in (everything, some):
+        for direction, in_order in ((1, False), (1, True), (-1, True)):
+            results = run(ring_pair, rows, wanted, direction, in_order)
+            check_ring(results, wanted, direction, in_order)
+        check_pieces(run(pieces_pair, rows, 2, wanted), wanted)
 
 
 @settings(max_examples=10)

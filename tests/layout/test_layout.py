@@ -67,7 +67,7 @@ def test_tiles_show_every_visible_score_once(joins, kind, length, size, causal, 
     for rank in range(size):
         for owner in range(size):
             rows, cols = layout.positions(rank), layout.positions(owner)
-            apart = tiles(layout, mask, rank, owner)
+            apart = tiles(layout.spans[rank], layout.spans[owner], mask)
             for t in joined_tiles(apart) if joins else apart:
                 for i, row in enumerate(rows[t.rows].tolist()):
                     assert joins or row == t.row + i * t.step
@@ -86,7 +86,7 @@ def test_the_busiest_rank_does_at_most_two_percent_more_than_the_mean(kind, size
 
 
 def test_a_zigzag_rank_meets_its_own_rows_in_two_tiles():
-    met = joined_tiles(tiles(zigzag(2048, 2), Mask(causal=True), 0, 0))
+    met = joined_tiles(tiles(zigzag(2048, 2).spans[0], zigzag(2048, 2).spans[0], Mask(causal=True)))
     assert [(t.rows, t.cols) for t in met] == [
         (slice(512, 1024), slice(512, 1024)), (slice(0, 1024), slice(0, 512)),
     ]  # fmt: skip
