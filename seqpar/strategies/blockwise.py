@@ -43,7 +43,7 @@ class Visit:
     dq: Tensor | None
     dk: Tensor | None
     dv: Tensor | None
-    dslopes: Tensor | None
+    dslopes: Tensor | None = None
 
 
 @dataclass
@@ -169,8 +169,8 @@ def _share(x: Tensor, plan: Plan) -> Tensor:
     if not plan.invariant or group.size == 1:
         return sum_rows(x)
     pieces = tuple(Piece(rank, 0, n) for rank, n in enumerate(layout.rows))
-    to_first = Delivery(group, [pieces], wants=lambda rank, piece: rank == 0)  # noqa: ARG005
-    ((_, (everything,)),) = gather_pass((x,), to_first, primitive="learned")
+    to_first = Delivery(group.rank, group.size, [pieces], lambda rank, piece: rank == 0)  # noqa: ARG005
+    ((_, (everything,)),) = gather_pass((x,), to_first, group, primitive="learned")
     if group.rank > 0:
         return x.new_zeros(x.shape[2])
     return sum_rows(everything.index_select(1, layout.inverse().to(x.device)))

@@ -12,7 +12,7 @@ from seqpar.comm import Grid, Group, agreed
 from seqpar.layout import Layout, Mask
 from seqpar.strategies.invariance import check_invariance, invariant_implementation
 from seqpar.strategies.plan import GRID_STRATEGIES, STRATEGY_NAMES, Plan
-from seqpar_kernels import Dropout, Request, Score, choose, tile_border
+from seqpar_kernels import Dropout, Implementation, Request, Score, choose, tile_border
 
 VERSION = "0.1.0"
 
@@ -53,6 +53,7 @@ def resolve(plan: Plan, q: Tensor, v: Tensor, *, with_lse: bool = False) -> Plan
     """
     score = plan.score.resolve(q.shape[3])
     request = Request.of(q, v, score, plan.drops, plan.packed, lse=with_lse)
+    name: Implementation | None
     if plan.strategy.startswith("materialised"):
         if plan.implementation not in (None, "reference", "triton"):
             raise NotImplementedError(

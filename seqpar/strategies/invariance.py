@@ -9,7 +9,10 @@ from __future__ import annotations
 from seqpar.strategies.plan import Plan
 from seqpar_kernels import Implementation, Request, choose, preference, refusal
 
-TILED = ("reference", "triton")  # they walk tiles in a fixed order, whatever blocks those come in
+TILED: tuple[Implementation, ...] = (
+    "reference",
+    "triton",
+)  # they walk tiles in a fixed order, whatever blocks those come in
 STRATEGIES = ("ulysses", "allgather", "ring")
 
 

@@ -96,7 +96,8 @@ class MeshRoute:
         sums = HomeSum((k, v), self._cols, self._grid.ring, into.dk.dtype)
         for pieces, (k_c, v_c) in gather_pass((k, v), self._cols, self._grid.ring):
             cols = spans_of(pieces, self._col_spans)
-            yield Visit(spans, cols, rows, k_c, v_c, dq, *sums.open(), dslopes)
+            dk_c, dv_c = sums.open()
+            yield Visit(spans, cols, rows, k_c, v_c, dq, dk_c, dv_c, dslopes)
             sums.close()
         into.dk, into.dv = sums.home()
         if self._rows.size > 1:
@@ -137,9 +138,8 @@ class MeshRoute:
         """The rows of the grid row, and zeros for their dq and dslopes."""
         if self._rows.size == 1:
             return self._row_spans[0], mine, into.dq, into.dslopes
-        block = (mine.q, mine.dout, mine.lse, mine.delta)
-        if needs_out(self._plan.implementation):
-            block += (mine.out,)
+        own_out = (mine.out,) if needs_out(self._plan.implementation) else ()
+        block = (mine.q, mine.dout, mine.lse, mine.delta, *own_out)
         spans, (q, dout, lse, delta, *out) = self._gather_rows(block)
         rows = Rows(q, out[0] if out else dout, dout, lse, delta)
         dq = torch.zeros(q.shape, dtype=into.dq.dtype, device=q.device)

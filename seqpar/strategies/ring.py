@@ -93,7 +93,8 @@ class RingRoute:
         """Block by block, this rank's first."""
         for owner, block in ring_pass((k, v), _key_trip(self._plan), self._plan.group):
             if block is not None:
-                yield self._plan.keys.spans[owner], *block
+                k_o, v_o = block
+                yield self._plan.keys.spans[owner], k_o, v_o
 
     def merged(self, running: Partial) -> Partial:
         """Nobody else worked on these rows."""
@@ -113,8 +114,8 @@ class RingRoute:
         for owner, block in ring_pass((k, v), trip, plan.group):
             share = sums.open()
             if block is not None and share is not None:
-                cols = plan.keys.spans[owner]
-                yield Visit(self._own, cols, mine, *block, into.dq, *share, into.dslopes)
+                (k_o, v_o), (dk_o, dv_o), cols = block, share, plan.keys.spans[owner]
+                yield Visit(self._own, cols, mine, k_o, v_o, into.dq, dk_o, dv_o, into.dslopes)
             sums.close()
         into.dk, into.dv = sums.home()
 
@@ -123,29 +124,19 @@ class RingRoute:
         trip = _query_trip(plan)
         like = (mine.q,) if into.dslopes is None else (mine.q, mine.lse)
         sums = RingSum(like, trip, plan.group, into.dq.dtype, in_order=bool(plan.invariant))
-        travelling = (mine.q, mine.dout, mine.lse, mine.delta)
-        if needs_out(plan.implementation):
-            travelling += (mine.out,)
+        out = (mine.out,) if needs_out(plan.implementation) else ()
+        travelling = (mine.q, mine.dout, mine.lse, mine.delta, *out)
         for owner, block in ring_pass(travelling, trip, plan.group):
             share = sums.open()
             if block is not None and share is not None:
                 q_o, dout_o, lse_o, delta_o, *out_o = block
                 rows = Rows(q_o, out_o[0] if out_o else dout_o, dout_o, lse_o, delta_o)
-                dq_o, dslopes_o = share if len(share) == 2 else (*share, None)
-                yield Visit(
-                    plan.layout.spans[owner],
-                    own_keys,
-                    rows,
-                    k,
-                    v,
-                    dq_o,
-                    into.dk,
-                    into.dv,
-                    dslopes_o,
-                )
+                dq_o, *learned_o = share
+                at = plan.layout.spans[owner]
+                yield Visit(at, own_keys, rows, k, v, dq_o, into.dk, into.dv, *learned_o)
             sums.close()
-        home = sums.home()
-        into.dq, into.dslopes = home if len(home) == 2 else (*home, None)
+        into.dq, *learned = sums.home()
+        into.dslopes = learned[0] if learned else None
 
 
 def _key_trip(plan: Plan, rank: int | None = None) -> Trip:

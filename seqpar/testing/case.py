@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from seqpar.comm import Grid, Group
-from seqpar.layout import LAYOUTS, Layout, Mask
-from seqpar.layout import contiguous as balanced
+from seqpar.layout import LAYOUTS, Layout, Mask, balanced
 from seqpar.strategies import GRID_STRATEGIES, Plan, Strategy
 from seqpar.testing import oracle
 from seqpar.testing.budget import Budget

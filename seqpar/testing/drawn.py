@@ -11,6 +11,7 @@ from seqpar.layout import LAYOUTS
 from seqpar.testing.case import Case
 
 WORLD_SIZES = st.integers(1, 8)
+KINDS = (*LAYOUTS, "balanced")
 LENGTHS = st.one_of(
     st.integers(0, 9), st.integers(10, 80), st.sampled_from([97, 127, 128, 129, 193, 257, 300])
 )
@@ -40,6 +41,8 @@ def cases(
 ) -> Case:
     """Any legal attention problem of up to 300 positions, by default with a plain score."""
     length = draw(LENGTHS)
+    documents = draw(st.none() | st.none() | _documents(length))
+    kv_length = None if documents else draw(st.none() | st.none() | LENGTHS)
     hkv = draw(st.integers(1, 5))
     return Case(
         length=length,
@@ -52,7 +55,10 @@ def cases(
         window=draw(st.none() | st.integers(1, length + 2)),
         scale=draw(st.none() | st.sampled_from([0.3, -0.5, 0.0])),
         dtype=draw(dtypes),
-        kind=draw(st.sampled_from(list(LAYOUTS))),
-        documents=draw(st.none() | st.none() | _documents(length)),
+        kind=draw(st.sampled_from(KINDS if kv_length is None else list(LAYOUTS))),
+        documents=documents,
+        kv_length=kv_length,
+        multiple_of=draw(st.sampled_from([1, 1, 1, 4, 64])),
+        degree=draw(st.integers(0, 3)),
         **draw(terms),
     )
