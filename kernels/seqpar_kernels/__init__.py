@@ -21,7 +21,7 @@ from seqpar_kernels.dispatch import attend, attend_backward, finish
 from seqpar_kernels.documents import Documents
 from seqpar_kernels.dropout import Dropout
 from seqpar_kernels.partial import Partial, accumulation_dtype
-from seqpar_kernels.score import Score, sink_gradient
+from seqpar_kernels.score import Score, sink_gradient, sink_gradient_rows, sum_rows
 
 __all__ = [
     "DTYPES",
@@ -44,4 +44,6 @@ __all__ = [
     "preference",
     "refusal",
     "sink_gradient",
+    "sink_gradient_rows",
+    "sum_rows",
 ]
