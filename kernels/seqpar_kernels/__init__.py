@@ -6,7 +6,7 @@ The mathematics is derived in `kernels/README.md`.
 """
 
 from seqpar_kernels.band import Band
-from seqpar_kernels.block import Block, Rows
+from seqpar_kernels.block import Block, Gradients, Rows
 from seqpar_kernels.choice import (
     DTYPES,
     IMPLEMENTATIONS,
@@ -30,6 +30,7 @@ __all__ = [
     "Block",
     "Documents",
     "Dropout",
+    "Gradients",
     "Implementation",
     "Partial",
     "Request",

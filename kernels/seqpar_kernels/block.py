@@ -16,6 +16,10 @@ from seqpar_kernels.partial import accumulation_dtype
 from seqpar_kernels.row_softmax import add_dot_
 from seqpar_kernels.score import Score
 
+# dq `[b i hq d]`, dk `[b j hkv d]`, dv `[b j hkv vd]`, float32 or wider, that a backward adds to. `None`
+# is not wanted: dq, or both dk and dv.
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
 
 @dataclass(frozen=True, eq=False)
 class Block:
