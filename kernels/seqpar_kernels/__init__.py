@@ -16,7 +16,7 @@ from seqpar_kernels.choice import (
     preference,
     refusal,
 )
-from seqpar_kernels.custom_ops import attention
+from seqpar_kernels.custom_ops import attention, attention_with_lse
 from seqpar_kernels.dispatch import attend, attend_backward, finish
 from seqpar_kernels.documents import Documents
 from seqpar_kernels.dropout import Dropout
@@ -40,6 +40,7 @@ __all__ = [
     "attend",
     "attend_backward",
     "attention",
+    "attention_with_lse",
     "choose",
     "finish",
     "preference",
