@@ -17,7 +17,7 @@ from seqpar_kernels.choice import (
     refusal,
 )
 from seqpar_kernels.custom_ops import attention, attention_with_lse
-from seqpar_kernels.dispatch import attend, attend_backward, finish
+from seqpar_kernels.dispatch import attend, attend_backward, finish, tile_border
 from seqpar_kernels.documents import Documents
 from seqpar_kernels.dropout import Dropout
 from seqpar_kernels.partial import Partial, accumulation_dtype
@@ -48,4 +48,5 @@ __all__ = [
     "sink_gradient",
     "sink_gradient_rows",
     "sum_rows",
+    "tile_border",
 ]

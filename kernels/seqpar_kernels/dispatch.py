@@ -5,6 +5,7 @@ Every strategy calls these and nothing else; here an implementation is chosen an
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 
 import torch
@@ -15,6 +16,7 @@ from seqpar_kernels import aten, aten_cuda, cudnn, flash_attn, reference
 from seqpar_kernels.block import Block, Gradients, Rows
 from seqpar_kernels.choice import Implementation, Request, choose, fuses
 from seqpar_kernels.partial import Partial
+from seqpar_kernels.tuning import KERNELS, tiles_for
 from seqpar_kernels.windows import Adapter
 
 
@@ -92,6 +94,22 @@ def finish(
 
         return triton_softmax.finish(running.acc, running.m, running.l, dtype, sinks)
     return running.finish(dtype, sinks)
+
+
+def tile_border(
+    implementation: Implementation, q: Float[Tensor, "b i hq d"], v: Float[Tensor, "b j hkv vd"]
+) -> int | None:
+    """The number of positions at whose multiples a sequence may be cut so that no bit changes.
+
+    Keys are then visited from the last block to the first and continue one `Partial`, or dq; rows from
+    the first to the last and continue dk, dv. `None` where the order of additions depends on the cut.
+    """
+    if implementation == "reference":
+        return reference.TILE
+    if implementation != "triton":
+        return None
+    tiles = [tiles_for(kernel, q, v) for kernel in KERNELS]
+    return math.lcm(*(side for t in tiles for side in (t.rows, t.cols)))
 
 
 def _chosen(
