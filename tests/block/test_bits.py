@@ -151,6 +151,18 @@ def test_grouped_heads_have_the_bits_they_have_among_other_groups(implementation
 
 
 @pytest.mark.parametrize(("implementation", "dtype"), BOTH, ids=str)
+def test_the_first_rows_have_the_bits_they_have_in_a_longer_sequence(implementation, dtype):
+    """What is below the causal diagonal, and how full the last tile is, changes no bit of a row."""
+    length, shorter = (40, (3,)) if implementation == "triton" else (130, (1, 3, 65))
+    tensors = problem(implementation, dtype, length, 2)
+    whole = run(tensors, PLAIN, implementation)
+    for n in shorter:
+        part = run([x[:, :n] for x in tensors], PLAIN, implementation)
+        for name in ("out", "lse", "dq"):
+            assert torch.equal(part[name], whole[name][:, :n]), (name, n)
+
+
+@pytest.mark.parametrize(("implementation", "dtype"), BOTH, ids=str)
 def test_keys_add_their_query_tiles_upwards_and_the_heads_of_a_group_inside(implementation, dtype):
     """So whoever has the gradient so far and one query head of a tile can go on with it."""
     q, _, v, _ = problem(implementation, dtype, 1, 3, 3)
