@@ -6,7 +6,7 @@ The mathematics is derived in `kernels/README.md`.
 """
 
 from seqpar_kernels.band import Band
-from seqpar_kernels.block import Block, Rows
+from seqpar_kernels.block import Block, Gradients, Rows
 from seqpar_kernels.choice import (
     DTYPES,
     IMPLEMENTATIONS,
@@ -16,12 +16,12 @@ from seqpar_kernels.choice import (
     preference,
     refusal,
 )
-from seqpar_kernels.custom_ops import attention
-from seqpar_kernels.dispatch import attend, attend_backward, finish
+from seqpar_kernels.custom_ops import attention, attention_with_lse
+from seqpar_kernels.dispatch import attend, attend_backward, finish, tile_border
 from seqpar_kernels.documents import Documents
 from seqpar_kernels.dropout import Dropout
 from seqpar_kernels.partial import Partial, accumulation_dtype
-from seqpar_kernels.score import Score, sink_gradient
+from seqpar_kernels.score import Score, sink_gradient, sink_gradient_rows, sum_rows
 
 __all__ = [
     "DTYPES",
@@ -30,6 +30,7 @@ __all__ = [
     "Block",
     "Documents",
     "Dropout",
+    "Gradients",
     "Implementation",
     "Partial",
     "Request",
@@ -39,9 +40,13 @@ __all__ = [
     "attend",
     "attend_backward",
     "attention",
+    "attention_with_lse",
     "choose",
     "finish",
     "preference",
     "refusal",
     "sink_gradient",
+    "sink_gradient_rows",
+    "sum_rows",
+    "tile_border",
 ]

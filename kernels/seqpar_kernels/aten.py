@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from seqpar_kernels.block import Block, Rows
+from seqpar_kernels.block import Block, Gradients, Rows
 from seqpar_kernels.partial import Partial
 from seqpar_kernels.rectangles import CAUSAL, FULL, Rectangle, cut, rectangles, strips
 from seqpar_kernels.reference import visibility
@@ -59,29 +59,36 @@ def backward(
     k: Float[Tensor, "b j hkv d"],
     v: Float[Tensor, "b j hkv vd"],
     block: Block,
-    into: tuple[Tensor, Tensor, Tensor],
+    into: Gradients,
     dslopes: None = None,
 ) -> None:
-    """Adds the block's gradients to dq, dk, dv, given the out and lse of the whole rows.
+    """Adds the block's gradients to those wanted of dq, dk, dv, given the out and lse of the whole rows.
 
-    The op derives delta from `out` itself, so it wants `out` where other kernels want delta.
+    The op computes all three, and derives delta from `out` itself, so it wants `out` where other kernels
+    want delta.
     """
     assert dslopes is None, "blocks with ALiBi never come here"
+    assert not of.lse_learns, "rows whose delta is not that of `out` never come here"
     q, k, v, out, dout = _as_the_op_wants(of.q, k, v, of.out, of.dout)
     q, scale, sign = positive(q, block.score.factor)
     width = BACKWARD_COLUMNS.get(q.dtype, BACKWARD_COLUMNS_ELSE)
     for rect in cut(block, q.shape[1], k.shape[1], partial(strips, width=width)):
         causal, mask = _how(rect, q)
-        dq, dk, dv = into[0][:, rect.rows], into[1][:, rect.cols], into[2][:, rect.cols]
+        parts = (rect.rows, rect.cols, rect.cols)
+        dq, dk, dv = (
+            None if x is None else x[:, part] for x, part in zip(into, parts, strict=True)
+        )
         for of_q, of_kv in _heads_first(q, k):
             dq_t, dk_t, dv_t = _backward(
                 of_q(dout[:, rect.rows]), of_q(q[:, rect.rows]), of_kv(k[:, rect.cols]),
                 of_kv(v[:, rect.cols]), of_q(out[:, rect.rows]), of_q(of.lse[:, rect.rows]),
                 0.0, causal, attn_mask=mask, scale=scale,
             )  # fmt: skip
-            of_q(dq).add_(dq_t[..., : dq.shape[-1]], alpha=sign)
-            _add_heads(of_kv(dk), dk_t)
-            _add_heads(of_kv(dv), dv_t)
+            if dq is not None:
+                of_q(dq).add_(dq_t[..., : dq.shape[-1]], alpha=sign)
+            for total, grad in ((dk, dk_t), (dv, dv_t)):
+                if total is not None:
+                    _add_heads(of_kv(total), grad)
 
 
 def positive(q: Tensor, scale: float) -> tuple[Tensor, float, int]:

@@ -43,6 +43,7 @@ class Request:
     alibi: bool = False
     dropout: bool = False
     documents: bool = False
+    lse: bool = False  # whether lse, too, is differentiated
 
     @staticmethod
     def of(
@@ -51,12 +52,14 @@ class Request:
         score: Score,
         dropout: Dropout | None = None,
         documents: Documents | None = None,
+        *,
+        lse: bool = False,
     ) -> Request:
         """What a call asks for."""
         return Request(
             q.device, q.dtype, q.shape[-1], v.shape[-1],
             score.softcap is not None, score.alibi_slopes is not None,
-            dropout is not None, documents is not None,
+            dropout is not None, documents is not None, lse,
         )  # fmt: skip
 
 
@@ -113,7 +116,7 @@ def _reference(request: Request) -> str | None:  # noqa: ARG001 - it can do ever
 
 
 def _aten(request: Request) -> str | None:
-    missing = "has no softcap" if request.softcap else _positional(request)
+    missing = "has no softcap" if request.softcap else _lacks(request)
     if request.device.type == "cpu" or missing:
         return missing
     if request.device.type == "cuda" and not torch.backends.cuda.is_flash_attention_available():
@@ -128,7 +131,7 @@ def _flash_attn(request: Request) -> str | None:
     version = metadata.version("flash-attn")
     if tuple(int(x) for x in version.split(".")[:2]) < (2, 7):
         return f"needs flash-attn 2.7 or newer, got {version}"
-    return _flash(request) or _positional(request)
+    return _flash(request) or _lacks(request)
 
 
 def _cudnn(request: Request) -> str | None:
@@ -171,9 +174,10 @@ def _flash(request: Request) -> str | None:
     )
 
 
-def _positional(request: Request) -> str | None:
-    """What a kernel lacks that does not know the place of a block."""
+def _lacks(request: Request) -> str | None:
+    """What a kernel lacks that does not know the place of a block, and derives delta from `out`."""
     return _first(
+        (request.lse, "derives delta from out, and so cannot differentiate lse"),
         (request.alibi, "does not add ALiBi on global positions"),
         (request.dropout, "cannot drop weights by their global position"),
     )

@@ -15,17 +15,17 @@ from torch import Tensor
 
 from seqpar_kernels.band import Band
 from seqpar_kernels.block import Block, Rows
-from seqpar_kernels.choice import Implementation
+from seqpar_kernels.choice import Implementation, Request, choose
 from seqpar_kernels.dispatch import attend, attend_backward, finish
 from seqpar_kernels.documents import Documents
 from seqpar_kernels.dropout import Dropout
 from seqpar_kernels.partial import Partial, accumulation_dtype
-from seqpar_kernels.score import Score, sink_gradient
+from seqpar_kernels.score import Score, sink_gradient, sum_rows
 
 # Tensors first; what follows describes the block. Ops take no dataclasses.
 _BLOCK = (
     "Tensor? alibi_slopes, Tensor? sinks, int? lower, int? upper, float scale, float? softcap, "
-    "int[4] place, float dropout, int seed, int[]? documents, str? implementation"
+    "int[4] place, float dropout, int seed, int[]? documents, bool lse_learns, str? implementation"
 )
 
 
@@ -45,12 +45,34 @@ def attention(
         ValueError: hq is not a multiple of hkv.
         NotImplementedError: the implementation cannot do what is asked.
     """
+    return torch.ops.seqpar.attention_forward(q, k, v, *_described(block), False, implementation)
+
+
+def attention_with_lse(
+    q: Float[Tensor, "b i hq d"],
+    k: Float[Tensor, "b j hkv d"],
+    v: Float[Tensor, "b j hkv vd"],
+    block: Block,
+    *,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Tensor, "b i hq vd"], Float[Tensor, "b i hq"]]:
+    """(out, lse) as `attention`, both differentiable: forward and backward are of a kernel that can.
+
+    Raises:
+        ValueError: hq is not a multiple of hkv.
+        NotImplementedError: the implementation cannot do what is asked, or cannot differentiate lse.
+    """
+    return torch.ops.seqpar.attention_forward(q, k, v, *_described(block), True, implementation)
+
+
+def _described(block: Block) -> tuple[Any, ...]:
+    """The block as the ops take it."""
     score, drop = block.score, block.dropout
-    return torch.ops.seqpar.attention_forward(
-        q, k, v, score.alibi_slopes, score.sinks, block.band.lower, block.band.upper,
+    return (
+        score.alibi_slopes, score.sinks, block.band.lower, block.band.upper,
         score.factor, score.softcap, [block.row, block.col, block.step, block.head],
         drop.p if drop else 0.0, drop.seed if drop else 0,
-        list(block.documents.bounds) if block.documents else None, implementation,
+        list(block.documents.bounds) if block.documents else None,
     )  # fmt: skip
 
 
@@ -85,8 +107,11 @@ def _block(
     schema=f"(Tensor q, Tensor k, Tensor v, {_BLOCK}) -> (Tensor, Tensor)",
 )
 def _forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    *described, implementation = args
+    *described, lse_learns, implementation = args
     block = _block(*described)
+    # The forward of an implementation that has no such backward is not worth having.
+    asked = Request.of(q, v, block.score, block.dropout, block.documents, lse=lse_learns)
+    implementation = choose(asked, implementation)
     running = Partial.identity(q, v.shape[-1])
     attend(q, k, v, block, into=running, implementation=implementation)
     return finish(running, q.dtype, block.score.sinks, implementation=implementation)
@@ -102,12 +127,13 @@ def _(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:  # 
     "seqpar::attention_backward",
     mutates_args=(),
     schema=(
-        "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool slopes_learn, "
-        f"bool sinks_learn, {_BLOCK}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+        "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+        f"bool slopes_learn, bool sinks_learn, {_BLOCK}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 )
 def _backward(
     dout: Tensor,
+    dlse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -117,9 +143,9 @@ def _backward(
     sinks_learn: bool,
     *args: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *described, implementation = args
+    *described, _, implementation = args
     block = _block(*described)
-    rows = Rows.of(q, out, dout, lse, implementation=implementation)
+    rows = Rows.of(q, out, dout, lse, dlse, implementation=implementation)
     dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v))
     by_row = torch.zeros_like(lse) if slopes_learn else None
     attend_backward(
@@ -128,7 +154,7 @@ def _backward(
     dslopes, dsinks = lse.new_empty(0), lse.new_empty(0)
     if by_row is not None:
         assert block.score.alibi_slopes is not None
-        dslopes = by_row.sum((0, 1)).to(block.score.alibi_slopes.dtype)
+        dslopes = sum_rows(by_row).to(block.score.alibi_slopes.dtype)
     if sinks_learn:
         assert block.score.sinks is not None
         dsinks = sink_gradient(block.score.sinks, lse, rows.delta)
@@ -139,6 +165,7 @@ def _backward(
 @_backward.register_fake
 def _(
     dout: Tensor,  # noqa: ARG001
+    dlse: Tensor | None,  # noqa: ARG001
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -159,15 +186,27 @@ def _(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, slopes, sinks, *ctx.described = inputs
     out, lse = output
-    ctx.mark_non_differentiable(lse)
+    ctx.lse_learns = ctx.described[-2]
+    if not ctx.lse_learns:
+        ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(q, k, v, slopes, sinks, out, lse)
 
 
-def _differentiate(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, slopes, sinks, out, lse = ctx.saved_tensors
     learn = ctx.needs_input_grad[3:5]
     dq, dk, dv, *learned = torch.ops.seqpar.attention_backward(
-        dout, q, k, v, out, lse, *learn, slopes, sinks, *ctx.described
+        dout,
+        dlse if ctx.lse_learns else None,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        *learn,
+        slopes,
+        sinks,
+        *ctx.described,
     )
     gradients = (x if wanted else None for x, wanted in zip(learned, learn, strict=True))
     return dq, dk, dv, *gradients, *(None for _ in ctx.described)

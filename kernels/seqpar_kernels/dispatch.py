@@ -5,6 +5,7 @@ Every strategy calls these and nothing else; here an implementation is chosen an
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 
 import torch
@@ -12,9 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from seqpar_kernels import aten, aten_cuda, cudnn, flash_attn, reference
-from seqpar_kernels.block import Block, Rows
+from seqpar_kernels.block import Block, Gradients, Rows
 from seqpar_kernels.choice import Implementation, Request, choose, fuses
 from seqpar_kernels.partial import Partial
+from seqpar_kernels.tuning import KERNELS, tiles_for
 from seqpar_kernels.windows import Adapter
 
 
@@ -53,7 +55,7 @@ def attend_backward(
     v: Float[Tensor, "b j hkv vd"],
     block: Block,
     *,
-    into: tuple[Tensor, Tensor, Tensor],
+    into: Gradients,
     dslopes: Float[Tensor, "b i hq"] | None = None,
     implementation: Implementation | None = None,
 ) -> None:
@@ -61,17 +63,21 @@ def attend_backward(
 
     Args:
         rows: the query rows with lse and delta over *all* their keys, not just this block's.
-        into: dq `[b i hq d]`, dk `[b j hkv d]`, dv `[b j hkv vd]`, float32 or wider.
+        into: dq `[b i hq d]`, dk `[b j hkv d]`, dv `[b j hkv vd]`, float32 or wider. dq may be `None`, or
+            both dk and dv: not wanted, and not computed by kernels that can leave it out.
         dslopes: where the ALiBi slopes learn: each row's share of their gradient is added to it.
 
     Raises:
-        ValueError: hq is not a multiple of hkv.
-        NotImplementedError: the implementation cannot do what is asked.
+        ValueError: hq is not a multiple of hkv, or just one of dk and dv is wanted.
+        NotImplementedError: the implementation cannot do what is asked, or cannot differentiate lse
+            and the rows say that it is.
     """
+    if (into[1] is None) != (into[2] is None):
+        raise ValueError("dk and dv come together: give both to add to, or None for both")
     if _nothing_to_do(rows.q, k, block):
         return
     with torch.autocast(rows.q.device.type, enabled=False):
-        chosen = _chosen(rows.q, v, block, implementation)
+        chosen = _chosen(rows.q, v, block, implementation, lse_learns=rows.lse_learns)
         chosen.backward(rows, k, v, block, into, dslopes)
 
 
@@ -90,11 +96,32 @@ def finish(
     return running.finish(dtype, sinks)
 
 
+def tile_border(
+    implementation: Implementation, q: Float[Tensor, "b i hq d"], v: Float[Tensor, "b j hkv vd"]
+) -> int | None:
+    """The number of positions at whose multiples a sequence may be cut so that no bit changes.
+
+    Keys are then visited from the last block to the first and continue one `Partial`, or dq; rows from
+    the first to the last and continue dk, dv. `None` where the order of additions depends on the cut.
+    """
+    if implementation == "reference":
+        return reference.TILE
+    if implementation != "triton":
+        return None
+    tiles = [tiles_for(kernel, q, v) for kernel in KERNELS]
+    return math.lcm(*(side for t in tiles for side in (t.rows, t.cols)))
+
+
 def _chosen(
-    q: Tensor, v: Tensor, block: Block, implementation: Implementation | None
+    q: Tensor,
+    v: Tensor,
+    block: Block,
+    implementation: Implementation | None,
+    *,
+    lse_learns: bool = False,
 ) -> ModuleType | Adapter:
     """What has the `forward` and the `backward` of the implementation."""
-    request = Request.of(q, v, block.score, block.dropout, block.documents)
+    request = Request.of(q, v, block.score, block.dropout, block.documents, lse=lse_learns)
     name = choose(request, implementation)
     if name == "triton":  # lazily: importing seqpar must not need it
         from seqpar_kernels import triton_attention

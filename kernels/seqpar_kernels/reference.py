@@ -1,7 +1,12 @@
 """The readable implementation: tile by tile in torch, in a fixed order, float64 capable.
 
 Query tiles are taken upwards and, for each, key tiles downwards, so that dq adds its terms in
-descending and dk, dv in ascending order of position, whatever block the tiles belong to.
+descending and dk, dv in ascending order of position, whatever block the tiles belong to. The query
+heads of a group add to dk, dv in the order of heads, inside their tile.
+
+Every product is of whole tiles of one query head: what lies past the end of a block is zero and hidden.
+A head's bits then depend neither on how many heads are with it nor, where a sequence is cut between
+tiles, on the cut.
 """
 
 from __future__ import annotations
@@ -9,12 +14,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from seqpar_kernels.band import Band
-from seqpar_kernels.block import Block, Rows
+from seqpar_kernels.block import Block, Gradients, Rows
 from seqpar_kernels.partial import Partial
 
 TILE = 64
@@ -27,23 +31,26 @@ def forward(
     block: Block,
     into: Partial,
 ) -> None:
-    """Continues `into` with the block. Source: Dao 2023, FlashAttention-2 (arXiv:2307.08691), 3.1."""
-    num_groups = k.shape[2]
-    for rows, cols, tile in _tiles(block, q, k):
-        q_t, k_t, v_t = (_widen(x) for x in (q[:, rows], k[:, cols], v[:, cols]))
-        visible = _visible(tile, q_t, k_t)
-        s, _ = _scores(q_t, k_t, tile)
-        s = s.masked_fill(~visible, float("-inf"))
-        m_t = s.amax(-1)
-        some = m_t > float("-inf")
-        p = torch.exp(s - torch.where(some, m_t, 0.0).unsqueeze(-1))
-        acc = torch.einsum("bgrij,bjgd->bgrid", p * _kept(tile, p), v_t)
-        part = into[rows]
-        # A row of the tile may see nothing: its m is -inf, and exp(-inf - -inf) would be NaN.
-        m_t = _rows_first(torch.where(some, m_t, torch.finfo(m_t.dtype).min))
-        l_t = _rows_first(p.sum(-1))
-        part.merge_(rearrange(acc, "b g r i d -> b i (g r) d", g=num_groups), m_t, l_t)
-        part.m.masked_fill_(part.l == 0, float("-inf"))
+    """Continues `into` with the block, in its type. Source: Dao 2023, FlashAttention-2 (arXiv:2307.08691)."""
+    group, dtype = q.shape[2] // k.shape[2], into.acc.dtype
+    for rows, tiles in _walk(block, q.shape[1], k.shape[1]):
+        running = into[rows]
+        q_t, acc = _load(q, rows, dtype), _load(running.acc, slice(None), dtype)
+        m, l = (_load(x.unsqueeze(-1), slice(None), dtype) for x in (running.m, running.l))
+        for cols, tile in tiles:
+            k_t, v_t = (_load(x, cols, dtype, group) for x in (k, v))
+            s, _ = _scores(q_t, k_t, tile)
+            s = s.masked_fill(~_visible(tile, rows, cols, s.device), float("-inf"))
+            top = torch.maximum(m, s.amax(-1, keepdim=True))
+            # A row may have seen nothing: exp(-inf - -inf) would be NaN.
+            origin = torch.where(top == float("-inf"), 0.0, top)
+            shrink, p = torch.exp(m - origin), torch.exp(s - origin)
+            acc = acc * shrink + (p * _kept(tile, p)) @ v_t
+            l = l * shrink + p.sum(-1, keepdim=True)
+            m = top
+        _store(acc, running.acc)
+        _store(m, running.m.unsqueeze(-1))
+        _store(l, running.l.unsqueeze(-1))
 
 
 def backward(
@@ -51,46 +58,70 @@ def backward(
     k: Float[Tensor, "b j hkv d"],
     v: Float[Tensor, "b j hkv vd"],
     block: Block,
-    into: tuple[Tensor, Tensor, Tensor],
+    into: Gradients,
     dslopes: Float[Tensor, "b i hq"] | None,
 ) -> None:
-    """Adds the block's gradients to dq, dk, dv (and dslopes), given lse and delta of the whole rows."""
+    """Adds the block's gradients to those wanted of dq, dk, dv (and to dslopes), in the type of lse."""
     dq, dk, dv = into
-    num_groups, scale = k.shape[2], block.score.factor
-    for rows, cols, tile in _tiles(block, of.q, k):
-        q_t, k_t, v_t, dout_t = (
-            _widen(x) for x in (of.q[:, rows], k[:, cols], v[:, cols], of.dout[:, rows])
-        )
-        visible = _visible(tile, q_t, k_t)
-        s, slope_of_cap = _scores(q_t, k_t, tile)
-        dout_t = rearrange(dout_t, "b i (g r) d -> b i g r d", g=num_groups)
-        lse_t, delta_t = (
-            rearrange(x[:, rows], "b i (g r) -> b g r i 1", g=num_groups)
-            for x in (of.lse, of.delta)
-        )
-        p = torch.where(visible, torch.exp(s - lse_t), 0.0)
-        kept = _kept(tile, p)
-        dp = torch.einsum("bigrd,bjgd->bgrij", dout_t, v_t) * kept
-        ds = p * (dp - delta_t)
-        if dslopes is not None:
-            dslopes[:, rows] -= _rows_first((ds * _distance(tile, ds)).sum(-1))
-        dx = ds * slope_of_cap * scale
-        q_t = rearrange(q_t, "b i (g r) d -> b i g r d", g=num_groups)
-        dq_t = torch.einsum("bgrij,bjgd->bigrd", dx, k_t)
-        dq[:, rows] += rearrange(dq_t, "b i g r d -> b i (g r) d")
-        dk[:, cols] += torch.einsum("bgrij,bigrd->bjgd", dx, q_t)
-        dv[:, cols] += torch.einsum("bgrij,bigrd->bjgd", p * kept, dout_t)
+    group, dtype, scale = of.q.shape[2] // k.shape[2], of.lse.dtype, block.score.factor
+    for rows, tiles in _walk(block, of.q.shape[1], k.shape[1]):
+        q_t, dout_t = (_load(x, rows, dtype) for x in (of.q, of.dout))
+        lse_t, delta_t = (_load(x.unsqueeze(-1), rows, dtype) for x in (of.lse, of.delta))
+        for cols, tile in tiles:
+            k_t, v_t = (_load(x, cols, dtype, group) for x in (k, v))
+            s, slope_of_cap = _scores(q_t, k_t, tile)
+            p = torch.exp(s - lse_t)
+            p = p.masked_fill(~_visible(tile, rows, cols, s.device), 0.0)
+            kept = _kept(tile, p)
+            ds = p * (dout_t @ v_t.mT * kept - delta_t)
+            dx = ds * slope_of_cap * scale
+            if dslopes is not None:
+                _add(
+                    (ds * -_distance(tile, ds)).sum(-1, keepdim=True),
+                    dslopes[:, rows].unsqueeze(-1),
+                )
+            if dq is not None:
+                _add(dx @ k_t, dq[:, rows])
+            if dk is not None and dv is not None:
+                _add(dx.mT @ q_t, dk[:, cols])
+                _add((p * kept).mT @ dout_t, dv[:, cols])
 
 
-def _tiles(block: Block, q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, Block]]:
-    """(rows, cols, tile) of the tiles in which some row is inside the band."""
-    num_rows, num_cols = q.shape[1], k.shape[1]
+def _walk(
+    block: Block, num_rows: int, num_cols: int
+) -> Iterator[tuple[slice, list[tuple[slice, Block]]]]:
+    """The rows of each tile, with (cols, tile) of those in which some row is inside the band."""
     for row in range(0, num_rows, TILE):
+        rows = slice(row, min(row + TILE, num_rows))
+        tiles = []
         for col in reversed(range(0, num_cols, TILE)):
-            tile = block.at(row, col)
-            height, width = min(TILE, num_rows - row), min(TILE, num_cols - col)
-            if tile.band.count(height, width):
-                yield slice(row, row + height), slice(col, col + width), tile
+            cols, tile = slice(col, min(col + TILE, num_cols)), block.at(row, col)
+            if tile.band.count(_length(rows), _length(cols)):
+                tiles.append((cols, tile))
+        if tiles:
+            yield rows, tiles
+
+
+def _load(
+    x: Float[Tensor, "b s h w"], where: slice, dtype: torch.dtype, group: int = 1
+) -> Float[Tensor, "b hq 64 w"]:
+    """A whole tile, its heads first, each repeated for its group. What lies past the end is zero."""
+    x = x[:, where].transpose(1, 2)
+    b, h, length, width = x.shape
+    tile = x.new_zeros(b, h, group, TILE, width, dtype=dtype)
+    tile[..., :length, :] = x.unsqueeze(2)
+    return tile.flatten(1, 2)
+
+
+def _store(tile: Float[Tensor, "b h 64 w"], to: Float[Tensor, "b s h w"]) -> None:
+    to.copy_(tile[:, :, : to.shape[1]].transpose(1, 2))
+
+
+def _add(tile: Float[Tensor, "b hq 64 w"], to: Float[Tensor, "b s h w"]) -> None:
+    """Adds the query heads of every group to their head, one after another."""
+    by_group = tile[:, :, : to.shape[1]].unflatten(1, (to.shape[2], -1))
+    for head in by_group.unbind(2):
+        to += head.transpose(1, 2)
 
 
 def visibility(
@@ -106,59 +137,54 @@ def visibility(
     return visible
 
 
-def _visible(tile: Block, q: Tensor, k: Tensor) -> Bool[Tensor, "i j"]:
-    """What the rows of a tile see: the band, inside their own documents."""
-    num_rows, num_cols = q.shape[1], k.shape[1]
-    visible = visibility(tile.band, num_rows, num_cols, q.device)
-    limits = tile.row_limits(num_rows, num_cols, q.device)
+def _visible(tile: Block, rows: slice, cols: slice, device: torch.device) -> Bool[Tensor, "64 64"]:
+    """What the rows of a tile see: the band, inside their own documents and inside the block."""
+    num_rows, num_cols = _length(rows), _length(cols)
+    visible = visibility(tile.band, TILE, TILE, device)
+    visible[num_rows:] = False
+    visible[:, num_cols:] = False
+    limits = tile.row_limits(TILE, num_cols, device)
     if limits is not None:
-        col = torch.arange(num_cols, device=q.device)
+        col = torch.arange(TILE, device=device)
         visible &= (col >= limits[:, :1]) & (col < limits[:, 1:])
     return visible
 
 
-def _scores(q: Tensor, k: Tensor, tile: Block) -> tuple[Float[Tensor, "b g r i j"], Tensor | float]:
+def _scores(
+    q: Float[Tensor, "b hq 64 d"], k: Float[Tensor, "b hq 64 d"], tile: Block
+) -> tuple[Float[Tensor, "b hq 64 64"], Tensor | float]:
     """The scores, nothing hidden, and their derivative by scale * q.k."""
-    q = rearrange(q, "b i (g r) d -> b i g r d", g=k.shape[2])
-    s = torch.einsum("bigrd,bjgd->bgrij", q, k) * tile.score.factor
+    s = (q @ k.mT) * tile.score.factor
     slope_of_cap: Tensor | float = 1.0
     if tile.score.softcap is not None:
         bent = torch.tanh(s / tile.score.softcap)
         s, slope_of_cap = bent * tile.score.softcap, 1 - bent.square()
     if tile.score.alibi_slopes is not None:
-        slopes = tile.score.alibi_slopes.to(s.dtype)
-        slopes = rearrange(slopes, "(g r) -> g r 1 1", g=s.shape[1])
-        s = s - slopes * _distance(tile, s)
+        s = s - tile.score.alibi_slopes.to(s.dtype)[:, None, None] * _distance(tile, s)
     return s, slope_of_cap
 
 
-def _distance(tile: Block, s: Float[Tensor, "b g r i j"]) -> Float[Tensor, "i j"]:
+def _distance(tile: Block, s: Float[Tensor, "b hq 64 64"]) -> Float[Tensor, "64 64"]:
     """How many positions lie between each row and each column."""
-    row, col = _positions(tile, s)
+    row, col = _positions(tile, s.device)
     return (row - col).abs().to(s.dtype)
 
 
-def _kept(tile: Block, p: Float[Tensor, "b g r i j"]) -> Tensor | float:
+def _kept(tile: Block, p: Float[Tensor, "b hq 64 64"]) -> Tensor | float:
     """What dropout multiplies the weights by."""
     if tile.dropout is None:
         return 1.0
-    batch = torch.arange(p.shape[0], device=p.device)[:, None, None, None, None]
-    head = torch.arange(p.shape[1] * p.shape[2], device=p.device) + tile.head
-    keeps = tile.dropout.keeps(batch, head.view(*p.shape[1:3], 1, 1), *_positions(tile, p))
+    batch = torch.arange(p.shape[0], device=p.device)[:, None, None, None]
+    head = torch.arange(p.shape[1], device=p.device)[:, None, None] + tile.head
+    keeps = tile.dropout.keeps(batch, head, *_positions(tile, p.device))
     return keeps.to(p.dtype) * tile.dropout.factor
 
 
-def _positions(tile: Block, s: Float[Tensor, "b g r i j"]) -> tuple[Tensor, Tensor]:
-    """Global positions of the rows `[i 1]` and of the columns `[j]`."""
-    num_rows, num_cols = s.shape[-2:]
-    row = tile.row + tile.step * torch.arange(num_rows, device=s.device)
-    col = tile.col + tile.step * torch.arange(num_cols, device=s.device)
-    return row[:, None], col
+def _positions(tile: Block, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Global positions of the rows `[64 1]` and of the columns `[64]`."""
+    place = tile.step * torch.arange(TILE, device=device)
+    return (tile.row + place)[:, None], tile.col + place
 
 
-def _rows_first(x: Tensor) -> Float[Tensor, "b i hq"]:
-    return rearrange(x, "b g r i -> b i (g r)")
-
-
-def _widen(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+def _length(part: slice) -> int:
+    return part.stop - part.start

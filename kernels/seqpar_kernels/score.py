@@ -89,8 +89,24 @@ class Score:
 def sink_gradient(
     sinks: Float[Tensor, "hq"], lse: Float[Tensor, "b i hq"], delta: Float[Tensor, "b i hq"]
 ) -> Float[Tensor, "hq"]:
-    """These rows' share of the gradient of the sinks.
+    """These rows' share of the gradient of the sinks."""
+    return sum_rows(sink_gradient_rows(sinks, lse, delta)).to(sinks.dtype)
+
+
+def sink_gradient_rows(
+    sinks: Float[Tensor, "hq"], lse: Float[Tensor, "b i hq"], delta: Float[Tensor, "b i hq"]
+) -> Float[Tensor, "b i hq"]:
+    """Each row's share of the gradient of its head's sink, in the type of lse.
 
     A sink is a key whose value is zero, so its ds is p (0 - delta). `lse` has the sink in it.
     """
-    return -(torch.exp(sinks.to(lse.dtype) - lse) * delta).sum((0, 1)).to(sinks.dtype)
+    return -(torch.exp(sinks.to(lse.dtype) - lse) * delta)
+
+
+def sum_rows(x: Float[Tensor, "b i hq"]) -> Float[Tensor, "hq"]:
+    """The sum of every head's rows, the same bits whatever heads are with it."""
+    sums = [
+        x[:, :, head].clone(memory_format=torch.contiguous_format).sum()
+        for head in range(x.shape[2])
+    ]
+    return torch.stack(sums) if sums else x.new_empty(0)

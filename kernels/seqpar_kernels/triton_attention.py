@@ -1,7 +1,7 @@
 """Launches the Triton kernels: the `triton` implementation of `attend` and `attend_backward`.
 
-A launch allocates nothing but two integers a row for packed documents, and copies of inputs whose rows
-are not contiguous.
+A launch allocates nothing but two integers a row for packed documents, copies of inputs whose rows are
+not contiguous, and a dq nobody wants where the slopes learn.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton
 from jaxtyping import Float
 from torch import Tensor
 
-from seqpar_kernels.block import Block, Rows
+from seqpar_kernels.block import Block, Gradients, Rows
 from seqpar_kernels.choice import interprets
 from seqpar_kernels.partial import Partial
 from seqpar_kernels.triton_backward import dkdv_kernel, dq_kernel
@@ -57,36 +57,58 @@ def backward(
     k: Float[Tensor, "b j hkv d"],
     v: Float[Tensor, "b j hkv vd"],
     block: Block,
-    into: tuple[Tensor, Tensor, Tensor],
+    into: Gradients,
     dslopes: Float[Tensor, "b i hq"] | None,
     tiles: tuple[Tiles, Tiles] | None = None,
 ) -> None:
-    """Adds the block's gradients to dq, dk, dv (and dslopes), given lse and delta of the whole rows."""
+    """Adds the block's gradients to dq, dk, dv (and dslopes), given lse and delta of the whole rows.
+
+    One kernel gives dq and dslopes, one dk and dv; each runs only if something of it is wanted.
+    """
     q, k, v, dout = (_rows_contiguous(x) for x in (of.q, k, v, of.dout))
     dq, dk, dv = into
-    assert all(_is_row_contiguous(x) for x in into), "gradients are written row by row"
-    lse, delta, (b, i, hq, _), hkv = of.lse, of.delta, q.shape, k.shape[2]
+    assert all(x is None or _is_row_contiguous(x) for x in into), "gradients are written row by row"
+    inputs = (q, k, v, dout, of.lse, of.delta)
     by_rows, by_cols = tiles or (tiles_for("dq", q, v), tiles_for("dkdv", q, v))
-    inputs, strides = (q, k, v, dout, lse, delta), _strides(q, k, v, dout, lse, delta)
-    slopes = _given(_slopes(block), q)
-    pack = _pack(q, k, by_rows)
-    num_tiles, packs = triton.cdiv(i * pack, by_rows.rows), b * hq // pack
+    if dq is not None or dslopes is not None:
+        scratch = torch.empty_like(q, dtype=of.lse.dtype) if dq is None else dq
+        _launch_dq(inputs, block, scratch, dslopes, by_rows)
+    if dk is not None and dv is not None:
+        _launch_dkdv(inputs, block, dk, dv, by_cols)
+
+
+def _launch_dq(
+    inputs: tuple[Tensor, ...], block: Block, dq: Tensor, dslopes: Tensor | None, tiles: Tiles
+) -> None:
+    q, k, v, dout, _, delta = inputs
+    b, i, hq, _ = q.shape
+    pack = _pack(q, k, tiles)
+    num_tiles, packs = triton.cdiv(i * pack, tiles.rows), b * hq // pack
     limits = block.row_limits(i, k.shape[1], q.device)
+    by_row = _given(dslopes, delta)
     with launching(q):
         dq_kernel[(num_tiles * packs,)](
-            *inputs, dq, _given(dslopes, delta), _given(limits, q), slopes,
-            *strides, *_strides(dq, _given(dslopes, delta)),
+            *inputs, dq, by_row, _given(limits, q), _given(_slopes(block), q),
+            *_strides(*inputs, dq, by_row),
             i, k.shape[1], hq, packs, num_tiles, _section(k, v, packs), *_runtime(block, q, k),
-            PACK=pack, LEARNS=dslopes is not None, **_walk_columns(block, q, k, by_rows),
-            **_constants(block, by_rows, q, k, v, dout),
+            PACK=pack, LEARNS=dslopes is not None, **_walk_columns(block, q, k, tiles),
+            **_constants(block, tiles, q, k, v, dout),
         )  # fmt: skip
-    num_tiles, heads = triton.cdiv(k.shape[1], by_cols.cols), b * hkv
+
+
+def _launch_dkdv(
+    inputs: tuple[Tensor, ...], block: Block, dk: Tensor, dv: Tensor, tiles: Tiles
+) -> None:
+    q, k, v, dout, *_ = inputs
+    (b, i, *_), hkv = q.shape, k.shape[2]
+    num_tiles, heads = triton.cdiv(k.shape[1], tiles.cols), b * hkv
     limits = block.col_limits(i, k.shape[1], q.device)
     with launching(q):
         dkdv_kernel[(num_tiles * heads,)](
-            *inputs, dk, dv, _given(limits, q), slopes, *strides, *_strides(dk, dv),
+            *inputs, dk, dv, _given(limits, q), _given(_slopes(block), q),
+            *_strides(*inputs, dk, dv),
             i, k.shape[1], hkv, heads, num_tiles, _section(q, dout, heads), *_runtime(block, q, k),
-            **_walk_rows(block, q, k, by_cols), **_constants(block, by_cols, q, k, v, dout),
+            **_walk_rows(block, q, k, tiles), **_constants(block, tiles, q, k, v, dout),
         )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from seqpar_kernels.aten import positive
 from seqpar_kernels.band import Band
-from seqpar_kernels.block import Block, Rows
+from seqpar_kernels.block import Block, Gradients, Rows
 from seqpar_kernels.choice import fuses
 from seqpar_kernels.partial import Partial
 from seqpar_kernels.rectangles import Rectangle, cut
@@ -99,14 +99,15 @@ class Adapter:
         k: Float[Tensor, "b j hkv d"],
         v: Float[Tensor, "b j hkv vd"],
         block: Block,
-        into: tuple[Tensor, Tensor, Tensor],
+        into: Gradients,
         dslopes: Tensor | None = None,
     ) -> None:
-        """Adds the block's gradients to dq, dk, dv, given the out and lse of the whole rows.
+        """Adds the block's gradients to those wanted of dq, dk, dv, given out and lse of the whole rows.
 
-        The op derives delta from `out` and `dout` itself, both in the type of q.
+        The op computes all three, and derives delta from `out` and `dout` itself, both in the type of q.
         """
         assert dslopes is None, "blocks with ALiBi never come here"
+        assert not of.lse_learns, "rows whose delta is not that of `out` never come here"
         out, dout = of.out.to(of.q.dtype), of.dout.to(of.q.dtype)
         q, k, v, out, dout = _as_the_op_wants(of.q, k, v, out, dout)
         q, scale, sign = positive(q, block.score.factor)
@@ -118,9 +119,10 @@ class Adapter:
                 dout[:, rows], q[:, rows], k[:, cols], v[:, cols], out[:, rows], lse,
                 window=window, scale=scale, softcap=softcap,
             )  # fmt: skip
-            _add(into[0][:, rows], dq, sign)
-            _add(into[1][:, cols], dk)
-            _add(into[2][:, cols], dv)
+            parts = (rows, dq, sign), (cols, dk, 1), (cols, dv, 1)
+            for total, (part, grad, factor) in zip(into, parts, strict=True):
+                if total is not None:
+                    total[:, part].add_(grad[..., : total.shape[-1]], alpha=factor)
 
 
 def windows(block: Block, num_rows: int, num_cols: int) -> Iterator[Window]:
@@ -201,7 +203,3 @@ def _merge_(into: Partial, out: Float[Tensor, "b i hq vd"], lse: Float[Tensor, "
         triton_softmax.merge_((into.acc, into.m, into.l), out, lse)
     else:
         into.merge_(out, lse)
-
-
-def _add(total: Tensor, grad: Tensor, sign: int = 1) -> None:
-    total.add_(grad[..., : total.shape[-1]], alpha=sign)

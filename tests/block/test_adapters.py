@@ -311,6 +311,20 @@ def test_half_precision_sums_in_float32(name, dtype):
         assert (x.double() - y).abs().max() <= bound
 
 
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adds_to_what_is_wanted_and_refuses_a_delta_of_its_own(name):
+    q, k, v, dout = (normal(n, 1, 20, 2, 8) for n in range(4))
+    block, backward = Block(Band(None, 0), Score(0.4)), ADAPTERS[name].backward
+    out, lse, *whole = attended(ADAPTERS[name], q, k, v, dout, block, [0, 20])
+    for wanted in ((True, False, False), (False, True, True)):
+        into = tuple(torch.zeros_like(q) if want else None for want in wanted)
+        backward(Rows.of(q, out, dout, lse), k, v, block, into, None)
+        for x, y in zip(into, whole, strict=True):
+            assert x is None or torch.equal(x, y)
+    with pytest.raises(AssertionError, match="never come here"):
+        backward(Rows.of(q, out, dout, lse, lse), k, v, block, tuple(whole), None)
+
+
 def test_flash_attn_is_deterministic_on_request():
     q, k, v, dout = (normal(n, 1, 5, 1, 8) for n in range(4))
     torch.use_deterministic_algorithms(True)

@@ -148,6 +148,38 @@ def test_any_strides_give_the_same_results(implementation, dtype):
 
 
 @pytest.mark.parametrize("implementation", [*HERE, "triton"])
+def test_what_is_not_wanted_is_left_out(implementation):
+    """Dq alone, dk and dv alone: the same numbers as all together."""
+    device = device_of(implementation)
+    q, dout = torch.randn(2, 1, 40, 2, 8, device=device)
+    k, v = torch.randn(2, 1, 40, 1, 8, device=device)
+    slopes = None if implementation == "aten" else torch.tensor([0.1, 0.2], device=device)
+    block = Block(Band(None, 0), Score(0.4, alibi_slopes=slopes))
+    running = Partial.identity(q, 8)
+    attend(q, k, v, block, into=running, implementation=implementation)
+    out, lse = running.finish()
+    rows = Rows.of(q, out, dout, lse, implementation=implementation)
+
+    def backward(wants_dq, wants_dkdv, learns):
+        into = tuple(
+            torch.zeros_like(x) if wanted else None
+            for x, wanted in ((q, wants_dq), (k, wants_dkdv), (v, wants_dkdv))
+        )
+        by_row = torch.zeros_like(lse) if learns else None
+        attend_backward(rows, k, v, block, into=into, dslopes=by_row, implementation=implementation)
+        return (*into, by_row)
+
+    learns = slopes is not None
+    whole = backward(True, True, learns)
+    assert all(x is None or x.any() for x in whole)
+    for wanted in ((True, False, False), (False, True, False), (False, True, learns)):
+        for part, want in zip(backward(*wanted), whole, strict=True):
+            assert part is None or torch.equal(part, want)
+    with pytest.raises(ValueError, match="dk and dv come together"):
+        attend_backward(rows, k, v, block, into=(None, torch.zeros_like(k), None))
+
+
+@pytest.mark.parametrize("implementation", [*HERE, "triton"])
 def test_a_value_of_width_one_in_any_strides(implementation):
     """Such a tensor calls itself contiguous whatever its last stride is."""
     device = device_of(implementation)

@@ -16,8 +16,12 @@ from seqpar_kernels import (
     Documents,
     Dropout,
     Partial,
+    Rows,
     Score,
+    aten,
+    attend_backward,
     attention,
+    attention_with_lse,
     reference,
 )
 
@@ -42,22 +46,25 @@ def problem(block):
     return (q, k, v), learned
 
 
+@pytest.mark.parametrize("lse_learns", [False, True])
 @pytest.mark.parametrize("name", BLOCKS)
-def test_the_ops_pass_the_checks_of_torch(name):
+def test_the_ops_pass_the_checks_of_torch(name, lse_learns):
     block = BLOCKS[name]
     (q, k, v), _ = problem(block)
     score, drop = block.score, block.dropout
     described = (
         score.alibi_slopes, score.sinks, block.band.lower, block.band.upper, score.factor,
         score.softcap, [block.row, block.col, block.step, block.head], drop.p if drop else 0.0,
-        drop.seed if drop else 0, list(block.documents.bounds) if block.documents else None, None,
+        drop.seed if drop else 0, list(block.documents.bounds) if block.documents else None,
+        lse_learns, None,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.seqpar.attention_forward, (q, k, v, *described))
     out, lse = (x.detach() for x in attention(q, k, v, block))
     plain = [None if x is None else x.detach() for x in described[:2]]
     tensors = [x.detach() for x in (torch.ones_like(out), q, k, v, out, lse)]
     learn = [x is not None for x in plain]
-    arguments = (*tensors, *learn, *plain, *described[2:])
+    dlse = torch.ones_like(lse) if lse_learns else None
+    arguments = (tensors[0], dlse, *tensors[1:], *learn, *plain, *described[2:])
     torch.library.opcheck(torch.ops.seqpar.attention_backward, arguments)
 
 
@@ -66,6 +73,9 @@ def test_gradients_are_those_of_finite_differences(name):
     (q, k, v), learned = problem(BLOCKS[name])
     assert torch.autograd.gradcheck(
         lambda *x: attention(*x[:3], BLOCKS[name])[0], (q, k, v, *learned)
+    )
+    assert torch.autograd.gradcheck(
+        lambda *x: attention_with_lse(*x[:3], BLOCKS[name]), (q, k, v, *learned)
     )
 
 
@@ -95,6 +105,26 @@ def test_lse_is_not_differentiable_and_says_so():
     out, lse = attention(q, k, v, BLOCKS["plain"])
     assert out.requires_grad
     assert not lse.requires_grad
+
+
+def test_a_differentiable_lse_wants_an_implementation_that_can():
+    """The same values, from a kernel that does not derive delta from out: never a silent mistake."""
+    (q, k, v), _ = problem(BLOCKS["plain"])
+    out, lse = attention_with_lse(q, k, v, BLOCKS["plain"])
+    for x, y in zip((out, lse), attention(q, k, v, BLOCKS["plain"]), strict=True):
+        torch.testing.assert_close(x, y)
+    both = torch.autograd.grad(out.sum() + lse.sum(), q, retain_graph=True)[0]
+    apart = [torch.autograd.grad(x.sum(), q, retain_graph=True)[0] for x in (out, lse)]
+    torch.testing.assert_close(both, apart[0] + apart[1])
+    with pytest.raises(NotImplementedError, match=r"'aten' derives delta .*'reference' does all"):
+        attention_with_lse(q, k, v, BLOCKS["plain"], implementation="aten")
+    with torch.no_grad():
+        shifted = Rows.of(q, out, out, lse, lse)
+        into = (torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v))
+        with pytest.raises(NotImplementedError, match="cannot differentiate lse"):
+            attend_backward(shifted[0:3], k, v, BLOCKS["plain"], into=into, implementation="aten")
+        with pytest.raises(AssertionError, match="never come here"):
+            aten.backward(shifted, k, v, BLOCKS["plain"], into)
 
 
 def test_a_second_derivative_is_refused():
