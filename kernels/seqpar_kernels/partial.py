@@ -61,6 +61,12 @@ class Partial:
         self.l.mul_(keep).add_(add if l is None else l * add)
         self.m.copy_(top)
 
+    def absorb_(self, other: Partial) -> None:
+        """Merges another partial of the same rows, in place. Rows of either may have seen nothing."""
+        seen = other.l > 0
+        self.merge_(other.acc, other.m.where(seen, torch.finfo(other.m.dtype).min), other.l)
+        self.m.masked_fill_(self.l == 0, float("-inf"))
+
     def finish(
         self, dtype: torch.dtype | None = None, sinks: Float[Tensor, "h"] | None = None
     ) -> tuple[Float[Tensor, "*batch vd"], Float[Tensor, "*batch"]]:

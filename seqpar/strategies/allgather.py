@@ -97,7 +97,7 @@ class InOrderRoute:
             yield Visit(own, cols, mine, k_c, v_c, into.dq, None, None, into.dslopes)
         travelling = mine.q, mine.dout, mine.lse, mine.delta
         for pieces, (q, dout, lse, delta) in gather_pass(travelling, self._queries, plan.group):
-            rows = Rows(q, dout, dout, lse, delta)
+            rows = Rows(q, dout, dout, lse, delta, mine.lse_learns)
             spans = spans_of(pieces, plan.layout.spans)
             yield Visit(spans, own_keys, rows, k, v, None, into.dk, into.dv, None)
 

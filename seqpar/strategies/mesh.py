@@ -141,7 +141,7 @@ class MeshRoute:
         own_out = (mine.out,) if needs_out(self._plan.implementation) else ()
         block = (mine.q, mine.dout, mine.lse, mine.delta, *own_out)
         spans, (q, dout, lse, delta, *out) = self._gather_rows(block)
-        rows = Rows(q, out[0] if out else dout, dout, lse, delta)
+        rows = Rows(q, out[0] if out else dout, dout, lse, delta, mine.lse_learns)
         dq = torch.zeros(q.shape, dtype=into.dq.dtype, device=q.device)
         dslopes = None if into.dslopes is None else torch.zeros(lse.shape).to(lse)
         return spans, rows, dq, dslopes

@@ -130,7 +130,9 @@ class RingRoute:
             share = sums.open()
             if block is not None and share is not None:
                 q_o, dout_o, lse_o, delta_o, *out_o = block
-                rows = Rows(q_o, out_o[0] if out_o else dout_o, dout_o, lse_o, delta_o)
+                rows = Rows(
+                    q_o, out_o[0] if out_o else dout_o, dout_o, lse_o, delta_o, mine.lse_learns
+                )
                 dq_o, *learned_o = share
                 at = plan.layout.spans[owner]
                 yield Visit(at, own_keys, rows, k, v, dq_o, into.dk, into.dv, *learned_o)
