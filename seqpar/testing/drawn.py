@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from seqpar.layout import LAYOUTS
@@ -28,6 +29,11 @@ SCORE_TERMS = st.fixed_dictionaries(
 )
 
 
+def examples(share: float) -> int:
+    """So many of the examples of the profile in use: 2000 in `nightly`, 60 in `ci`."""
+    return max(1, round(settings().max_examples * share))
+
+
 def _documents(length: int) -> st.SearchStrategy[tuple[int, ...]]:
     borders = st.lists(st.integers(0, length), max_size=6).map(sorted)
     return borders.map(lambda inner: (0, *inner, length))
@@ -38,11 +44,12 @@ def cases(
     draw: st.DrawFn,
     dtypes: st.SearchStrategy[torch.dtype] = DTYPES,
     terms: st.SearchStrategy[dict[str, Any]] = st.just({}),  # noqa: B008 - a description
+    lengths: st.SearchStrategy[int] = LENGTHS,
 ) -> Case:
-    """Any legal attention problem of up to 300 positions, by default with a plain score."""
-    length = draw(LENGTHS)
+    """Any legal attention problem, by default of up to 300 positions with a plain score."""
+    length = draw(lengths)
     documents = draw(st.none() | st.none() | _documents(length))
-    kv_length = None if documents else draw(st.none() | st.none() | LENGTHS)
+    kv_length = None if documents else draw(st.none() | st.none() | lengths)
     hkv = draw(st.integers(1, 5))
     return Case(
         length=length,

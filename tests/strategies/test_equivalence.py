@@ -6,11 +6,12 @@ In float64 only the order of summation may differ (1e-11). What each rank sent e
 import pytest
 import torch
 from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from seqpar import simulate
 from seqpar.strategies import STRATEGIES
 from seqpar.testing import Case, errors_on_rank
-from seqpar.testing.drawn import SCORE_TERMS, WORLD_SIZES, cases
+from seqpar.testing.drawn import SCORE_TERMS, WORLD_SIZES, cases, examples
 
 
 def check(results):
@@ -20,7 +21,7 @@ def check(results):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @given(case=cases(), size=WORLD_SIZES)
-@settings(max_examples=200)
+@settings(max_examples=examples(1))
 @example(Case(length=0), 3)
 @example(Case(length=1, window=1), 4)
 @example(Case(length=3, hq=6, hkv=2, kind="zigzag"), 5)
@@ -30,20 +31,27 @@ def check(results):
 @example(Case(40, 4, 2, kind="zigzag", documents=(0, 7, 7, 19, 40)), 3)
 @example(Case(24, causal=False, window=4, kind="striped", documents=(0, 0, 8, 16, 24)), 3)
 @example(Case(97, 1, 1, d=3, vd=1, causal=False, window=2, dtype=torch.float32), 1)
+@example(Case(40, causal=False, window=3), 8)
+@example(Case(60, causal=True, window=4, kind="zigzag"), 6)
+@example(Case(30, kind="balanced", documents=(0, 3, 20, 20, 22, 30)), 4)
+@example(Case(8, documents=(0, 2, 4, 6, 8)), 4)  # a document for each rank: nothing to send
+@example(Case(50, 4, 1, kv_length=7, causal=False, degree=1), 4)
+@example(Case(3, 4, 2, kv_length=130, kind="striped", degree=1), 6)
+@example(Case(200, 3, 1, window=20, batch=2, kind="zigzag", multiple_of=64, degree=2), 8)
 def test_equals_one_device(strategy, case, size):
     check(simulate(size, errors_on_rank, case, strategy, None, case.budget()))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @given(case=cases(), size=WORLD_SIZES)
-@settings(max_examples=40)
+@settings(max_examples=examples(0.2))
 def test_equals_one_device_with_the_reference_kernel(strategy, case, size):
     check(simulate(size, errors_on_rank, case, strategy, "reference", case.budget()))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @given(case=cases(terms=SCORE_TERMS), size=WORLD_SIZES)
-@settings(max_examples=100)
+@settings(max_examples=examples(0.5))
 @example(Case(33, 4, 2, alibi=True, sinks=True, dropout=0.5, softcap=5.0, kind="zigzag"), 3)
 @example(Case(3, 2, 1, alibi=True, sinks=True, dropout=0.5), 5)
 @example(Case(40, 6, 3, alibi=True, sinks=True, kind="striped", dtype=torch.bfloat16), 4)
@@ -54,9 +62,21 @@ def test_equals_one_device_with_every_score_term(strategy, case, size):
     check(simulate(size, errors_on_rank, case, strategy, None, case.budget()))
 
 
+SMALL = cases(st.sampled_from([torch.float32, torch.bfloat16]), SCORE_TERMS, st.integers(0, 40))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@given(case=SMALL, size=WORLD_SIZES)
+@settings(max_examples=examples(0.1))
+def test_equals_one_device_with_triton(strategy, case, size):
+    """Interpreted where there is no GPU, so the problems are small."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    check(simulate(size, errors_on_rank, case, strategy, "triton", case.budget(), device))
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @given(case=cases(), size=WORLD_SIZES)
-@settings(max_examples=25)
+@settings(max_examples=examples(0.15))
 @example(Case(length=0), 2)
 @example(Case(length=2, hq=3, hkv=1), 7)
 def test_equals_one_device_over_processes(worlds, strategy, case, size):

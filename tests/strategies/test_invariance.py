@@ -132,7 +132,10 @@ REFUSED = {
         {"strategy": "allgather", "kind": "striped", "multiple_of": 1},
         r"multiple_of=64",
     ),
-    "a mesh": ({"strategy": "mesh"}, r"strategy 'mesh' cannot .* \('ulysses', 'allgather', 'ring'\)"),
+    "a mesh": (
+        {"strategy": "mesh"},
+        r"strategy 'mesh' cannot .* \('ulysses', 'allgather', 'ring'\)",
+    ),
     "a hybrid": ({"strategy": "hybrid"}, "strategy 'hybrid' cannot"),
     "aten cut in pieces": (
         {"strategy": "ring", "implementation": "aten"},
