@@ -4,6 +4,7 @@ A sharding is a set of arithmetic progressions of global positions (`Span`); two
 rectangle of scores whose visibility is one `Band`. Kernels and strategies never ask for more.
 """
 
+from seqpar.layout.balance import balanced
 from seqpar.layout.heads import HeadSegment, HeadSplit, split_heads
 from seqpar.layout.mask import Mask
 from seqpar.layout.shards import LAYOUTS, Layout, contiguous, striped, whole, zigzag
@@ -19,6 +20,7 @@ __all__ = [
     "Mask",
     "Span",
     "Tile",
+    "balanced",
     "contiguous",
     "joined_tiles",
     "sees",
