@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from seqpar.comm import Group, agreed, all_gather, all_reduce, all_reduce_
-from seqpar.layout import LAYOUTS, Layout
+from seqpar.layout import LAYOUTS, Layout, Mask, balanced
 
 IGNORE = -100  # the label that losses skip, as in torch and transformers
 SEQUENCES = (
@@ -65,6 +65,8 @@ def shard_batch(
     group: Group,
     kind: str = "zigzag",
     *,
+    multiple_of: int = 1,
+    mask: Mask | None = None,
     pad_to_multiple_of: int | None = None,
     pad_token_id: int | None = None,
     whole: Iterable[str] = (),
@@ -79,26 +81,30 @@ def shard_batch(
     Args:
         batch: tensors `[b s ...]` under the names in `seqpar.data.SEQUENCES`; anything else that is
             not a tensor is passed on as it is.
-        kind: "contiguous", "zigzag" or "striped".
+        kind: "contiguous", "zigzag", "striped", or "balanced", which needs `mask`.
+        multiple_of: shards are cut at multiples of this many positions.
+        mask: what is attended under: "balanced" evens out the work that it makes, others ignore it.
         pad_to_multiple_of: pad the sequence to a multiple of this; needs `pad_token_id`.
         pad_token_id: for `input_ids` of padded rows.
         whole: names of tensors to pass on unsharded.
 
     Raises:
         ValueError: no sequence in the batch, sequences of different lengths, a tensor of unknown name,
-            an unknown kind, or padding without a pad token.
+            an unknown kind, "balanced" without a mask, no positive multiple_of, documents that do not end
+            where the (padded) sequence does, or padding without a pad token.
         NotImplementedError: `attention_mask` hides some token: attention takes no padding mask.
         DesyncError: ranks differ in their batch or options, or another rank raised one of the above.
     """
     whole = tuple(whole)
     with agreed(group, "shard_batch") as claim:
-        claim |= {"kind": kind, "pad": (pad_to_multiple_of, pad_token_id), "whole": whole}
+        claim |= {"kind": kind, "multiple_of": multiple_of, "mask": mask, "whole": whole}
+        claim |= {"pad": (pad_to_multiple_of, pad_token_id)}
         sequences = _sequences(batch, kind, whole)
         claim |= {f"batch[{name!r}]": _fingerprint(x) for name, x in sequences.items()}
         sequences = _pad(_shift(sequences), pad_to_multiple_of, pad_token_id)
+        first = next(iter(sequences.values()))
+        layout = _layout(kind, first.shape[1], group.size, multiple_of, mask)
 
-    first = next(iter(sequences.values()))
-    layout = LAYOUTS[kind](first.shape[1], group.size)
     shards = {name: shard_sequence(x, layout, group.rank) for name, x in sequences.items()}
     if "position_ids" not in shards:
         positions = layout.positions(group.rank).to(first.device)
@@ -189,8 +195,8 @@ def _check_shard(x: Tensor, layout: Layout, group: Group, dim: int) -> None:
 
 
 def _sequences(batch: Mapping[str, Any], kind: str, whole: tuple[str, ...]) -> dict[str, Tensor]:
-    if kind not in LAYOUTS:
-        raise ValueError(f"kind must be one of {tuple(LAYOUTS)}, got {kind!r}")
+    if kind not in (*LAYOUTS, "balanced"):
+        raise ValueError(f"kind must be one of {(*LAYOUTS, 'balanced')}, got {kind!r}")
     tensors = {n: x for n, x in batch.items() if isinstance(x, Tensor) and n not in whole}
     unknown = [n for n in tensors if n not in SEQUENCES]
     if unknown:
@@ -207,6 +213,14 @@ def _sequences(batch: Mapping[str, Any], kind: str, whole: tuple[str, ...]) -> d
             "a causal mask, and leave attention_mask out"
         )
     return tensors
+
+
+def _layout(kind: str, length: int, size: int, multiple_of: int, mask: Mask | None) -> Layout:
+    if kind != "balanced":
+        return LAYOUTS[kind](length, size, multiple_of=multiple_of)
+    if mask is None:
+        raise ValueError("kind 'balanced' evens out the work under a mask; pass it as mask=")
+    return balanced(length, size, mask, multiple_of=multiple_of)
 
 
 def _shift(sequences: dict[str, Tensor]) -> dict[str, Tensor]:
