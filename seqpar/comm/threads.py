@@ -205,6 +205,11 @@ class _ThreadPending:
                 )
             buffer.copy_(x)
         for x, copy in self._sent:
-            same = torch.equal(x.reshape(-1).view(torch.uint8), copy.reshape(-1).view(torch.uint8))
+            # Clones, since a single element may be contiguous with any stride.
+            now, then = (
+                y.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
+                for y in (x.detach(), copy)
+            )
+            same = torch.equal(now, then)
             assert same, f"{self._primitive}: a buffer was written while in flight"
         self._awaited, self._sent = (), ()

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import seqpar
 from seqpar import DesyncError, simulate
-from seqpar.layout import LAYOUTS, zigzag
+from seqpar.layout import LAYOUTS, balanced, zigzag
 
 KINDS = st.sampled_from(list(LAYOUTS))
 
@@ -84,6 +84,41 @@ def test_labels_are_shifted_before_they_are_sharded(kind, length, size):
         following = torch.where(positions + 1 < length, batch["input_ids"] + 1, -100)
         assert torch.equal(batch["labels"], following)
         assert batch["name"] == "text"
+
+
+def test_batches_are_cut_at_multiples_and_balanced_under_a_mask():
+    mask = seqpar.Mask(causal=True, documents=(0, 40, 44, 64))
+
+    def fn(group, kind):
+        return seqpar.shard_batch(text_batch(64), group, kind, multiple_of=4, mask=mask)
+
+    for kind in (*LAYOUTS, "balanced"):
+        for rank, (batch, layout) in enumerate(simulate(3, fn, kind)):
+            positions = layout.positions(rank)
+            assert torch.equal(batch["input_ids"], text_batch(64)["input_ids"][:, positions])
+            assert layout.is_cut_at(4)
+            expected = balanced(64, 3, mask, multiple_of=4)
+            if kind != "balanced":
+                expected = LAYOUTS[kind](64, 3, multiple_of=4)
+            assert layout == expected
+
+
+def test_ranks_agree_on_multiples_and_mask():
+    def raises(error, match, kind, **options):
+        def fn(group):
+            mine = {name: values[group.rank] for name, values in options.items()}
+            seqpar.shard_batch(text_batch(), group, kind, **mine)
+
+        with pytest.raises(error, match=match):
+            simulate(2, fn)
+
+    masks = [seqpar.Mask(documents=(0, n, 10)) for n in (3, 5)]
+    short = seqpar.Mask(documents=(0, 8))
+    raises(DesyncError, "multiple_of", "zigzag", multiple_of=[2, 4])
+    raises(DesyncError, "mask", "balanced", mask=masks)
+    raises(ValueError, "pass it as mask=", "balanced", mask=[None, None])
+    raises(ValueError, "end where the sequence does, at 10, got 8", "balanced", mask=[short, short])
+    raises(ValueError, "got multiple_of=0", "striped", multiple_of=[0, 0])
 
 
 def test_padding_only_when_asked_and_never_a_label():

@@ -143,6 +143,22 @@ def test_documents_stay_whole_where_they_can():
         assert meetings(layout, mask) == 16
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_few_documents_are_cut(seed):
+    """Hardly any of many short ones; beside a giant that all ranks must share, about one cut a rank.
+
+    Bounds are the worst of 40 seeds. Without arcs of whole documents there are 4 to 6 cuts in the first
+    case, without arcs that cut once 14 in the second.
+    """
+    rng = random.Random(seed)
+    lengths = [rng.uniform(10, 300) for _ in range(300)]
+    short, giant = packed(lengths, 16384), (*packed(lengths, 8192), 16384)
+    for documents, most in ((short, 1), (giant, 10)):
+        layout = balanced(16384, 8, Mask(causal=True, documents=documents))
+        begins = {span.start for spans in layout.spans for span in spans}
+        assert len(begins - set(documents)) <= most
+
+
 def test_a_windowed_rank_meets_its_neighbour_only():
     mask = Mask(causal=True, window=64, documents=(0, 8192))
     layout = balanced(8192, 8, mask)
