@@ -1,0 +1,235 @@
+"""Who stores which part of the score matrix, and how ranks multiply with it.
+
+Attention over a stored matrix is three kinds of product, forward and backward: `outer` of row and column
+vectors makes a matrix, `times` column vectors makes row vectors, `transposed_times` row vectors makes
+column vectors. A sharding says which of them moves what between ranks; nothing here knows a softmax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from seqpar.comm import (
+    Group,
+    HeadTrade,
+    RingSum,
+    Trip,
+    all_gather,
+    heads_to_rows,
+    reduce_scatter,
+    ring_pass,
+    rows_to_heads,
+)
+from seqpar.layout import Layout, split_heads
+from seqpar_kernels import accumulation_dtype, dense
+
+
+@dataclass(frozen=True, eq=False)
+class Sharding:
+    """Which part of a matrix `[b hq i j]` each rank has. This one: all of it, on a rank that is alone.
+
+    Row vectors `[b sl hq w]` and column vectors `[b slk hkv w]` are this rank's own; `of_rows` and
+    `of_cols` make of them what products take. A statistic of rows is `[b sl hq]` at their owners and
+    `[b hq i]` where the matrix is. All ranks must call every method.
+    """
+
+    group: Group
+    rows: Layout
+    cols: Layout
+
+    def positions(self) -> tuple[Int[Tensor, "i"], Int[Tensor, "j"]]:
+        """The positions of the rows and of the columns that are here, in the order they are in."""
+        return torch.arange(self.rows.length), torch.arange(self.cols.length)
+
+    def of_rows(self, y: Float[Tensor, "b sl hq w"]) -> Tensor:
+        """Row vectors as products take them."""
+        return y
+
+    def of_cols(self, z: Float[Tensor, "b slk hkv w"]) -> Tensor:
+        """Column vectors as products take them."""
+        return z
+
+    def outer(self, y: Tensor, z: Tensor) -> Float[Tensor, "b hq i j"]:
+        """The part of y z^T that belongs here, in float32 or wider."""
+        return dense.outer(y, z)
+
+    def times(self, x: Tensor, z: Tensor, shape: torch.Size) -> Float[Tensor, "b sl hq w"]:  # noqa: ARG002
+        """This rank's own rows of X z, of this shape."""
+        return dense.times(x, z)
+
+    def transposed_times(
+        self, x: Tensor, y: Tensor, shape: torch.Size
+    ) -> Float[Tensor, "b slk hkv w"]:
+        """This rank's own rows of X^T y, of this shape."""
+        return dense.transposed_times(x, y, shape[2])
+
+    def spread(self, t: Float[Tensor, "b sl hq"]) -> Float[Tensor, "b hq i"]:
+        """A statistic of rows, from their owners to where the matrix is."""
+        return t.transpose(1, 2)
+
+    def own(self, t: Float[Tensor, "b hq i"]) -> Float[Tensor, "b sl hq"]:
+        """A statistic of whole rows, for the rows that this rank owns."""
+        return t.transpose(1, 2)
+
+    def share(self, t: Float[Tensor, "b hq i"]) -> Float[Tensor, "b hq n"]:
+        """As much of a statistic of the columns here as no other rank counts too."""
+        return t
+
+    def combine_(self, tops: Float[Tensor, "b hq i"], sums: Float[Tensor, "b hq i"]) -> None:
+        """Makes maxima and sums of the columns here those of all columns, in place."""
+
+    def in_order(self, x: Float[Tensor, "b hq i j"]) -> Float[Tensor, "b hq i j"]:
+        """The matrix with those of its dims that are whole in the order of positions."""
+        return x
+
+
+class ByRows(Sharding):
+    """Own rows, whole: column vectors make a trip round the ring, sums for them come home by it."""
+
+    def positions(self) -> tuple[Tensor, Tensor]:
+        """Own rows; the columns as the ranks hold them, one after another."""
+        return self.rows.positions(self.group.rank), self.cols.permutation()
+
+    def outer(self, y: Tensor, z: Tensor) -> Tensor:
+        """One block of columns at a time."""
+        b, i, hq, _ = y.shape
+        x = y.new_empty(b, hq, i, self.cols.length, dtype=accumulation_dtype(y.dtype))
+        for cols, z_o in self._visits(z):
+            x[..., cols] = dense.outer(y, z_o)
+        return x
+
+    def times(self, x: Tensor, z: Tensor, shape: torch.Size) -> Tensor:
+        """The sum over blocks of columns."""
+        total = x.new_zeros(shape)
+        for cols, z_o in self._visits(z):
+            total += dense.times(x[..., cols], z_o)
+        return total
+
+    def transposed_times(self, x: Tensor, y: Tensor, shape: torch.Size) -> Tensor:
+        """One block of columns at a time."""
+        sums = RingSum((x.new_empty(shape),), self._trip, self.group, x.dtype)
+        for step in range(self.group.size):
+            opened = sums.open()
+            assert opened is not None, "every block is wanted"
+            cols = self._place(self._trip.at(-step))
+            opened[0].add_(dense.transposed_times(x[..., cols], y, shape[2]))
+            sums.close()
+        return sums.home()[0]
+
+    def in_order(self, x: Tensor) -> Tensor:
+        """Columns are whole."""
+        return x[..., self.cols.inverse()]
+
+    @property
+    def _trip(self) -> Trip:
+        return Trip(self.group.rank, self.cols.rows)
+
+    def _visits(self, z: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """(columns, column vectors) of every rank."""
+        for owner, block in ring_pass((z,), self._trip, self.group):
+            assert block is not None, "every block is wanted"
+            yield self._place(owner), block[0]
+
+    def _place(self, owner: int) -> slice:
+        start = sum(self.cols.rows[:owner])
+        return slice(start, start + self.cols.rows[owner])
+
+
+class ByColumns(Sharding):
+    """Own columns, whole: row vectors are gathered, sums for them reduce-scattered."""
+
+    def positions(self) -> tuple[Tensor, Tensor]:
+        """The rows as the ranks hold them, one after another; own columns."""
+        return self.rows.permutation(), self.cols.positions(self.group.rank)
+
+    def of_rows(self, y: Tensor) -> Tensor:
+        """All rows."""
+        return all_gather(y, self.group, self.rows.rows, dim=1)
+
+    def times(self, x: Tensor, z: Tensor, shape: torch.Size) -> Tensor:  # noqa: ARG002
+        """The sum over ranks of what their columns give."""
+        return reduce_scatter(dense.times(x, z), self.group, self.rows.rows, dim=1)
+
+    def spread(self, t: Tensor) -> Tensor:
+        """Of all rows."""
+        return all_gather(t, self.group, self.rows.rows, dim=1).transpose(1, 2)
+
+    def own(self, t: Tensor) -> Tensor:
+        """Some rows: every rank has the statistic of all."""
+        start = sum(self.rows.rows[: self.group.rank])
+        return t.narrow(2, start, self.rows.rows[self.group.rank]).transpose(1, 2)
+
+    def combine_(self, tops: Tensor, sums: Tensor) -> None:
+        """The maxima first, then the sums of exponentials relative to them."""
+        before = tops.clone()
+        self.group.all_reduce_(tops, "max")
+        sums.mul_(torch.exp(before - torch.where(tops == -torch.inf, 0.0, tops)))
+        self.group.all_reduce_(sums, "sum")
+
+    def in_order(self, x: Tensor) -> Tensor:
+        """Rows are whole."""
+        return x[:, :, self.rows.inverse()]
+
+
+class ByDepth(Sharding):
+    """Everything on every rank, as the sum of what slices of the vectors' width give."""
+
+    def of_rows(self, y: Tensor) -> Tensor:
+        """A slice of all rows."""
+        return self._slice(y, self.rows)
+
+    def of_cols(self, z: Tensor) -> Tensor:
+        """A slice of all columns."""
+        return self._slice(z, self.cols)
+
+    def outer(self, y: Tensor, z: Tensor) -> Tensor:
+        """The sum over slices, on every rank."""
+        x = dense.outer(y, z)
+        self.group.all_reduce_(x, "sum")
+        return x
+
+    def times(self, x: Tensor, z: Tensor, shape: torch.Size) -> Tensor:
+        """A slice for all rows, traded for all slices of own rows."""
+        return self._unslice(dense.times(x, z).to(z.dtype), self.rows, shape[3])
+
+    def transposed_times(self, x: Tensor, y: Tensor, shape: torch.Size) -> Tensor:
+        """A slice for all columns, traded for all slices of own columns."""
+        return self._unslice(
+            dense.transposed_times(x, y, shape[2]).to(y.dtype), self.cols, shape[3]
+        )
+
+    def spread(self, t: Tensor) -> Tensor:
+        """Of all rows."""
+        gathered = all_gather(t, self.group, self.rows.rows, dim=1)
+        return gathered[:, self.rows.inverse()].transpose(1, 2)
+
+    def own(self, t: Tensor) -> Tensor:
+        """Some rows: every rank has the statistic of all."""
+        return self.share(t).transpose(1, 2)
+
+    def share(self, t: Tensor) -> Tensor:
+        """Own rows, or every rank would count all."""
+        return t[..., self.rows.positions(self.group.rank)]
+
+    def _slice(self, x: Tensor, layout: Layout) -> Tensor:
+        (y,) = rows_to_heads((x.transpose(2, 3),), self._trade(layout, x.shape[3]))
+        return y.transpose(2, 3)
+
+    def _unslice(self, y: Tensor, layout: Layout, width: int) -> Tensor:
+        (x,) = heads_to_rows((y.transpose(2, 3),), self._trade(layout, width))
+        return x.transpose(2, 3).contiguous()
+
+    def _trade(self, layout: Layout, width: int) -> HeadTrade:
+        """Entries of a vector are dealt as Ulysses deals heads."""
+        places = tuple(layout.places(rank) for rank in range(layout.size))
+        return HeadTrade(self.group, (places,), (slices(width, layout.size),), (width,), (None,))
+
+
+def slices(width: int, size: int) -> tuple[tuple[int, int], ...]:
+    """By rank, the entries (start, stop) of a vector it takes: as even as can be, or none."""
+    return split_heads(width, 1, size).q
