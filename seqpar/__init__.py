@@ -18,8 +18,10 @@ if os.environ.get("SEQPAR_CHECK_SHAPES") == "1":  # for tests, and inherited by 
         *(f"seqpar_kernels.{name}" for name in _kernels),
         "seqpar.layout",
         "seqpar.strategies.allgather",
+        "seqpar.strategies.materialised",
         "seqpar.strategies.mesh",
         "seqpar.strategies.ring",
+        "seqpar.strategies.stored_scores",
         "seqpar.strategies.ulysses",
     ]
     install_import_hook(_checked, "beartype.beartype")
@@ -27,10 +29,11 @@ if os.environ.get("SEQPAR_CHECK_SHAPES") == "1":  # for tests, and inherited by 
 from seqpar.comm import DesyncError, Grid, Group, simulate
 from seqpar.data import mean_loss, shard_batch, shard_sequence, sum_gradients, unshard_sequence
 from seqpar.functional import attention, attention_with_lse, merge
-from seqpar.layout import Layout, Mask, contiguous, striped, zigzag
+from seqpar.layout import Layout, Mask, balanced, contiguous, striped, zigzag
 from seqpar.module import (
     AllGatherAttention,
     HybridAttention,
+    MaterialisedAttention,
     MeshAttention,
     RingAttention,
     UlyssesAttention,
@@ -50,6 +53,7 @@ __all__ = [
     "HybridAttention",
     "Layout",
     "Mask",
+    "MaterialisedAttention",
     "MeshAttention",
     "Plan",
     "RingAttention",
@@ -57,6 +61,7 @@ __all__ = [
     "UlyssesAttention",
     "attention",
     "attention_with_lse",
+    "balanced",
     "contiguous",
     "mean_loss",
     "merge",

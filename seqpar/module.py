@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -10,8 +10,15 @@ from torch import Tensor, nn
 from seqpar.comm import Grid, Group
 from seqpar.functional import attention
 from seqpar.layout import Layout, Mask
-from seqpar.strategies import Plan, Strategy
+from seqpar.strategies import Plan, Strategy, agree_on_call, attention_weights
 from seqpar_kernels import Dropout, Implementation, Score
+
+Shard = Literal["rows", "columns", "depth"]
+SHARDS: dict[Shard, Strategy] = {
+    "rows": "materialised_rows",
+    "columns": "materialised_columns",
+    "depth": "materialised_depth",
+}
 
 
 class _Attention(nn.Module):
@@ -121,3 +128,35 @@ class HybridAttention(_GridAttention):
     """Ulysses among neighbours, a ring outside: for more ranks than heads, and for slow links outside."""
 
     strategy = "hybrid"
+
+
+class MaterialisedAttention(_Attention):
+    """The score matrix is really stored, in shards: for study, and to look at attention weights.
+
+    Args:
+        shard: by query `rows`, by key `columns`, or by `depth`, the width of heads.
+    """
+
+    def __init__(self, group: Group, *, shard: Shard = "rows", **options: Any) -> None:
+        if shard not in get_args(Shard):
+            raise ValueError(f"shard must be one of {get_args(Shard)}, got {shard!r}")
+        super().__init__(group, **options)
+        self.strategy = SHARDS[shard]
+
+    def weights(
+        self,
+        q: Float[Tensor, "b sl hq d"],
+        k: Float[Tensor, "b slk hkv d"],
+        layout: Layout,
+        *,
+        kv_layout: Layout | None = None,
+    ) -> Float[Tensor, "b hq i j"]:
+        """This rank's shard of the attention matrix, before dropout; no gradient. All ranks must call.
+
+        By rows `[b hq sl s]`: own rows, columns in the order of positions. By columns `[b hq s slk]`: rows
+        in the order of positions, own columns. By depth `[b hq s s]`: all of it, on every rank. Rows that
+        see nothing are zero; where there are sinks, rows sum to less than 1. Raises what
+        `seqpar.attention` does.
+        """
+        plan = agree_on_call(q, k, k, self.plan(layout, kv_layout))
+        return attention_weights(q, k, plan)

@@ -5,6 +5,11 @@ from typing import Any
 
 from seqpar.strategies.allgather import allgather_attention, allgather_volume
 from seqpar.strategies.check import agree_on_call, resolve
+from seqpar.strategies.materialised import (
+    attention_weights,
+    materialised_attention,
+    materialised_volume,
+)
 from seqpar.strategies.mesh import mesh_attention, mesh_volume
 from seqpar.strategies.plan import GRID_STRATEGIES, STRATEGY_NAMES, Plan, Strategy
 from seqpar.strategies.ring import ring_attention, ring_volume
@@ -17,6 +22,9 @@ STRATEGIES: dict[Strategy, Callable[..., Any]] = {
     "allgather": allgather_attention,
     "mesh": mesh_attention,
     "hybrid": ulysses_attention,
+    "materialised_rows": materialised_attention,
+    "materialised_columns": materialised_attention,
+    "materialised_depth": materialised_attention,
 }
 VOLUMES: dict[Strategy, Callable[[Plan, int, Shape], Volume]] = {
     "ring": ring_volume,
@@ -24,6 +32,9 @@ VOLUMES: dict[Strategy, Callable[[Plan, int, Shape], Volume]] = {
     "allgather": allgather_volume,
     "mesh": mesh_volume,
     "hybrid": ulysses_volume,
+    "materialised_rows": materialised_volume,
+    "materialised_columns": materialised_volume,
+    "materialised_depth": materialised_volume,
 }
 
 __all__ = [
@@ -36,5 +47,6 @@ __all__ = [
     "Strategy",
     "Volume",
     "agree_on_call",
+    "attention_weights",
     "resolve",
 ]

@@ -56,7 +56,8 @@ def attention_weights(
     """
     plan = replace(plan, score=plan.score.resolve(q.shape[-1]))
     sharding, cells = _stored(plan, q.device)
-    s, _ = dense.scores_(sharding.outer(sharding.of_rows(q), sharding.of_cols(k)), cells)
+    keys = sharding.for_keys()
+    s, _ = dense.scores_(keys.outer(sharding.of_rows(q), keys.of_cols(k)), cells)
     p, _ = _softmax(s, sharding, plan.score.sinks, plan.implementation)
     return sharding.in_order(p)
 
@@ -64,7 +65,7 @@ def attention_weights(
 def materialised_volume(plan: Plan, rank: int, shape: Shape) -> Volume:
     """What `rank` sends, for even shards of N queries and M keys; f = (P-1)/P, hq = nq d, hk = nk d.
 
-    By rows: forward f M 2hk, k and v; backward f M 4hk, k and v again, and dk and dv home.
+    By rows: forward f M 2hk, k gathered and v passed on; backward f M 3hk, v again, and dk and dv home.
     By columns: forward f N (2hq + 4nq), q, the maxima and sums all-reduced, and out; backward
     f N (2hq + nq), dout and delta, and dq.
     By depth: forward f/P (N 2hq + M 2hk) + 2f nq N M, the partial scores all-reduced; backward the same
@@ -81,8 +82,8 @@ class _Materialised(torch.autograd.Function):
     backward  dp = dout v^T, ds = p (dp - delta + dlse), dq = ds k, dk = ds^T q, dv = p^T dout
               slopes and sinks `[hq]` get the share of their gradient that this rank has
     saved     p, this rank's shard of the matrix, in float32 or wider, and with a softcap its derivative
-              q k v as products with that shard take them: by rows this rank's own, by columns all
-              queries, by depth a slice of all; out, lse
+              q k v as products with that shard take them: by rows this rank's own but all keys, by
+              columns all queries, by depth a slice of all; out, lse
     """
 
     @staticmethod
@@ -97,8 +98,9 @@ class _Materialised(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         sharding, cells = _stored(plan, q.device)
         ctx.shapes = q.shape, k.shape, v.shape
-        q_x, k_x, v_x = sharding.of_rows(q), sharding.of_cols(k), sharding.of_cols(v)
-        s, bend = dense.scores_(sharding.outer(q_x, k_x), cells)
+        keys = sharding.for_keys()
+        q_x, k_x, v_x = sharding.of_rows(q), keys.of_cols(k), sharding.of_cols(v)
+        s, bend = dense.scores_(keys.outer(q_x, k_x), cells)
         p, lse = _softmax(s, sharding, sinks, plan.implementation)
         del s  # no longer needed, and as large as what follows
         shape = torch.Size((*q.shape[:3], v.shape[3]))
@@ -125,7 +127,7 @@ class _Materialised(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             dslopes = sharding.share(dense.slope_gradient(ds, cells)).sum((0, 2)).to(slopes.dtype)
         dx = dense.product_gradient_(ds, bend, cells)
-        dq = sharding.times(dx, k_x, ctx.shapes[0])
+        dq = sharding.for_keys().times(dx, k_x, ctx.shapes[0])
         dk = sharding.transposed_times(dx, q_x, ctx.shapes[1])
         del ds, dx
         dv = sharding.transposed_times(dense.dropped(p, cells), dout_x, ctx.shapes[2])
@@ -166,9 +168,11 @@ def _softmax(
 
 def _rows_volume(plan: Plan, rank: int, shape: Shape) -> Volume:
     keys = plan.keys
-    passed = shape.count(shape.kv * (keys.length - keys.rows[(rank + 1) % keys.size]))
+    gathered = shape.count(shape.hkv * shape.d * keys.rows[rank] * (keys.size - 1))
+    passed = keys.length - keys.rows[(rank + 1) % keys.size]
+    values = shape.count(shape.hkv * shape.vd * passed)
     home = shape.count(shape.kv * (keys.length - keys.rows[rank]), wide=True)
-    return Volume(passed, passed + home)
+    return Volume(gathered + values, values + home)
 
 
 def _columns_volume(plan: Plan, rank: int, shape: Shape) -> Volume:

@@ -54,6 +54,10 @@ class Sharding:
         """Column vectors as products take them."""
         return z
 
+    def for_keys(self) -> Sharding:
+        """Who multiplies with the keys, which forward and backward both do."""
+        return self
+
     def outer(self, y: Tensor, z: Tensor) -> Float[Tensor, "b hq i j"]:
         """The part of y z^T that belongs here, in float32 or wider."""
         return dense.outer(y, z)
@@ -88,8 +92,20 @@ class Sharding:
         return x
 
 
+class Gathered(Sharding):
+    """Own rows, whole: column vectors are gathered once and kept, little beside the matrix."""
+
+    def of_cols(self, z: Tensor) -> Tensor:
+        """All columns, as the ranks hold them, one after another."""
+        return all_gather(z, self.group, self.cols.rows, dim=1)
+
+
 class ByRows(Sharding):
     """Own rows, whole: column vectors make a trip round the ring, sums for them come home by it."""
+
+    def for_keys(self) -> Sharding:
+        """Keys are gathered."""
+        return Gathered(self.group, self.rows, self.cols)
 
     def positions(self) -> tuple[Tensor, Tensor]:
         """Own rows; the columns as the ranks hold them, one after another."""
