@@ -46,8 +46,8 @@ class Plan:
             What that asks of each strategy, and costs, is in docs/numerics.md. `None` becomes what holds
             without being asked for: True for Ulysses.
         grid: the ranks of the group in two dimensions, for the mesh and the hybrid.
-        head_chunks: in how many chunks Ulysses and the hybrid exchange their heads. More of them need less
-            memory, and overlap: the next is exchanged while one is attended. The results are the same.
+        head_chunks: in how many chunks Ulysses and the hybrid exchange their heads: the next is exchanged
+            while one is attended, so from three on buffers are smaller. The results are the same.
     """
 
     group: Group
