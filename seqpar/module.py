@@ -37,6 +37,7 @@ class _Attention(nn.Module):
 
     strategy: Strategy
     grid: Grid | None = None
+    head_chunks: int = 1
 
     def __init__(
         self,
@@ -73,6 +74,7 @@ class _Attention(nn.Module):
         return Plan(
             self.group, layout, self.mask, self.score, self.strategy, self.implementation,
             self.dropout if self.training else None, kv_layout, self.invariant, self.grid,
+            self.head_chunks,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -87,9 +89,17 @@ class RingAttention(_Attention):
 
 
 class UlyssesAttention(_Attention):
-    """Rows are traded for heads, whole sequences attended, and traded back; works best for P <= hq."""
+    """Rows are traded for heads, whole sequences attended, and traded back; works best for P <= hq.
+
+    Args:
+        head_chunks: in how many chunks heads are traded; see `seqpar.Plan`.
+    """
 
     strategy = "ulysses"
+
+    def __init__(self, group: Group, *, head_chunks: int = 1, **options: Any) -> None:
+        super().__init__(group, **options)
+        self.head_chunks = head_chunks
 
 
 class AllGatherAttention(_Attention):
@@ -125,9 +135,17 @@ class MeshAttention(_GridAttention):
 
 
 class HybridAttention(_GridAttention):
-    """Ulysses among neighbours, a ring outside: for more ranks than heads, and for slow links outside."""
+    """Ulysses among neighbours, a ring outside: for more ranks than heads, and for slow links outside.
+
+    Args:
+        head_chunks: in how many chunks heads are traded; see `seqpar.Plan`.
+    """
 
     strategy = "hybrid"
+
+    def __init__(self, grid: Grid, *, head_chunks: int = 1, **options: Any) -> None:
+        super().__init__(grid, **options)
+        self.head_chunks = head_chunks
 
 
 class MaterialisedAttention(_Attention):

@@ -1,10 +1,20 @@
 """How ranks talk: groups, primitives in dual pairs, agreement. The only importer of torch.distributed."""
 
 from seqpar.comm.agree import DesyncError, agree, agreed
+from seqpar.comm.flight import Flight
 from seqpar.comm.gather import all_gather, reduce_scatter
 from seqpar.comm.grid import Grid
 from seqpar.comm.group import Group
-from seqpar.comm.heads import HeadTrade, Places, heads_to_rows, per_query_head, rows_to_heads
+from seqpar.comm.heads import (
+    HeadTrade,
+    Places,
+    Ranges,
+    heads_to_rows,
+    rows_to_heads,
+    serve,
+    start_to_heads,
+    start_to_rows,
+)
 from seqpar.comm.parcel import Parcel
 from seqpar.comm.pieces import Delivery, HomeSum, Piece, gather_pass, send_home
 from seqpar.comm.reduce import all_reduce, all_reduce_, replicate
@@ -16,6 +26,7 @@ __all__ = [
     "Count",
     "Delivery",
     "DesyncError",
+    "Flight",
     "Grid",
     "Group",
     "HeadTrade",
@@ -23,6 +34,7 @@ __all__ = [
     "Parcel",
     "Piece",
     "Places",
+    "Ranges",
     "RingSum",
     "Traffic",
     "Trip",
@@ -33,11 +45,13 @@ __all__ = [
     "all_reduce_",
     "gather_pass",
     "heads_to_rows",
-    "per_query_head",
     "reduce_scatter",
     "replicate",
     "ring_pass",
     "rows_to_heads",
     "send_home",
+    "serve",
     "simulate",
+    "start_to_heads",
+    "start_to_rows",
 ]

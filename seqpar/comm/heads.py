@@ -2,17 +2,20 @@
 
 Before, a rank holds all heads of its rows; after, all rows of its heads, in the order of the
 sequence. A head that two ranks need is sent to both; going back, their shares of it are summed.
+Either way can be begun and left to go on while something else is done, forward and backward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from seqpar.comm.flight import Finish, Flight
 from seqpar.comm.group import Group
 
 Ranges = tuple[tuple[int, int], ...]  # by rank: the heads (start, stop) it takes
@@ -49,6 +52,15 @@ class HeadTrade:
         """The heads of a tensor that a rank takes."""
         return slice(*self.ranges[tensor][rank])
 
+    def by_query_head(self) -> HeadTrade:
+        """The trade in which a repeated head is as many heads as it serves, each taken once."""
+        queries = [None if r is None else _num_heads(r) for r in self.repeats]
+        return replace(
+            self,
+            ranges=tuple(r or own for r, own in zip(self.repeats, self.ranges, strict=True)),
+            num_heads=tuple(n or h for n, h in zip(queries, self.num_heads, strict=True)),
+        )
+
     def sums(self, tensor: int) -> bool:
         """Whether some head is taken twice, so that coming back means adding."""
         return sum(b - a for a, b in self.ranges[tensor]) > self.num_heads[tensor]
@@ -56,103 +68,67 @@ class HeadTrade:
 
 def rows_to_heads(xs: Sequence[Tensor], trade: HeadTrade) -> tuple[Tensor, ...]:
     """Each x `[b sl h w]` becomes `[b s hl w]`: the whole sequence of this rank's heads. Differentiable."""
-    return _RowsToHeads.apply(trade, *xs)
+    return start_to_heads(xs, trade).wait()
 
 
 def heads_to_rows(ys: Sequence[Tensor], trade: HeadTrade) -> tuple[Tensor, ...]:
     """Each y `[b s hl w]` becomes `[b sl h w]`: this rank's rows of all heads. Differentiable.
 
-    Shares of a head that several ranks hold are added in float32 or wider, in rank order.
+    Shares of a head that several ranks hold are added in float32 or wider, in rank order; those of a
+    repeated head, in the order of the query heads.
     """
-    return _HeadsToRows.apply(trade, *ys)
+    return start_to_rows(ys, trade).wait()
 
 
-def per_query_head(x: Tensor, group: int) -> Tensor:
-    """`x [b s 1 w]` for each of `group` query heads, without a copy. Differentiable.
+def start_to_heads(xs: Sequence[Tensor], trade: HeadTrade) -> Flight:
+    """Begins `rows_to_heads`."""
+    return Flight(xs, partial(_to_heads, trade=trade), partial(_to_rows, trade=trade))
 
-    Gradients are added in the order of heads, in float32 or wider.
+
+def start_to_rows(ys: Sequence[Tensor], trade: HeadTrade) -> Flight:
+    """Begins `heads_to_rows`."""
+    return Flight(ys, partial(_to_rows, trade=trade), partial(_to_heads, trade=trade))
+
+
+def serve(x: Tensor, runs: Sequence[tuple[slice, int]]) -> tuple[Tensor, ...]:
+    """For each run the heads of `x [b s h w]` it attends with, as views. Differentiable.
+
+    Gradients are added in the order of runs and of the query heads in them, in float32 or wider.
+
+    Args:
+        runs: (heads, g): some heads, or with g > 1 one head, for each of g query heads.
     """
-    return _PerQueryHead.apply(x, group)
+    stops = [0] + [heads.stop for heads, _ in runs]
+    if stops == [heads.start for heads, _ in runs] + [x.shape[2]] and all(g == 1 for _, g in runs):
+        return x.split([_length(heads) for heads, _ in runs], dim=2) if len(runs) > 1 else (x,)
+    return _Serve.apply(x, runs)
 
 
-class _PerQueryHead(torch.autograd.Function):
-    """x [b s 1 w] -> y [b s g w], a view.    backward  dx = dy of the heads, one after the other."""
+class _Serve(torch.autograd.Function):
+    """x [b s h w] -> per run [b s hr w], a view.
+
+    backward  dx = the sum of the gradients of what served, in order
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: int) -> Tensor:
-        ctx.group = group
-        return x.expand(-1, -1, group, -1)
+    def forward(ctx: Any, x: Tensor, runs: Sequence[tuple[slice, int]]) -> tuple[Tensor, ...]:
+        ctx.runs, ctx.shape = runs, x.shape
+        return tuple(
+            x[:, :, heads] if g == 1 else x[:, :, heads].expand(-1, -1, g, -1) for heads, g in runs
+        )
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        return _fold(grad_outputs[0], ctx.group), None
+        dtype = grad_outputs[0].dtype
+        dx = grad_outputs[0].new_zeros(ctx.shape, dtype=torch.promote_types(dtype, torch.float32))
+        for (heads, g), dy in zip(ctx.runs, grad_outputs, strict=True):
+            for share in dy.split(1, dim=2) if g > 1 else (dy,):
+                dx[:, :, heads] += share
+        return dx.to(dtype), None
 
 
-def _fold(y: Tensor, group: int) -> Tensor:
-    """`y [b s h*g w]` -> `[b s h w]`, each the sum of g neighbours in their order."""
-    first, *others = y.unflatten(2, (-1, group)).unbind(3)
-    total = first.to(torch.promote_types(y.dtype, torch.float32), copy=True)
-    for other in others:
-        total += other
-    return total.to(y.dtype)
-
-
-class _RowsToHeads(torch.autograd.Function):
-    """x [b sl h w] -> y [b s hl w].
-
-    forward   y = the rows of all ranks, of this rank's heads, repeated where the trade says
-    backward  dx = this rank's rows of dy, summed over the ranks that took a head
-    """
-
-    @staticmethod
-    def forward(ctx: Any, trade: HeadTrade, *xs: Tensor) -> tuple[Tensor, ...]:
-        ctx.trade = trade
-        ys = _to_heads(xs, trade)
-        return tuple(_repeat(y, trade, n) for n, y in enumerate(ys))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
-        trade: HeadTrade = ctx.trade
-        query_heads = [max(stop for _, stop in r) if r else None for r in trade.repeats]
-        by_query = replace(
-            trade,
-            ranges=tuple(r or own for r, own in zip(trade.repeats, trade.ranges, strict=True)),
-            num_heads=tuple(n or h for n, h in zip(query_heads, trade.num_heads, strict=True)),
-        )
-        dxs = _to_rows(grad_outputs, by_query)
-        return None, *(
-            dx if n is None else _fold(dx, n // h)
-            for dx, n, h in zip(dxs, query_heads, trade.num_heads, strict=True)
-        )
-
-
-def _repeat(y: Tensor, trade: HeadTrade, tensor: int) -> Tensor:
-    ranges = trade.repeats[tensor]
-    if ranges is None:
-        return y
-    group = max(stop for _, stop in ranges) // trade.num_heads[tensor]
-    rank = trade.group.rank
-    heads = torch.arange(*ranges[rank], device=y.device) // group
-    return y.index_select(2, heads - trade.ranges[tensor][rank][0])
-
-
-class _HeadsToRows(torch.autograd.Function):
-    """y [b s hl w] -> x [b sl h w]: the dual of `_RowsToHeads`."""
-
-    @staticmethod
-    def forward(ctx: Any, trade: HeadTrade, *ys: Tensor) -> tuple[Tensor, ...]:
-        ctx.trade = trade
-        return _to_rows(ys, trade)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
-        return None, *_to_heads(grad_outputs, ctx.trade)
-
-
-def _to_heads(xs: Sequence[Tensor], trade: HeadTrade) -> tuple[Tensor, ...]:
+def _to_heads(xs: Sequence[Tensor], trade: HeadTrade) -> Finish:
     """One message per rank, tensor and span, received where it belongs if that is one piece."""
     rank, places = trade.group.rank, trade.places
     ys = tuple(
@@ -176,15 +152,31 @@ def _to_heads(xs: Sequence[Tensor], trade: HeadTrade) -> tuple[Tensor, ...]:
     for n, (x, y) in enumerate(zip(xs, ys, strict=True)):
         for local, place in places[n][rank]:
             y[:, place] = x[:, local, trade.takes(n, rank)]
-    pending.wait()
-    for (_, target), (_, received) in zip(targets, receives, strict=True):
-        if received is not target:
-            target.copy_(received)
-    return ys
+
+    def finish() -> tuple[Tensor, ...]:
+        pending.wait()
+        for (_, target), (_, received) in zip(targets, receives, strict=True):
+            if received is not target:
+                target.copy_(received)
+        return tuple(_repeat(y, trade, n) for n, y in enumerate(ys))
+
+    return finish
 
 
-def _to_rows(ys: Sequence[Tensor], trade: HeadTrade) -> tuple[Tensor, ...]:
-    rank, places = trade.group.rank, trade.places
+def _repeat(y: Tensor, trade: HeadTrade, tensor: int) -> Tensor:
+    ranges = trade.repeats[tensor]
+    if ranges is None:
+        return y
+    group = _num_heads(ranges) // trade.num_heads[tensor]
+    rank = trade.group.rank
+    heads = torch.arange(*ranges[rank], device=y.device) // group
+    return y.index_select(2, heads - trade.ranges[tensor][rank][0])
+
+
+def _to_rows(ys: Sequence[Tensor], trade: HeadTrade) -> Finish:
+    """One message per rank and tensor; shares of a head are added once all are there."""
+    rank, places, num_heads = trade.group.rank, trade.places, trade.num_heads
+    trade = trade.by_query_head()
     sends = [(r, _take(y, places[n][r])) for r in trade.group.others for n, y in enumerate(ys)]
     receives = [
         (r, y.new_empty(y.shape[0], trade.rows(n)[rank], _length(trade.takes(n, r)), y.shape[3]))
@@ -193,19 +185,35 @@ def _to_rows(ys: Sequence[Tensor], trade: HeadTrade) -> tuple[Tensor, ...]:
     ]
     pending = trade.group.exchange("heads_to_rows", sends, receives)
     own = [_take(y, places[n][rank]) for n, y in enumerate(ys)]
-    pending.wait()
-    shares = dict(_by_rank(receives, len(ys))) | {rank: own}
-    xs = []
-    for n, y in enumerate(ys):
-        shape = y.shape[0], trade.rows(n)[rank], trade.num_heads[n], y.shape[3]
-        adds = trade.sums(n)
-        wide = torch.promote_types(y.dtype, torch.float32)
-        x = y.new_zeros(shape, dtype=wide) if adds else y.new_empty(shape)
-        for r in range(trade.group.size):
-            heads = x[:, :, trade.takes(n, r)]
-            heads.add_(shares[r][n]) if adds else heads.copy_(shares[r][n])
-        xs.append(x.to(y.dtype))
-    return tuple(xs)
+    batch = ys[0].shape[0]
+
+    def finish() -> tuple[Tensor, ...]:
+        pending.wait()
+        shares = dict(_by_rank(receives, len(own))) | {rank: own}
+        xs = []
+        for n, mine in enumerate(own):
+            shape = batch, trade.rows(n)[rank], trade.num_heads[n], mine.shape[3]
+            adds = trade.sums(n)
+            wide = torch.promote_types(mine.dtype, torch.float32)
+            x = mine.new_zeros(shape, dtype=wide) if adds else mine.new_empty(shape)
+            for r in range(trade.group.size):
+                heads = x[:, :, trade.takes(n, r)]
+                heads.add_(shares[r][n]) if adds else heads.copy_(shares[r][n])
+            xs.append(_fold(x.to(mine.dtype), trade.num_heads[n] // num_heads[n]))
+        return tuple(xs)
+
+    return finish
+
+
+def _fold(x: Tensor, group: int) -> Tensor:
+    """`x [b s h*g w]` -> `[b s h w]`, each the sum of g neighbours in their order."""
+    if group == 1:
+        return x
+    first, *others = x.unflatten(2, (-1, group)).unbind(3)
+    total = first.to(torch.promote_types(x.dtype, torch.float32), copy=True)
+    for other in others:
+        total += other
+    return total.to(x.dtype)
 
 
 def _take(y: Tensor, places: Places) -> Tensor:
@@ -224,3 +232,8 @@ def _by_rank(
 
 def _length(s: slice) -> int:
     return int(s.stop - s.start)
+
+
+def _num_heads(ranges: Ranges) -> int:
+    """Of heads that are all taken."""
+    return max(stop for _, stop in ranges)

@@ -11,7 +11,7 @@ from torch import Tensor
 from seqpar.comm import Grid, Group, agreed
 from seqpar.layout import Layout, Mask
 from seqpar.strategies.invariance import check_invariance, invariant_implementation
-from seqpar.strategies.plan import GRID_STRATEGIES, STRATEGY_NAMES, Plan
+from seqpar.strategies.plan import GRID_STRATEGIES, HEAD_STRATEGIES, STRATEGY_NAMES, Plan
 from seqpar_kernels import Dropout, Implementation, Request, Score, choose, tile_border
 
 VERSION = "0.1.0"
@@ -85,6 +85,7 @@ def _check_plan(plan: Plan) -> None:
         raise ValueError(f"strategy must be one of {STRATEGY_NAMES}, got {plan.strategy!r}")
     _check_layouts(plan)
     _check_grid(plan)
+    _check_head_chunks(plan)
 
 
 def _check_layouts(plan: Plan) -> None:
@@ -126,6 +127,19 @@ def _check_grid(plan: Plan) -> None:
     if ranks != list(range(plan.group.size)) or len({len(row) for row in grid.members}) > 1:
         raise ValueError(
             f"the degrees of the grid must multiply to the {plan.group.size} ranks, got {grid}"
+        )
+
+
+def _check_head_chunks(plan: Plan) -> None:
+    num = plan.head_chunks
+    if isinstance(num, bool) or not isinstance(num, int):
+        raise TypeError(f"head_chunks must be an integer, got {num!r}")
+    if num < 1:
+        raise ValueError(f"head_chunks must be at least 1, got {num}")
+    if num > 1 and plan.strategy not in HEAD_STRATEGIES:
+        raise ValueError(
+            f"head_chunks is for {HEAD_STRATEGIES}, which exchange heads; got {num} for "
+            f"{plan.strategy!r}"
         )
 
 
@@ -191,6 +205,7 @@ def _claim(q: Tensor, k: Tensor, v: Tensor, plan: Plan, with_lse: bool) -> dict[
         "spans of keys": hash(plan.keys.spans),
         "grid": None if plan.grid is None else plan.grid.members,
         "invariant": plan.invariant,
+        "head chunks": plan.head_chunks,
         "with lse": with_lse,
         "mask": plan.mask,
         "scale": score.scale,

@@ -22,6 +22,7 @@ Strategy = Literal[
 ]
 STRATEGY_NAMES: tuple[Strategy, ...] = get_args(Strategy)
 GRID_STRATEGIES = ("mesh", "hybrid")
+HEAD_STRATEGIES = ("ulysses", "hybrid")
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +46,8 @@ class Plan:
             What that asks of each strategy, and costs, is in docs/numerics.md. `None` becomes what holds
             without being asked for: True for Ulysses.
         grid: the ranks of the group in two dimensions, for the mesh and the hybrid.
+        head_chunks: in how many chunks Ulysses and the hybrid exchange their heads: the next is exchanged
+            while one is attended, so from three on buffers are smaller. The results are the same.
     """
 
     group: Group
@@ -57,6 +60,7 @@ class Plan:
     kv_layout: Layout | None = None
     invariant: bool | None = None
     grid: Grid | None = None
+    head_chunks: int = 1
 
     def __post_init__(self) -> None:
         if self.invariant is None:

@@ -1,22 +1,25 @@
 """Ulysses: trade rows for heads, attend whole sequences on fewer heads, trade back.
 
 The attention in the middle is a ring of its own: of one rank, or, in the hybrid, of the ranks that hold
-the rest of the sequence. So this file adds no loop over blocks.
+the rest of the sequence. So this file adds no loop over blocks. Heads may go in several chunks: buffers
+are smaller, and the next chunk is under way while one is attended.
 Source: Jacobs et al. 2023, DeepSpeed-Ulysses (arXiv:2309.14509), section 3; with a ring outside, Fang and
 Zhao 2024, USP (arXiv:2405.07719).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from seqpar.comm import Grid, Group, HeadTrade, Places, heads_to_rows, per_query_head, rows_to_heads
-from seqpar.layout import HeadSplit, Layout, held, joined, split_heads, whole
+from seqpar.comm import Flight, Grid, Group, HeadTrade, Places, serve, start_to_heads, start_to_rows
+from seqpar.layout import Layout, held, joined, split_heads, whole
+from seqpar.strategies.chunks import Cut, dealt, in_head_order, packed
 from seqpar.strategies.plan import Plan
 from seqpar.strategies.ring import ring_attention, ring_volume
 from seqpar.strategies.volume import Shape, Volume
@@ -38,36 +41,13 @@ def ulysses_attention(
     grid = _grid(plan)
     (i, j), inner = grid.index_of(plan.group.rank), grid.ulysses
     middle, at_q, at_k = _middle(plan, grid)
-    heads = split_heads(q.shape[2], k.shape[2], inner.size)
+    cut = _cut(plan, grid, q.shape[2], k.shape[2])
+    attend = _Attend(cut, j, middle, in_order=bool(plan.invariant), with_lse=with_lse)
     if inner.size == 1:
-        q_h, k_h, v_h = q, k, v
+        ys = attend(0, (q, k, v))
     else:
-        repeats = heads.q if plan.invariant and heads.replicates else None
-        there = HeadTrade(
-            inner, (at_q[i], at_k[i], at_k[i]), (heads.q, heads.kv, heads.kv),
-            (heads.hq, heads.hkv, heads.hkv), (None, repeats, repeats),
-        )  # fmt: skip
-        q_h, k_h, v_h = rows_to_heads((q, k, v), there)
-
-    results = []
-    for of_q, of_kv, group in _runs(heads, j, bool(plan.invariant)):
-        k_s, v_s = (x[:, :, of_kv] for x in (k_h, v_h))
-        if group > 1:
-            k_s, v_s = per_query_head(k_s, group), per_query_head(v_s, group)
-        first = heads.q[j][0] + of_q.start
-        results.append(
-            ring_attention(q_h[:, :, of_q], k_s, v_s, middle, with_lse=with_lse, head=first)
-        )
-    if not results:  # no heads here: the same graph as elsewhere, of empty tensors
-        results = [ring_attention(q_h, k_h, v_h, middle, with_lse=with_lse)]
-    outs, lses = zip(*results, strict=True)
-    ys = [torch.cat(outs, dim=2) if len(outs) > 1 else outs[0]]
-    if with_lse:
-        ys.append((torch.cat(lses, dim=2) if len(lses) > 1 else lses[0]).unsqueeze(-1))
-    if inner.size > 1:
-        n = len(ys)
-        back = HeadTrade(inner, (at_q[i],) * n, (heads.q,) * n, (heads.hq,) * n, (None,) * n)
-        ys = list(heads_to_rows(ys, back))
+        trades = _Trades(cut, inner, at_q[i], at_k[i], in_order=bool(plan.invariant))
+        ys = _in_chunks((q, k, v), trades, attend)
     return ys[0], ys[1].squeeze(-1) if with_lse else None
 
 
@@ -77,28 +57,146 @@ def ulysses_volume(plan: Plan, rank: int, shape: Shape) -> Volume:
     Forward, its rows of q, k, v to the ranks that take those heads, and all other rows of its heads
     of out: for even shards and heads (P-1)/P^2 N (2hq + 2hk) elements. Backward the same the other
     way round; with invariant bits, where ranks share a kv head, its gradients once for every query head.
+    In how many chunks heads go does not matter, but for the ring: a kv head goes round once for every
+    chunk that it serves.
     """
     grid = _grid(plan)
     (i, j), (_, size) = grid.index_of(rank), grid.shape
     middle, _, _ = _middle(plan, grid)
-    heads = split_heads(shape.hq, shape.hkv, size)
+    cut, in_order = _cut(plan, grid, shape.hq, shape.hkv), bool(plan.invariant)
+    heads = cut.heads
     kv_width, hq, hkv = shape.d + shape.vd, heads.num_q(j), heads.num_kv(j)
     own_q, own_k = plan.layout.rows[rank], plan.keys.rows[rank]
     other_q, other_k = middle.layout.rows[i] - own_q, middle.keys.rows[i] - own_k
     hq_away = shape.hq - hq
     hkv_away = sum(heads.num_kv(n) for n in range(size) if n != j)
-    back = hq if plan.invariant and heads.replicates else hkv
+    back = hq if in_order and heads.replicates else hkv
     sent = own_q * hq_away * shape.d + own_k * hkv_away * kv_width + other_q * hq * shape.vd
     returned = own_q * hq_away * shape.vd + other_q * hq * shape.d + other_k * back * kv_width
     forward, backward = shape.count(sent), shape.count(returned)
     if shape.with_lse:
         forward += shape.count(other_q * hq, wide=True)
         backward += shape.count(own_q * hq_away, wide=True)
-    for of_q, of_kv, group in _runs(heads, j, bool(plan.invariant)):
-        part = replace(shape, hq=length(of_q), hkv=length(of_kv) * group)
-        ring = ring_volume(middle, i, part)
-        forward, backward = forward + ring.forward, backward + ring.backward
+    for chunk in range(len(cut.q)):
+        for run in cut.runs(chunk, j, in_order=in_order):
+            ring = ring_volume(middle, i, replace(shape, hq=run.num_q, hkv=run.num_kv))
+            forward, backward = forward + ring.forward, backward + ring.backward
     return Volume(forward, backward)
+
+
+class _Attend:
+    """What is done between the trades, chunk after chunk."""
+
+    def __init__(
+        self, cut: Cut, rank: int, middle: Plan, *, in_order: bool, with_lse: bool
+    ) -> None:
+        chunks = range(len(cut.q))
+        self._runs = [list(cut.runs(chunk, rank, in_order=in_order)) for chunk in chunks]
+        self._has_kv_by_chunk = len(cut.kv) > 1
+        self._middle, self._with_lse = middle, with_lse
+        self._ks: list[Tensor] = []  # for the runs to come
+        self._vs: list[Tensor] = []
+
+    def __call__(self, chunk: int, came: Sequence[Tensor]) -> list[Tensor]:
+        """Out and, if asked for, lse `[b s h 1]`, of whole sequences of some heads.
+
+        Args:
+            came: q of the chunk; k and v of the chunk, or with the first one of all.
+        """
+        (q, *kv), runs = came, self._runs[chunk]
+        if kv:
+            served = runs if self._has_kv_by_chunk else [run for each in self._runs for run in each]
+            self._ks, self._vs = (list(serve(x, [(r.kv, r.group) for r in served])) for x in kv)
+        qs = q.split([run.num_q for run in runs], dim=2) if len(runs) > 1 else (q,)
+        outs, lses = [], []
+        for run, q_r in zip(runs, qs, strict=True):
+            k_r, v_r = self._ks.pop(0), self._vs.pop(0)
+            out, lse = ring_attention(
+                q_r, k_r, v_r, self._middle, with_lse=self._with_lse, head=run.head
+            )
+            outs.append(out)
+            lses.append(lse)
+        ys = [torch.cat(outs, dim=2) if len(outs) > 1 else outs[0]]
+        if self._with_lse:
+            ys.append((torch.cat(lses, dim=2) if len(lses) > 1 else lses[0]).unsqueeze(-1))
+        return ys
+
+
+class _Trades:
+    """The trades of one rank, chunk after chunk."""
+
+    def __init__(
+        self, cut: Cut, group: Group, at_q: tuple[Places, ...], at_k: tuple[Places, ...], *, in_order: bool
+    ) -> None:  # fmt: skip
+        self.cut, self._group, self._places = cut, group, (at_q, at_k, at_k)
+        repeats = cut.heads.q if in_order and cut.heads.replicates else None
+        self._repeats = None, repeats, repeats
+
+    def there(self, chunk: int, xs: Sequence[Tensor]) -> Flight:
+        """Begins to bring q of a chunk, and k and v if they go with it, to where they are attended."""
+        cut, n = self.cut, len(xs)
+        ranges = tuple(packed(x, chunk) for x in (cut.q, cut.kv, cut.kv)[:n])
+        return start_to_heads(xs, self._trade(ranges, self._places[:n], self._repeats[:n]))
+
+    def back(self, chunk: int, ys: Sequence[Tensor]) -> Flight:
+        """Begins to bring out of a chunk, and lse if it is there, to where its rows are."""
+        n = len(ys)
+        ranges = (packed(self.cut.q, chunk),) * n
+        return start_to_rows(ys, self._trade(ranges, self._places[:1] * n, (None,) * n))
+
+    def _trade(self, ranges: Any, places: Any, repeats: Any) -> HeadTrade:
+        num_heads = tuple(max(stop for _, stop in by_rank) for by_rank in ranges)
+        return HeadTrade(self._group, places, ranges, num_heads, repeats)
+
+
+def _in_chunks(xs: Sequence[Tensor], trades: _Trades, attend: _Attend) -> list[Tensor]:
+    """What is attended of q, k, v, in the order of heads, with these rows.
+
+    While a chunk is attended the next one comes and the one before goes back. Backward runs through the
+    same in reverse, so each wait must come after the attention that it leaves time for.
+    """
+    cut, num = trades.cut, len(trades.cut.q)
+    if num > 1:
+        xs = _Together.apply(*xs)
+    parts = [dealt(x, ranges) for x, ranges in zip(xs, (cut.q, cut.kv, cut.kv), strict=True)]
+
+    def start(chunk: int) -> Flight:
+        pieces = [list(part[chunk]) for part in parts if chunk < len(part)]
+        return trades.there(chunk, [torch.cat(p, dim=2) if len(p) > 1 else p[0] for p in pieces])
+
+    coming, arrived = [start(0)], []
+    leaving: list[Flight] = []
+    for chunk in range(num):
+        if chunk + 1 < num:
+            coming.append(start(chunk + 1))
+        ys = attend(chunk, coming[chunk].wait())
+        if chunk > 0:
+            arrived.append(leaving[-1].wait(kept=True))
+        leaving.append(trades.back(chunk, ys))
+        del ys  # or it lives on while the next one is attended
+    arrived.append(leaving[-1].wait())
+    return [in_head_order(x, cut.q) for x in zip(*arrived, strict=True)]
+
+
+class _Together(torch.autograd.Function):
+    """The tensors themselves, all of which want gradients if one does.
+
+    Otherwise a chunk of q alone would have no backward where q is frozen, and others would wait for it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *xs: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG004 - torch's signature
+        return tuple(x.view_as(x) for x in xs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG004
+        return grad_outputs
+
+
+def _cut(plan: Plan, grid: Grid, hq: int, hkv: int) -> Cut:
+    size = grid.shape[1]
+    return Cut.of(split_heads(hq, hkv, size), plan.head_chunks if size > 1 else 1)
 
 
 def _grid(plan: Plan) -> Grid:
@@ -144,25 +242,3 @@ def _merged(
         all_places.append(tuple(tuple(p) for p in places))
     merged = Layout(layout.kind, layout.length, len(members), tuple(all_spans))
     return merged, tuple(all_places)
-
-
-def _runs(heads: HeadSplit, rank: int, in_order: bool) -> Iterator[tuple[slice, slice, int]]:
-    """(query heads, kv heads, g): what is attended at once, each kv head for g query heads of its own.
-
-    With g = 1 the heads are grouped as usual. In order, every query head has gradients of k and v of its
-    own, and they are added in the order of heads.
-    """
-    group, count = heads.hq // heads.hkv, heads.num_q(rank)
-    if in_order and heads.replicates and count:
-        yield slice(0, count), slice(0, count), 1
-    elif in_order and group > 1:
-        for n in range(heads.num_kv(rank)):
-            yield slice(n * group, (n + 1) * group), slice(n, n + 1), group
-    elif not (in_order and heads.replicates):
-        for s in heads.segments(rank):
-            yield s.q, s.kv, 1
-
-
-def length(s: slice) -> int:
-    """Of a slice with a start and a stop."""
-    return int(s.stop - s.start)

@@ -1,0 +1,91 @@
+"""`Flight`: an exchange that is begun, left to go on while something else is done, and waited for.
+
+Differentiable: where it is waited for, backward begins the dual exchange, and waits where it was begun.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Finish = Callable[[], tuple[Tensor, ...]]  # waits, and gives what has come
+Begin = Callable[[Sequence[Tensor]], Finish]
+
+
+class Flight:
+    """An exchange under way.
+
+    Autograd goes back through what was done last, so what is done between start and wait is what the dual
+    exchange overlaps with too. All ranks must begin flights, and wait for them, in the same order.
+
+    Args:
+        xs: what is exchanged.
+        there: begins the exchange.
+        back: begins its dual, with the gradients of what it brought; it brings those of `xs`.
+    """
+
+    def __init__(self, xs: Sequence[Tensor], there: Begin, back: Begin) -> None:
+        self._there, self._back = there, back
+        self._finish: Finish | None = None
+        self._token: Tensor | None = _Start.apply(self, *xs)
+
+    def wait(self, *, kept: bool = False) -> tuple[Tensor, ...]:
+        """What the exchange brings. To be called once.
+
+        Args:
+            kept: makes activation checkpointing recompute as far as here. It stops at the last tensor that
+                is kept for backward; if that lies between start and wait, nobody would wait.
+        """
+        token, self._token = self._token, None  # or flight and graph would hold each other
+        return _Wait.apply(self, token, kept)
+
+    def begin(self, xs: Sequence[Tensor], *, dual: bool) -> None:
+        """Begins the exchange, or the dual."""
+        self._finish = (self._back if dual else self._there)(xs)
+
+    def finish(self) -> tuple[Tensor, ...]:
+        """What the exchange, or the dual, brings."""
+        finish, self._finish = self._finish, None
+        assert finish is not None, "what was begun is waited for once"
+        return finish()
+
+
+class _Start(torch.autograd.Function):
+    """xs -> a token of no elements, for the wait.
+
+    backward  dxs = what the dual exchange brings
+    """
+
+    @staticmethod
+    def forward(ctx: Any, flight: Flight, *xs: Tensor) -> Tensor:
+        ctx.flight = flight
+        flight.begin(xs, dual=False)
+        return xs[0].new_empty(0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
+        return None, *ctx.flight.finish()
+
+
+class _Wait(torch.autograd.Function):
+    """The token -> ys, what the exchange brings.
+
+    backward  begins the dual exchange with dys
+    """
+
+    @staticmethod
+    def forward(ctx: Any, flight: Flight, token: Tensor, kept: bool) -> tuple[Tensor, ...]:
+        ctx.flight = flight
+        if kept:
+            ctx.save_for_backward(token)
+        return flight.finish()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
+        ctx.flight.begin(grad_outputs, dual=True)
+        return None, grad_outputs[0].new_empty(0), None
