@@ -10,7 +10,18 @@ import pytest
 import torch
 
 import seqpar
-from seqpar import Dropout, Mask, RingAttention, Score, UlyssesAttention, simulate
+from seqpar import (
+    Dropout,
+    Group,
+    HybridAttention,
+    Mask,
+    MaterialisedAttention,
+    MeshAttention,
+    RingAttention,
+    Score,
+    UlyssesAttention,
+    simulate,
+)
 from seqpar.layout import Layout, Span, contiguous, striped, zigzag
 
 LENGTH = 12
@@ -27,14 +38,21 @@ def call(group, **change):
     v = change.get("v", torch.ones(batch, rows, heads[1], 8, dtype=dtype))
     q, k = change.get("q", q), change.get("k", k)
     module = change.get("module", RingAttention)
+    over = group
+    if module in (MeshAttention, HybridAttention):
+        over = group.grid(ulysses=change.get("ulysses", 1))
     attend = module(
-        group,
+        over,
         mask=change.get("mask", Mask(causal=True)),
         score=change.get("score", Score()),
         implementation=change.get("implementation"),
         dropout=change.get("dropout"),
+        invariant=change.get("invariant"),
     )
-    return attend(q, k, v, layout)
+    for name in ("head_chunks", "grid"):
+        if name in change:
+            setattr(attend, name, change[name])
+    return attend(q, k, v, layout, kv_layout=change.get("kv_layout"))
 
 
 ONE_RANK = {  # what rank 1 alone does -> what every message must say
@@ -89,6 +107,44 @@ ONE_RANK = {  # what rank 1 alone does -> what every message must say
         {"mask": Mask(causal=True, documents=(0, 5, 11))},
         r"documents must end where the sequence does, at 12, got 11",
     ),
+    "kv_layout": (
+        {"kv_layout": contiguous(LENGTH, 3)},
+        r"kv_layout is None on ranks 0, 2, Layout.kind='contiguous'.* on rank 1",
+    ),
+    "kv_layout of another length": (
+        {"kv_layout": zigzag(20, 3)},
+        r"rank 1 of 3 must hold 7 of the 20 positions .*got k \(2, 4, 2, 8\)",
+    ),
+    "kv_layout in other steps": (
+        {"kv_layout": striped(LENGTH, 3)},
+        r"same steps: both striped, or neither; got zigzag and striped",
+    ),
+    "kv_layout not a layout": ({"kv_layout": 12}, r"kv_layout must be a seqpar.Layout, got 12"),
+    "documents of queries and keys": (
+        {"mask": Mask(documents=(0, 12)), "kv_layout": zigzag(20, 3)},
+        r"queries and keys must have the same length, got 12 and 20",
+    ),
+    "invariant": (
+        {"module": UlyssesAttention, "invariant": False},
+        r"ranks disagree|strategy is",
+    ),
+    "a zigzag ring of invariant bits": (
+        {"invariant": True},
+        r"only with a causal mask, a contiguous layout .* got causal=True, zigzag",
+    ),
+    "invariant not a bool": ({"invariant": 1}, r"invariant must be a bool or None, got 1"),
+    "head_chunks of a ring": (
+        {"head_chunks": 2},
+        r"head_chunks is for \('ulysses', 'hybrid'\), which exchange heads; got 2 for 'ring'",
+    ),
+    "a grid for a ring": (
+        {"grid": Group.alone().grid(ulysses=1)},
+        r"a grid is for \('mesh', 'hybrid'\), got one for 'ring'",
+    ),
+    "grid": (
+        {"module": MeshAttention, "ulysses": 3},
+        r"strategy is 'ring' on ranks 0, 2, 'mesh' on rank 1",
+    ),
     "no GPU": (
         {"implementation": "flash_attn"},
         r"implementation 'flash_attn' does not run on cpu; 'aten' does all",
@@ -125,6 +181,18 @@ ALL_RANKS = {  # what every rank does -> what every message must say
     "sinks elsewhere": (
         {"score": Score(sinks=torch.ones(4, device="meta"))},
         "sinks must be on the device of q, cpu, got meta",
+    ),
+    "a mesh without a grid": (
+        {"module": MeshAttention, "grid": None},
+        r"strategy 'mesh' takes a seqpar.Grid, got None; make one with group.grid\(ulysses",
+    ),
+    "a grid of other ranks": (
+        {"module": HybridAttention, "grid": Group.alone().grid(ulysses=1)},
+        r"the degrees of the grid must multiply to the 3 ranks, got Grid\(ring=1, ulysses=1",
+    ),
+    "stored scores by a kernel that stores none": (
+        {"module": MaterialisedAttention, "implementation": "aten"},
+        r"stored scores .*got implementation 'aten'",
     ),
     "unknown implementation": ({"implementation": "cuda"}, "cuda"),
     "layout for another P": ({"layout": striped(LENGTH, 2)}, r"seqpar.striped\(12, group.size\)"),
@@ -191,3 +259,43 @@ def test_a_plan_of_the_wrong_kind_is_refused():
         seqpar.attention(x, x, x, None)
     with pytest.raises(ValueError, match="strategy must be one of"):
         seqpar.attention(x, x, x, seqpar.Plan(seqpar.Group.alone(), zigzag(2, 1), strategy="rings"))
+
+
+@pytest.mark.parametrize(
+    ("degrees", "error"),
+    [
+        ({"ulysses": 2}, "must multiply to the 3 ranks of the group, got ulysses=2 ring=1"),
+        ({"ulysses": 3, "ring": 2}, "got ulysses=3 ring=2"),
+        ({"ulysses": 0}, "got ulysses=0"),
+        ({}, "needs ulysses=, ring= or both"),
+        ({"ulysses": 1.5}, "must be an integer, got 1.5"),
+    ],
+)
+def test_grids_that_do_not_fit_are_refused(degrees, error):
+    with pytest.raises((ValueError, TypeError), match=error):
+        simulate(3, lambda group: group.grid(**degrees))
+
+
+def test_modules_take_what_they_are_made_for():
+    with pytest.raises(TypeError, match=r"MeshAttention takes a seqpar.Grid, such as group.grid"):
+        MeshAttention(Group.alone())
+    with pytest.raises(ValueError, match=r"shard must be one of \('rows', 'columns', 'depth'\)"):
+        MaterialisedAttention(Group.alone(), shard="heads")
+
+
+def other_grid(group):
+    """Ranks that arrange themselves differently."""
+    rows = zigzag(LENGTH, 4).rows[group.rank]
+    x = torch.ones(1, rows, 2, 4)
+    grid = group.grid(ulysses=4 if group.rank == 1 else 2)
+    try:
+        HybridAttention(grid)(x, x, x, zigzag(LENGTH, 4))
+    except seqpar.DesyncError as error:
+        return str(error), 0.0, True
+    return "nothing", 0.0, True
+
+
+def test_ranks_in_different_grids_are_told(worlds):
+    pattern = r"grid is \(\(0, 1\), \(2, 3\)\) on ranks 0, 2, 3, \(\(0, 1, 2, 3\),\) on rank 1"
+    check(simulate(4, other_grid), pattern)
+    check(worlds.run(4, other_grid, timeout=20), pattern)
