@@ -87,21 +87,21 @@ def gather_pass(
         block: this rank's tensors, `[b sl h w]` or `[b sl h]`, packed by `Parcel`.
     """
     parcel = Parcel.of(block)
-    own = parcel.pack(block)
 
     def start(n: int) -> tuple[Chunk, Block, Pending]:
         received = delivery.received(n)
         rows = sum(p.length for p, _ in received)
         chunk = parcel.empty(block[0], rows, block[0].shape[0], block[0].shape[2])
+        own = {p: at for p, at in received if p.owner == group.rank}
+        for p, at in own.items():
+            for x, y in zip(parcel.unpack([x[at] for x in chunk]), block, strict=True):
+                x.copy_(y[:, p.rows])
         pending = group.exchange(
             primitive,
-            [(rank, x[p.rows]) for rank, p in delivery.sent(n) for x in own],
+            # From where they are to be held: other rows of the chunk arrive meanwhile.
+            [(rank, x[own[p]]) for rank, p in delivery.sent(n) for x in chunk],
             [(p.owner, x[at]) for p, at in received if p.owner != group.rank for x in chunk],
         )
-        for p, place in received:
-            if p.owner == group.rank:
-                for x, y in zip(chunk, own, strict=True):
-                    x[place] = y[p.rows]
         return tuple(p for p, _ in received), chunk, pending
 
     coming = start(0) if delivery.chunks else None
