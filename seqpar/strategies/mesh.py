@@ -67,6 +67,11 @@ class MeshRoute:
             cache(lambda peer, p: plan.sees(queries[peer], spans_of([p], self._col_spans))),
         )  # fmt: skip
 
+    @property
+    def deliveries(self) -> tuple[Delivery, Delivery]:
+        """Of query rows in the grid row, in one chunk, and of keys in the grid column."""
+        return self._rows, self._cols
+
     def rows(self, q: Tensor) -> tuple[Spans, Tensor]:
         """Those of the grid row."""
         spans, (gathered,) = self._gather_rows((q,))
@@ -76,6 +81,7 @@ class MeshRoute:
         """A slice of every rank's keys at a time."""
         for pieces, (k_c, v_c) in gather_pass((k, v), self._cols, self._grid.ring):
             yield spans_of(pieces, self._col_spans), k_c, v_c
+            del k_c, v_c  # or three chunks are held while the next but one is begun
 
     def merged(self, running: Partial) -> Partial:
         """This rank's rows of the partials of its grid row, merged in the order of ranks."""
@@ -97,6 +103,7 @@ class MeshRoute:
             cols = spans_of(pieces, self._col_spans)
             dk_c, dv_c = sums.open()
             yield Visit(spans, cols, rows, k_c, v_c, dq, dk_c, dv_c, dslopes)
+            del k_c, v_c, dk_c, dv_c  # as in `columns`
             sums.close()
         into.dk, into.dv = sums.home()
         if self._rows.size == 1:
