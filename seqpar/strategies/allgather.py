@@ -56,6 +56,7 @@ def allgather_volume(plan: Plan, rank: int, shape: Shape) -> Volume:
 
 
 def column(plan: Plan) -> Grid:
+    """The grid in which all ranks share keys, and each has its own rows."""
     return Grid(plan.group, tuple((rank,) for rank in range(plan.layout.size)))
 
 
