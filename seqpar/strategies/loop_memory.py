@@ -54,8 +54,8 @@ class Sizes:
 
 def fullest(moments: Iterator[Terms] | Sequence[Terms]) -> Terms:
     """The moment with most bytes, without what is not there."""
-    fullest = max(moments, key=lambda terms: sum(terms.values()))
-    return {name: size for name, size in fullest.items() if size}
+    most = max(moments, key=lambda terms: sum(terms.values()))
+    return {name: size for name, size in most.items() if size}
 
 
 def ring_middle(plan: Plan, rank: int, shape: Shape, *, packed: bool = False) -> Middle:

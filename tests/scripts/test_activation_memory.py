@@ -14,9 +14,8 @@ import activation_memory
 import pytest
 from activation_memory import Setting, allocated_bytes, failures, formula
 
-from seqpar import Group, Mask, Plan
+from seqpar import Mask, Plan, simulate
 from seqpar.layout import zigzag
-from seqpar.strategies import Shape
 from seqpar.strategies.memory import memory
 
 SCRIPT = Path(activation_memory.__file__)
@@ -59,11 +58,14 @@ def test_stored_scores_are_what_dominates(worlds, name):
         assert got.backward == pytest.approx(sum(want.backward.values()), rel=0.15)
 
 
-def test_head_chunks_have_no_formula_yet():
-    layout, shape = zigzag(64, 1), Setting().shape
-    assert isinstance(shape, Shape)
-    plan = Plan(Group.alone(), layout, Mask(), strategy="ulysses", head_chunks=2)
-    assert memory(plan, 0, shape).peak_bytes > 0  # one rank has no trades, and so no chunks
+def test_head_chunks_are_refused():
+    def ask(group):
+        plan = Plan(group, zigzag(64, group.size), Mask(), strategy="ulysses", head_chunks=2)
+        return memory(plan, group.rank, Setting().shape).peak_bytes
+
+    assert simulate(1, ask)[0] > 0  # one rank trades nothing, and so has no chunks
+    with pytest.raises(NotImplementedError, match="head_chunks=1"):
+        simulate(2, ask)
 
 
 def test_the_script_compares_and_writes(tmp_path):
