@@ -169,7 +169,7 @@ def _share(x: Tensor, plan: Plan) -> Tensor:
     if not plan.invariant or group.size == 1:
         return sum_rows(x)
     pieces = tuple(Piece(rank, 0, n) for rank, n in enumerate(layout.rows))
-    to_first = Delivery(group.rank, group.size, [pieces], lambda rank, piece: rank == 0)  # noqa: ARG005
+    to_first = Delivery(group.rank, group.size, 1, lambda *_: pieces, lambda rank, _: rank == 0)
     ((_, (everything,)),) = gather_pass((x,), to_first, group, primitive="learned")
     if group.rank > 0:
         return x.new_zeros(x.shape[2])
