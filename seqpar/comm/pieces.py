@@ -102,21 +102,28 @@ def gather_pass(
         block: this rank's tensors, `[b sl h w]` or `[b sl h]`, packed by `Parcel`.
     """
     parcel = Parcel.of(block)
-    own = parcel.pack(block)
+    last = max((n for n in range(delivery.num_chunks) if delivery.sent(n)), default=-1)
+    packed: dict[Piece, Block] = {}  # own pieces as they are sent: where they are held, if they are
 
     def start(n: int) -> tuple[Chunk, Block, Pending]:
         received = delivery.received(n)
         rows = sum(p.length for p, _ in received)
         chunk = parcel.empty(block[0], rows, block[0].shape[0], block[0].shape[2])
+        for p, at in received:
+            if p.owner == group.rank:
+                packed[p] = tuple(x[at] for x in chunk)
+                for x, y in zip(parcel.unpack(packed[p]), block, strict=True):
+                    x.copy_(y[:, p.rows])
+        for _, p in delivery.sent(n):
+            if p not in packed:
+                packed[p] = parcel.pack([x[:, p.rows] for x in block])
         pending = group.exchange(
             primitive,
-            [(rank, x[p.rows]) for rank, p in delivery.sent(n) for x in own],
+            [(rank, x) for rank, p in delivery.sent(n) for x in packed[p]],
             [(p.owner, x[at]) for p, at in received if p.owner != group.rank for x in chunk],
         )
-        for p, place in received:
-            if p.owner == group.rank:
-                for x, y in zip(chunk, own, strict=True):
-                    x[place] = y[p.rows]
+        if n >= last:
+            packed.clear()
         return tuple(p for p, _ in received), chunk, pending
 
     coming = start(0) if delivery.num_chunks else None

@@ -56,6 +56,11 @@ class Trip:
         before = (visitor - self.direction) % self.size
         return before == owner or self.visits(before, owner)
 
+    def goes_far(self, step: int) -> bool:
+        """Whether this rank's block is sent straight to the rank where it is due after this step."""
+        far = self.at(step + 1)
+        return step > 0 and self.visits(far, self.rank) and not self.follows(far, self.rank)
+
     def is_awaited(self) -> bool:
         """Whether anybody else wants this rank's block."""
         return any(self.visits(rank, self.rank) for rank in range(self.size))
@@ -65,11 +70,11 @@ class Trip:
         """How many rows this rank sends in a `ring_pass`."""
         total = 0
         for step in range(self.size - 1):
-            owner, far = self.at(-step), self.at(step + 1)
+            owner = self.at(-step)
             holds = step == 0 or self.visits(self.rank, owner)
             if holds and self.visits(self.at(1), owner):
                 total += self.rows[owner]
-            if step and self.visits(far, self.rank) and not self.follows(far, self.rank):
+            if self.goes_far(step):
                 total += self.rows[self.rank]
         return total
 
@@ -94,6 +99,7 @@ def ring_pass(
     own = parcel.pack(block) if trip.is_awaited() else ()
     held: Block | None = own
     double = _DoubleBuffer(block, parcel, max(trip.rows))
+    last_far = max((step for step in range(group.size - 1) if trip.goes_far(step)), default=0)
     for step in range(group.size):
         owner, coming = trip.at(-step), trip.at(-step - 1)
         sends: list[Message] = []
@@ -102,9 +108,8 @@ def ring_pass(
         if step + 1 < group.size:
             if held is not None and trip.visits(trip.at(1), owner):
                 sends += [(trip.at(1), x) for x in held]
-            far = trip.at(step + 1)
-            if step and trip.visits(far, group.rank) and not trip.follows(far, group.rank):
-                sends += [(far, x) for x in own]
+            if trip.goes_far(step):
+                sends += [(trip.at(step + 1), x) for x in own]
             if trip.visits(group.rank, coming):
                 source = trip.at(-1) if trip.follows(group.rank, coming) else coming
                 arriving = double.of(step, trip.rows[coming])
@@ -116,6 +121,8 @@ def ring_pass(
             yield owner, None if held is None else parcel.unpack(held)
         pending.wait()
         held = arriving
+        if step >= last_far:
+            own = ()  # or it lives on for the whole trip
 
 
 class RingSum:

@@ -93,8 +93,10 @@ class InOrderRoute:
         """Own rows meet the keys downwards; then own keys meet the queries upwards."""
         plan = self._plan
         own, own_keys = plan.layout.spans[self._rank], plan.keys.spans[self._rank]
+        into.dq = into.zeros(mine.q)
         for cols, k_c, v_c in self.columns(k, v):
             yield Visit(own, cols, mine, k_c, v_c, into.dq, None, None, into.dslopes)
+        into.dk, into.dv = into.zeros(k), into.zeros(v)
         travelling = mine.q, mine.dout, mine.lse, mine.delta
         for pieces, (q, dout, lse, delta) in gather_pass(travelling, self._queries, plan.group):
             rows = Rows(q, dout, dout, lse, delta, mine.lse_learns)

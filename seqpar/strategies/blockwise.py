@@ -7,7 +7,7 @@ it, and how sums go home. Whatever the layout, a rank meets spans of rows with s
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -48,12 +48,20 @@ class Visit:
 
 @dataclass
 class Gradients:
-    """Of this rank's own rows, in the type of sums. `dslopes` has a share for every row."""
+    """Of this rank's own rows, in the type of sums. `dslopes` has a share for every row.
 
-    dq: Tensor
-    dk: Tensor
-    dv: Tensor
+    The route makes dq, dk and dv: those that are summed elsewhere are nowhere until they come home.
+    """
+
+    dtype: torch.dtype
     dslopes: Tensor | None
+    dq: Tensor = field(init=False)
+    dk: Tensor = field(init=False)
+    dv: Tensor = field(init=False)
+
+    def zeros(self, like: Tensor) -> Tensor:
+        """To sum the gradient of a tensor in."""
+        return torch.zeros(like.shape, dtype=self.dtype, device=like.device)
 
 
 class Route(Protocol):
@@ -131,10 +139,8 @@ class _Blockwise(torch.autograd.Function):
         score = replace(score, alibi_slopes=slopes)
         dout = torch.zeros_like(out) if dout is None else dout
         mine = Rows.of(q, out, dout, lse, dlse, implementation=plan.implementation)
-        wide = accumulation_dtype(q.dtype)
-        dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
-        into = Gradients(dq, dk, dv, torch.zeros_like(lse) if ctx.needs_input_grad[3] else None)
-        del dq, dk, dv
+        dslopes = torch.zeros_like(lse) if ctx.needs_input_grad[3] else None
+        into = Gradients(accumulation_dtype(q.dtype), dslopes)
         for visit in route.visits(mine, k, v, into):
             for rows, cols, block in plan.blocks(visit.row_spans, visit.col_spans, score, head):
                 attend_backward(

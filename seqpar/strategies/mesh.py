@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import cache
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -98,14 +97,17 @@ class MeshRoute:
     def visits(self, mine: Rows, k: Tensor, v: Tensor, into: Gradients) -> Iterator[Visit]:
         """The rows of the grid row, gathered once, meet the keys chunk by chunk."""
         spans, rows, dq, dslopes = self._gather_backward(mine, into)
-        sums = HomeSum((k, v), self._cols, self._grid.ring, into.dk.dtype)
+        sums = HomeSum((k, v), self._cols, self._grid.ring, into.dtype)
         for came, (k_c, v_c) in gather_pass((k, v), self._cols, self._grid.ring):
             cols = spans_of(came, self._col_spans)
             dk_c, dv_c = sums.open()
             yield Visit(spans, cols, rows, k_c, v_c, dq, dk_c, dv_c, dslopes)
             sums.close()
         into.dk, into.dv = sums.home()
-        if self._rows.size > 1:
+        if self._rows.size == 1:
+            into.dq = dq
+        else:
+            into.dq = into.zeros(mine.q)
             total = (into.dq,) if into.dslopes is None else (into.dq, into.dslopes)
             share = (dq,) if dslopes is None else (dq, dslopes)
             for _, parts in send_home(share, self._rows, self._grid.ulysses):
@@ -142,14 +144,12 @@ class MeshRoute:
     ) -> tuple[Spans, Rows, Tensor, Tensor | None]:
         """The rows of the grid row, and zeros for their dq and dslopes."""
         if self._rows.size == 1:
-            return self._row_spans[0], mine, into.dq, into.dslopes
+            return self._row_spans[0], mine, into.zeros(mine.q), into.dslopes
         own_out = (mine.out,) if needs_out(self._plan.implementation) else ()
         block = (mine.q, mine.dout, mine.lse, mine.delta, *own_out)
         spans, (q, dout, lse, delta, *out) = self._gather_rows(block)
         rows = Rows(q, out[0] if out else dout, dout, lse, delta, mine.lse_learns)
-        dq = torch.zeros(q.shape, dtype=into.dq.dtype, device=q.device)
-        dslopes = None if into.dslopes is None else torch.zeros(lse.shape).to(lse)
-        return spans, rows, dq, dslopes
+        return spans, rows, into.zeros(q), None if into.dslopes is None else into.zeros(lse)
 
 
 def lengths(spans: Sequence[Spans]) -> list[int]:

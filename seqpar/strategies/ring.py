@@ -110,7 +110,8 @@ class RingRoute:
     def _keys_visit(self, mine: Rows, k: Tensor, v: Tensor, into: Gradients) -> Iterator[Visit]:
         plan = self._plan
         trip = _key_trip(plan)
-        sums = RingSum((k, v), trip, plan.group, into.dq.dtype, in_order=bool(plan.invariant))
+        sums = RingSum((k, v), trip, plan.group, into.dtype, in_order=bool(plan.invariant))
+        into.dq = into.zeros(mine.q)
         for owner, block in ring_pass((k, v), trip, plan.group):
             share = sums.open()
             if block is not None and share is not None:
@@ -123,7 +124,8 @@ class RingRoute:
         plan, own_keys = self._plan, self._plan.keys.spans[self._plan.group.rank]
         trip = _query_trip(plan)
         like = (mine.q,) if into.dslopes is None else (mine.q, mine.lse)
-        sums = RingSum(like, trip, plan.group, into.dq.dtype, in_order=bool(plan.invariant))
+        sums = RingSum(like, trip, plan.group, into.dtype, in_order=bool(plan.invariant))
+        into.dk, into.dv = into.zeros(k), into.zeros(v)
         out = (mine.out,) if needs_out(plan.implementation) else ()
         travelling = (mine.q, mine.dout, mine.lse, mine.delta, *out)
         for owner, block in ring_pass(travelling, trip, plan.group):
