@@ -128,7 +128,7 @@ PLANTS = [
     Plant("slopes of other heads", f"{BLOCK}/score.py",
           "heads = slice(start, start + num_heads)", "heads = slice(0, num_heads)"),
     Plant("positions of joined tiles", "seqpar/strategies/plan.py",
-          "for t in met if needs_positions else joined_tiles(met):", "for t in joined_tiles(met):"),
+          "made = tiles if needs_positions else tall_tiles", "made = tall_tiles"),
     Plant("stored softmax: maxima of pieces not carried", f"{BLOCK}/triton_softmax.py",
           "l = l * tl.exp2((m - origin) * LOG2E) + tl.sum(p, 1)", "l = l + tl.sum(p, 1)", STORED),
     Plant("stored softmax: delta of a piece alone", f"{BLOCK}/triton_softmax.py",

@@ -18,13 +18,12 @@ from seqpar.layout import Layout, held
 from seqpar.strategies.blockwise import (
     Gradients,
     Route,
-    Spans,
     Visit,
     blockwise_attention,
     learned_elements,
 )
 from seqpar.strategies.mesh import MeshRoute, spans_of
-from seqpar.strategies.plan import Plan
+from seqpar.strategies.plan import Plan, Spans
 from seqpar.strategies.volume import Shape, Volume
 from seqpar_kernels import Partial, Rows
 

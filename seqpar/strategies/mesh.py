@@ -16,8 +16,8 @@ from torch import Tensor
 
 from seqpar.comm import Delivery, Grid, HomeSum, Piece, gather_pass, send_home
 from seqpar.layout import Span, held, joined, part
-from seqpar.strategies.blockwise import Gradients, Spans, Visit, blockwise_attention
-from seqpar.strategies.plan import Plan
+from seqpar.strategies.blockwise import Gradients, Visit, blockwise_attention
+from seqpar.strategies.plan import Plan, Spans
 from seqpar.strategies.volume import Shape, Volume, needs_out
 from seqpar_kernels import Partial, Rows
 
@@ -58,8 +58,10 @@ class MeshRoute:
         row, col = grid.members[i], [members[j] for members in grid.members]
         self._row_spans = [plan.layout.spans[r] for r in row]
         self._col_spans = [plan.keys.spans[r] for r in col]
-        keys = [[s for m in grid.members for s in plan.keys.spans[m[n]]] for n in range(len(row))]
-        queries = [[s for r in m for s in plan.layout.spans[r]] for m in grid.members]
+        keys = [
+            tuple(s for m in grid.members for s in plan.keys.spans[m[n]]) for n in range(len(row))
+        ]
+        queries = [tuple(s for r in m for s in plan.layout.spans[r]) for m in grid.members]
         rows = tuple(Piece(n, 0, length) for n, length in enumerate(lengths(self._row_spans)))
         self._rows = Delivery(
             j, len(row), 1, lambda *_: rows,

@@ -18,12 +18,11 @@ from seqpar.comm import Count, RingSum, Trip, ring_pass
 from seqpar.layout import Span
 from seqpar.strategies.blockwise import (
     Gradients,
-    Spans,
     Visit,
     blockwise_attention,
     learned_elements,
 )
-from seqpar.strategies.plan import Plan
+from seqpar.strategies.plan import Plan, Spans
 from seqpar.strategies.volume import Shape, Volume, needs_out
 from seqpar_kernels import Block, Partial, Rows, attention, attention_with_lse
 
