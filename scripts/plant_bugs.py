@@ -199,7 +199,7 @@ PLANTS = [
           "tile = x.new_zeros(b, h, group, TILE, width, dtype=dtype)",
           "tile = x.new_zeros(b, h, group, length, width, dtype=dtype)", "tests/block/test_bits.py"),
     Plant("documents not looked at where hops are skipped", f"{LAYOUT}/visible.py",
-          "for start, stop in _shared_documents(mask.documents or (0,), rows, cols):",
+          "for start, stop in _shared_documents(mask.bounds, rows, cols):",
           "for start, stop in _shared_documents((0,), rows, cols):", "tests/layout"),
     Plant("stored scores: columns in rank order", "seqpar/strategies/stored_scores.py",
           "return x[..., self.cols.inverse()]", "return x",

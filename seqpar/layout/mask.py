@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from seqpar.layout.spans import Span
 from seqpar_kernels import Band, Documents
 
@@ -28,7 +30,7 @@ class Mask:
 
     causal: bool = False
     window: int | None = None
-    documents: Sequence[int] | None = None
+    documents: Sequence[int] | Tensor | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.causal, bool):
@@ -46,6 +48,11 @@ class Mask:
                 f"window must be at least 1 (the row itself), got {self.window}; None means no window"
             )
 
+    @property
+    def bounds(self) -> tuple[int, ...]:
+        """The boundaries of documents; of one document without any."""
+        return (0,) if self.documents is None else tuple(self.documents)
+
     def band(self, rows: Span, cols: Span) -> Band:
         """What the positions of `rows` see of the positions of `cols`, both of the same step.
 
@@ -62,6 +69,6 @@ class Mask:
         )
 
 
-def _integers(bounds: Sequence[int]) -> tuple[int, ...]:
+def _integers(bounds: Sequence[int] | Tensor) -> tuple[int, ...]:
     """Boundaries as they are, but those of NumPy or torch as Python integers."""
     return tuple(int(b) if hasattr(b, "item") and b == int(b) else b for b in bounds)
