@@ -157,6 +157,7 @@ def test_sums_and_statistics_travel_as_float32(heads, strategy):
     case = even(4, heads, degree=degree(4, 2), dtype=torch.bfloat16)
     narrow, wide = narrow_and_wide(strategy, 4, case, 2)
     for step in steps(strategy, 4, case):
+        assert step.sent == step.formula
         for direction, count in enumerate((step.sent.forward, step.sent.backward)):
             assert count.bytes == 2 * narrow[direction] + 4 * wide[direction]
 
