@@ -21,7 +21,7 @@ from seqpar.strategies.plan import Plan, Spans
 from seqpar.strategies.volume import Shape, Volume, needs_out
 from seqpar_kernels import Partial, Rows
 
-MOST_PIECES = 4  # messages to a rank in one batch
+MOST_PIECES = 4  # of a rank's rows: messages to another rank in one batch
 
 
 def mesh_attention(
@@ -160,11 +160,16 @@ def lengths(spans: Sequence[Spans]) -> list[int]:
 
 
 def pieces(owner: int, spans: Spans) -> tuple[Piece, ...]:
-    """A piece for each span, so that what nobody sees is not sent; of many spans, one for all."""
-    cut = [at for at, _ in held(spans)] if len(spans) <= MOST_PIECES else []
-    return tuple(Piece(owner, at.start, at.stop) for at in cut) or (
-        Piece(owner, 0, lengths([spans])[0]),
-    )
+    """A rank's rows in slices, so that what nobody sees is not sent: each span in as many as there may be."""
+    each = MOST_PIECES // len(spans) if spans else 0
+    if each == 0:
+        return (Piece(owner, 0, lengths([spans])[0]),)
+    cuts = [
+        (at.start + span.length * n // each, at.start + span.length * (n + 1) // each)
+        for at, span in held(spans)
+        for n in range(each)
+    ]
+    return tuple(Piece(owner, start, stop) for start, stop in cuts if start < stop)
 
 
 def spans_of(pieces: Sequence[Piece], spans: Sequence[Spans]) -> tuple[Span, ...]:
