@@ -10,6 +10,10 @@ from pathlib import Path
 import numerics
 import pytest
 import torch
+from bench.bits import difference
+from bench.errors import METRICS, errors
+from bench.rings16 import ROUNDING, rounding_ring
+from bench.worlds import STRATEGIES, run
 
 from seqpar.testing import NAMES, Case, oracle
 
@@ -34,9 +38,9 @@ def test_writes_both_tables(tmp_path):
     assert found["versions"]["torch"] == torch.__version__
     assert found["failures"] == []
     assert {r["ranks"] for r in found["errors"]} == {1, 2, 3}
-    assert {r["name"] for r in found["errors"]} == {*numerics.STRATEGIES, *numerics.ROUNDING}
+    assert {r["name"] for r in found["errors"]} == {*STRATEGIES, *ROUNDING}
     for r in found["errors"]:
-        for metric in numerics.METRICS:
+        for metric in METRICS:
             assert set(r[metric]) == set(NAMES)
             assert all(1e-4 < x < 3e-2 for x in r[metric].values())
     promised = [r for r in found["bits"] if r["promised"]]
@@ -48,12 +52,12 @@ def test_writes_both_tables(tmp_path):
     assert any(x["differ"] for by_name in others for x in by_name.values())
 
 
-@pytest.mark.parametrize("name", numerics.ROUNDING)
+@pytest.mark.parametrize("name", ROUNDING)
 def test_emulated_rings_of_one_rank_are_ours(name):
     """Nothing is merged, so they round as we do: once, at the end."""
     case = replace(SMALL, kind="zigzag")
-    ours = numerics.run(1, case, "ring", "reference")
-    theirs = numerics.rounding_ring(case, case.layout(1), "reference", numerics.ROUNDING[name])
+    ours = run(1, case, "ring", "reference")
+    theirs = rounding_ring(case, case.layout(1), "reference", ROUNDING[name])
     for x, y in zip(ours, theirs, strict=True):
         assert torch.equal(x, y)
 
@@ -61,10 +65,10 @@ def test_emulated_rings_of_one_rank_are_ours(name):
 def test_emulated_rings_are_attention_and_round_in_between():
     case = replace(SMALL, kind="zigzag")
     typical = {}
-    for name, kept in numerics.ROUNDING.items():
-        got = numerics.rounding_ring(case, case.layout(4), "reference", kept)
-        typical[name] = numerics.errors(got, EXACT)["typical"]
-    ours = numerics.errors(numerics.run(4, case, "ring", "reference"), EXACT)["typical"]
+    for name, kept in ROUNDING.items():
+        got = rounding_ring(case, case.layout(4), "reference", kept)
+        typical[name] = errors(got, EXACT)["typical"]
+    ours = errors(run(4, case, "ring", "reference"), EXACT)["typical"]
     for name in NAMES:
         assert ours[name] < typical["16-bit blocks"][name] < typical["16-bit sums"][name] < 1e-2
 
@@ -88,7 +92,7 @@ def test_growth_and_broken_promises_are_failures():
     assert len(check(float("nan"), 0.01)) == 1
     assert check(0.016, 0.016, ours=False) == []
 
-    found = numerics.difference(torch.tensor([1.0, 4.0]), torch.tensor([1.0, 4.0 - 2**-21]))
+    found = difference(torch.tensor([1.0, 4.0]), torch.tensor([1.0, 4.0 - 2**-21]))
     assert found == {"equal": False, "elements": 2, "differ": 1, "steps": 1.0}
     bits = {
         "strategy": "ring", "layout": "zigzag", "implementation": "reference", "dtype": "float32",

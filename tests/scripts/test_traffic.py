@@ -6,7 +6,10 @@ import sys
 import pytest
 import torch
 import traffic
-from traffic import MASKS, Way, failures, textbook
+from bench.routes import Way
+from bench.textbook import textbook
+from bench.windows import MASKS
+from traffic import failures
 
 from seqpar.strategies import STRATEGY_NAMES, VOLUMES, Shape, Volume
 
