@@ -30,7 +30,7 @@ SCORE_TERMS = st.fixed_dictionaries(
 
 
 def examples(share: float) -> int:
-    """So many of the examples of the profile in use: 2000 in `nightly`, 60 in `ci`."""
+    """So many of the examples of the profile in use: 2000 in `nightly`, 40 in `ci`."""
     return max(1, round(settings().max_examples * share))
 
 
