@@ -37,7 +37,7 @@ def allgather_attention(
     with_lse: bool = False,  # noqa: ARG001 - it always may be
 ) -> tuple[Float[Tensor, "b sl hq vd"], Float[Tensor, "b sl hq"]]:
     """(out, lse) of this rank's rows of softmax(q k^T) v. The call has been checked; all ranks must call."""
-    route: Route = MeshRoute(plan, _column(plan))
+    route: Route = MeshRoute(plan, column(plan))
     if plan.invariant:
         route = InOrderRoute(plan)
     return blockwise_attention(q, k, v, plan, route, plan.score.resolve(q.shape[-1]), 0)
@@ -50,11 +50,12 @@ def allgather_volume(plan: Plan, rank: int, shape: Shape) -> Volume:
     order, instead of the sums, (P-1)/P N (2hq + 2nq): q, dout and, in float32, lse and delta.
     """
     if not plan.invariant:
-        return MeshRoute(plan, _column(plan), rank).volume(shape)
+        return MeshRoute(plan, column(plan), rank).volume(shape)
     return InOrderRoute(plan, rank).volume(shape)
 
 
-def _column(plan: Plan) -> Grid:
+def column(plan: Plan) -> Grid:
+    """The grid in which all ranks share keys, and each has its own rows."""
     return Grid(plan.group, tuple((rank,) for rank in range(plan.layout.size)))
 
 
@@ -75,6 +76,11 @@ class InOrderRoute:
             cache(lambda peer, p: plan.sees(spans_of([p], rows), keys[peer])),
         )  # fmt: skip
 
+    @property
+    def deliveries(self) -> tuple[Delivery, Delivery]:
+        """Of query rows and of keys."""
+        return self._queries, self._keys
+
     def rows(self, q: Tensor) -> tuple[Spans, Tensor]:
         """This rank's own."""
         return self._plan.layout.spans[self._rank], q
@@ -83,6 +89,7 @@ class InOrderRoute:
         """A run of positions at a time."""
         for pieces, (k_c, v_c) in gather_pass((k, v), self._keys, self._plan.group):
             yield spans_of(pieces, self._plan.keys.spans), k_c, v_c
+            del k_c, v_c  # or three chunks are held while the next but one is begun
 
     def merged(self, running: Partial) -> Partial:
         """Nobody else worked on these rows."""
@@ -95,6 +102,7 @@ class InOrderRoute:
         into.dq = into.zeros(mine.q)
         for cols, k_c, v_c in self.columns(k, v):
             yield Visit(own, cols, mine, k_c, v_c, into.dq, None, None, into.dslopes)
+            del k_c, v_c  # or the last ones live on while queries are walked
         into.dk, into.dv = into.zeros(k), into.zeros(v)
         travelling = mine.q, mine.dout, mine.lse, mine.delta
         for pieces, (q, dout, lse, delta) in gather_pass(travelling, self._queries, plan.group):

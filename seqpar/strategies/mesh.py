@@ -75,6 +75,11 @@ class MeshRoute:
             cache(lambda peer, p: plan.sees(queries[peer], spans_of([p], self._col_spans))),
         )
 
+    @property
+    def deliveries(self) -> tuple[Delivery, Delivery]:
+        """Of query rows in the grid row, in one chunk, and of keys in the grid column."""
+        return self._rows, self._cols
+
     def rows(self, q: Tensor) -> tuple[Spans, Tensor]:
         """Those of the grid row."""
         spans, (gathered,) = self._gather_rows((q,))
@@ -84,6 +89,7 @@ class MeshRoute:
         """One rank's keys at a time, this rank's first."""
         for came, (k_c, v_c) in gather_pass((k, v), self._cols, self._grid.ring):
             yield spans_of(came, self._col_spans), k_c, v_c
+            del k_c, v_c  # or three chunks are held while the next but one is begun
 
     def merged(self, running: Partial) -> Partial:
         """This rank's rows of the partials of its grid row, merged in the order of ranks."""
@@ -105,6 +111,7 @@ class MeshRoute:
             cols = spans_of(came, self._col_spans)
             dk_c, dv_c = sums.open()
             yield Visit(spans, cols, rows, k_c, v_c, dq, dk_c, dv_c, dslopes)
+            del k_c, v_c, dk_c, dv_c  # as in `columns`
             sums.close()
         into.dk, into.dv = sums.home()
         if self._rows.size == 1:

@@ -65,11 +65,11 @@ def ring_volume(plan: Plan, rank: int, shape: Shape) -> Volume:
     """
     if plan.layout.size == 1:
         return Volume()
-    trip = _key_trip(plan, rank)
+    trip = key_trip(plan, rank)
     forward = shape.count(shape.kv * trip.passed_rows)
-    if _queries_travel(plan, shape):
-        trip = _query_trip(plan, rank)
-        backward = _travelling(plan, shape, trip.passed_rows)
+    if queries_travel(plan, shape):
+        trip = query_trip(plan, rank)
+        backward = travelling_count(plan, shape, trip.passed_rows)
         sums = shape.hq * (shape.d + shape.slopes_learn)
     else:
         backward, sums = forward, shape.kv
@@ -91,7 +91,7 @@ class RingRoute:
 
     def columns(self, k: Tensor, v: Tensor) -> Iterator[tuple[Spans, Tensor, Tensor]]:
         """Block by block, this rank's first."""
-        for owner, block in ring_pass((k, v), _key_trip(self._plan), self._plan.group):
+        for owner, block in ring_pass((k, v), key_trip(self._plan), self._plan.group):
             if block is not None:
                 k_o, v_o = block
                 yield self._plan.keys.spans[owner], k_o, v_o
@@ -103,13 +103,13 @@ class RingRoute:
     def visits(self, mine: Rows, k: Tensor, v: Tensor, into: Gradients) -> Iterator[Visit]:
         """Keys visit rows, or rows visit keys."""
         shape = Shape.of(mine.q, k, v, slopes_learn=into.dslopes is not None)
-        if _queries_travel(self._plan, shape):
+        if queries_travel(self._plan, shape):
             return self._rows_visit(mine, k, v, into)
         return self._keys_visit(mine, k, v, into)
 
     def _keys_visit(self, mine: Rows, k: Tensor, v: Tensor, into: Gradients) -> Iterator[Visit]:
         plan = self._plan
-        trip = _key_trip(plan)
+        trip = key_trip(plan)
         sums = RingSum((k, v), trip, plan.group, into.dtype, in_order=bool(plan.invariant))
         into.dq = into.zeros(mine.q)
         for owner, block in ring_pass((k, v), trip, plan.group):
@@ -122,7 +122,7 @@ class RingRoute:
 
     def _rows_visit(self, mine: Rows, k: Tensor, v: Tensor, into: Gradients) -> Iterator[Visit]:
         plan, own_keys = self._plan, self._plan.keys.spans[self._plan.group.rank]
-        trip = _query_trip(plan)
+        trip = query_trip(plan)
         like = (mine.q,) if into.dslopes is None else (mine.q, mine.lse)
         sums = RingSum(like, trip, plan.group, into.dtype, in_order=bool(plan.invariant))
         into.dk, into.dv = into.zeros(k), into.zeros(v)
@@ -143,14 +143,14 @@ class RingRoute:
         into.dslopes = learned[0] if learned else None
 
 
-def _key_trip(plan: Plan, rank: int | None = None) -> Trip:
+def key_trip(plan: Plan, rank: int | None = None) -> Trip:
     """Keys go to the next rank, so a rank meets them from its own downwards."""
     rows, keys = plan.layout.spans, plan.keys.spans
     wants = cache(lambda visitor, owner: plan.sees(rows[visitor], keys[owner]))
     return Trip(plan.group.rank if rank is None else rank, plan.keys.rows, wants)
 
 
-def _query_trip(plan: Plan, rank: int | None = None) -> Trip:
+def query_trip(plan: Plan, rank: int | None = None) -> Trip:
     """Queries go to the rank before, so a rank's keys meet them from its own upwards."""
     rows, keys = plan.layout.spans, plan.keys.spans
     wants = cache(lambda visitor, owner: plan.sees(rows[owner], keys[visitor]))
@@ -158,9 +158,9 @@ def _query_trip(plan: Plan, rank: int | None = None) -> Trip:
     return Trip(rank, plan.layout.rows, wants, direction=-1)
 
 
-def _queries_travel(plan: Plan, shape: Shape) -> bool:
+def queries_travel(plan: Plan, shape: Shape) -> bool:
     """Whether they are fewer bytes than keys in backward, were everything to be sent everywhere."""
-    queries = _travelling(plan, shape, plan.layout.length)
+    queries = travelling_count(plan, shape, plan.layout.length)
     queries += shape.count(
         shape.hq * (shape.d + shape.slopes_learn) * plan.layout.length, wide=True
     )
@@ -169,7 +169,7 @@ def _queries_travel(plan: Plan, shape: Shape) -> bool:
     return queries.bytes < keys.bytes
 
 
-def _travelling(plan: Plan, shape: Shape, rows: int) -> Count:
+def travelling_count(plan: Plan, shape: Shape, rows: int) -> Count:
     """Query rows and what backward must know of them, without the sums."""
     out = shape.vd if needs_out(plan.implementation) else 0
     narrow = shape.count(shape.hq * (shape.d + shape.vd + out) * rows)
