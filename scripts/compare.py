@@ -24,10 +24,13 @@ from rich.table import Table
 
 from seqpar import Group, Mask, Plan
 from seqpar.layout import LAYOUTS, Layout
-from seqpar.strategies import Volume
+from seqpar.strategies import GRID_STRATEGIES, Volume
 from seqpar.testing import PeakMemory, ProcessWorld, run_step
 
-CONTENDERS = {"ring": "zigzag", "ulysses": "contiguous"}  # strategy -> the layout it likes best
+CONTENDERS = {  # strategy -> the layout it likes best
+    "ring": "zigzag", "ulysses": "contiguous", "allgather": "zigzag", "mesh": "striped",
+    "hybrid": "zigzag", "materialised_rows": "zigzag",
+}  # fmt: skip
 
 
 def one_device_step(_: Group, setting: dict[str, Any]) -> float:
@@ -50,7 +53,11 @@ def rank_tensors(layout: Layout, rank: int, setting: dict[str, Any]) -> tuple[to
 def make_plan(group: Group, setting: dict[str, Any], strategy: str) -> Plan:
     """The plan of a contender."""
     layout = LAYOUTS[setting["layouts"][strategy]](setting["length"], group.size)
-    return Plan(group, layout, Mask(causal=setting["causal"]), strategy=strategy)
+    grid = None
+    if strategy in GRID_STRATEGIES:  # as square as can be
+        divisors = [n for n in range(1, group.size + 1) if group.size % n == 0]
+        grid = group.grid(ulysses=divisors[(len(divisors) - 1) // 2])
+    return Plan(group, layout, Mask(causal=setting["causal"]), strategy=strategy, grid=grid)
 
 
 def rank_step(group: Group, setting: dict[str, Any], strategy: str) -> tuple[float, Volume, Volume]:
@@ -158,12 +165,14 @@ def main() -> None:
     parser.add_argument("--d", type=int, default=64, help="width of a head")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--full", action="store_true", help="no causal mask")
+    parser.add_argument("--strategies", nargs="+", choices=CONTENDERS, default=["ring", "ulysses"])
     parser.add_argument("--ring-layout", choices=LAYOUTS, default=CONTENDERS["ring"])
     parser.add_argument("--ulysses-layout", choices=LAYOUTS, default=CONTENDERS["ulysses"])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path, help="write the results here")
     args = parser.parse_args()
 
+    layouts = CONTENDERS | {"ring": args.ring_layout, "ulysses": args.ulysses_layout}
     console = Console()
     results = []
     for length in args.length:
@@ -171,7 +180,7 @@ def main() -> None:
             setting = {
                 "length": length, "heads": args.heads, "d": args.d,
                 "dtype": getattr(torch, dtype), "causal": not args.full,
-                "layouts": {"ring": args.ring_layout, "ulysses": args.ulysses_layout},
+                "layouts": {name: layouts[name] for name in args.strategies},
             }  # fmt: skip
             results.append(compare(setting, args.ranks, args.threads, args.rounds))
             show(results[-1], console)

@@ -20,7 +20,9 @@ def attention(
     """This rank's rows of softmax(scale q k^T + mask) v over the whole sequence. All ranks must call.
 
     Equal to one-device attention for any number of ranks, any length and any head counts, gradients
-    of q, k and v included. Query head h uses kv head h // (hq // hkv). A rank may hold no rows.
+    of q, k and v included. Query head h uses kv head h // (hq // hkv). A rank may hold no rows. Where
+    gradients are wanted all ranks must go backward through out, even those whose rows do not count
+    (weigh them with 0): their keys may count elsewhere.
 
     Raises:
         TypeError: an argument is of the wrong kind, or a tensor not floating point.

@@ -176,5 +176,5 @@ class MaterialisedAttention(_Attention):
         see nothing are zero; where there are sinks, rows sum to less than 1. Raises what
         `seqpar.attention` does.
         """
-        plan = agree_on_call(q, k, k, self.plan(layout, kv_layout))
+        plan = agree_on_call(q, k, k, self.plan(layout, kv_layout), operation="weights")
         return attention_weights(q, k, plan)

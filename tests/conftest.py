@@ -16,7 +16,7 @@ from hypothesis import Phase, settings
 from seqpar.testing import ProcessWorld
 
 torch.set_num_threads(1)
-settings.register_profile("ci", derandomize=True, deadline=None, max_examples=60)
+settings.register_profile("ci", derandomize=True, deadline=None, max_examples=40)
 settings.register_profile("dev", deadline=None, max_examples=60, print_blob=True)
 settings.register_profile(
     "quick", settings.get_profile("ci"), phases=[Phase.explicit, Phase.generate]

@@ -95,10 +95,9 @@ class Rows:
         """The rows of `q` with their delta, given the gradient of lse if that is differentiated."""
         delta = torch.zeros(lse.shape, dtype=accumulation_dtype(q.dtype), device=q.device)
         dout = dout if dout.stride(-1) == 1 or dout.shape[-1] == 1 else dout.contiguous()
-        with torch.autocast(q.device.type, enabled=False):
-            add_dot_(out, dout, delta, implementation=implementation)
-            if dlse is not None:
-                delta -= dlse
+        add_dot_(out, dout, delta, implementation=implementation)
+        if dlse is not None:
+            delta -= dlse
         return Rows(q, out, dout, lse, delta, lse_learns=dlse is not None)
 
     def __getitem__(self, rows: slice) -> Rows:

@@ -69,7 +69,8 @@ def add_dot_(
 
         triton_softmax.add_dot_(x, y, into)
         return
-    into.add_(torch.einsum("abcw,abcw->abc", x.to(into.dtype), y.to(into.dtype)))
+    with torch.autocast(x.device.type, enabled=False):
+        into.add_(torch.einsum("abcw,abcw->abc", x.to(into.dtype), y.to(into.dtype)))
 
 
 def score_gradient(

@@ -100,7 +100,8 @@ def sink_gradient_rows(
 
     A sink is a key whose value is zero, so its ds is p (0 - delta). `lse` has the sink in it.
     """
-    return -(torch.exp(sinks.to(lse.dtype) - lse) * delta)
+    shares = -(torch.exp(sinks.to(lse.dtype) - lse) * delta)
+    return shares.masked_fill_(lse == -torch.inf, 0.0)
 
 
 def sum_rows(x: Float[Tensor, "b i hq"]) -> Float[Tensor, "hq"]:

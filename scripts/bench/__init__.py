@@ -1,1 +1,1 @@
-"""Parts of `scripts/bench_kernels.py`."""
+"""What the scripts that measure compute; the scripts print it and judge it."""

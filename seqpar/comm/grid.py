@@ -127,6 +127,9 @@ class _View:
     def global_ranks(self) -> list[int]:
         return [self._whole.global_ranks[m] for m in self._members]
 
+    def prepare(self, device: torch.device) -> None:
+        self._whole.prepare(device)
+
     def exchange(
         self, primitive: str, sends: Sequence[Message], receives: Sequence[Message]
     ) -> Pending:

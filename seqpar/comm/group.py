@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from torch import Tensor
 
 from seqpar.comm.processes import ProcessTransport
@@ -115,6 +116,9 @@ class _Alone:
     ) -> Pending:
         assert not [*sends, *receives], f"{primitive}: one rank sends to nobody"
         return _Done()
+
+    def prepare(self, device: torch.device) -> None:
+        """Nobody to prepare for."""
 
     def all_reduce(self, x: Tensor, op: ReduceOp) -> None:
         """Nothing to add."""

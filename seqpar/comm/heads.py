@@ -129,25 +129,22 @@ class _Serve(torch.autograd.Function):
 
 
 def _to_heads(xs: Sequence[Tensor], trade: HeadTrade) -> Finish:
-    """One message per rank, tensor and span, received where it belongs if that is one piece."""
+    """One message per rank and tensor, received where it belongs if that is one piece."""
     rank, places = trade.group.rank, trade.places
     ys = tuple(
         x.new_empty(x.shape[0], sum(trade.rows(n)), _length(trade.takes(n, rank)), x.shape[3])
         for n, x in enumerate(xs)
     )
-    sends = [
-        (r, x[:, local, trade.takes(n, r)].contiguous())
-        for r in trade.group.others
-        for n, x in enumerate(xs)
-        for local, _ in places[n][rank]
-    ]
-    targets = [
-        (r, y[:, place])
-        for r in trade.group.others
-        for n, y in enumerate(ys)
-        for _, place in places[n][r]
-    ]
-    receives = [(r, y if y.is_contiguous() else y.new_empty(y.shape)) for r, y in targets]
+    others = [(r, n) for r in trade.group.others for n in range(len(xs))]
+    sends = [(r, xs[n][:, :, trade.takes(n, r)].contiguous()) for r, n in others]
+    staged: dict[tuple[int, int], Tensor] = {}
+    receives = []
+    for r, n in others:
+        target = ys[n][:, places[n][r][0][1]] if len(places[n][r]) == 1 else None
+        if target is None or not target.is_contiguous():
+            target = ys[n].new_empty(ys[n].shape[0], trade.rows(n)[r], *ys[n].shape[2:])
+            staged[r, n] = target
+        receives.append((r, target))
     pending = trade.group.exchange("rows_to_heads", sends, receives)
     for n, (x, y) in enumerate(zip(xs, ys, strict=True)):
         for local, place in places[n][rank]:
@@ -155,9 +152,9 @@ def _to_heads(xs: Sequence[Tensor], trade: HeadTrade) -> Finish:
 
     def finish() -> tuple[Tensor, ...]:
         pending.wait()
-        for (_, target), (_, received) in zip(targets, receives, strict=True):
-            if received is not target:
-                target.copy_(received)
+        for (r, n), received in staged.items():
+            for local, place in places[n][r]:
+                ys[n][:, place] = received[:, local]
         return tuple(_repeat(y, trade, n) for n, y in enumerate(ys))
 
     return finish

@@ -42,39 +42,54 @@ Chunk = tuple[Piece, ...]
 
 @dataclass(frozen=True)
 class Delivery:
-    """Which pieces there are, in chunks, and which ranks want them, besides their owners.
+    """Which pieces are due when and where, and which ranks want them, besides their owners.
 
     Args:
         rank, size: of this rank in the group.
-        wants: (rank, piece); the same answers on every rank.
+        num_chunks: how many there are.
+        due: the pieces of chunk n for a rank.
+        wants: (rank, piece); this and `due` give the same answers on every rank.
     """
 
     rank: int
     size: int
-    chunks: Sequence[Chunk]
+    num_chunks: int
+    due: Callable[[int, int], Chunk]
     wants: Callable[[int, Piece], bool] = field(default=lambda rank, piece: True)  # noqa: ARG005
+
+    @staticmethod
+    def in_turn(
+        rank: int, blocks: Sequence[Chunk], wants: Callable[[int, Piece], bool]
+    ) -> Delivery:
+        """One owner's pieces at a time, in chunk n of the owner n ranks before: all ranks send at once.
+
+        Args:
+            blocks: by owner.
+        """
+        size = len(blocks)
+        return Delivery(rank, size, size, lambda n, r: blocks[(r - n) % size], wants)
 
     def received(self, n: int) -> list[tuple[Piece, slice]]:
         """The pieces of chunk n that this rank then holds, its own too, and where they are."""
-        pieces = [p for p in self.chunks[n] if p.owner == self.rank or self.wants(self.rank, p)]
+        due = self.due(n, self.rank)
+        pieces = [p for p in due if p.owner == self.rank or self.wants(self.rank, p)]
         ends = list(accumulate((p.length for p in pieces), initial=0))
         return [(p, slice(a, b)) for p, a, b in zip(pieces, ends[:-1], ends[1:], strict=True)]
 
     def sent(self, n: int) -> list[tuple[int, Piece]]:
         """(to, piece) of this rank's pieces in chunk n."""
-        own = [p for p in self.chunks[n] if p.owner == self.rank]
-        others = (rank for rank in range(self.size) if rank != self.rank)
-        return [(rank, p) for rank in others for p in own if self.wants(rank, p)]
+        due = ((r, p) for r in range(self.size) if r != self.rank for p in self.due(n, r))
+        return [(r, p) for r, p in due if p.owner == self.rank and self.wants(r, p)]
 
     @property
     def gathered_rows(self) -> int:
         """How many rows this rank sends in a `gather_pass`."""
-        return sum(p.length for n in range(len(self.chunks)) for _, p in self.sent(n))
+        return sum(p.length for n in range(self.num_chunks) for _, p in self.sent(n))
 
     @property
     def returned_rows(self) -> int:
         """How many rows this rank sends home for a `HomeSum`."""
-        received = (p for n in range(len(self.chunks)) for p, _ in self.received(n))
+        received = (p for n in range(self.num_chunks) for p, _ in self.received(n))
         return sum(p.length for p in received if p.owner != self.rank)
 
 
@@ -87,29 +102,36 @@ def gather_pass(
         block: this rank's tensors, `[b sl h w]` or `[b sl h]`, packed by `Parcel`.
     """
     parcel = Parcel.of(block)
+    last = max((n for n in range(delivery.num_chunks) if delivery.sent(n)), default=-1)
+    packed: dict[Piece, Block] = {}  # own pieces as they are sent: where they are held, if they are
 
     def start(n: int) -> tuple[Chunk, Block, Pending]:
         received = delivery.received(n)
         rows = sum(p.length for p, _ in received)
         chunk = parcel.empty(block[0], rows, block[0].shape[0], block[0].shape[2])
-        own = {p: at for p, at in received if p.owner == group.rank}
-        for p, at in own.items():
-            for x, y in zip(parcel.unpack([x[at] for x in chunk]), block, strict=True):
-                x.copy_(y[:, p.rows])
+        for p, at in received:
+            if p.owner == group.rank:
+                packed[p] = tuple(x[at] for x in chunk)
+                for x, y in zip(parcel.unpack(packed[p]), block, strict=True):
+                    x.copy_(y[:, p.rows])
+        for _, p in delivery.sent(n):
+            if p not in packed:
+                packed[p] = parcel.pack([x[:, p.rows] for x in block])
         pending = group.exchange(
             primitive,
-            # From where they are to be held: other rows of the chunk arrive meanwhile.
-            [(rank, x[own[p]]) for rank, p in delivery.sent(n) for x in chunk],
+            [(rank, x) for rank, p in delivery.sent(n) for x in packed[p]],
             [(p.owner, x[at]) for p, at in received if p.owner != group.rank for x in chunk],
         )
+        if n >= last:
+            packed.clear()
         return tuple(p for p, _ in received), chunk, pending
 
-    coming = start(0) if delivery.chunks else None
-    for n in range(len(delivery.chunks)):
+    coming = start(0) if delivery.num_chunks else None
+    for n in range(delivery.num_chunks):
         assert coming is not None
         pieces, chunk, pending = coming
         pending.wait()
-        coming = start(n + 1) if n + 1 < len(delivery.chunks) else None
+        coming = start(n + 1) if n + 1 < delivery.num_chunks else None
         yield pieces, parcel.unpack(chunk)
 
 

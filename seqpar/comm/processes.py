@@ -29,6 +29,7 @@ class ProcessTransport:
         self._reference = weakref.ref(group)
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
+        self._prepared: set[str] = set()
         self._peers = [dist.get_global_rank(group, rank) for rank in range(self.size)]
 
     @staticmethod
@@ -72,6 +73,15 @@ class ProcessTransport:
     def global_ranks(self) -> list[int]:
         """By rank of this group, the rank among all processes."""
         return self._peers
+
+    def prepare(self, device: torch.device) -> None:
+        """Lets all ranks use the backend of a device once, where agreement went over another one.
+
+        NCCL wants every rank in the first call of a group, which an exchange need not have.
+        """
+        if device.type not in {self.control_device.type, *self._prepared}:
+            dist.all_reduce(torch.zeros(1, device=device), group=self._group)
+            self._prepared.add(device.type)
 
     def exchange(
         self, primitive: str, sends: Sequence[Message], receives: Sequence[Message]

@@ -143,6 +143,9 @@ class ThreadTransport:
         """The ranks themselves."""
         return list(range(self.size))
 
+    def prepare(self, device: torch.device) -> None:
+        """Nothing to prepare."""
+
     def exchange(
         self, primitive: str, sends: Sequence[Message], receives: Sequence[Message]
     ) -> _ThreadPending:

@@ -36,6 +36,9 @@ class Transport(Protocol):
     def global_ranks(self) -> list[int]:
         """By rank, what the whole world calls it."""
 
+    def prepare(self, device: torch.device) -> None:
+        """To be called by all ranks before some of them exchange tensors of a device."""
+
     def exchange(
         self, primitive: str, sends: Sequence[Message], receives: Sequence[Message]
     ) -> Pending:

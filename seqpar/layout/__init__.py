@@ -9,7 +9,7 @@ from seqpar.layout.heads import HeadSegment, HeadSplit, split_heads
 from seqpar.layout.mask import Mask
 from seqpar.layout.shards import LAYOUTS, Layout, contiguous, striped, whole, zigzag
 from seqpar.layout.spans import Span, joined
-from seqpar.layout.tiles import Tile, held, joined_tiles, meets, part, tiles, work
+from seqpar.layout.tiles import Tile, held, joined_tiles, meets, part, tall_tiles, tiles, work
 from seqpar.layout.visible import sees, visible_count
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "sees",
     "split_heads",
     "striped",
+    "tall_tiles",
     "tiles",
     "visible_count",
     "whole",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from seqpar.layout.spans import Span
 from seqpar_kernels import Band, Documents
 
@@ -17,8 +19,9 @@ class Mask:
         causal: row i sees no column after i.
         window: how many keys back a row sees, itself included; as many ahead when not causal.
             Row i sees column j only if i - window < j (and, not causal, j < i + window).
-        documents: boundaries of packed documents, as cumulative lengths 0, ..., length of the sequence;
-            a position sees its own document only. Equal boundaries are empty documents.
+        documents: boundaries of packed documents, as cumulative lengths 0, ..., length of the sequence (a
+            tensor will do, such as the cu_seqlens of flash-attn); a position sees its own document
+            only. Equal boundaries are empty documents.
 
     Raises:
         ValueError: window is less than 1, or documents do not start at 0 or go down.
@@ -27,13 +30,13 @@ class Mask:
 
     causal: bool = False
     window: int | None = None
-    documents: Sequence[int] | None = None
+    documents: Sequence[int] | Tensor | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.causal, bool):
             raise TypeError(f"causal must be a bool, got {self.causal!r}")
         if self.documents is not None:
-            object.__setattr__(self, "documents", Documents(tuple(self.documents)).bounds)
+            object.__setattr__(self, "documents", Documents(_integers(self.documents)).bounds)
         if self.window is None:
             return
         if isinstance(self.window, bool) or not isinstance(self.window, int):
@@ -44,6 +47,11 @@ class Mask:
             raise ValueError(
                 f"window must be at least 1 (the row itself), got {self.window}; None means no window"
             )
+
+    @property
+    def bounds(self) -> tuple[int, ...]:
+        """The boundaries of documents; of one document without any."""
+        return (0,) if self.documents is None else tuple(self.documents)
 
     def band(self, rows: Span, cols: Span) -> Band:
         """What the positions of `rows` see of the positions of `cols`, both of the same step.
@@ -59,3 +67,8 @@ class Mask:
             lower=None if back is None else -((back - apart) // rows.step),
             upper=None if ahead is None else (apart + ahead) // rows.step,
         )
+
+
+def _integers(bounds: Sequence[int] | Tensor) -> tuple[int, ...]:
+    """Boundaries as they are, but those of NumPy or torch as Python integers."""
+    return tuple(int(b) if hasattr(b, "item") and b == int(b) else b for b in bounds)

@@ -32,8 +32,8 @@ def joined(spans: Iterable[Span]) -> tuple[Span, ...]:
         last = out[-1] if out else None
         if span.length == 0:
             continue
-        if last and last.step == span.step == 1 and last.positions.stop == span.start:
-            out[-1] = Span(last.start, last.length + span.length)
+        if last and last.step == span.step and last.positions.stop == span.start:
+            out[-1] = Span(last.start, last.length + span.length, span.step)
         else:
             out.append(span)
     return tuple(out)

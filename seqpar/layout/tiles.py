@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from seqpar.layout.mask import Mask
 from seqpar.layout.shards import Layout
@@ -40,7 +41,8 @@ class Tile:
         return both_full or drawn_on == below.band
 
 
-def tiles(rows: Sequence[Span], cols: Sequence[Span], mask: Mask) -> tuple[Tile, ...]:
+@lru_cache(maxsize=1024)
+def tiles(rows: tuple[Span, ...], cols: tuple[Span, ...], mask: Mask) -> tuple[Tile, ...]:
     """The tiles of the query rows of some spans and the keys of others in which anything is visible.
 
     Rows and columns are held in the order of their spans. Columns are visited from the last to the first.
@@ -56,7 +58,8 @@ def tiles(rows: Sequence[Span], cols: Sequence[Span], mask: Mask) -> tuple[Tile,
     return tuple(met)
 
 
-def meets(rows: Sequence[Span], cols: Sequence[Span], mask: Mask) -> bool:
+@lru_cache(maxsize=4096)
+def meets(rows: tuple[Span, ...], cols: tuple[Span, ...], mask: Mask) -> bool:
     """Whether any of the rows sees any of the columns."""
     return any(sees(mask, r, c) for r in rows for c in cols)
 
@@ -80,7 +83,13 @@ def part(spans: Sequence[Span], rows: slice) -> tuple[Span, ...]:
     return tuple(parts)
 
 
-def joined_tiles(apart: Iterable[Tile]) -> tuple[Tile, ...]:
+@lru_cache(maxsize=1024)
+def tall_tiles(rows: tuple[Span, ...], cols: tuple[Span, ...], mask: Mask) -> tuple[Tile, ...]:
+    """`tiles`, joined."""
+    return joined_tiles(tiles(rows, cols, mask))
+
+
+def joined_tiles(apart: tuple[Tile, ...]) -> tuple[Tile, ...]:
     """The same scores in fewer tiles: those whose bands continue each other are joined.
 
     The positions of a joined tile's rows need not be one progression, so it serves only where a band

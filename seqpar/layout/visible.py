@@ -28,7 +28,7 @@ def _counts(mask: Mask, rows: Span, cols: Span) -> Iterator[int]:
     if rows.length == 0 or cols.length == 0:
         return
     band = mask.band(rows, cols)
-    for start, stop in _shared_documents(mask.documents or (0,), rows, cols):
+    for start, stop in _shared_documents(mask.bounds, rows, cols):
         top, bottom = _indices(rows, start, stop)
         left, right = _indices(cols, start, stop)
         if top < bottom and left < right:

@@ -18,13 +18,12 @@ from seqpar.layout import Layout, held
 from seqpar.strategies.blockwise import (
     Gradients,
     Route,
-    Spans,
     Visit,
     blockwise_attention,
     learned_elements,
 )
 from seqpar.strategies.mesh import MeshRoute, spans_of
-from seqpar.strategies.plan import Plan
+from seqpar.strategies.plan import Plan, Spans
 from seqpar.strategies.volume import Shape, Volume
 from seqpar_kernels import Partial, Rows
 
@@ -69,11 +68,11 @@ class InOrderRoute:
         rows, keys = plan.layout.spans, plan.keys.spans
         size, by_key, by_row = plan.layout.size, runs(plan.keys), runs(plan.layout)
         self._keys = Delivery(
-            self._rank, size, by_key[::-1],
+            self._rank, size, len(by_key), lambda n, _: by_key[-1 - n],
             cache(lambda peer, p: plan.sees(rows[peer], spans_of([p], keys))),
         )  # fmt: skip
         self._queries = Delivery(
-            self._rank, size, by_row,
+            self._rank, size, len(by_row), lambda n, _: by_row[n],
             cache(lambda peer, p: plan.sees(spans_of([p], rows), keys[peer])),
         )  # fmt: skip
 

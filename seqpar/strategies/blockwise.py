@@ -6,7 +6,7 @@ it, and how sums go home. Whatever the layout, a rank meets spans of rows with s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from seqpar.comm import Delivery, Piece, gather_pass
-from seqpar.layout import Span
-from seqpar.strategies.plan import Plan
+from seqpar.strategies.plan import Plan, Spans
 from seqpar_kernels import (
     Partial,
     Rows,
@@ -27,8 +26,6 @@ from seqpar_kernels import (
     sink_gradient_rows,
     sum_rows,
 )
-
-Spans = Sequence[Span]
 
 
 @dataclass
@@ -175,7 +172,7 @@ def _share(x: Tensor, plan: Plan) -> Tensor:
     if not plan.invariant or group.size == 1:
         return sum_rows(x)
     pieces = tuple(Piece(rank, 0, n) for rank, n in enumerate(layout.rows))
-    to_first = Delivery(group.rank, group.size, [pieces], lambda rank, piece: rank == 0)  # noqa: ARG005
+    to_first = Delivery(group.rank, group.size, 1, lambda *_: pieces, lambda rank, _: rank == 0)
     ((_, (everything,)),) = gather_pass((x,), to_first, group, primitive="learned")
     if group.rank > 0:
         return x.new_zeros(x.shape[2])

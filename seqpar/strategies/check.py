@@ -17,13 +17,22 @@ from seqpar_kernels import Dropout, Implementation, Request, Score, choose, tile
 VERSION = "0.1.0"
 
 
-def agree_on_call(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, with_lse: bool = False) -> Plan:
+def agree_on_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    *,
+    with_lse: bool = False,
+    operation: str = "attention",
+) -> Plan:
     """The plan with its implementation chosen, if the call is legal here and the same on all ranks.
 
     All ranks must call.
 
     Args:
         with_lse: whether lse is wanted too, and differentiable.
+        operation: what is done with the plan, the same on all ranks.
 
     Raises:
         TypeError: an argument is of the wrong kind, or a tensor not floating point.
@@ -34,13 +43,14 @@ def agree_on_call(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, with_lse: bool
     """
     if not isinstance(plan, Plan) or not isinstance(plan.group, Group):
         raise TypeError(f"attention takes a seqpar.Plan with a seqpar.Group, got {plan!r}")
-    with agreed(plan.group, "attention") as claim:
+    with agreed(plan.group, operation) as claim:
         _check_plan(plan)
         _check_tensors(q, k, v)
         _check_rows(q, k, v, plan)
         _check_heads(q, plan.score)
         resolved = resolve(plan, q, v, with_lse=with_lse)
         claim |= _claim(q, k, v, resolved, with_lse)
+    plan.group.transport.prepare(q.device)
     return resolved
 
 
@@ -123,6 +133,11 @@ def _check_grid(plan: Plan) -> None:
         return
     if not needs:
         raise ValueError(f"a grid is for {GRID_STRATEGIES}, got one for {plan.strategy!r}")
+    ours, theirs = (
+        (group.rank, group.transport.global_ranks) for group in (plan.group, grid.group)
+    )
+    if grid.group is not plan.group and (ours != theirs or plan.group.size != grid.group.size):
+        raise ValueError(f"the grid must be of the group of the plan, {plan.group}, got {grid}")
     ranks = sorted(rank for row in grid.members for rank in row)
     if ranks != list(range(plan.group.size)) or len({len(row) for row in grid.members}) > 1:
         raise ValueError(
@@ -194,8 +209,10 @@ def _check_heads(q: Tensor, score: Score) -> None:
 def _claim(q: Tensor, k: Tensor, v: Tensor, plan: Plan, with_lse: bool) -> dict[str, Any]:
     score = plan.score.resolve(q.shape[3])
     learned = {"alibi_slopes": score.alibi_slopes, "sinks": score.sinks}
-    grad = torch.is_grad_enabled()
-    needs = [x.requires_grad and grad for x in (q, k, v, *learned.values()) if x is not None]
+
+    def learns(x: Tensor | None) -> bool:
+        return x is not None and x.requires_grad and torch.is_grad_enabled()
+
     return {
         "version": VERSION,
         "strategy": plan.strategy,
@@ -218,5 +235,6 @@ def _claim(q: Tensor, k: Tensor, v: Tensor, plan: Plan, with_lse: bool) -> dict[
         "widths (d, vd)": (q.shape[3], v.shape[3]),
         "dtype": q.dtype,
         "device": q.device.type,
-        "requires_grad": any(needs),
+        "requires_grad": any(learns(x) for x in (q, k, v)),
+        **{f"{name} learn": learns(x) for name, x in learned.items()},
     }

@@ -196,9 +196,11 @@ def gathering_middle(plan: Plan, grid: Grid, rank: int, shape: Shape) -> Middle:
     gathered_q = 0 if alone else of.q(count)
 
     def chunk(n: int) -> Terms:
+        later = any(cols.sent(m) for m in range(n + 1, cols.num_chunks))
         return {
             "k, v: chunk met": of.kv(_received(cols, n)),
             "k, v: chunk arriving": of.kv(_received(cols, n + 1)),
+            "k, v: own, still to be sent": of.kv(plan.keys.rows[rank]) * (n > 0 and later),
         }
 
     def keys(n: int) -> tuple[Span, ...]:
@@ -206,7 +208,7 @@ def gathering_middle(plan: Plan, grid: Grid, rank: int, shape: Shape) -> Middle:
 
     def forward() -> Iterator[Terms]:
         running = {"q gathered": gathered_q, "acc, m, l": of.running(count)}
-        for n in range(len(cols.chunks)):
+        for n in range(cols.num_chunks):
             yield running | chunk(n) | {"work space": forward_bytes(plan, met, keys(n), shape)}
         if not alone:
             yield running | {
@@ -222,7 +224,7 @@ def gathering_middle(plan: Plan, grid: Grid, rank: int, shape: Shape) -> Middle:
             "dq": of.q(count, wide=True),
             "dk, dv: sum of own rows": of.kv(plan.keys.rows[rank], wide=True),
         }
-        for n in range(len(cols.chunks)):
+        for n in range(cols.num_chunks):
             yield (
                 sums
                 | chunk(n)
@@ -234,7 +236,7 @@ def gathering_middle(plan: Plan, grid: Grid, rank: int, shape: Shape) -> Middle:
                 }
             )
         if not alone:
-            last = len(cols.chunks) - 1
+            last = cols.num_chunks - 1
             yield sums | {
                 "k, v: chunk met": of.kv(_received(cols, last)),
                 "dk, dv: sum worked on": of.kv(_received(cols, last), wide=True),
@@ -259,22 +261,22 @@ def in_order_middle(plan: Plan, rank: int, shape: Shape) -> Middle:
     def travelling(n: int) -> int:
         return travelling_count(queries_plan, shape, n).bytes
 
-    met = [two(keys, n, of.kv) for n in range(len(keys.chunks))]
+    met = [two(keys, n, of.kv) for n in range(keys.num_chunks)]
     backward = [sums | {"k, v: chunks": chunks} for chunks in met]
     sums = sums | {"dk, dv": of.kv(plan.keys.rows[rank], wide=True)}
-    for n in range(len(queries.chunks)):
+    for n in range(queries.num_chunks):
         backward.append(sums | {"q, dout, lse, delta: chunks": two(queries, n, travelling)})
     return Middle(running | {"k, v: chunks": max(met)}, fullest(backward))
 
 
 def _received(delivery: Delivery, n: int) -> int:
     """Rows of a chunk on this rank, none of one that is not there."""
-    if not 0 <= n < len(delivery.chunks):
+    if not 0 <= n < delivery.num_chunks:
         return 0
     return sum(p.length for p, _ in delivery.received(n))
 
 
 def _sent(delivery: Delivery, n: int) -> int:
-    if not 0 <= n < len(delivery.chunks):
+    if not 0 <= n < delivery.num_chunks:
         return 0
     return sum(p.length for _, p in delivery.sent(n))

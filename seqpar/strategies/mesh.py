@@ -15,11 +15,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from seqpar.comm import Delivery, Grid, HomeSum, Piece, gather_pass, send_home
-from seqpar.layout import Span, joined, part
-from seqpar.strategies.blockwise import Gradients, Spans, Visit, blockwise_attention
-from seqpar.strategies.plan import Plan
+from seqpar.layout import Span, held, joined, part
+from seqpar.strategies.blockwise import Gradients, Visit, blockwise_attention
+from seqpar.strategies.plan import Plan, Spans
 from seqpar.strategies.volume import Shape, Volume, needs_out
 from seqpar_kernels import Partial, Rows
+
+MOST_PIECES = 4  # of a rank's rows: messages to another rank in one batch
 
 
 def mesh_attention(
@@ -39,8 +41,9 @@ def mesh_attention(
 def mesh_volume(plan: Plan, rank: int, shape: Shape) -> Volume:
     """What `rank` sends: for even shards (N/P) [(C-1)(2hq + 2nq) + (R-1) 2hk] elements forward.
 
-    Backward (N/P) [(C-1)(3hq + 2nq) + (R-1) 4hk]. What goes home goes as float32 or wider. Nothing is sent
-    to a rank that sees nothing of it.
+    Backward (N/P) [(C-1)(3hq + 2nq) + (R-1) 4hk]. With kernels that derive delta
+    from out, out too. What goes home goes as float32 or wider. Nothing is sent to a rank that sees
+    nothing of it.
     """
     assert plan.grid is not None, "checked"
     return MeshRoute(plan, plan.grid, rank).volume(shape)
@@ -56,16 +59,21 @@ class MeshRoute:
         row, col = grid.members[i], [members[j] for members in grid.members]
         self._row_spans = [plan.layout.spans[r] for r in row]
         self._col_spans = [plan.keys.spans[r] for r in col]
-        keys = [[s for m in grid.members for s in plan.keys.spans[m[n]]] for n in range(len(row))]
-        queries = [[s for r in m for s in plan.layout.spans[r]] for m in grid.members]
+        keys = [
+            tuple(s for m in grid.members for s in plan.keys.spans[m[n]]) for n in range(len(row))
+        ]
+        queries = [tuple(s for r in m for s in plan.layout.spans[r]) for m in grid.members]
+        rows = tuple(Piece(n, 0, length) for n, length in enumerate(lengths(self._row_spans)))
         self._rows = Delivery(
-            j, len(row), [sliced(self._row_spans, 0, 1)],
+            j, len(row), 1, lambda *_: rows,
             cache(lambda peer, p: plan.sees(self._row_spans[p.owner], keys[peer])),
         )  # fmt: skip
-        self._cols = Delivery(
-            i, len(col), [sliced(self._col_spans, n, len(col)) for n in range(len(col))],
+        blocks = [pieces(owner, spans) for owner, spans in enumerate(self._col_spans)]
+        self._cols = Delivery.in_turn(
+            i,
+            blocks,
             cache(lambda peer, p: plan.sees(queries[peer], spans_of([p], self._col_spans))),
-        )  # fmt: skip
+        )
 
     @property
     def deliveries(self) -> tuple[Delivery, Delivery]:
@@ -78,9 +86,9 @@ class MeshRoute:
         return spans, gathered
 
     def columns(self, k: Tensor, v: Tensor) -> Iterator[tuple[Spans, Tensor, Tensor]]:
-        """A slice of every rank's keys at a time."""
-        for pieces, (k_c, v_c) in gather_pass((k, v), self._cols, self._grid.ring):
-            yield spans_of(pieces, self._col_spans), k_c, v_c
+        """One rank's keys at a time, this rank's first."""
+        for came, (k_c, v_c) in gather_pass((k, v), self._cols, self._grid.ring):
+            yield spans_of(came, self._col_spans), k_c, v_c
             del k_c, v_c  # or three chunks are held while the next but one is begun
 
     def merged(self, running: Partial) -> Partial:
@@ -99,8 +107,8 @@ class MeshRoute:
         """The rows of the grid row, gathered once, meet the keys chunk by chunk."""
         spans, rows, dq, dslopes = self._gather_backward(mine, into)
         sums = HomeSum((k, v), self._cols, self._grid.ring, into.dtype)
-        for pieces, (k_c, v_c) in gather_pass((k, v), self._cols, self._grid.ring):
-            cols = spans_of(pieces, self._col_spans)
+        for came, (k_c, v_c) in gather_pass((k, v), self._cols, self._grid.ring):
+            cols = spans_of(came, self._col_spans)
             dk_c, dv_c = sums.open()
             yield Visit(spans, cols, rows, k_c, v_c, dq, dk_c, dv_c, dslopes)
             del k_c, v_c, dk_c, dv_c  # as in `columns`
@@ -138,8 +146,8 @@ class MeshRoute:
     def _gather_rows(self, block: tuple[Tensor, ...]) -> tuple[Spans, tuple[Tensor, ...]]:
         if self._rows.size == 1:
             return self._row_spans[0], block
-        ((pieces, gathered),) = gather_pass(block, self._rows, self._grid.ulysses)
-        return spans_of(pieces, self._row_spans), gathered
+        ((came, gathered),) = gather_pass(block, self._rows, self._grid.ulysses)
+        return spans_of(came, self._row_spans), gathered
 
     def _gather_backward(
         self, mine: Rows, into: Gradients
@@ -154,11 +162,22 @@ class MeshRoute:
         return spans, rows, into.zeros(q), None if into.dslopes is None else into.zeros(lse)
 
 
-def sliced(spans: Sequence[Spans], n: int, of: int) -> tuple[Piece, ...]:
-    """The n-th of `of` slices of the rows of each rank, as pieces."""
-    num_rows = [sum(s.length for s in x) for x in spans]
-    pieces = (Piece(r, rows * n // of, rows * (n + 1) // of) for r, rows in enumerate(num_rows))
-    return tuple(p for p in pieces if p.length)
+def lengths(spans: Sequence[Spans]) -> list[int]:
+    """How many positions each has."""
+    return [sum(span.length for span in each) for each in spans]
+
+
+def pieces(owner: int, spans: Spans) -> tuple[Piece, ...]:
+    """A rank's rows in slices, so that what nobody sees is not sent: each span in as many as there may be."""
+    each = MOST_PIECES // len(spans) if spans else 0
+    if each == 0:
+        return (Piece(owner, 0, lengths([spans])[0]),)
+    cuts = [
+        (at.start + span.length * n // each, at.start + span.length * (n + 1) // each)
+        for at, span in held(spans)
+        for n in range(each)
+    ]
+    return tuple(Piece(owner, start, stop) for start, stop in cuts if start < stop)
 
 
 def spans_of(pieces: Sequence[Piece], spans: Sequence[Spans]) -> tuple[Span, ...]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from seqpar.comm import Grid, Group
-from seqpar.layout import Layout, Mask, Span, joined_tiles, meets, tiles
+from seqpar.layout import Layout, Mask, Span, meets, tall_tiles, tiles
 from seqpar_kernels import Block, Documents, Dropout, Implementation, Score
 
 Strategy = Literal[
@@ -21,6 +21,7 @@ Strategy = Literal[
     "materialised_depth",
 ]
 STRATEGY_NAMES: tuple[Strategy, ...] = get_args(Strategy)
+Spans = tuple[Span, ...]
 GRID_STRATEGIES = ("mesh", "hybrid")
 HEAD_STRATEGIES = ("ulysses", "hybrid")
 
@@ -82,12 +83,12 @@ class Plan:
         """The documents of the mask, as kernels take them."""
         return None if self.mask.documents is None else Documents(tuple(self.mask.documents))
 
-    def sees(self, rows: Sequence[Span], cols: Sequence[Span]) -> bool:
+    def sees(self, rows: Spans, cols: Spans) -> bool:
         """Whether any of these query rows sees any of these keys."""
         return meets(rows, cols, self.mask)
 
     def blocks(
-        self, rows: Sequence[Span], cols: Sequence[Span], score: Score, head: int
+        self, rows: Spans, cols: Spans, score: Score, head: int
     ) -> Iterator[tuple[slice, slice, Block]]:
         """(rows, columns, block) where the query rows of some spans see the keys of others.
 
@@ -95,9 +96,9 @@ class Plan:
             score: of the heads at hand, resolved.
             head: which of all query heads is the first at hand.
         """
-        met = tiles(rows, cols, self.mask)
         drops, packed = self.drops, self.packed
         needs_positions = score.alibi_slopes is not None or drops or packed
-        for t in met if needs_positions else joined_tiles(met):
+        made = tiles if needs_positions else tall_tiles
+        for t in made(rows, cols, self.mask):
             block = Block(t.band, score, t.row, t.col, t.step, head, drops, packed)
             yield t.rows, t.cols, block

@@ -18,12 +18,11 @@ from seqpar.comm import Count, RingSum, Trip, ring_pass
 from seqpar.layout import Span
 from seqpar.strategies.blockwise import (
     Gradients,
-    Spans,
     Visit,
     blockwise_attention,
     learned_elements,
 )
-from seqpar.strategies.plan import Plan
+from seqpar.strategies.plan import Plan, Spans
 from seqpar.strategies.volume import Shape, Volume, needs_out
 from seqpar_kernels import Block, Partial, Rows, attention, attention_with_lse
 
@@ -60,7 +59,8 @@ def ring_volume(plan: Plan, rank: int, shape: Shape) -> Volume:
     Forward, k and v of every block but the one that the next rank owns: for even shards
     (P-1)/P N 2hk elements. Backward, the same again, and the sums of dk and dv, in float32 or wider,
     for every block but this rank's own: (P-1)/P N 2hk. Where it is fewer bytes, instead q, dout, lse and
-    delta, and the sum of dq in float32: (P-1)/P N (3hq + 2nq). Blocks that a rank does not see are not
+    delta, and the sum of dq in float32: (P-1)/P N (3hq + 2nq), and out with kernels that derive delta
+    from it. Blocks that a rank does not see are not
     sent to it. In order (`plan.invariant`) the sums make one hop more, with the owner's share.
     """
     if plan.layout.size == 1:

@@ -11,8 +11,7 @@ from functools import partial
 
 import torch
 
-from seqpar.layout import Span
-from seqpar.strategies.plan import Plan
+from seqpar.strategies.plan import Plan, Spans
 from seqpar.strategies.volume import Shape
 from seqpar_kernels import accumulation_dtype
 from seqpar_kernels.aten import BACKWARD_COLUMNS, BACKWARD_COLUMNS_ELSE
@@ -31,14 +30,14 @@ class _Call:
     is_whole: bool
 
 
-def forward_bytes(plan: Plan, rows: Sequence[Span], cols: Sequence[Span], shape: Shape) -> int:
+def forward_bytes(plan: Plan, rows: Spans, cols: Spans, shape: Shape) -> int:
     """At the fullest moment of `attend` of these rows over these keys."""
     op, blocks = _Op(shape), _blocks(plan, rows, cols, shape)
     return max((op.padded(*size) + op.forward(calls) for size, calls in blocks), default=0)
 
 
 def backward_bytes(
-    plan: Plan, rows: Sequence[Span], cols: Sequence[Span], shape: Shape, *, packed: bool = False
+    plan: Plan, rows: Spans, cols: Spans, shape: Shape, *, packed: bool = False
 ) -> int:
     """At the fullest moment of `attend_backward`.
 
@@ -53,7 +52,7 @@ def backward_bytes(
 
 
 def _blocks(
-    plan: Plan, rows: Sequence[Span], cols: Sequence[Span], shape: Shape, *, backward: bool = False
+    plan: Plan, rows: Spans, cols: Spans, shape: Shape, *, backward: bool = False
 ) -> Iterator[tuple[tuple[int, int], list[_Call]]]:
     """(rows and columns, calls of the op) of each block in turn."""
     if plan.implementation not in (None, "aten"):

@@ -239,6 +239,7 @@ def _merged(
         for (place, _), (_, n, at) in zip(held([s for s, _, _ in rows]), rows, strict=True):
             places[n].append((at, place))
         all_spans.append(joined(span for span, _, _ in rows))
-        all_places.append(tuple(tuple(p) for p in places))
+        by_row = (sorted(p, key=lambda pair: pair[0].start) for p in places)
+        all_places.append(tuple(tuple(p) for p in by_row))
     merged = Layout(layout.kind, layout.length, len(members), tuple(all_spans))
     return merged, tuple(all_places)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from seqpar.comm import Grid, Group
-from seqpar.layout import LAYOUTS, Layout, Mask, balanced
+from seqpar.layout import LAYOUTS, Layout, Mask, balanced, zigzag
 from seqpar.strategies import GRID_STRATEGIES, Plan, Strategy
 from seqpar.testing import oracle
 from seqpar.testing.budget import Budget
@@ -63,6 +63,9 @@ class Case:
         return self._laid_out(self.length if self.kv_length is None else self.kv_length, size)
 
     def _laid_out(self, length: int, size: int) -> Layout:
+        if self.kind == "unsorted":  # what `Layout` allows and no constructor makes
+            spans = zigzag(length, size, multiple_of=self.multiple_of).spans
+            return Layout("unsorted", length, size, tuple(s[::-1] for s in spans))
         if self.kind == "balanced":
             return balanced(length, size, self.mask, multiple_of=self.multiple_of)
         return LAYOUTS[self.kind](length, size, multiple_of=self.multiple_of)

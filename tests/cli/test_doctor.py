@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import seqpar.strategies.ring
+import seqpar.strategies.blockwise
 from seqpar import cli, doctor
+from seqpar.strategies import STRATEGY_NAMES
 from seqpar.testing import WorldError
 from seqpar_kernels import IMPLEMENTATIONS
 
@@ -50,13 +51,13 @@ def test_names_one_implementation_for_each_call_and_why_not_the_others(run):
     assert "flash_attn  does not run on cpu [always]" in text
 
 
-def test_checks_both_strategies_over_threads_and_processes(run):
+def test_checks_every_strategy_over_threads_and_processes(run):
     text, found = run
     checks = [c for c in found["selfcheck"] if c["world"] in WORLDS]
     wanted = [
         (world, strategy, dtype)
         for world in WORLDS
-        for strategy in ("ring", "ulysses")
+        for strategy in STRATEGY_NAMES
         for dtype in ("float64", "bfloat16")
     ]
     assert [(c["world"], c["strategy"], c["dtype"]) for c in checks] == wanted
@@ -81,15 +82,16 @@ def test_a_wrong_result_exits_with_1_and_says_which(monkeypatch, capsys, tmp_pat
     def without_scale(q, k, v, block, **options):
         attend(q * 2, k, v, block, **options)
 
-    attend = seqpar.strategies.ring.attend
-    monkeypatch.setattr(seqpar.strategies.ring, "attend", without_scale)
+    attend = seqpar.strategies.blockwise.attend
+    monkeypatch.setattr(seqpar.strategies.blockwise, "attend", without_scale)
     assert cli.main(["doctor", "--json", str(tmp_path / "x.json")]) == 1
     text = capsys.readouterr().out
     assert "rank 0: out off by" in text
-    assert "2 of 8 self-checks FAILED" in text
+    assert "8 of 32 self-checks FAILED" in text
     found = json.loads((tmp_path / "x.json").read_text())["selfcheck"]
     failed = [(c["world"], c["strategy"]) for c in found if c["failures"]]
-    assert failed == [("threads on cpu", "ring")] * 2
+    blockwise = ["ring", "allgather", "mesh", "hybrid"]
+    assert failed == [("threads on cpu", name) for name in blockwise for _ in range(2)]
 
 
 def test_a_world_that_does_not_start_exits_with_1_and_says_why(monkeypatch, capsys):

@@ -205,7 +205,13 @@ def pieces_pair(group, rows, num_chunks, wanted):
     pieces = [Piece(o, n * c // num_chunks, n * (c + 1) // num_chunks)
               for c in range(num_chunks) for o, n in enumerate(rows)]  # fmt: skip
     chunks = [pieces[c * len(rows) : (c + 1) * len(rows)] for c in range(num_chunks)]
-    delivery = Delivery(group.rank, group.size, chunks, lambda r, p: (r, p.owner) in wanted)
+
+    def due(n, rank):  # in chunk n something else for every rank
+        return chunks[(n + rank) % num_chunks]
+
+    delivery = Delivery(
+        group.rank, group.size, num_chunks, due, lambda r, p: (r, p.owner) in wanted
+    )
     block = (normal(group, 2, rows[group.rank], 1, 2),)
     sums = HomeSum(block, delivery, group, torch.float64)
     seen = []
@@ -215,7 +221,8 @@ def pieces_pair(group, rows, num_chunks, wanted):
         sums.close()
     home = sums.home()[0]
     expected = {"gather": 4 * delivery.gathered_rows, "scatter": 4 * delivery.returned_rows}
-    return block[0], seen, home, group.traffic.by_primitive, chunks, expected
+    mine = [due(n, group.rank) for n in range(num_chunks)]
+    return block[0], seen, home, group.traffic.by_primitive, mine, expected
 
 
 @given(RINGS, st.integers(1, 3))

@@ -117,6 +117,7 @@ def test_wrong_requests_are_refused():
         for make in LAYOUTS.values():
             with pytest.raises(ValueError, match="length >= 0 and size >= 1"):
                 make(length, size)
+    assert Mask(documents=torch.tensor([0, 3, 7], dtype=torch.int32)).documents == (0, 3, 7)
     for window in (0, -3):
         with pytest.raises(ValueError, match="at least 1"):
             Mask(causal=True, window=window)

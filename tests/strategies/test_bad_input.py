@@ -154,6 +154,14 @@ ONE_RANK = {  # what rank 1 alone does -> what every message must say
         r"implementation .*'reference' on",
     ),
     "q not a tensor": ({"q": None}, r"q must be a tensor, got NoneType"),
+    "slopes that learn": (
+        {"score": Score(alibi_slopes=torch.zeros(4, requires_grad=True))},
+        r"alibi_slopes learn is False on ranks 0, 2, True on rank 1",
+    ),
+    "sinks that learn": (
+        {"score": Score(sinks=torch.zeros(4, requires_grad=True))},
+        r"sinks learn is False on ranks 0, 2, True on rank 1",
+    ),
     "requires_grad": (
         {"v": torch.ones(2, 4, 2, 8, requires_grad=True)},
         r"requires_grad is False on ranks 0, 2, True on rank 1",
@@ -188,7 +196,7 @@ ALL_RANKS = {  # what every rank does -> what every message must say
     ),
     "a grid of other ranks": (
         {"module": HybridAttention, "grid": Group.alone().grid(ulysses=1)},
-        r"the degrees of the grid must multiply to the 3 ranks, got Grid\(ring=1, ulysses=1",
+        r"the grid must be of the group of the plan, Group\(rank=., size=3\), got Grid\(ring=1, ulysses=1",
     ),
     "stored scores by a kernel that stores none": (
         {"module": MaterialisedAttention, "implementation": "aten"},
@@ -299,3 +307,32 @@ def test_ranks_in_different_grids_are_told(worlds):
     pattern = r"grid is \(\(0, 1\), \(2, 3\)\) on ranks 0, 2, 3, \(\(0, 1, 2, 3\),\) on rank 1"
     check(simulate(4, other_grid), pattern)
     check(worlds.run(4, other_grid, timeout=20), pattern)
+
+
+def test_weights_and_attention_are_different_operations():
+    def fn(group):
+        layout = zigzag(LENGTH, 2)
+        x = torch.ones(1, layout.rows[group.rank], 2, 4)
+        attend = MaterialisedAttention(group)
+        try:
+            (attend.weights(x, x, layout) if group.rank else attend(x, x, x, layout))
+        except seqpar.DesyncError as error:
+            return str(error), 0.0, True
+        return "nothing", 0.0, True
+
+    check(simulate(2, fn), "operation is 'attention' on rank 0, 'weights' on rank 1")
+
+
+def test_a_grid_of_another_group_is_refused():
+    def fn(group):
+        turned = seqpar.Grid(group, ((1, 2, 0),)).ulysses  # the same ranks, in another order
+        layout = contiguous(LENGTH, 3)
+        x = torch.ones(1, 4, 2, 4)
+        plan = seqpar.Plan(group, layout, strategy="hybrid", grid=turned.grid(ulysses=3))
+        try:
+            seqpar.attention(x, x, x, plan)
+        except ValueError as error:
+            return str(error), 0.0, True
+        return "nothing", 0.0, True
+
+    check(simulate(3, fn), "the grid must be of the group of the plan")

@@ -16,6 +16,7 @@ from seqpar.functional import attention, attention_with_lse
 from seqpar.layout import contiguous, split_heads, zigzag
 from seqpar.strategies.chunks import Cut
 from seqpar.testing import Case, errors_on_rank
+from seqpar.testing.drawn import examples
 
 HEADS = [(4, 4), (6, 2), (4, 1), (2, 2), (5, 5), (8, 2), (9, 3)]  # (hq, hkv)
 NUM_CHUNKS = [1, 2, 3, 4]
@@ -43,7 +44,7 @@ def check(results):
         assert not errors.failures, f"rank {rank}: {errors.failures}"
 
 
-@settings(max_examples=80)
+@settings(max_examples=examples(0.7))
 @given(case=st.sampled_from(CASES), size=st.integers(1, 5))
 @example(ChunkedCase(7, 3, 1, head_chunks=2), 2)
 @example(ChunkedCase(7, 4, 4, head_chunks=9), 3)
@@ -56,7 +57,7 @@ def test_ulysses_equals_one_device(case, size):
     check(simulate(size, errors_on_rank, case, "ulysses", None, case.budget()))
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(0.35))
 @given(
     case=st.sampled_from([c for c in CASES if c.invariant is False]),
     size=st.sampled_from([2, 4, 6]),

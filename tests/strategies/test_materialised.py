@@ -21,7 +21,7 @@ from seqpar.strategies.materialised import (
 from seqpar.strategies.volume import Shape, Volume
 from seqpar.testing import NAMES, Case, oracle
 from seqpar.testing.budget import EXACT, max_error
-from seqpar.testing.drawn import SCORE_TERMS, cases
+from seqpar.testing.drawn import SCORE_TERMS, cases, examples
 
 STRATEGIES = pytest.mark.parametrize("strategy", SHARDINGS)
 SIZES = st.integers(1, 5)
@@ -98,7 +98,7 @@ def check_case(group, case, strategy, implementation, budget):
 
 @STRATEGIES
 @given(case=CASES, size=SIZES)
-@settings(max_examples=40)
+@settings(max_examples=examples(0.35))
 @example(Case(33, 4, 2, kind="zigzag", **EVERYTHING), 3)
 @example(Case(33, 4, 2, vd=3, batch=2, kind="striped", dtype=torch.bfloat16, **EVERYTHING), 4)
 @example(Case(40, 2, 1, d=8, dtype=torch.float16, **EVERYTHING), 3)
@@ -171,7 +171,7 @@ def check_problem(group, case, rows, cols, strategy, dlse, answers):
 
 @STRATEGIES
 @given(problem=problems())
-@settings(max_examples=30)
+@settings(max_examples=examples(0.4))
 @example((Case(20, 4, 2, kv_length=31, **EVERYTHING), "striped", "zigzag", 3))
 @example((Case(20, 2, 1, d=3, vd=2, causal=False, **EVERYTHING), (0, 0, 3, 20), "striped", 3))
 @example((Case(5, causal=False, sinks=True, kv_length=0), "contiguous", "contiguous", 2))
