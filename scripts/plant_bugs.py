@@ -9,8 +9,17 @@ Example: python scripts/plant_bugs.py --markdown plants.md
 
 from __future__ import annotations
 
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
 
 ROOT = Path(__file__).parents[1]
 PATIENCE_SECONDS = 300
