@@ -102,7 +102,8 @@ def gather_pass(
         block: this rank's tensors, `[b sl h w]` or `[b sl h]`, packed by `Parcel`.
     """
     parcel = Parcel.of(block)
-    last = max((n for n in range(delivery.num_chunks) if delivery.sent(n)), default=-1)
+    sent = [delivery.sent(n) for n in range(delivery.num_chunks)]
+    last = max((n for n, messages in enumerate(sent) if messages), default=-1)
     packed: dict[Piece, Block] = {}  # own pieces as they are sent: where they are held, if they are
 
     def start(n: int) -> tuple[Chunk, Block, Pending]:
@@ -114,12 +115,12 @@ def gather_pass(
                 packed[p] = tuple(x[at] for x in chunk)
                 for x, y in zip(parcel.unpack(packed[p]), block, strict=True):
                     x.copy_(y[:, p.rows])
-        for _, p in delivery.sent(n):
+        for _, p in sent[n]:
             if p not in packed:
                 packed[p] = parcel.pack([x[:, p.rows] for x in block])
         pending = group.exchange(
             primitive,
-            [(rank, x) for rank, p in delivery.sent(n) for x in packed[p]],
+            [(rank, x) for rank, p in sent[n] for x in packed[p]],
             [(p.owner, x[at]) for p, at in received if p.owner != group.rank for x in chunk],
         )
         if n >= last:
@@ -139,7 +140,7 @@ class HomeSum:
     """Sums what ranks add to the pieces they hold, at the pieces' owners: the dual of `gather_pass`.
 
     For every chunk in turn, `open` gives tensors to add to and `close` sends them home. Shares are added
-    in the order of ranks, once the next chunk is done.
+    in the order of chunks and, in a chunk, of ranks, once the next chunk is done.
 
     Args:
         like: this rank's tensors that the sums are for; a sum has their shapes, all in `dtype`.

@@ -41,9 +41,8 @@ def mesh_attention(
 def mesh_volume(plan: Plan, rank: int, shape: Shape) -> Volume:
     """What `rank` sends: for even shards (N/P) [(C-1)(2hq + 2nq) + (R-1) 2hk] elements forward.
 
-    Backward (N/P) [(C-1)(3hq + 2nq) + (R-1) 4hk]. With kernels that derive delta
-    from out, out too. What goes home goes as float32 or wider. Nothing is sent to a rank that sees
-    nothing of it.
+    Backward (N/P) [(C-1)(3hq + 2nq) + (R-1) 4hk]. With kernels that derive delta from out, out too. What
+    goes home goes as float32 or wider. Nothing is sent to a rank that sees nothing of it.
     """
     assert plan.grid is not None, "checked"
     return MeshRoute(plan, plan.grid, rank).volume(shape)

@@ -60,8 +60,8 @@ def ring_volume(plan: Plan, rank: int, shape: Shape) -> Volume:
     (P-1)/P N 2hk elements. Backward, the same again, and the sums of dk and dv, in float32 or wider,
     for every block but this rank's own: (P-1)/P N 2hk. Where it is fewer bytes, instead q, dout, lse and
     delta, and the sum of dq in float32: (P-1)/P N (3hq + 2nq), and out with kernels that derive delta
-    from it. Blocks that a rank does not see are not
-    sent to it. In order (`plan.invariant`) the sums make one hop more, with the owner's share.
+    from it. Blocks that a rank does not see are not sent to it. In order (`plan.invariant`) the sums make
+    one hop more, with the owner's share.
     """
     if plan.layout.size == 1:
         return Volume()
