@@ -192,6 +192,11 @@ PLANTS = [
           "yield Run(start + s.q.start, s.q,", "yield Run(s.q.start, s.q,"),
     Plant("a chunk later, the first kv heads", "seqpar/strategies/chunks.py",
           "            at = first - kv_start", "            at = 0", "tests/strategies/test_head_chunks.py"),
+    Plant("query heads of a kv head added at once", f"{COMM}/heads.py",
+          "    first, *others = x.unflatten(2, (-1, group)).unbind(3)",
+          "    return x.unflatten(2, (-1, group)).sum(3)\n"
+          "    first, *others = x.unflatten(2, (-1, group)).unbind(3)",
+          "tests/strategies/test_invariance.py"),
     Plant("partials of a mesh merged without their maxima", f"{BLOCK}/partial.py",
           "other.m.where(seen, torch.finfo(other.m.dtype).min)",
           "self.m.where(seen, torch.finfo(other.m.dtype).min)"),

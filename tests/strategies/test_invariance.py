@@ -64,6 +64,12 @@ def test_ulysses_in_any_layout(kind, implementation, dtype):
     check(simulate, case, "ulysses", implementation)
 
 
+def test_a_kv_head_of_many_query_heads():
+    """Eight gradients added one after another have other bits than torch's sum of them; three have not."""
+    case = replace(PLAIN, length=40, hq=8, hkv=1, dtype=torch.float32)
+    check(simulate, case, "ulysses", None, (2, 5))
+
+
 def test_ulysses_without_being_asked():
     case = replace(PLAIN, length=70, hq=6, dtype=torch.float32, invariant=None)
     check(simulate, case, "ulysses", None, (4, 5))
