@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,6 +14,7 @@ from torch import Tensor
 from seqpar.comm import Group, agreed, all_gather, all_reduce, all_reduce_
 from seqpar.layout import LAYOUTS, Layout, Mask, balanced
 
+Labels = Literal["next", "own"]
 IGNORE = -100  # the label that losses skip, as in torch and transformers
 SEQUENCES = (
     "input_ids", "inputs_embeds", "labels", "attention_mask", "position_ids", "token_type_ids",
@@ -70,6 +71,7 @@ def shard_batch(
     pad_to_multiple_of: int | None = None,
     pad_token_id: int | None = None,
     whole: Iterable[str] = (),
+    labels: Labels = "next",
 ) -> tuple[dict[str, Any], Layout]:
     """This rank's rows of a batch that every rank holds whole, and the layout. All ranks must call.
 
@@ -87,21 +89,27 @@ def shard_batch(
         pad_to_multiple_of: pad the sequence to a multiple of this; needs `pad_token_id`.
         pad_token_id: for `input_ids` of padded rows.
         whole: names of tensors to pass on unsharded.
+        labels: "next" where a row predicts the next token, "own" where it predicts its own, as in masked
+            language models; those are not shifted.
 
     Raises:
         ValueError: no sequence in the batch, sequences of different lengths, a tensor of unknown name,
-            an unknown kind, "balanced" without a mask, no positive multiple_of, documents that do not end
-            where the (padded) sequence does, or padding without a pad token.
+            an unknown kind or labels, "balanced" without a mask, no positive multiple_of, documents that do
+            not end where the (padded) sequence does, or padding without a pad token.
         NotImplementedError: `attention_mask` hides some token: attention takes no padding mask.
         DesyncError: ranks differ in their batch or options, or another rank raised one of the above.
     """
     whole = tuple(whole)
     with agreed(group, "shard_batch") as claim:
+        if labels not in get_args(Labels):
+            raise ValueError(f"labels must be one of {get_args(Labels)}, got {labels!r}")
         claim |= {"kind": kind, "multiple_of": multiple_of, "mask": mask, "whole": whole}
+        claim["labels"] = labels
         claim |= {"pad": (pad_to_multiple_of, pad_token_id)}
         sequences = _sequences(batch, kind, whole)
         claim |= {f"batch[{name!r}]": _fingerprint(x) for name, x in sequences.items()}
-        sequences = _pad(_shift(sequences), pad_to_multiple_of, pad_token_id)
+        sequences = _shift(sequences) if labels == "next" else sequences
+        sequences = _pad(sequences, pad_to_multiple_of, pad_token_id)
         first = next(iter(sequences.values()))
         layout = _layout(kind, first.shape[1], group.size, multiple_of, mask)
 

@@ -265,3 +265,15 @@ def test_loss_and_gradient_over_processes(worlds):
     for got_loss, got_grad in worlds.run(4, over_processes):
         torch.testing.assert_close(got_loss, loss)
         torch.testing.assert_close(got_grad, grad)
+
+
+def test_labels_of_masked_models_are_not_shifted():
+    ids = torch.arange(10, 17)[None]
+
+    def on_rank(group):
+        shard, _ = seqpar.shard_batch({"input_ids": ids, "labels": ids}, group, labels="own")
+        assert torch.equal(shard["labels"], shard["input_ids"])
+        with pytest.raises(ValueError, match="labels must be one of"):
+            seqpar.shard_batch({"input_ids": ids}, group, labels="previous")
+
+    seqpar.simulate(2, on_rank)
