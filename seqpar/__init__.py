@@ -26,6 +26,7 @@ if os.environ.get("SEQPAR_CHECK_SHAPES") == "1":  # for tests, and inherited by 
     ]
     install_import_hook(_checked, "beartype.beartype")
 
+from seqpar.checkpointing import keep_attention
 from seqpar.comm import DesyncError, Grid, Group, simulate
 from seqpar.data import mean_loss, shard_batch, shard_sequence, sum_gradients, unshard_sequence
 from seqpar.functional import attention, attention_with_lse, merge
@@ -63,6 +64,7 @@ __all__ = [
     "attention_with_lse",
     "balanced",
     "contiguous",
+    "keep_attention",
     "mean_loss",
     "merge",
     "shard_batch",

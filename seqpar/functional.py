@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from seqpar.strategies import STRATEGIES, Plan, agree_on_call
+from seqpar.comm import plays
+from seqpar.strategies import STRATEGIES, Plan, agree_on_call, resolve
 
 
 def attention(
@@ -31,7 +32,7 @@ def attention(
         NotImplementedError: the requested implementation cannot do what was asked.
         DesyncError: the ranks' calls differ, or another rank raised one of the above.
     """
-    plan = agree_on_call(q, k, v, plan)
+    plan = _agreed(q, k, v, plan)
     out, _ = STRATEGIES[plan.strategy](q, k, v, plan)
     return out
 
@@ -47,10 +48,17 @@ def attention_with_lse(
     Both are differentiable. lse is float32 or wider, and -inf for a row that sees nothing, whose out is 0.
     Raises what `attention` does.
     """
-    plan = agree_on_call(q, k, v, plan, with_lse=True)
+    plan = _agreed(q, k, v, plan, with_lse=True)
     out, lse = STRATEGIES[plan.strategy](q, k, v, plan, with_lse=True)
     assert lse is not None, "it was asked for"
     return out, lse
+
+
+def _agreed(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, with_lse: bool = False) -> Plan:
+    """The plan with its implementation; ranks need not agree once more on what they do not send."""
+    if plays():
+        return resolve(plan, q, v, with_lse=with_lse)
+    return agree_on_call(q, k, v, plan, with_lse=with_lse)
 
 
 def merge(

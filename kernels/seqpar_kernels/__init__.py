@@ -16,7 +16,7 @@ from seqpar_kernels.choice import (
     preference,
     refusal,
 )
-from seqpar_kernels.custom_ops import attention, attention_with_lse
+from seqpar_kernels.custom_ops import attention, attention_with_lse, recalled
 from seqpar_kernels.dispatch import attend, attend_backward, finish, tile_border
 from seqpar_kernels.documents import Documents
 from seqpar_kernels.dropout import Dropout
@@ -44,6 +44,7 @@ __all__ = [
     "choose",
     "finish",
     "preference",
+    "recalled",
     "refusal",
     "sink_gradient",
     "sink_gradient_rows",

@@ -65,6 +65,21 @@ def attention_with_lse(
     return torch.ops.seqpar.attention_forward(q, k, v, *_described(block), True, implementation)
 
 
+def recalled(
+    q: Float[Tensor, "b i hq d"],
+    k: Float[Tensor, "b j hkv d"],
+    v: Float[Tensor, "b j hkv vd"],
+    block: Block,
+    results: tuple[Float[Tensor, "b i hq vd"], Float[Tensor, "b i hq"]],
+    *,
+    lse_learns: bool,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Tensor, "b i hq vd"], Float[Tensor, "b i hq"]]:
+    """(out, lse) as `attention`, or `attention_with_lse`, gave them for this call: only backward computes."""
+    described = *_described(block), lse_learns, implementation
+    return _Recalled.apply(q, k, v, *described, *results)
+
+
 def _described(block: Block) -> tuple[Any, ...]:
     """The block as the ops take it."""
     score, drop = block.score, block.dropout
@@ -210,6 +225,24 @@ def _differentiate(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None,
     )
     gradients = (x if wanted else None for x, wanted in zip(learned, learn, strict=True))
     return dq, dk, dv, *gradients, *(None for _ in ctx.described)
+
+
+class _Recalled(torch.autograd.Function):
+    """q [b i hq d], k [b j hkv d], v [b j hkv vd] -> the given (out, lse).
+
+    backward and saved are those of the op `attention_forward`
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        *inputs, out, lse = args
+        _save(ctx, tuple(inputs), (out, lse))
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        return *_differentiate(ctx, *grad_outputs), None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

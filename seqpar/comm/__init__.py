@@ -19,6 +19,7 @@ from seqpar.comm.parcel import Parcel
 from seqpar.comm.pieces import Delivery, HomeSum, Piece, gather_pass, send_home
 from seqpar.comm.reduce import all_reduce, all_reduce_, replicate
 from seqpar.comm.ring import RingSum, Trip, ring_pass
+from seqpar.comm.tape import Tape, current_tape, once, plays
 from seqpar.comm.threads import simulate
 from seqpar.comm.traffic import Count, Traffic
 
@@ -36,6 +37,7 @@ __all__ = [
     "Places",
     "Ranges",
     "RingSum",
+    "Tape",
     "Traffic",
     "Trip",
     "agree",
@@ -43,8 +45,11 @@ __all__ = [
     "all_gather",
     "all_reduce",
     "all_reduce_",
+    "current_tape",
     "gather_pass",
     "heads_to_rows",
+    "once",
+    "plays",
     "reduce_scatter",
     "replicate",
     "ring_pass",

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seqpar.comm.tape import once, plays
+
 Finish = Callable[[], tuple[Tensor, ...]]  # waits, and gives what has come
 Begin = Callable[[Sequence[Tensor]], Finish]
 
@@ -30,6 +32,7 @@ class Flight:
     def __init__(self, xs: Sequence[Tensor], there: Begin, back: Begin) -> None:
         self._there, self._back = there, back
         self._finish: Finish | None = None
+        self.num = len(xs)
         self._token: Tensor | None = _Start.apply(self, *xs)
 
     def wait(self, *, kept: bool = False) -> tuple[Tensor, ...]:
@@ -62,7 +65,8 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, flight: Flight, *xs: Tensor) -> Tensor:
         ctx.flight = flight
-        flight.begin(xs, dual=False)
+        if not plays():
+            flight.begin(xs, dual=False)
         return xs[0].new_empty(0)
 
     @staticmethod
@@ -82,7 +86,7 @@ class _Wait(torch.autograd.Function):
         ctx.flight = flight
         if kept:
             ctx.save_for_backward(token)
-        return flight.finish()
+        return once(flight.finish, flight.num)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

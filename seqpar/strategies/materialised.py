@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from seqpar.comm import Count
+from seqpar.comm import Count, once
 from seqpar.layout import Layout, Span
 from seqpar.strategies.plan import Plan
 from seqpar.strategies.stored_scores import ByColumns, ByDepth, ByRows, Sharding, slices
@@ -96,17 +96,11 @@ class _Materialised(torch.autograd.Function):
         sinks: Tensor | None,
         plan: Plan,
     ) -> tuple[Tensor, Tensor]:
-        sharding, cells = _stored(plan, q.device)
         ctx.shapes = q.shape, k.shape, v.shape
-        keys = sharding.for_keys()
-        q_x, k_x, v_x = sharding.of_rows(q), keys.of_cols(k), sharding.of_cols(v)
-        s, bend = dense.scores_(keys.outer(q_x, k_x), cells)
-        p, lse = _softmax(s, sharding, sinks, plan.implementation)
-        del s  # no longer needed, and as large as what follows
-        shape = torch.Size((*q.shape[:3], v.shape[3]))
-        out = sharding.times(dense.dropped(p, cells), v_x, shape).to(q.dtype)
+        num = 6 if plan.score.softcap is None else 7
+        q_x, k_x, v_x, p, out, lse, *bend = once(lambda: _forward(q, k, v, sinks, plan), num)
         ctx.plan = replace(plan, score=replace(plan.score, alibi_slopes=None, sinks=None))
-        ctx.save_for_backward(q_x, k_x, v_x, slopes, sinks, out, lse, p, bend)
+        ctx.save_for_backward(q_x, k_x, v_x, slopes, sinks, out, lse, p, bend[0] if bend else None)
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -137,6 +131,21 @@ class _Materialised(torch.autograd.Function):
             sink_gradient(sinks, lse, delta) if ctx.needs_input_grad[4] else None,
             None,
         )
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan
+) -> tuple[Tensor, ...]:
+    """(q, k, v as products with the shard take them, p, out, lse) and, with a softcap, its derivative."""
+    sharding, cells = _stored(plan, q.device)
+    keys = sharding.for_keys()
+    q_x, k_x, v_x = sharding.of_rows(q), keys.of_cols(k), sharding.of_cols(v)
+    s, bend = dense.scores_(keys.outer(q_x, k_x), cells)
+    p, lse = _softmax(s, sharding, sinks, plan.implementation)
+    del s  # no longer needed, and as large as what follows
+    shape = torch.Size((*q.shape[:3], v.shape[3]))
+    out = sharding.times(dense.dropped(p, cells), v_x, shape).to(q.dtype)
+    return (q_x, k_x, v_x, p, out, lse) if bend is None else (q_x, k_x, v_x, p, out, lse, bend)
 
 
 def _stored(plan: Plan, device: torch.device) -> tuple[Sharding, dense.Cells]:

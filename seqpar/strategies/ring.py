@@ -14,7 +14,7 @@ from functools import cache
 from jaxtyping import Float
 from torch import Tensor
 
-from seqpar.comm import Count, RingSum, Trip, ring_pass
+from seqpar.comm import Count, RingSum, Trip, current_tape, ring_pass
 from seqpar.layout import Span
 from seqpar.strategies.blockwise import (
     Gradients,
@@ -24,7 +24,15 @@ from seqpar.strategies.blockwise import (
 )
 from seqpar.strategies.plan import Plan, Spans
 from seqpar.strategies.volume import Shape, Volume, needs_out
-from seqpar_kernels import Block, Partial, Rows, attention, attention_with_lse
+from seqpar_kernels import (
+    Block,
+    Implementation,
+    Partial,
+    Rows,
+    attention,
+    attention_with_lse,
+    recalled,
+)
 
 
 def ring_attention(
@@ -48,9 +56,24 @@ def ring_attention(
     if plan.group.size == 1 and all(len(x.spans[0]) <= 1 for x in (plan.layout, plan.keys)):
         band = plan.mask.band(Span(0, plan.layout.length), Span(0, plan.keys.length))
         block = Block(band, score, head=head, dropout=plan.drops, documents=plan.packed)
-        attend_alone = attention_with_lse if with_lse else attention
-        return attend_alone(q, k, v, block, implementation=plan.implementation)
+        return _attend_alone(q, k, v, block, plan.implementation, with_lse=with_lse)
     return blockwise_attention(q, k, v, plan, RingRoute(plan), score, head)
+
+
+def _attend_alone(
+    q: Tensor, k: Tensor, v: Tensor, block: Block, implementation: Implementation | None, *, with_lse: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    tape = current_tape()
+    if tape is not None and tape.mode == "play":
+        out, lse = tape.take(2)
+        return recalled(
+            q, k, v, block, (out, lse), lse_learns=with_lse, implementation=implementation
+        )
+    attend = attention_with_lse if with_lse else attention
+    results = attend(q, k, v, block, implementation=implementation)
+    if tape is not None:
+        tape.keep(results)
+    return results
 
 
 def ring_volume(plan: Plan, rank: int, shape: Shape) -> Volume:

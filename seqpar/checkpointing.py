@@ -1,0 +1,36 @@
+"""Activation checkpointing that keeps what attention gave: its forward and its messages happen once."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+from seqpar.comm import Tape
+
+
+def keep_attention() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
+    """A `context_fn` of `torch.utils.checkpoint`: keeps attention's results and recomputes the rest.
+
+    For `checkpoint(block, x, use_reentrant=False, context_fn=seqpar.keep_attention)`, and under the same name
+    wherever a library hands arguments on to it. Kept is (out, lse) of every attention inside; in Ulysses and
+    the hybrid also q, k and v as they were traded, so that nothing is sent a second time. Every strategy is
+    served, and `torch.compile`.
+    """
+    tape = Tape()
+    return tape.record(), _Again(tape)
+
+
+class _Again:
+    """Plays the tape whenever it is entered: a graph that is kept goes backward more than once."""
+
+    def __init__(self, tape: Tape) -> None:
+        self._tape = tape
+
+    def __enter__(self) -> None:
+        self._playing = self._tape.play()
+        self._playing.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._playing.__exit__(*error)  # type: ignore[arg-type]

@@ -1,0 +1,129 @@
+"""`Tape`: results of attention and of its communication, kept so that neither is done a second time.
+
+A step that is costly asks the tape first. While it records, the tape keeps what the step gives; while it
+plays, it gives that back in the same order, and the step is not done: activation checkpointing and compiled
+backwards build the graph anew from what was kept. Nothing here knows what the steps are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Literal
+
+from torch import Tensor
+
+Results = tuple[Tensor, ...]
+Mode = Literal["record", "play", "outline"]
+
+
+class Tape:
+    """What the steps of one computation gave, in their order.
+
+    Args:
+        tensors: what has been recorded elsewhere, to be played.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor] = ()) -> None:
+        self._tensors = list(tensors)
+        self._versions = [x._version for x in tensors]
+        self._next = 0
+        self.mode: Mode = "record"
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What was kept, one after another."""
+        return self._tensors
+
+    @contextmanager
+    def record(self) -> Iterator[Tape]:
+        """Keeps the results of the steps that are done inside, on this thread."""
+        self._tensors, self._versions = [], []
+        with self._used("record"):
+            yield self
+
+    @contextmanager
+    def outline(self) -> Iterator[Tape]:
+        """As `record`, of tensors without content: steps that know the shape of their results are not done."""
+        self._tensors, self._versions = [], []
+        with self._used("outline"):
+            yield self
+
+    @contextmanager
+    def play(self) -> Iterator[Tape]:
+        """Gives what was kept to the steps inside, on this thread, from the first one."""
+        self._next = 0
+        with self._used("play"):
+            yield self
+
+    def keep(self, results: Results) -> None:
+        """Results of a step."""
+        kept = [x.detach() for x in results]  # shares the version, not the graph
+        self._tensors += kept
+        self._versions += [0 if x.is_inference() else x._version for x in kept]
+
+    def take(self, num: int) -> Results:
+        """The results of the next step, of which there are so many.
+
+        Raises:
+            RuntimeError: a result has been written to since.
+        """
+        return tuple(self._one() for _ in range(num))
+
+    @contextmanager
+    def _used(self, mode: Mode) -> Iterator[None]:
+        self.mode = mode
+        token = _CURRENT.set(self)
+        try:
+            yield
+        finally:
+            _CURRENT.reset(token)
+
+    def _one(self) -> Tensor:
+        x, version = self._tensors[self._next], self._versions[self._next]
+        self._next += 1
+        if x._version != version:
+            raise RuntimeError(
+                "what attention gave has been written to in place, so it cannot be kept for backward; "
+                "use an out-of-place operation on the output of attention"
+            )
+        return x.detach()  # an alias, so that what is done to it does not reach the tape
+
+
+# The tape of what runs on this thread just now; as with torch's own modes, it ends with a `with`.
+_CURRENT: ContextVar[Tape | None] = ContextVar("seqpar_tape", default=None)
+
+
+def current_tape() -> Tape | None:
+    """The tape that records or plays on this thread."""
+    return _CURRENT.get()
+
+
+def plays() -> bool:
+    """Whether steps are given their results, so that nothing is to be sent."""
+    tape = _CURRENT.get()
+    return tape is not None and tape.mode == "play"
+
+
+def once(
+    step: Callable[[], Results], num: int, outline: Callable[[], Results] | None = None
+) -> Results:
+    """What the step gives, or gave when it was recorded.
+
+    Args:
+        num: how many results it has.
+        outline: tensors like its results, where the step should not be done to know them.
+    """
+    tape = _CURRENT.get()
+    if tape is None:
+        return step()
+    if tape.mode == "play":
+        return tape.take(num)
+    outside = _CURRENT.set(None)  # what the step is made of is not kept besides
+    try:
+        results = outline() if outline is not None and tape.mode == "outline" else step()
+    finally:
+        _CURRENT.reset(outside)
+    tape.keep(results)
+    return results
