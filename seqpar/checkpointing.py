@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 
-import torch
-from torch.utils.checkpoint import create_selective_checkpoint_contexts
-
 from seqpar.comm import Tape
 
 

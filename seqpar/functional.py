@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from seqpar import compiled
 from seqpar.comm import plays
 from seqpar.strategies import STRATEGIES, Plan, agree_on_call, resolve
 
@@ -32,6 +33,8 @@ def attention(
         NotImplementedError: the requested implementation cannot do what was asked.
         DesyncError: the ranks' calls differ, or another rank raised one of the above.
     """
+    if torch.compiler.is_compiling():
+        return compiled.attention(q, k, v, plan)[0]
     plan = _agreed(q, k, v, plan)
     out, _ = STRATEGIES[plan.strategy](q, k, v, plan)
     return out
@@ -48,6 +51,10 @@ def attention_with_lse(
     Both are differentiable. lse is float32 or wider, and -inf for a row that sees nothing, whose out is 0.
     Raises what `attention` does.
     """
+    if torch.compiler.is_compiling():
+        out, lse = compiled.attention(q, k, v, plan, with_lse=True)
+        assert lse is not None, "it was asked for"
+        return out, lse
     plan = _agreed(q, k, v, plan, with_lse=True)
     out, lse = STRATEGIES[plan.strategy](q, k, v, plan, with_lse=True)
     assert lse is not None, "it was asked for"

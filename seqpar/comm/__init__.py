@@ -4,7 +4,7 @@ from seqpar.comm.agree import DesyncError, agree, agreed
 from seqpar.comm.flight import Flight
 from seqpar.comm.gather import all_gather, reduce_scatter
 from seqpar.comm.grid import Grid
-from seqpar.comm.group import Group
+from seqpar.comm.group import Group, silent
 from seqpar.comm.heads import (
     HeadTrade,
     Places,
@@ -56,6 +56,7 @@ __all__ = [
     "rows_to_heads",
     "send_home",
     "serve",
+    "silent",
     "simulate",
     "start_to_heads",
     "start_to_rows",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -34,6 +34,11 @@ class Grid:
 
     group: Group
     members: tuple[tuple[int, ...], ...]
+    # The members as text, for compiled code, whose ops take no objects.
+    code: str = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "code", repr(self.members))
 
     @staticmethod
     def of(mesh: DeviceMesh, group: Group | None = None) -> Grid:

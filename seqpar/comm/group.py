@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import TYPE_CHECKING, ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from seqpar.comm.grid import Grid
 
 
+_numbers = count()
+
+
 @dataclass(frozen=True, eq=False)
 class Group:
     """Rank, size and how to talk; counts what it sends in `traffic`.
@@ -29,6 +34,25 @@ class Group:
 
     transport: Transport
     traffic: Traffic = field(default_factory=Traffic)
+    # What compiled code calls it, since torch's ops take no objects; another one for every group.
+    name: str = field(default_factory=lambda: f"group {next(_numbers)}", repr=False)
+
+    def __post_init__(self) -> None:
+        _LIVE[self.name] = self
+
+    @staticmethod
+    def named(name: str) -> Group:
+        """The group of that name in this process.
+
+        Raises:
+            RuntimeError: it is gone.
+        """
+        group = _LIVE.get(name)
+        if group is None:
+            raise RuntimeError(
+                f"the {name} that this code was compiled with is gone; keep the seqpar.Group alive"
+            )
+        return group
 
     @staticmethod
     def of(ranks: ProcessGroup | DeviceMesh | None = None) -> Group:
@@ -99,6 +123,41 @@ class Group:
 
     def __repr__(self) -> str:
         return f"Group(rank={self.rank}, size={self.size})"
+
+
+# Groups that are alive, by name; keeps none of them alive.
+_LIVE: WeakValueDictionary[str, Group] = WeakValueDictionary()
+
+
+def silent(group: Group) -> Group:
+    """A group of the same rank and size that sends nothing and brings nothing: to learn shapes from."""
+    return Group(_Silent(group.rank, group.size))
+
+
+class _Silent:
+    """A transport whose messages are not sent and do not arrive."""
+
+    control_device = torch.device("cpu")
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size, self.global_ranks = rank, size, list(range(size))
+
+    def exchange(
+        self,
+        primitive: str,  # noqa: ARG002
+        sends: Sequence[Message],  # noqa: ARG002
+        receives: Sequence[Message],  # noqa: ARG002
+    ) -> Pending:
+        return _Done()
+
+    def prepare(self, device: torch.device) -> None:
+        """Nothing to prepare."""
+
+    def all_reduce(self, x: Tensor, op: ReduceOp) -> None:
+        """Adds nothing."""
+
+    def gather_objects(self, item: object) -> list[object]:
+        return [item] * self.size
 
 
 class _Alone:

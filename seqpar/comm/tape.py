@@ -45,7 +45,7 @@ class Tape:
 
     @contextmanager
     def outline(self) -> Iterator[Tape]:
-        """As `record`, of tensors without content: steps that know the shape of their results are not done."""
+        """As `record`, of tensors without content: steps that can tell what they give are not done."""
         self._tensors, self._versions = [], []
         with self._used("outline"):
             yield self

@@ -9,6 +9,7 @@ Source: zigzag, Zhu 2024, ring-flash-attention; striped, Brandon et al. 2023 (ar
 
 from __future__ import annotations
 
+import ast
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Protocol
@@ -35,8 +36,12 @@ class Layout:
     length: int
     size: int
     spans: tuple[tuple[Span, ...], ...] = field(repr=False)
+    # All of it as text, for compiled code, whose ops take no objects.
+    code: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        spans = [[(span.start, span.length, span.step) for span in s] for s in self.spans]
+        object.__setattr__(self, "code", repr((self.kind, self.length, self.size, spans)))
         if len(self.spans) != self.size:
             raise ValueError(f"a layout for {self.size} ranks needs as many lists of spans")
         # Spans of one step and remainder must follow on one another, from the first to the last position.
@@ -52,6 +57,12 @@ class Layout:
             due[span.step][span.start % span.step] = span.positions.stop
         if len(due) > 1 or sum(self.rows) != self.length:
             raise ValueError(f"spans of one step must hold each of {self.length} positions once")
+
+    @staticmethod
+    def decoded(code: str) -> Layout:
+        """The layout of a `code`."""
+        kind, length, size, spans = ast.literal_eval(code)
+        return Layout(kind, length, size, tuple(tuple(Span(*x) for x in s) for s in spans))
 
     @property
     def rows(self) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from seqpar.strategies.materialised import (
     materialised_volume,
 )
 from seqpar.strategies.mesh import mesh_attention, mesh_volume
-from seqpar.strategies.plan import GRID_STRATEGIES, STRATEGY_NAMES, Plan, Strategy
+from seqpar.strategies.plan import GRID_STRATEGIES, HEAD_STRATEGIES, STRATEGY_NAMES, Plan, Strategy
 from seqpar.strategies.ring import ring_attention, ring_volume
 from seqpar.strategies.ulysses import ulysses_attention, ulysses_volume
 from seqpar.strategies.volume import Shape, Volume
@@ -39,6 +39,7 @@ VOLUMES: dict[Strategy, Callable[[Plan, int, Shape], Volume]] = {
 
 __all__ = [
     "GRID_STRATEGIES",
+    "HEAD_STRATEGIES",
     "STRATEGIES",
     "STRATEGY_NAMES",
     "VOLUMES",

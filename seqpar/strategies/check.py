@@ -24,6 +24,7 @@ def agree_on_call(
     plan: Plan,
     *,
     with_lse: bool = False,
+    learning: tuple[bool, ...] | None = None,
     operation: str = "attention",
 ) -> Plan:
     """The plan with its implementation chosen, if the call is legal here and the same on all ranks.
@@ -32,6 +33,7 @@ def agree_on_call(
 
     Args:
         with_lse: whether lse is wanted too, and differentiable.
+        learning: which of q, k, v, slopes and sinks want gradients; by default those that say so.
         operation: what is done with the plan, the same on all ranks.
 
     Raises:
@@ -49,7 +51,7 @@ def agree_on_call(
         _check_rows(q, k, v, plan)
         _check_heads(q, plan.score)
         resolved = resolve(plan, q, v, with_lse=with_lse)
-        claim |= _claim(q, k, v, resolved, with_lse)
+        claim |= _claim(q, k, v, resolved, with_lse, learning)
     plan.group.transport.prepare(q.device)
     return resolved
 
@@ -206,13 +208,14 @@ def _check_heads(q: Tensor, score: Score) -> None:
             raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
 
 
-def _claim(q: Tensor, k: Tensor, v: Tensor, plan: Plan, with_lse: bool) -> dict[str, Any]:
+def _claim(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, with_lse: bool, learning: tuple[bool, ...] | None
+) -> dict[str, Any]:
     score = plan.score.resolve(q.shape[3])
     learned = {"alibi_slopes": score.alibi_slopes, "sinks": score.sinks}
-
-    def learns(x: Tensor | None) -> bool:
-        return x is not None and x.requires_grad and torch.is_grad_enabled()
-
+    if learning is None:
+        wants = (x is not None and x.requires_grad for x in (q, k, v, *learned.values()))
+        learning = tuple(w and torch.is_grad_enabled() for w in wants)
     return {
         "version": VERSION,
         "strategy": plan.strategy,
@@ -235,6 +238,6 @@ def _claim(q: Tensor, k: Tensor, v: Tensor, plan: Plan, with_lse: bool) -> dict[
         "widths (d, vd)": (q.shape[3], v.shape[3]),
         "dtype": q.dtype,
         "device": q.device.type,
-        "requires_grad": any(learns(x) for x in (q, k, v)),
-        **{f"{name} learn": learns(x) for name, x in learned.items()},
+        "requires_grad": any(learning[:3]),
+        **{f"{name} learn": there for name, there in zip(learned, learning[3:], strict=True)},
     }

@@ -1,0 +1,259 @@
+"""A whole call of attention as two torch ops, forward and backward, for `torch.compile`.
+
+The compiler sees `seqpar::sharded_attention` and its backward, never the messages inside. Ops take tensors,
+numbers and text, so a plan goes in as text and the group by its name. What forward has computed and received
+comes out besides the results, for backward to play from a `Tape`; autograd does the rest, inside the op.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seqpar.comm import Grid, Group, Tape, silent
+from seqpar.layout import Layout, Mask
+from seqpar.strategies import HEAD_STRATEGIES, STRATEGIES, Plan, agree_on_call, resolve
+from seqpar_kernels import Dropout, Score
+
+_ARGUMENTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? alibi_slopes, Tensor? sinks, str plan, str group, "
+    "SymInt seed, bool[] learning, bool with_lse"
+)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, with_lse: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """(out, lse if asked for) as the strategies give them, as one op of the graph that is being compiled."""
+    score, drop = plan.score, plan.dropout
+    learned = (q, k, v, score.alibi_slopes, score.sinks)
+    learning = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in learned]
+    results = torch.ops.seqpar.sharded_attention(
+        *learned, _text(plan), plan.group.name, 0 if drop is None else drop.seed, learning, with_lse
+    )
+    if not with_lse:
+        return results[-_num_results(plan.strategy, with_lse=False)], None
+    out, lse = results[-2:]
+    return out, lse.reshape(out.shape[:3])
+
+
+def _num_results(strategy: str, *, with_lse: bool) -> int:
+    """How many results a strategy has: some give lse though nobody asked."""
+    return 2 if with_lse or strategy not in HEAD_STRATEGIES else 1
+
+
+def _text(plan: Plan) -> str:
+    """The plan but for its group, its tensors and its seed. Traced, so strings and numbers only."""
+    score, mask = plan.score, plan.mask
+    keys = "None" if plan.kv_layout is None else repr(plan.kv_layout.code)
+    grid = "None" if plan.grid is None else plan.grid.code
+    p = "None" if plan.dropout is None else repr(plan.dropout.p)
+    return (
+        f"({plan.strategy!r}, {plan.implementation!r}, {plan.invariant!r}, {plan.head_chunks!r}, "
+        f"{plan.layout.code!r}, {keys}, {grid}, {mask.causal!r}, {mask.window!r}, {mask.code}, "
+        f"{score.scale!r}, {score.softcap!r}, {p})"
+    )
+
+
+@lru_cache(maxsize=256)
+def _decoded(text: str) -> tuple[Any, ...]:
+    strategy, implementation, invariant, chunks, layout, keys, grid, *rest = ast.literal_eval(text)
+    causal, window, documents, scale, softcap, p = rest
+    mask = Mask(causal, window, documents)
+    keys = None if keys is None else Layout.decoded(keys)
+    options = implementation, invariant, chunks
+    return strategy, options, Layout.decoded(layout), keys, grid, mask, (scale, softcap), p
+
+
+def _plan(
+    text: str, group: Group, slopes: Tensor | None, sinks: Tensor | None, seed: int = 0
+) -> Plan:
+    strategy, options, layout, keys, grid, mask, score, p = _decoded(text)
+    implementation, invariant, chunks = options
+    scale, softcap = score
+    return Plan(
+        group,
+        layout,
+        mask,
+        Score(scale, softcap, slopes, sinks),
+        strategy,
+        implementation,
+        None if p is None else Dropout(p, seed),
+        keys,
+        invariant,
+        None if grid is None else Grid(group, grid),
+        chunks,
+    )
+
+
+@torch.library.custom_op(
+    "seqpar::sharded_attention", mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor[]"
+)
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+    text: str,
+    group: str,
+    seed: int,
+    learning: Sequence[bool],
+    with_lse: bool,
+) -> list[Tensor]:
+    plan = _plan(text, Group.named(group), slopes, sinks, seed)
+    plan = agree_on_call(q, k, v, plan, with_lse=with_lse, learning=tuple(learning))
+    tape = Tape()
+    with torch.no_grad(), tape.record():
+        results = STRATEGIES[plan.strategy](q, k, v, plan, with_lse=with_lse)
+    return _listed(tape, results, (q, k, v), keeps=any(learning))
+
+
+@_forward.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+    text: str,
+    group: str,
+    seed: int,  # noqa: ARG001 - dropped or not, shapes are the same
+    learning: Sequence[bool],
+    with_lse: bool,
+) -> list[Tensor]:
+    everyone = silent(Group.named(group))
+    plan = _plan(text, everyone, slopes, sinks)
+    if plan.strategy.startswith("materialised"):
+        plan = replace(plan, implementation="reference")  # whose steps know tensors without content
+    tape = Tape()
+    with torch.no_grad(), tape.outline():
+        results = STRATEGIES[plan.strategy](q, k, v, plan, with_lse=with_lse)
+    return _listed(tape, results, (q, k, v), keeps=any(learning))
+
+
+def _listed(
+    tape: Tape, results: Sequence[Tensor | None], inputs: Sequence[Tensor], *, keeps: bool
+) -> list[Tensor]:
+    """What is kept for backward, if anything, and last the results; no tensor twice, and no input."""
+    ends = [x for x in results if x is not None]
+    kept = tape.tensors if keeps else []
+    together = kept and all(map(_same_storage, kept[-len(ends) :], ends))
+    listed: list[Tensor] = []
+    for x in kept if together else [*kept, *ends]:
+        is_there = any(_same_storage(x, y) for y in (*inputs, *listed))
+        listed.append(x.clone() if is_there else x)
+    return listed
+
+
+def _same_storage(x: Tensor, y: Tensor) -> bool:
+    return x.untyped_storage()._cdata == y.untyped_storage()._cdata
+
+
+@torch.library.custom_op(
+    "seqpar::sharded_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor?[] grads, Tensor[] kept, {_ARGUMENTS}) -> Tensor[]",
+)
+def _backward(
+    grads: Sequence[Tensor | None],
+    kept: Sequence[Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+    text: str,
+    group: str,
+    seed: int,
+    learning: Sequence[bool],
+    with_lse: bool,
+) -> list[Tensor]:
+    inputs = [None if x is None else x.detach() for x in (q, k, v, slopes, sinks)]
+    wanted = [x for x, learns in zip(inputs, learning, strict=True) if learns]
+    leaves = [x.requires_grad_() for x in wanted if x is not None]
+    xs, (slopes, sinks) = inputs[:3], inputs[3:]
+    plan = _plan(text, Group.named(group), slopes, sinks, seed)
+    plan = resolve(plan, q, v, with_lse=with_lse)
+    with _differentiating():
+        with Tape(kept).play():
+            results = STRATEGIES[plan.strategy](*xs, plan, with_lse=with_lse)
+        ends = results[: len(grads)]
+        pairs = [(x, dx) for x, dx in zip(ends, grads, strict=True) if dx is not None]
+        outs, douts = [x for x, _ in pairs], [dx.reshape(x.shape) for x, dx in pairs]
+        found = torch.autograd.grad(outs, leaves, douts, allow_unused=True)
+    return [
+        torch.zeros_like(x) if dx is None else dx.contiguous()
+        for x, dx in zip(leaves, found, strict=True)
+    ]
+
+
+@_backward.register_fake
+def _(
+    grads: Sequence[Tensor | None],  # noqa: ARG001
+    kept: Sequence[Tensor],  # noqa: ARG001
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+    text: str,  # noqa: ARG001
+    group: str,  # noqa: ARG001
+    seed: int,  # noqa: ARG001
+    learning: Sequence[bool],
+    with_lse: bool,  # noqa: ARG001
+) -> list[Tensor]:
+    inputs = (q, k, v, slopes, sinks)
+    wanted = [x for x, learns in zip(inputs, learning, strict=True) if learns]
+    return [x.new_empty(x.shape) for x in wanted if x is not None]
+
+
+@contextmanager
+def _differentiating() -> Iterator[None]:
+    """Autograd as outside of an op: torch turns it off inside."""
+    include = torch._C._dispatch_tls_local_include_set()
+    exclude = torch._C._dispatch_tls_local_exclude_set()
+    for name in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor"):
+        exclude = exclude.remove(getattr(torch._C.DispatchKey, name))
+    with torch._C._ForceDispatchKeyGuard(include, exclude), torch.enable_grad():
+        yield
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    q, k, v, slopes, sinks, *ctx.call = inputs
+    text, with_lse = ctx.call[0], ctx.call[-1]
+    strategy, _, layout, _, grid, *_ = _decoded(text)
+    first = len(output) - _num_results(strategy, with_lse=with_lse)
+    ctx.results = slice(first, first + 1 + with_lse)  # an lse that nobody asked for has no gradient
+    ctx.mark_non_differentiable(*output[:first], *output[first + 1 + with_lse :])
+    # Heads that were traded are all that backward looks at; of its own rows it needs the shape.
+    num_trading = layout.size if grid is None else len(grid[0])
+    ctx.traded = strategy in HEAD_STRATEGIES and num_trading > 1 and first > 0
+    ctx.shapes = [x.shape for x in (q, k, v)]
+    own = () if ctx.traded else (q, k, v)
+    ctx.save_for_backward(slopes, sinks, *own, *output)
+
+
+def _differentiate(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    slopes, sinks, *tensors = ctx.saved_tensors
+    if ctx.traded:
+        own = [tensors[0].new_empty(()).expand(shape) for shape in ctx.shapes]
+        kept = tensors
+    else:
+        own, kept = tensors[:3], tensors[3:]
+    found = torch.ops.seqpar.sharded_attention_backward(
+        list(grads[ctx.results]), kept, *own, slopes, sinks, *ctx.call
+    )
+    learning = ctx.call[3]
+    there = iter(found)
+    return (*(next(there) if learns else None for learns in learning), *(None for _ in ctx.call))
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
