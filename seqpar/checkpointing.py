@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 
+import torch
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
 from seqpar.comm import Tape
 
 
 def keep_attention() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
     """A `context_fn` of `torch.utils.checkpoint`: keeps attention's results and recomputes the rest.
 
-    For `checkpoint(block, x, use_reentrant=False, context_fn=seqpar.keep_attention)`, and under the same name
+    For `checkpoint(block, x, use_reentrant=False, context_fn=seqpar.keep_attention)`, and under that name
     wherever a library hands arguments on to it. Kept is (out, lse) of every attention inside; in Ulysses and
-    the hybrid also q, k and v as they were traded, so that nothing is sent a second time. Every strategy is
-    served, and `torch.compile`.
+    the hybrid also q, k and v as they were traded, so that nothing is sent a second time. Serves every
+    strategy, in `torch.compile` too. What attention gave must not be written to in place.
     """
+    if torch.compiler.is_compiling():
+        return create_selective_checkpoint_contexts([torch.ops.seqpar.sharded_attention.default])
     tape = Tape()
     return tape.record(), _Again(tape)
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqpar.comm import Grid, Group, Tape, silent
+from seqpar.comm import Grid, Group, Tape, once, silent
 from seqpar.layout import Layout, Mask
 from seqpar.strategies import HEAD_STRATEGIES, STRATEGIES, Plan, agree_on_call, resolve
 from seqpar_kernels import Dropout, Score
@@ -109,11 +109,15 @@ def _forward(
     with_lse: bool,
 ) -> list[Tensor]:
     plan = _plan(text, Group.named(group), slopes, sinks, seed)
-    plan = agree_on_call(q, k, v, plan, with_lse=with_lse, learning=tuple(learning))
-    tape = Tape()
-    with torch.no_grad(), tape.record():
-        results = STRATEGIES[plan.strategy](q, k, v, plan, with_lse=with_lse)
-    return _listed(tape, results, (q, k, v), keeps=any(learning))
+
+    def step() -> tuple[Tensor, ...]:
+        agreed = agree_on_call(q, k, v, plan, with_lse=with_lse, learning=tuple(learning))
+        tape = Tape()
+        with torch.no_grad(), tape.record():
+            results = STRATEGIES[agreed.strategy](q, k, v, agreed, with_lse=with_lse)
+        return tuple(_listed(tape, results, (q, k, v), keeps=any(learning)))
+
+    return list(once(step))  # for checkpointing around compiled code
 
 
 @_forward.register_fake

@@ -22,7 +22,8 @@ def attention(
     """This rank's rows of softmax(scale q k^T + mask) v over the whole sequence. All ranks must call.
 
     Equal to one-device attention for any number of ranks, any length and any head counts, gradients
-    of q, k and v included. Query head h uses kv head h // (hq // hkv). A rank may hold no rows. Where
+    of q, k and v included. Query head h uses kv head h // (hq // hkv). A rank may hold no rows. Under
+    `torch.autocast` q, k and v, but for float64, become its type, as in torch's own attention. Where
     gradients are wanted all ranks must go backward through out, even those whose rows do not count
     (weigh them with 0): their keys may count elsewhere.
 
@@ -33,6 +34,7 @@ def attention(
         NotImplementedError: the requested implementation cannot do what was asked.
         DesyncError: the ranks' calls differ, or another rank raised one of the above.
     """
+    q, k, v = _autocast(q, k, v)
     if torch.compiler.is_compiling():
         return compiled.attention(q, k, v, plan)[0]
     plan = _agreed(q, k, v, plan)
@@ -51,6 +53,7 @@ def attention_with_lse(
     Both are differentiable. lse is float32 or wider, and -inf for a row that sees nothing, whose out is 0.
     Raises what `attention` does.
     """
+    q, k, v = _autocast(q, k, v)
     if torch.compiler.is_compiling():
         out, lse = compiled.attention(q, k, v, plan, with_lse=True)
         assert lse is not None, "it was asked for"
@@ -59,6 +62,18 @@ def attention_with_lse(
     out, lse = STRATEGIES[plan.strategy](q, k, v, plan, with_lse=True)
     assert lse is not None, "it was asked for"
     return out, lse
+
+
+def _autocast(*xs: Tensor) -> tuple[Tensor, ...]:
+    """q, k and v in the type that autocast gives torch's own attention, if it is on for their device."""
+    if not all(isinstance(x, Tensor) for x in xs):
+        return xs  # to be refused on all ranks
+    kind = xs[0].device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return xs
+    dtype = torch.get_autocast_dtype(kind)
+    casts = (x.is_floating_point() and x.dtype != torch.float64 for x in xs)
+    return tuple(x.to(dtype) if cast else x for x, cast in zip(xs, casts, strict=True))
 
 
 def _agreed(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, with_lse: bool = False) -> Plan:

@@ -28,7 +28,8 @@ class Tape:
     def __init__(self, tensors: Sequence[Tensor] = ()) -> None:
         self._tensors = list(tensors)
         self._versions = [x._version for x in tensors]
-        self._next = 0
+        self._counts: list[int] = []  # by step
+        self._next = self._step = 0
         self.mode: Mode = "record"
 
     @property
@@ -39,36 +40,42 @@ class Tape:
     @contextmanager
     def record(self) -> Iterator[Tape]:
         """Keeps the results of the steps that are done inside, on this thread."""
-        self._tensors, self._versions = [], []
+        self._tensors, self._versions, self._counts = [], [], []
         with self._used("record"):
             yield self
 
     @contextmanager
     def outline(self) -> Iterator[Tape]:
         """As `record`, of tensors without content: steps that can tell what they give are not done."""
-        self._tensors, self._versions = [], []
+        self._tensors, self._versions, self._counts = [], [], []
         with self._used("outline"):
             yield self
 
     @contextmanager
     def play(self) -> Iterator[Tape]:
         """Gives what was kept to the steps inside, on this thread, from the first one."""
-        self._next = 0
+        self._next = self._step = 0
         with self._used("play"):
             yield self
 
     def keep(self, results: Results) -> None:
         """Results of a step."""
         kept = [x.detach() for x in results]  # shares the version, not the graph
+        self._counts.append(len(kept))
         self._tensors += kept
         self._versions += [0 if x.is_inference() else x._version for x in kept]
 
-    def take(self, num: int) -> Results:
-        """The results of the next step, of which there are so many.
+    def take(self, num: int | None = None) -> Results:
+        """The results of the next step.
+
+        Args:
+            num: how many they are, if they were recorded elsewhere.
 
         Raises:
             RuntimeError: a result has been written to since.
         """
+        if num is None:
+            num, self._step = self._counts[self._step], self._step + 1
         return tuple(self._one() for _ in range(num))
 
     @contextmanager
@@ -107,12 +114,14 @@ def plays() -> bool:
 
 
 def once(
-    step: Callable[[], Results], num: int, outline: Callable[[], Results] | None = None
+    step: Callable[[], Results],
+    num: int | None = None,
+    outline: Callable[[], Results] | None = None,
 ) -> Results:
     """What the step gives, or gave when it was recorded.
 
     Args:
-        num: how many results it has.
+        num: how many results it has, unless only a tape that recorded it will play it.
         outline: tensors like its results, where the step should not be done to know them.
     """
     tape = _CURRENT.get()

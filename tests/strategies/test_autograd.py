@@ -198,12 +198,38 @@ def test_a_backward_inside_autocast_keeps_its_precision(implementation):
     def fn(group, casting):
         q, k, v, w = (x.float().requires_grad_() for x in whole_tensors(8))
         plan = Plan(group, zigzag(8, 1), CAUSAL, implementation=implementation)
+        out = seqpar.attention(q, k, v, plan)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=casting):
-            out = seqpar.attention(q, k, v, plan)
             return torch.autograd.grad(out, (q, k, v), w)
 
     for a, b in zip(simulate(1, fn, True)[0], simulate(1, fn, False)[0], strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("cast_to", [torch.bfloat16, torch.float16])
+def test_autocast_gives_the_types_of_torchs_own_attention(dtype, cast_to):
+    """Out, and gradients in the type of the inputs; the same numbers as from inputs cast by hand."""
+
+    def fn(group):
+        layout = zigzag(8, group.size)
+        xs = [
+            seqpar.shard_sequence(x, layout, group.rank).to(dtype).requires_grad_()
+            for x in whole_tensors(8)[:3]
+        ]
+        with torch.autocast("cpu", dtype=cast_to):
+            out = RingAttention(group, mask=CAUSAL)(*xs, layout)
+            other, lse = seqpar.attention_with_lse(*xs, Plan(group, layout, CAUSAL))
+            heads = (x.detach().transpose(1, 2) for x in xs)
+            torchs = torch.nn.functional.scaled_dot_product_attention(*heads)
+        assert out.dtype == other.dtype == torchs.dtype
+        assert lse.dtype == torch.promote_types(out.dtype, torch.float32)
+        by_hand = RingAttention(group, mask=CAUSAL)(*(x.to(out.dtype) for x in xs), layout)
+        assert torch.equal(out, by_hand)
+        for x, dx in zip(xs, torch.autograd.grad(out.sum(), xs), strict=True):
+            assert dx.dtype == x.dtype
+
+    simulate(2, fn)
 
 
 def test_modules_can_be_copied():

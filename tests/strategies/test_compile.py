@@ -1,0 +1,203 @@
+"""torch.compile: one graph without a break for every strategy, and what it gives is what eager gives."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import seqpar
+from seqpar import Mask, simulate
+
+CAUSAL = Mask(causal=True, window=9)
+SCORE = seqpar.Score(softcap=4.0)
+MODULES = {
+    "ring": lambda g: seqpar.RingAttention(g, mask=CAUSAL),
+    "ulysses": lambda g: seqpar.UlyssesAttention(g, mask=CAUSAL),
+    "ulysses in chunks": lambda g: seqpar.UlyssesAttention(g, mask=CAUSAL, head_chunks=2),
+    "allgather": lambda g: seqpar.AllGatherAttention(g, mask=CAUSAL),
+    "mesh": lambda g: seqpar.MeshAttention(g.grid(ulysses=2), mask=CAUSAL),
+    "hybrid": lambda g: seqpar.HybridAttention(g.grid(ulysses=2), mask=CAUSAL),
+    "rows": lambda g: seqpar.MaterialisedAttention(g, mask=CAUSAL, score=SCORE),
+    "columns": lambda g: seqpar.MaterialisedAttention(g, mask=CAUSAL, shard="columns"),
+    "depth": lambda g: seqpar.MaterialisedAttention(g, mask=CAUSAL, shard="depth"),
+}
+COUNTERS = torch._dynamo.utils.counters
+
+
+@pytest.fixture(autouse=True)
+def _afresh():
+    torch._dynamo.reset()
+    COUNTERS.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def num_graphs():
+    return COUNTERS["stats"]["unique_graphs"]
+
+
+def trained(group, make, compiled, *, kept=False, backend="aot_eager"):
+    """(out, dx, bytes sent by forward, in all, by agreement) of two blocks after one another."""
+    x = torch.randn(1, 21, 16, generator=torch.Generator().manual_seed(0)).double()
+    layout, attend = seqpar.contiguous(21, group.size), make(group)
+    mine = seqpar.shard_sequence(x, layout, group.rank).requires_grad_()
+
+    def inside(y):
+        q, kv = y.sin().unflatten(-1, (4, 4)), y[..., :8].cos().unflatten(-1, (2, 4))
+        return y + attend(q, kv, kv.tanh(), layout).flatten(2)
+
+    def block(y):
+        if not kept:
+            return inside(y)
+        return checkpoint(inside, y, use_reentrant=False, context_fn=seqpar.keep_attention)
+
+    run = torch.compile(block, backend=backend, fullgraph=True) if compiled else block
+    group.traffic.reset()
+    out = run(run(mine))
+    forward = group.traffic.total.bytes
+    (dx,) = torch.autograd.grad(out.square().sum(), mine)
+    return out.detach(), dx, forward, group.traffic.total.bytes, group.traffic.agreement.bytes
+
+
+def assert_same(compiled, eager):
+    for (out, dx, *sent), (out_eager, dx_eager, *sent_eager) in zip(compiled, eager, strict=True):
+        assert torch.equal(out, out_eager)
+        assert torch.equal(dx, dx_eager)
+        assert sent == sent_eager
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_strategy_is_one_graph_with_the_same_bits(name):
+    assert_same(
+        simulate(2, trained, MODULES[name], True), simulate(2, trained, MODULES[name], False)
+    )
+    assert not COUNTERS["graph_break"]
+    assert num_graphs() == 2, "one for each rank: both calls of it are served"
+
+
+@pytest.mark.parametrize("name", ["ring", "ulysses"])
+def test_one_rank_alone_compiles_too(name):
+    assert_same(
+        simulate(1, trained, MODULES[name], True), simulate(1, trained, MODULES[name], False)
+    )
+
+
+@pytest.mark.parametrize("name", ["ring", "hybrid"])
+def test_processes_compile_too(worlds, name):
+    """With torch's own code generator in place of eager kernels, too: to rounding, then."""
+    runs = [worlds.run(2, on_process, name, *how, timeout=240) for how in ((True,), (False,))]
+    assert_same(*runs)
+
+
+def on_process(group, name, compiled):
+    return trained(group, MODULES[name], compiled)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, about in-place operations
+@pytest.mark.parametrize("name", ["ring", "ulysses"])
+def test_checkpointing_that_keeps_attention_compiles(name):
+    """Forward's messages are sent once in compiled code as well."""
+
+    def kept(group, compiled):
+        return trained(group, MODULES[name], compiled, kept=True)
+
+    plain = simulate(2, trained, MODULES[name], False)
+    assert_same(simulate(2, kept, True), plain)
+    assert not COUNTERS["graph_break"]
+
+
+@pytest.mark.parametrize("name", ["ring", "ulysses"])
+def test_checkpointing_around_compiled_code_keeps_attention(name):
+    def around(group, kept):
+        x = torch.randn(1, 12, 16, generator=torch.Generator().manual_seed(0)).double()
+        layout, attend = seqpar.zigzag(12, group.size), MODULES[name](group)
+        mine = seqpar.shard_sequence(x, layout, group.rank).requires_grad_()
+
+        @torch.compile(backend="aot_eager", fullgraph=True)
+        def block(y):
+            heads = y.sin().unflatten(-1, (4, 4))
+            return attend(heads, heads, heads.cos(), layout).flatten(2).sin()
+
+        context = {"context_fn": seqpar.keep_attention} if kept else {}
+        group.traffic.reset()
+        out = checkpoint(block, mine, use_reentrant=False, **context)
+        forward = group.traffic.total.bytes
+        (dx,) = torch.autograd.grad(out.square().sum(), mine)
+        return dx, forward, group.traffic.total.bytes
+
+    for (dx, forward, once), (dx_again, _, twice) in zip(
+        simulate(2, around, True), simulate(2, around, False), strict=True
+    ):
+        assert torch.equal(dx, dx_again)
+        assert twice == once + forward
+
+
+def test_learned_scores_lse_and_dropout_compile_and_a_new_seed_compiles_nothing_new():
+    def fn(group, compiled):
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(2, 11, 16, generator=generator).double()
+        slopes = torch.rand(4, generator=generator).double().requires_grad_()
+        layout, mask = seqpar.striped(11, group.size), Mask(True, documents=(0, 4, 4, 11))
+        mine = seqpar.shard_sequence(x, layout, group.rank).requires_grad_()
+
+        def called(y, slopes, drop):
+            score = seqpar.Score(0.3, 4.0, slopes, slopes.sin())
+            plan = seqpar.Plan(group, layout, mask, score, "ulysses", dropout=drop)
+            heads = y.cos().unflatten(-1, (4, 4))
+            out, lse = seqpar.attention_with_lse(heads, heads.sin(), heads, plan)
+            return (out * lse.sigmoid().unsqueeze(-1)).flatten(2)
+
+        run = torch.compile(called, backend="aot_eager", fullgraph=True) if compiled else called
+        outs = [run(mine, slopes, seqpar.Dropout(0.2, seed)) for seed in range(3, 8)]
+        total = sum(out.square().sum() for out in outs)
+        return *(out.detach() for out in outs), *torch.autograd.grad(total, (mine, slopes))
+
+    for here, there in zip(simulate(2, fn, True), simulate(2, fn, False), strict=True):
+        for a, b in zip(here, there, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        assert not torch.equal(here[0], here[1]), "the seed counts"
+    assert num_graphs() <= 4, "one for the first seed, one for all others, of each rank"
+
+
+def test_a_new_layout_of_the_same_length_is_told_apart():
+    """Rows are as many, positions are others: what was compiled for one must not serve the other."""
+
+    def fn(group):
+        attend = MODULES["ring"](group)
+        x = torch.randn(1, 8, 2, 4, generator=torch.Generator().manual_seed(0))
+        run = torch.compile(
+            lambda x, layout: attend(x, x, x, layout), backend="aot_eager", fullgraph=True
+        )
+        for make in (seqpar.zigzag, seqpar.contiguous, seqpar.striped, seqpar.zigzag):
+            layout = make(8, group.size)
+            mine = seqpar.shard_sequence(x, layout, group.rank)
+            assert torch.equal(run(mine, layout), attend(mine, mine, mine, layout))
+
+    simulate(2, fn)
+
+
+def test_a_wrong_call_is_an_error_on_every_rank():
+    def fn(group):
+        attend, layout = MODULES["ring"](group), seqpar.contiguous(8, group.size)
+        run = torch.compile(lambda x: attend(x, x, x, layout), backend="aot_eager", fullgraph=True)
+        rows = 3 if group.rank == 1 else 4
+        with pytest.raises((ValueError, seqpar.DesyncError), match="rank 1 of 2 must hold 4"):
+            run(torch.randn(1, rows, 2, 4))
+
+    simulate(2, fn)
+
+
+def test_the_op_passes_the_checks_of_torch():
+    def fn(group):
+        from seqpar import compiled
+
+        x = torch.randn(1, 4, 2, 4, dtype=torch.float64, requires_grad=True)
+        for strategy in ("ring", "ulysses"):
+            plan = seqpar.Plan(group, seqpar.zigzag(4, 1), CAUSAL, strategy=strategy)
+            learning = [True, True, True, False, False]
+            call = compiled._text(plan), group.name, 0, learning, False
+            arguments = x, x.detach().clone().requires_grad_(), x.sin(), None, None, *call
+            torch.library.opcheck(
+                torch.ops.seqpar.sharded_attention, arguments, test_utils=("test_schema", "test_faketensor")
+            )  # fmt: skip
+
+    simulate(1, fn)
