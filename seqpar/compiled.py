@@ -22,9 +22,11 @@ from seqpar.layout import Layout, Mask
 from seqpar.strategies import HEAD_STRATEGIES, STRATEGIES, Plan, agree_on_call, resolve
 from seqpar_kernels import Dropout, Score
 
+# Tensors, then the plan. What may be a symbol while the compiler looks on is an argument of its own.
 _ARGUMENTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? alibi_slopes, Tensor? sinks, str plan, str group, "
-    "SymInt seed, bool[] learning, bool with_lse"
+    "Tensor q, Tensor k, Tensor v, Tensor? alibi_slopes, Tensor? sinks, str group, str plan, "
+    "bool causal, int? window, int[]? documents, float? scale, float? softcap, float dropout, "
+    "SymInt seed, int head_chunks, bool[] learning, bool with_lse"
 )
 
 
@@ -32,12 +34,10 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, with_lse: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """(out, lse if asked for) as the strategies give them, as one op of the graph that is being compiled."""
-    score, drop = plan.score, plan.dropout
+    score = plan.score
     learned = (q, k, v, score.alibi_slopes, score.sinks)
     learning = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in learned]
-    results = torch.ops.seqpar.sharded_attention(
-        *learned, _text(plan), plan.group.name, 0 if drop is None else drop.seed, learning, with_lse
-    )
+    results = torch.ops.seqpar.sharded_attention(*learned, *_described(plan), learning, with_lse)
     if not with_lse:
         return results[-_num_results(plan.strategy, with_lse=False)], None
     out, lse = results[-2:]
@@ -49,47 +49,46 @@ def _num_results(strategy: str, *, with_lse: bool) -> int:
     return 2 if with_lse or strategy not in HEAD_STRATEGIES else 1
 
 
-def _text(plan: Plan) -> str:
-    """The plan but for its group, its tensors and its seed. Traced, so strings and numbers only."""
-    score, mask = plan.score, plan.mask
+def _described(plan: Plan) -> tuple[Any, ...]:
+    """The plan but for its tensors, as the ops take it. Traced, so it makes no object."""
+    score, mask, drop = plan.score, plan.mask, plan.dropout
     keys = "None" if plan.kv_layout is None else repr(plan.kv_layout.code)
     grid = "None" if plan.grid is None else plan.grid.code
-    p = "None" if plan.dropout is None else repr(plan.dropout.p)
-    return (
-        f"({plan.strategy!r}, {plan.implementation!r}, {plan.invariant!r}, {plan.head_chunks!r}, "
-        f"{plan.layout.code!r}, {keys}, {grid}, {mask.causal!r}, {mask.window!r}, {mask.code}, "
-        f"{score.scale!r}, {score.softcap!r}, {p})"
+    text = (
+        f"({plan.strategy!r}, {plan.implementation!r}, {plan.invariant!r}, {plan.layout.code!r}, "
+        f"{keys}, {grid})"
     )
+    documents = None if mask.documents is None else list(mask.documents)
+    p, seed = (0.0, 0) if drop is None else (drop.p, drop.seed)
+    return (
+        plan.group.name, text, mask.causal, mask.window, documents, score.scale, score.softcap, p,
+        seed, plan.head_chunks,
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=256)
 def _decoded(text: str) -> tuple[Any, ...]:
-    strategy, implementation, invariant, chunks, layout, keys, grid, *rest = ast.literal_eval(text)
-    causal, window, documents, scale, softcap, p = rest
-    mask = Mask(causal, window, documents)
+    strategy, implementation, invariant, layout, keys, grid = ast.literal_eval(text)
     keys = None if keys is None else Layout.decoded(keys)
-    options = implementation, invariant, chunks
-    return strategy, options, Layout.decoded(layout), keys, grid, mask, (scale, softcap), p
+    return strategy, implementation, invariant, Layout.decoded(layout), keys, grid
 
 
-def _plan(
-    text: str, group: Group, slopes: Tensor | None, sinks: Tensor | None, seed: int = 0
-) -> Plan:
-    strategy, options, layout, keys, grid, mask, score, p = _decoded(text)
-    implementation, invariant, chunks = options
-    scale, softcap = score
+def _plan(group: Group, slopes: Tensor | None, sinks: Tensor | None, *described: Any) -> Plan:
+    """The plan that was `_described`, but for the name of its group."""
+    text, causal, window, documents, scale, softcap, p, seed, head_chunks = described
+    strategy, implementation, invariant, layout, keys, grid = _decoded(text)
     return Plan(
         group,
         layout,
-        mask,
+        Mask(causal, window, documents),
         Score(scale, softcap, slopes, sinks),
         strategy,
         implementation,
-        None if p is None else Dropout(p, seed),
+        Dropout(p, seed) if p else None,
         keys,
         invariant,
         None if grid is None else Grid(group, grid),
-        chunks,
+        head_chunks,
     )
 
 
@@ -102,13 +101,11 @@ def _forward(
     v: Tensor,
     slopes: Tensor | None,
     sinks: Tensor | None,
-    text: str,
     group: str,
-    seed: int,
-    learning: Sequence[bool],
-    with_lse: bool,
+    *args: Any,
 ) -> list[Tensor]:
-    plan = _plan(text, Group.named(group), slopes, sinks, seed)
+    *described, learning, with_lse = args
+    plan = _plan(Group.named(group), slopes, sinks, *described)
 
     def step() -> tuple[Tensor, ...]:
         agreed = agree_on_call(q, k, v, plan, with_lse=with_lse, learning=tuple(learning))
@@ -127,14 +124,12 @@ def _(
     v: Tensor,
     slopes: Tensor | None,
     sinks: Tensor | None,
-    text: str,
     group: str,
-    seed: int,  # noqa: ARG001 - dropped or not, shapes are the same
-    learning: Sequence[bool],
-    with_lse: bool,
+    *args: Any,
 ) -> list[Tensor]:
-    everyone = silent(Group.named(group))
-    plan = _plan(text, everyone, slopes, sinks)
+    *described, learning, with_lse = args
+    described[-3:-1] = 0.0, 0  # dropped or not, shapes are the same
+    plan = _plan(silent(Group.named(group)), slopes, sinks, *described)
     if plan.strategy.startswith("materialised"):
         plan = replace(plan, implementation="reference")  # whose steps know tensors without content
     tape = Tape()
@@ -174,17 +169,15 @@ def _backward(
     v: Tensor,
     slopes: Tensor | None,
     sinks: Tensor | None,
-    text: str,
     group: str,
-    seed: int,
-    learning: Sequence[bool],
-    with_lse: bool,
+    *args: Any,
 ) -> list[Tensor]:
+    *described, learning, with_lse = args
     inputs = [None if x is None else x.detach() for x in (q, k, v, slopes, sinks)]
     wanted = [x for x, learns in zip(inputs, learning, strict=True) if learns]
     leaves = [x.requires_grad_() for x in wanted if x is not None]
     xs, (slopes, sinks) = inputs[:3], inputs[3:]
-    plan = _plan(text, Group.named(group), slopes, sinks, seed)
+    plan = _plan(Group.named(group), slopes, sinks, *described)
     plan = resolve(plan, q, v, with_lse=with_lse)
     with _differentiating():
         with Tape(kept).play():
@@ -208,13 +201,9 @@ def _(
     v: Tensor,
     slopes: Tensor | None,
     sinks: Tensor | None,
-    text: str,  # noqa: ARG001
-    group: str,  # noqa: ARG001
-    seed: int,  # noqa: ARG001
-    learning: Sequence[bool],
-    with_lse: bool,  # noqa: ARG001
+    *args: Any,
 ) -> list[Tensor]:
-    inputs = (q, k, v, slopes, sinks)
+    inputs, learning = (q, k, v, slopes, sinks), args[-2]
     wanted = [x for x, learns in zip(inputs, learning, strict=True) if learns]
     return [x.new_empty(x.shape) for x in wanted if x is not None]
 
@@ -232,8 +221,8 @@ def _differentiating() -> Iterator[None]:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     q, k, v, slopes, sinks, *ctx.call = inputs
-    text, with_lse = ctx.call[0], ctx.call[-1]
-    strategy, _, layout, _, grid, *_ = _decoded(text)
+    text, with_lse = ctx.call[1], ctx.call[-1]
+    strategy, *_, layout, _, grid = _decoded(text)
     first = len(output) - _num_results(strategy, with_lse=with_lse)
     ctx.results = slice(first, first + 1 + with_lse)  # an lse that nobody asked for has no gradient
     ctx.mark_non_differentiable(*output[:first], *output[first + 1 + with_lse :])
@@ -255,9 +244,11 @@ def _differentiate(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     found = torch.ops.seqpar.sharded_attention_backward(
         list(grads[ctx.results]), kept, *own, slopes, sinks, *ctx.call
     )
-    learning = ctx.call[3]
     there = iter(found)
-    return (*(next(there) if learns else None for learns in learning), *(None for _ in ctx.call))
+    return (
+        *(next(there) if learns else None for learns in ctx.call[-2]),
+        *(None for _ in ctx.call),
+    )
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

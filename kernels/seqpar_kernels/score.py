@@ -46,7 +46,7 @@ class Score:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name} must be a number or None, got {value!r}")
-            if not math.isfinite(value):
+            if not -math.inf < value < math.inf:
                 raise ValueError(f"{name} must be finite, got {value}")
             object.__setattr__(self, name, float(value))  # so that 1 and 1.0 print alike
         if self.softcap is not None and self.softcap <= 0:

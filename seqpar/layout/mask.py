@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -31,15 +31,12 @@ class Mask:
     causal: bool = False
     window: int | None = None
     documents: Sequence[int] | Tensor | None = None
-    # The documents as text, for compiled code, whose ops take no objects.
-    code: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.causal, bool):
             raise TypeError(f"causal must be a bool, got {self.causal!r}")
         if self.documents is not None:
             object.__setattr__(self, "documents", Documents(_integers(self.documents)).bounds)
-        object.__setattr__(self, "code", repr(self.documents))
         if self.window is None:
             return
         if isinstance(self.window, bool) or not isinstance(self.window, int):

@@ -175,6 +175,28 @@ def test_a_new_layout_of_the_same_length_is_told_apart():
     simulate(2, fn)
 
 
+def test_other_windows_and_documents_compile_anew():
+    """Numbers that change may become symbols of the compiler, which no message can be planned with."""
+
+    def fn(group):
+        layout = seqpar.zigzag(11, group.size)
+        x = torch.randn(1, 11, 2, 4, generator=torch.Generator().manual_seed(0))
+        mine = seqpar.shard_sequence(x, layout, group.rank)
+
+        def called(x, mask, scale):
+            score = seqpar.Score(scale=scale)
+            return seqpar.attention(x, x, x, seqpar.Plan(group, layout, mask, score))
+
+        run = torch.compile(called, backend="aot_eager", fullgraph=True)
+        masks = [Mask(True, window) for window in (None, 2, 3, 4)]
+        masks += [Mask(documents=d) for d in ((0, 4, 11), (0, 5, 11), (0, 2, 5, 11))]
+        for n, mask in enumerate(masks):
+            assert torch.equal(run(mine, mask, 1.5 + n), called(mine, mask, 1.5 + n))
+
+    with torch._dynamo.config.patch(recompile_limit=32):
+        simulate(2, fn)
+
+
 def test_a_wrong_call_is_an_error_on_every_rank():
     def fn(group):
         attend, layout = MODULES["ring"](group), seqpar.contiguous(8, group.size)
@@ -194,8 +216,7 @@ def test_the_op_passes_the_checks_of_torch():
         for strategy in ("ring", "ulysses"):
             plan = seqpar.Plan(group, seqpar.zigzag(4, 1), CAUSAL, strategy=strategy)
             learning = [True, True, True, False, False]
-            call = compiled._text(plan), group.name, 0, learning, False
-            arguments = x, x.detach().clone().requires_grad_(), x.sin(), None, None, *call
+            arguments = x, x.cos(), x.sin(), None, None, *compiled._described(plan), learning, False
             torch.library.opcheck(
                 torch.ops.seqpar.sharded_attention, arguments, test_utils=("test_schema", "test_faketensor")
             )  # fmt: skip
