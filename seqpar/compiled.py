@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.effects import EffectType
 
 from seqpar.comm import Grid, Group, Tape, once, silent
 from seqpar.layout import Layout, Mask
@@ -252,3 +253,7 @@ def _differentiate(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
+
+# Ranks must send in one order: the compiler may neither swap these ops nor leave one out.
+for _op in (_forward, _backward):
+    _op.register_effect(EffectType.ORDERED)

@@ -227,3 +227,35 @@ def test_the_op_passes_the_checks_of_torch():
             )  # fmt: skip
 
     simulate(1, fn)
+
+
+def test_calls_that_do_not_depend_on_each_other_keep_their_order():
+    """Ranks whose compilers order messages differently would take one call's rows for the other's."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return make_boxed_func(graph)
+
+    group = seqpar.Group.alone()
+    attends, layout = (
+        [seqpar.RingAttention(group), seqpar.UlyssesAttention(group)],
+        seqpar.zigzag(5, 1),
+    )
+
+    @torch.compile(backend=aot_autograd(fw_compiler=keep, bw_compiler=keep), fullgraph=True)
+    def both(x, y):
+        return attends[0](x, x, x, layout).sum() * attends[1](y, y, y, layout).sum()
+
+    x, y = (torch.randn(1, 5, 2, 4, requires_grad=True) for _ in range(2))
+    both(x, y).backward()
+    assert len(graphs) == 2
+    for graph in graphs:
+        calls = [n for n in graph.graph.nodes if "with_effects" in str(n.target)]
+        assert len(calls) == 2
+        first, second = calls
+        token = second.args[0]
+        assert token.args == (first, 0), "the second is given what the first leaves"
