@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from seqpar import compiled
-from seqpar.comm import plays
+from seqpar.comm import current_tape, plays
 from seqpar.strategies import STRATEGIES, Plan, agree_on_call, resolve
 
 
@@ -78,9 +78,18 @@ def _autocast(*xs: Tensor) -> tuple[Tensor, ...]:
 
 def _agreed(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, with_lse: bool = False) -> Plan:
     """The plan with its implementation; ranks need not agree once more on what they do not send."""
+    if (tape := current_tape()) is not None and isinstance(plan, Plan):
+        tape.called(_call(plan, with_lse))
     if plays():
         return resolve(plan, q, v, with_lse=with_lse)
     return agree_on_call(q, k, v, plan, with_lse=with_lse)
+
+
+def _call(plan: Plan, with_lse: bool) -> tuple[object, ...]:
+    """What must be the same when a call is recomputed; its tensors are autograd's to watch."""
+    options = plan.strategy, plan.implementation, plan.invariant, plan.head_chunks, with_lse
+    score = plan.score.scale, plan.score.softcap
+    return *options, plan.layout, plan.kv_layout, plan.mask, score, plan.dropout
 
 
 def merge(

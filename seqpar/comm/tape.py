@@ -29,7 +29,8 @@ class Tape:
         self._tensors = list(tensors)
         self._versions = [x._version for x in tensors]
         self._counts: list[int] = []  # by step
-        self._next = self._step = 0
+        self._calls: list[object] = []
+        self._next = self._step = self._call = 0
         self.mode: Mode = "record"
 
     @property
@@ -40,23 +41,41 @@ class Tape:
     @contextmanager
     def record(self) -> Iterator[Tape]:
         """Keeps the results of the steps that are done inside, on this thread."""
-        self._tensors, self._versions, self._counts = [], [], []
+        self._tensors, self._versions, self._counts, self._calls = [], [], [], []
         with self._used("record"):
             yield self
 
     @contextmanager
     def outline(self) -> Iterator[Tape]:
         """As `record`, of tensors without content: steps that can tell what they give are not done."""
-        self._tensors, self._versions, self._counts = [], [], []
+        self._tensors, self._versions, self._counts, self._calls = [], [], [], []
         with self._used("outline"):
             yield self
 
     @contextmanager
     def play(self) -> Iterator[Tape]:
         """Gives what was kept to the steps inside, on this thread, from the first one."""
-        self._next = self._step = 0
+        self._next = self._step = self._call = 0
         with self._used("play"):
             yield self
+
+    def called(self, call: object) -> None:
+        """Says what the next steps are of: the same calls, in the same order, when the tape plays.
+
+        Raises:
+            RuntimeError: they are others.
+        """
+        if self.mode != "play":
+            self._calls.append(call)
+            return
+        recorded = self._calls[self._call] if self._call < len(self._calls) else None
+        if recorded != call:
+            raise RuntimeError(
+                "attention is called otherwise when it is recomputed than it was before: "
+                f"{recorded} then, {call} now; what is assigned to a module (its dropout, its score) must be "
+                "assigned inside of what is checkpointed"
+            )
+        self._call += 1
 
     def keep(self, results: Results) -> None:
         """Results of a step."""

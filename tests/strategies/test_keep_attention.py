@@ -113,6 +113,21 @@ def test_what_is_kept_must_not_be_written_to(module):
     simulate(2, fn)
 
 
+def test_a_call_that_is_another_when_recomputed_is_an_error():
+    """A seed that is assigned outside: backward would drop other weights than forward did."""
+
+    def fn(group):
+        layout = seqpar.zigzag(8, group.size)
+        attend = seqpar.RingAttention(group, dropout=seqpar.Dropout(0.5, 0))
+        mine = torch.randn(1, layout.rows[group.rank], 16).requires_grad_()
+        out = checkpoint(block, mine, attend, layout, use_reentrant=False, **KEPT)
+        attend.dropout = seqpar.Dropout(0.5, 1)
+        with pytest.raises(RuntimeError, match=r"seed=0.* then, .*seed=1.* now"):
+            torch.autograd.grad(out.sum(), mine)
+
+    simulate(2, fn)
+
+
 def everything(group, strategy, wrap):
     """(dx, dslopes) of a call with every score term, dropout and an lse that is differentiated."""
     generator = torch.Generator().manual_seed(1)
