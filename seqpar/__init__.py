@@ -28,6 +28,7 @@ if os.environ.get("SEQPAR_CHECK_SHAPES") == "1":  # for tests, and inherited by 
 
 from seqpar.comm import DesyncError, Grid, Group, simulate
 from seqpar.data import mean_loss, shard_batch, shard_sequence, sum_gradients, unshard_sequence
+from seqpar.decode import KVCache
 from seqpar.functional import attention, attention_with_lse, merge
 from seqpar.layout import Layout, Mask, balanced, contiguous, striped, zigzag
 from seqpar.module import (
@@ -51,6 +52,7 @@ __all__ = [
     "Grid",
     "Group",
     "HybridAttention",
+    "KVCache",
     "Layout",
     "Mask",
     "MaterialisedAttention",
