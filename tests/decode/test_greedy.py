@@ -17,9 +17,9 @@ WINDOW, CAP = 20, 4.0
 
 
 class TinyLM(nn.Module):
-    """Two layers, 4 query and 2 kv heads, with a window, softcap, ALiBi and sinks, in float64."""
+    """One layer, 4 query and 2 kv heads, with a window, softcap, ALiBi and sinks, in float64."""
 
-    def __init__(self, vocab=17, e=16, layers=2):
+    def __init__(self, vocab=17, e=16, layers=1):
         super().__init__()
         generator = torch.Generator().manual_seed(3)
 
@@ -92,21 +92,14 @@ def prompt(batch=2):
 def test_a_model_with_every_score_term(worlds):
     expected = one_device(prompt())
     assert len(expected.unique()) > 8  # not one token over and over
-    for size, kind in (
-        (1, "zigzag"),
-        (2, "zigzag"),
-        (3, "striped"),
-        (4, "zigzag"),
-        (5, "contiguous"),
-    ):
+    for size, kind in ((2, "zigzag"), (3, "striped"), (5, "contiguous")):
         for tokens in simulate(size, sharded, prompt(), kind):
             assert torch.equal(tokens, expected)
-    for size in (2, 5):
-        for tokens in worlds.run(size, sharded, prompt(), "zigzag"):
-            assert torch.equal(tokens, expected)
+    for tokens in worlds.run(2, sharded, prompt(), "zigzag"):
+        assert torch.equal(tokens, expected)
 
 
-RECIPE = {"dim": 32, "heads": 4, "kv_heads": 2, "dtype": "float64"}
+RECIPE = {"dim": 16, "heads": 4, "kv_heads": 2, "dtype": "float64"}
 TEXT = torch.tensor([list(b"def attend(q, k, v):")])
 
 
@@ -134,8 +127,9 @@ def test_the_byte_model(worlds):
     ):  # fmt: skip
         for tokens in simulate(size, byte_lm, strategy, kind):
             assert torch.equal(tokens, expected)
-    for tokens in worlds.run(3, byte_lm, "ring", "zigzag"):
-        assert torch.equal(tokens, expected)
+    for size in (2, 5):
+        for tokens in worlds.run(size, byte_lm, "ring", "zigzag"):
+            assert torch.equal(tokens, expected)
 
 
 def test_an_empty_prompt_is_refused():
