@@ -39,6 +39,7 @@ from seqpar.module import (
     RingAttention,
     UlyssesAttention,
 )
+from seqpar.multihead import MultiheadAttention
 from seqpar.strategies import Plan
 from seqpar.strategies.check import VERSION
 from seqpar_kernels import Dropout, Score
@@ -57,6 +58,7 @@ __all__ = [
     "Mask",
     "MaterialisedAttention",
     "MeshAttention",
+    "MultiheadAttention",
     "Plan",
     "RingAttention",
     "Score",
