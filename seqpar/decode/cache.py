@@ -15,19 +15,11 @@ from torch import Tensor
 
 from seqpar.comm import Group, agreed, combine
 from seqpar.decode.check import check_new, check_prefill, check_queries
+from seqpar.decode.parts import merged, part_of
 from seqpar.decode.rows import Grown, Held, deal
-from seqpar.decode.visible import blocks, continued, packed
-from seqpar.layout import Layout, Mask, Span
-from seqpar_kernels import (
-    Implementation,
-    Partial,
-    Request,
-    Score,
-    accumulation_dtype,
-    attend,
-    choose,
-    finish,
-)
+from seqpar.decode.visible import continued, packed
+from seqpar.layout import Layout, Mask
+from seqpar_kernels import Implementation, Request, Score, choose
 
 
 class KVCache:
@@ -208,39 +200,14 @@ class KVCache:
 
     def _attend(self, q: Tensor) -> Tensor:
         b, t, hq, _ = q.shape
-        rows, wide = Span(self.length - t, t), accumulation_dtype(q.dtype)
-        running = Partial.identity(q, self._prefill.v.shape[3])
-        for held in (self._prefill, self._grown.held):
-            for at, cols, block in blocks(rows, held.spans, self._mask, self._score) if t else ():
-                attend(
-                    q[:, at], held.k[:, cols], held.v[:, cols], block,
-                    into=running[at], implementation=self.implementation,
-                )  # fmt: skip
-        out, lse = finish(running, wide, implementation=self.implementation)
-        parts = torch.cat((out, lse.unsqueeze(-1)), dim=-1).flatten(0, 2)
-        sinks = self._score.sinks
-        if sinks is not None:
-            sinks = sinks.expand(b, t, hq).flatten()
+        if t == 0:
+            return q.new_empty(b, 0, hq, self._prefill.v.shape[3])
+        held, score = (self._prefill, self._grown.held), self._score
+        part = part_of(q, self.length - t, held, self._mask, score, self.implementation)
+        sinks = None if score.sinks is None else score.sinks.expand(b, t, hq).flatten()
 
-        def merge(parts: Tensor, items: slice) -> Tensor:
-            return _merged(
-                parts, q.dtype, None if sinks is None else sinks[items], self.implementation
-            )
+        def merge(parts: Tensor, rows: slice) -> Tensor:
+            mine = None if sinks is None else sinks[rows]
+            return merged(parts, q.dtype, mine, self.implementation)
 
-        return combine(parts, self.group, merge).unflatten(0, (b, t, hq))
-
-
-def _merged(
-    parts: Float[Tensor, "size i vd1"],
-    dtype: torch.dtype,
-    sinks: Float[Tensor, "i"] | None,
-    implementation: Implementation,
-) -> Float[Tensor, "i vd"]:
-    """The out of items of which each rank has (out, lse), side by side; the sinks join here, once."""
-    out, lse = parts[..., :-1], parts[..., -1]
-    # To the kernels every item is a head of one row.
-    running = Partial.identity(out[:1, None], out.shape[2])
-    for out_r, lse_r in zip(out, lse, strict=True):
-        seen = (lse_r > -torch.inf).to(lse_r.dtype)
-        running.absorb_(Partial(out_r[None, None], lse_r[None, None], seen[None, None]))
-    return finish(running, dtype, sinks, implementation=implementation)[0][0, 0]
+        return combine(part, self.group, merge).unflatten(0, (b, t, hq))

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from seqpar.layout import Mask, Span, held
-from seqpar_kernels import Band, Block, Documents, Score
+from seqpar_kernels import Block, Documents, Score
 
 Met = tuple[slice, slice, Block]
 
@@ -27,43 +27,51 @@ def packed(mask: Mask) -> Documents | None:
     return None if mask.documents is None else Documents(tuple(mask.documents))
 
 
-def blocks(rows: Span, spans: tuple[Span, ...], mask: Mask, score: Score) -> Iterator[Met]:
-    """(rows, columns, block) where some consecutive positions see the keys of some spans.
+@dataclass
+class Seen:
+    """Which columns every row sees, for any reason, and blocks of those that only some may see.
+
+    Columns that all see need no mask and no positions, so that a kernel may take rows in any order.
+    """
+
+    by_all: list[slice] = field(default_factory=list)
+    by_some: list[Met] = field(default_factory=list)
+
+
+def seen(rows: Span, spans: tuple[Span, ...], mask: Mask, score: Score) -> Seen:
+    """What consecutive positions see of the keys of some spans, held one span after the other.
 
     Args:
-        rows: of step 1.
+        rows: of step 1, at least one.
         mask: `continued`.
-        score: resolved.
+        score: resolved. With ALiBi all blocks need positions.
     """
-    some, every = _seen(rows, mask)
-    needs_positions = score.alibi_slopes is not None
-    whole = slice(0, rows.length)
-    joined = slice(0, 0)
+    found = Seen()
+    some, every = _reach(rows, mask)
     for at, span in held(spans):
-        cols, seen = _cut(at, span, some)
-        if seen.length == 0:
+        cols, inside = _cut(at, span, some)
+        if inside.length == 0:
             continue
-        if needs_positions or _cut(at, span, every)[1] != seen:
-            yield from _apart(rows, cols, seen, mask, score)
-        elif joined.stop == cols.start:
-            joined = slice(joined.start, cols.stop)
+        if score.alibi_slopes is not None or _cut(at, span, every)[1] != inside:
+            found.by_some += _apart(rows, cols, inside, mask, score)
+        elif found.by_all and found.by_all[-1].stop == cols.start:
+            found.by_all[-1] = slice(found.by_all[-1].start, cols.stop)
         else:
-            yield whole, joined, Block(Band(), score)
-            joined = cols
-    yield whole, joined, Block(Band(), score)
+            found.by_all.append(cols)
+    return found
 
 
-def _apart(rows: Span, cols: slice, seen: Span, mask: Mask, score: Score) -> Iterator[Met]:
+def _apart(rows: Span, cols: slice, span: Span, mask: Mask, score: Score) -> Iterator[Met]:
     """Blocks of the queries in as many progressions as make the step of the keys."""
-    for first in range(min(seen.step, rows.length)):
-        every = slice(first, rows.length, seen.step)
-        start, num = rows.start + first, len(range(first, rows.length, seen.step))
-        band = mask.band(Span(start, num, seen.step), seen)
-        block = Block(band, score, start, seen.start, seen.step, documents=packed(mask))
-        yield every, cols, block
+    for first in range(min(span.step, rows.length)):
+        progression = slice(first, rows.length, span.step)
+        start, num = rows.start + first, len(range(first, rows.length, span.step))
+        band = mask.band(Span(start, num, span.step), span)
+        block = Block(band, score, start, span.start, span.step, documents=packed(mask))
+        yield progression, cols, block
 
 
-def _seen(rows: Span, mask: Mask) -> tuple[range, range]:
+def _reach(rows: Span, mask: Mask) -> tuple[range, range]:
     """The positions that some of the rows see, and those that all of them see."""
     first, last = rows.start, rows.start + rows.length - 1
     (first_doc, first_end), (last_doc, last_end) = (_document(p, mask) for p in (first, last))
@@ -83,9 +91,9 @@ def _document(position: int, mask: Mask) -> tuple[int, int]:
     return bounds[n - 1], bounds[n] if n < len(bounds) else 2**62
 
 
-def _cut(at: slice, span: Span, seen: range) -> tuple[slice, Span]:
+def _cut(at: slice, span: Span, within: range) -> tuple[slice, Span]:
     """The rows, and the positions, of a span that are in a range."""
-    first, end = (-((span.start - p) // span.step) for p in (seen.start, seen.stop))
+    first, end = (-((span.start - p) // span.step) for p in (within.start, within.stop))
     first, end = max(0, first), min(span.length, end)
     if first >= end:
         return slice(at.start, at.start), Span(span.start, 0, span.step)
