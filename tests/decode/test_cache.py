@@ -105,11 +105,14 @@ EVERY_TERM = Decode(
     ),
     33, (3, 1, 1, 1, 4), 3,
 )  # fmt: skip
+# Rank 0 of 2 holds 21 ... 27, then 0 ... 6, of which the query sees 6 alone.
+UNSEEN_BETWEEN = Decode(Case(30, 2, 1, d=4, vd=4, kind="unsorted", window=24), 28, (1, 1), 1)
 FEWER_ROWS_THAN_RANKS = Decode(Case(4, 2, 1, d=4, vd=4, kind="striped"), 2, (1, 1), 3)
 
 
 @given(decode=decodes(), size=st.integers(1, 5))
 @example(decode=EVERY_TERM, size=4)
+@example(decode=UNSEEN_BETWEEN, size=2)
 @example(decode=FEWER_ROWS_THAN_RANKS, size=5)
 @settings(deadline=None)
 def test_the_last_queries_equal_one_device(decode, size):
