@@ -102,7 +102,8 @@ class KVCache:
         """Stores the keys and values of the next t positions. Sends nothing but the agreement.
 
         Each position goes to the rank that holds the fewest, the lowest of those: shards that differ become
-        even, and then take turns. Amortised, a row is copied at most twice after it was stored.
+        even, and then take turns. Memory for new rows doubles when it is full, so that on average a row is
+        copied less than twice after it was stored.
 
         Raises:
             TypeError, ValueError: k or v does not fit the cache, or requires a gradient.

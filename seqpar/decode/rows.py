@@ -27,9 +27,9 @@ class Held:
 
 
 class Grown:
-    """Rows in memory that doubles when it is full: a row is copied once or twice in its life.
+    """Rows in memory that doubles when it is full: n appended rows are fewer than 2n copies more.
 
-    At most half of the memory is spare.
+    At most half of the memory is spare, unless rows are forgotten.
     """
 
     def __init__(self, like: Held) -> None:
