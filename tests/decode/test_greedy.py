@@ -92,7 +92,7 @@ def prompt(batch=2):
 def test_a_model_with_every_score_term(worlds):
     expected = one_device(prompt())
     assert len(expected.unique()) > 8  # not one token over and over
-    for size, kind in ((2, "zigzag"), (3, "striped"), (5, "contiguous")):
+    for size, kind in ((3, "striped"), (4, "zigzag")):
         for tokens in simulate(size, sharded, prompt(), kind):
             assert torch.equal(tokens, expected)
     for tokens in worlds.run(2, sharded, prompt(), "zigzag"):
