@@ -29,6 +29,7 @@ if os.environ.get("SEQPAR_CHECK_SHAPES") == "1":  # for tests, and inherited by 
 from seqpar.checkpointing import keep_attention
 from seqpar.comm import DesyncError, Grid, Group, simulate
 from seqpar.data import mean_loss, shard_batch, shard_sequence, sum_gradients, unshard_sequence
+from seqpar.decode import KVCache
 from seqpar.functional import attention, attention_with_lse, merge
 from seqpar.layout import Layout, Mask, balanced, contiguous, striped, zigzag
 from seqpar.module import (
@@ -39,6 +40,7 @@ from seqpar.module import (
     RingAttention,
     UlyssesAttention,
 )
+from seqpar.multihead import MultiheadAttention
 from seqpar.strategies import Plan
 from seqpar.strategies.check import VERSION
 from seqpar_kernels import Dropout, Score
@@ -52,10 +54,12 @@ __all__ = [
     "Grid",
     "Group",
     "HybridAttention",
+    "KVCache",
     "Layout",
     "Mask",
     "MaterialisedAttention",
     "MeshAttention",
+    "MultiheadAttention",
     "Plan",
     "RingAttention",
     "Score",

@@ -1,6 +1,7 @@
 """How ranks talk: groups, primitives in dual pairs, agreement. The only importer of torch.distributed."""
 
 from seqpar.comm.agree import DesyncError, agree, agreed
+from seqpar.comm.combine import combine, combine_elements
 from seqpar.comm.flight import Flight
 from seqpar.comm.gather import all_gather, reduce_scatter
 from seqpar.comm.grid import Grid
@@ -45,6 +46,8 @@ __all__ = [
     "all_gather",
     "all_reduce",
     "all_reduce_",
+    "combine",
+    "combine_elements",
     "current_tape",
     "gather_pass",
     "heads_to_rows",
