@@ -19,7 +19,7 @@ from seqpar.testing.drawn import SCORE_TERMS, WORLD_SIZES, cases, examples
 
 @lru_cache(maxsize=64)
 def budget(case):
-    """Of a case as one device sees it. Strategies are drawn the same cases in CI, and the oracle is dear."""
+    """Of a case as one device sees it: the oracle, which is dear, answers once for all strategies."""
     return replace(case, kind="contiguous", multiple_of=1, degree=0).budget()
 
 
