@@ -116,14 +116,15 @@ def _heads_first(q: Tensor, k: Tensor) -> Iterator[tuple[HeadsFirst, HeadsFirst]
         return
     group = hq // hkv
     for n in range(q.shape[0]):
+        yield partial(_queries_of, n, hkv), partial(_keys_of, n, group)
 
-        def of_q(x: Tensor, n: int = n) -> Tensor:
-            return x[n].unflatten(1, (hkv, group)).movedim(0, 2)
 
-        def of_kv(x: Tensor, n: int = n) -> Tensor:
-            return x[n].transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)
+def _queries_of(n: int, hkv: int, x: Tensor) -> Tensor:
+    return x[n].unflatten(1, (hkv, x.shape[2] // hkv)).movedim(0, 2)
 
-        yield of_q, of_kv
+
+def _keys_of(n: int, group: int, x: Tensor) -> Tensor:
+    return x[n].transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)
 
 
 def _add_heads(total: Tensor, grad: Tensor) -> None:

@@ -71,9 +71,8 @@ def test_the_ops_pass_the_checks_of_torch(name, lse_learns):
 @pytest.mark.parametrize("name", BLOCKS)
 def test_gradients_are_those_of_finite_differences(name):
     (q, k, v), learned = problem(BLOCKS[name])
-    assert torch.autograd.gradcheck(
-        lambda *x: attention(*x[:3], BLOCKS[name])[0], (q, k, v, *learned)
-    )
+    if name == "plain":  # another kernel than with lse
+        assert torch.autograd.gradcheck(lambda *x: attention(*x, BLOCKS[name])[0], (q, k, v))
     assert torch.autograd.gradcheck(
         lambda *x: attention_with_lse(*x[:3], BLOCKS[name]), (q, k, v, *learned)
     )

@@ -13,6 +13,7 @@ from seqpar import simulate
 from seqpar.strategies import STRATEGIES
 from seqpar.testing import Budget, Case, errors_on_rank
 from seqpar.testing.budget import max_error
+from seqpar.testing.drawn import examples
 from seqpar.testing.oracle import Terms
 from seqpar_kernels import (
     Band,
@@ -129,20 +130,22 @@ def hops_at(cuts, num_cols):
     score=SCORES,
     place=PLACES,
     bounds=st.none() | st.none() | st.lists(st.integers(0, 200), max_size=6),
-    sizes=st.tuples(st.integers(1, 50), st.integers(1, 50)),
+    sizes=st.tuples(
+        st.integers(1, 40), st.integers(1, 40)
+    ),  # up to three tiles: a first, a whole, a last
     heads=st.sampled_from([(1, 1), (2, 2), (4, 2), (3, 1)]),
     widths=st.sampled_from([(16, 16), (24, 5), (3, 40), (80, 96)]),
     dtype=DTYPES,
-    cuts=st.lists(st.integers(0, 50), max_size=2),
+    cuts=st.lists(st.integers(0, 40), max_size=2),
     tiles=st.sampled_from([Tiles(16, 16, 4, 1), Tiles(32, 16, 4, 1), Tiles(16, 32, 4, 1)]),
 )
-@settings(max_examples=60)
+@settings(max_examples=examples(1))
 @example(Band(None, 0), {"scale": 0.4, "slopes": True, "sinks": True, "dropout": 0.2, "softcap": 20.0},
          {"row": 7, "col": 3, "step": 5}, [4, 4, 40, 150], (40, 40), (4, 2), (24, 5), torch.float32,
          [20], Tiles(16, 16, 4, 1))  # fmt: skip
-@example(Band(-3, -1), {"scale": 0.4}, {}, None, (3, 50), (3, 1), (16, 16), torch.float32, [],
+@example(Band(-3, -1), {"scale": 0.4}, {}, None, (3, 40), (3, 1), (16, 16), torch.float32, [],
          Tiles(16, 16, 4, 1))  # fmt: skip
-@example(Band(-9, 9), {"scale": 0.4, "softcap": 0.5, "dropout": 0.7}, {}, None, (50, 50), (1, 1), (16, 16),
+@example(Band(-9, 9), {"scale": 0.4, "softcap": 0.5, "dropout": 0.7}, {}, None, (40, 40), (1, 1), (16, 16),
          torch.bfloat16, [17, 33], Tiles(32, 16, 4, 1))  # fmt: skip
 # Sizes that tiles divide, so that a block has no upper edge, no lower edge, or neither.
 @example(Band(), {"scale": 0.4}, {}, None, (32, 48), (2, 2), (16, 16), torch.float32, [],
@@ -202,14 +205,14 @@ def check(how, band, score, place, bounds, sizes, heads, widths, dtype, cuts):
     band=BANDS,
     score=SCORES,
     bounds=st.none() | st.lists(st.integers(0, 99), max_size=4),
-    num_rows=st.integers(1, 70),
-    num_cols=st.integers(17, 70),
-    heads=st.sampled_from([(1, 1), (4, 2)]),
+    num_rows=st.integers(1, 40),
+    num_cols=st.integers(17, 55),  # two to four tiles
+    heads=st.sampled_from([(1, 1), (2, 1)]),
     dtype=DTYPES,
     tiles=st.sampled_from([Tiles(16, 16, 4, 1), Tiles(32, 16, 4, 1)]),
     data=st.data(),
 )
-@settings(max_examples=25)
+@settings(max_examples=examples(0.5))
 def test_cutting_keys_at_tile_borders_changes_no_bit(
     band, score, bounds, num_rows, num_cols, heads, dtype, tiles, data
 ):
@@ -289,19 +292,23 @@ def test_offsets_beyond_32_bits(what, strides):
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(40, 4, 2, dtype=torch.float32, kind="zigzag", alibi=True, dropout=0.3),
-        Case(33, 4, 2, dtype=torch.float32, kind="striped", window=7, sinks=True, softcap=2.0),
-        Case(24, 3, 1, dtype=torch.bfloat16, batch=2),
-        Case(3, 2, 1, d=24, vd=40, dtype=torch.float16, sinks=True, alibi=True),
-    ],
-    ids=str,
-)
-def test_ranks_in_threads_equal_one_device(strategy, case):
-    for size in (1, 3):
-        results = simulate(size, errors_on_rank, case, strategy, "triton", case.budget(), DEVICE)
-        for rank, errors in enumerate(results):
-            assert not errors.failures, f"rank {rank} of {size}: {errors.failures}"
+SHARDED = [
+    Case(25, 4, 2, dtype=torch.float32, kind="zigzag", alibi=True, dropout=0.3),
+    Case(33, 2, 1, dtype=torch.float32, kind="striped", window=7, sinks=True, softcap=2.0),
+    Case(3, 2, 1, 24, 40, 2, dtype=torch.float16, sinks=True, alibi=True),
+]
+ALONE = Case(34, 2, 1, dtype=torch.bfloat16)  # more than one tile of the table
+WORLDS = [
+    *((case, 3, strategy) for case in SHARDED for strategy in STRATEGIES),
+    *(
+        (ALONE, 1, strategy) for strategy in ("ring", "materialised_rows")
+    ),  # or all would do the same
+]
+
+
+@pytest.mark.parametrize(("case", "size", "strategy"), WORLDS, ids=str)
+def test_ranks_in_threads_equal_one_device(case, size, strategy):
+    """One world for each case: worlds of any size are drawn in `test_equivalence`."""
+    results = simulate(size, errors_on_rank, case, strategy, "triton", case.budget(), DEVICE)
+    for rank, errors in enumerate(results):
+        assert not errors.failures, f"rank {rank}: {errors.failures}"

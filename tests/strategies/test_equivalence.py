@@ -3,6 +3,9 @@
 In float64 only the order of summation may differ (1e-11). What each rank sent equals the formula.
 """
 
+from dataclasses import replace
+from functools import lru_cache
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -12,6 +15,12 @@ from seqpar import simulate
 from seqpar.strategies import STRATEGIES
 from seqpar.testing import Case, errors_on_rank
 from seqpar.testing.drawn import SCORE_TERMS, WORLD_SIZES, cases, examples
+
+
+@lru_cache(maxsize=64)
+def budget(case):
+    """Of a case as one device sees it: the oracle, which is dear, answers once for all strategies."""
+    return replace(case, kind="contiguous", multiple_of=1, degree=0).budget()
 
 
 def check(results):
@@ -40,14 +49,14 @@ def check(results):
 @example(Case(3, 4, 2, kv_length=130, kind="striped", degree=1), 6)
 @example(Case(200, 3, 1, window=20, batch=2, kind="zigzag", multiple_of=64, degree=2), 8)
 def test_equals_one_device(strategy, case, size):
-    check(simulate(size, errors_on_rank, case, strategy, None, case.budget()))
+    check(simulate(size, errors_on_rank, case, strategy, None, budget(case)))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @given(case=cases(), size=WORLD_SIZES)
 @settings(max_examples=examples(0.2))
 def test_equals_one_device_with_the_reference_kernel(strategy, case, size):
-    check(simulate(size, errors_on_rank, case, strategy, "reference", case.budget()))
+    check(simulate(size, errors_on_rank, case, strategy, "reference", budget(case)))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -60,19 +69,23 @@ def test_equals_one_device_with_the_reference_kernel(strategy, case, size):
 @example(Case(30, 2, 1, alibi=True, dropout=0.5, kind="zigzag", documents=(0, 11, 30)), 4)
 def test_equals_one_device_with_every_score_term(strategy, case, size):
     """Softcap, ALiBi, sinks and dropout, alone and together; slopes and sinks learn."""
-    check(simulate(size, errors_on_rank, case, strategy, None, case.budget()))
+    check(simulate(size, errors_on_rank, case, strategy, None, budget(case)))
+
+
+def with_few_heads(case):
+    return replace(case, hq=case.hq // case.hkv * min(case.hkv, 2), hkv=min(case.hkv, 2))
 
 
 SMALL = cases(st.sampled_from([torch.float32, torch.bfloat16]), SCORE_TERMS, st.integers(0, 24))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@given(case=SMALL, size=WORLD_SIZES)
+@given(case=SMALL.map(with_few_heads), size=st.integers(1, 4))
 @settings(max_examples=examples(0.06))
 def test_equals_one_device_with_triton(strategy, case, size):
-    """Interpreted where there is no GPU, so the problems are small."""
+    """Interpreted where there is no GPU, so problems and worlds are small."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    check(simulate(size, errors_on_rank, case, strategy, "triton", case.budget(), device))
+    check(simulate(size, errors_on_rank, case, strategy, "triton", budget(case), device))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -90,7 +103,7 @@ def test_long_sequences_cross_every_block_border(strategy, kind):
     """Lengths past the strip and tile sizes of the kernels, windows across them too."""
     for window in (None, 300):
         case = Case(1100, hq=2, hkv=1, d=8, vd=8, kind=kind, window=window)
-        check(simulate(3, errors_on_rank, case, strategy, None, case.budget()))
+        check(simulate(3, errors_on_rank, case, strategy, None, budget(case)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -98,12 +111,11 @@ def test_long_sequences_cross_every_block_border(strategy, kind):
 def test_the_error_does_not_grow_with_the_number_of_ranks(strategy, dtype):
     """Sums are carried in float32: eight ranks are at most half a rounding step worse than one."""
     case = Case(256, hq=8, hkv=8, dtype=dtype, kind="zigzag")
-    budget = case.budget()
 
     def worst(size):
-        results = simulate(size, errors_on_rank, case, strategy, None, budget)
+        results = simulate(size, errors_on_rank, case, strategy, None, budget(case))
         return {n: max(e.found[n] for e in results) for n in results[0].found}
 
     one, eight = worst(1), worst(8)
-    for name, allowed in zip(one, budget.allowed, strict=True):
+    for name, allowed in zip(one, budget(case).allowed, strict=True):
         assert eight[name] <= max(1.5 * one[name], 0.5 * allowed), name

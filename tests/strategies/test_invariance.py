@@ -53,6 +53,11 @@ def check(run, case, strategy, implementation, sizes=SIZES):
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
+def sizes_for(dtype, sizes=SIZES):
+    """Two sizes in bfloat16, whose sums are the float32 ones, and whose rounding hides most differences."""
+    return sizes if dtype == torch.float32 else (5, 8)
+
+
 @DTYPES
 @pytest.mark.parametrize("implementation", [None, "reference"])
 @pytest.mark.parametrize("kind", ["contiguous", "zigzag", "striped"])
@@ -61,7 +66,7 @@ def test_ulysses_in_any_layout(kind, implementation, dtype):
     case = replace(PLAIN, length=100, hq=6, kind=kind, dtype=dtype, batch=2)
     if implementation:
         case = replace(case, **TERMS)
-    check(simulate, case, "ulysses", implementation)
+    check(simulate, case, "ulysses", implementation, sizes_for(dtype))
 
 
 def test_a_kv_head_of_many_query_heads():
@@ -80,7 +85,7 @@ def test_ulysses_without_being_asked():
 @pytest.mark.parametrize("window", [None, 100])
 def test_the_contiguous_causal_ring(window, terms, dtype):
     case = replace(PLAIN, length=460, multiple_of=64, window=window, dtype=dtype, **terms)
-    check(simulate, case, "ring", "reference", (2, 5, 8) if window else SIZES)
+    check(simulate, case, "ring", "reference", sizes_for(dtype, (2, 5, 8) if window else SIZES))
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 1)])
@@ -99,7 +104,8 @@ def test_all_gather_in_any_layout_cut_at_tiles(kind, dtype):
     case = replace(PLAIN, length=460, kind=kind, multiple_of=64, dtype=dtype)
     if kind in ("contiguous", "striped"):
         case = replace(case, causal=kind != "contiguous", **TERMS)
-    check(simulate, case, "allgather", "reference", SIZES if kind == "zigzag" else (2, 5, 8))
+    sizes = sizes_for(dtype, SIZES if kind == "zigzag" else (2, 5, 8))
+    check(simulate, case, "allgather", "reference", sizes)
 
 
 def test_all_gather_with_keys_of_another_length():
@@ -109,7 +115,8 @@ def test_all_gather_with_keys_of_another_length():
 
 @pytest.mark.parametrize("strategy", ["ring", "ulysses", "allgather"])
 def test_triton_kernels(strategy):
-    case = replace(PLAIN, length=100, multiple_of=32, dtype=torch.float32, hq=2, hkv=1, **TERMS)
+    """Interpreted where there is no GPU: three tiles, the last of six rows, one for each rank."""
+    case = replace(PLAIN, length=70, multiple_of=32, dtype=torch.float32, hq=2, hkv=1, **TERMS)
     check(simulate, case, strategy, "triton", (3,))
 
 

@@ -36,7 +36,7 @@ GRIDS = [  # the others are in the test of all strategies
 
 @pytest.fixture(autouse=True)
 def _compute_nothing(monkeypatch):
-    """And what is seen but once, not on every rank: with shape checks on that is most of the time."""
+    """And what is seen but once, not on every rank: or that would be most of the time."""
     monkeypatch.setattr(Plan, "blocks", lambda *_: iter(()))
     monkeypatch.setattr(Plan, "sees", lambda plan, *spans: met(*map(tuple, spans), plan.mask))
 
