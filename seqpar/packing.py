@@ -24,12 +24,12 @@ def packed_documents(position_ids: Int[Tensor, "*b s"]) -> tuple[int, ...]:
     """
     if position_ids.is_floating_point() or position_ids.dtype == torch.bool:
         raise TypeError(f"position_ids must be integers, got {position_ids.dtype}")
-    if position_ids.ndim == 0 or position_ids[..., :1].numel() == 0 < position_ids.shape[-1]:
+    if position_ids.ndim == 0 or 0 in position_ids.shape[:-1]:
         raise ValueError(f"position_ids must be [.. s], got {tuple(position_ids.shape)}")
     length = position_ids.shape[-1]
     if length == 0:
         return (0,)
-    restarts = (position_ids.diff(dim=-1) != 1).reshape(-1, length - 1)
+    restarts = position_ids.reshape(-1, length).diff(dim=1) != 1
     if bool((restarts != restarts[:1]).any()):
         raise ValueError(
             "all sequences of a batch must have the same documents; pack them into one sequence, "
