@@ -1,13 +1,13 @@
 """Finds the longest sequence that train_bytes.py trains on within a memory limit, for several P.
 
-A step is run in fresh processes at some lengths and its peak taken: all that is resident in a process,
-with code and libraries, of the rank that holds most. A line through the peaks says how long a sequence
+Two steps (from the second on the optimizer has state) are run in fresh processes at some lengths and
+their peak taken: all that is resident in a process, with code and libraries, of the rank that holds most. A line through the peaks says how long a sequence
 should fit; that length is then run, and shortened by what it is over the limit, until it fits. What is
 printed, written and drawn has been run within the limit.
 
-By default the model is 1024 wide, so that its rows are large and the lengths that fill the memory short:
-attention takes time by the square of the length, memory by the length. Blocks are recomputed
-and the loss is computed in tiles. glibc is told to give back freed memory of 64 KiB and more, as it would
+By default the model is one block 2048 wide: rows are large, so that the lengths that fill the memory are
+short enough for a CPU (attention takes time by the square of the length, memory by the length). The
+block is recomputed and the loss computed in tiles. glibc is told to give back freed memory of 64 KiB and more, as it would
 for the larger tensors of longer sequences. Linux only.
 
 Example: python scripts/longest_context.py --memory-mib 2048 --ranks 1 2 4 --plot longest.png
@@ -32,18 +32,18 @@ from rich.table import Table
 
 TRAIN = Path(__file__).with_name("train_bytes.py")
 MIB = 2**20
-MODEL = ["--dim", "1024", "--layers", "2", "--heads", "8", "--kv-heads", "2", "--batch", "1"]
+MODEL = ["--dim", "2048", "--layers", "1", "--heads", "16", "--kv-heads", "4", "--batch", "1"]
 LEAN = ["--checkpointing", "full", "--loss-tile", "1024"]
 SHARE_FOR_ERRORS = 0.005  # of the limit, which a first guess leaves free
 ATTEMPTS = 5  # to find a length that fits
 
 
-def step(length: int, ranks: int, options: Sequence[str]) -> dict[str, float]:
-    """Peak bytes of the rank that holds most, and seconds, of one step in fresh processes."""
+def train(length: int, ranks: int, options: Sequence[str]) -> dict[str, float]:
+    """Peak bytes of the rank that holds most over two steps, and seconds of the second."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "metrics.jsonl"
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        script = [str(TRAIN), "--length", str(length), "--steps", "1", "--metrics", str(out)]
+        script = [str(TRAIN), "--length", str(length), "--steps", "2", "--metrics", str(out)]
         script += ["--max-bytes", str(max(2_000_000, 2 * length)), *options]
         environment = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
         done = subprocess.run(
@@ -53,7 +53,7 @@ def step(length: int, ranks: int, options: Sequence[str]) -> dict[str, float]:
         if done.returncode:
             sys.stderr.write(done.stdout + done.stderr)
             raise SystemExit(f"P={ranks} failed at length {length}; its output is above")
-        record = json.loads(out.read_text())
+        record = json.loads(out.read_text().splitlines()[-1])
     return {"length": length, "peak_bytes": record["peak_bytes"], "seconds": record["seconds"]}
 
 
@@ -100,8 +100,10 @@ def study(args: argparse.Namespace, options: list[str]) -> list[dict[str, Any]]:
             def measure(length: int, ranks: int = ranks) -> dict[str, float]:
                 bar.update(task, description=f"P={ranks}, length {length}", refresh=True)
                 started = time.perf_counter()
-                point = step(length, ranks, options)
-                return point | {"run_seconds": time.perf_counter() - started}
+                point = train(length, ranks, options)
+                point["run_seconds"] = time.perf_counter() - started
+                bar.console.print(f"P={ranks}: {json.dumps(point)}")
+                return point
 
             lengths = [n * ranks for n in args.lengths]
             found = longest(measure, lengths, args.memory_mib * MIB, args.multiple_of)
@@ -175,7 +177,7 @@ def main() -> None:
     )
     parser.add_argument("--memory-mib", type=float, default=2048, help="of a rank, all included")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096], help="times P")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 3072], help="times P")
     parser.add_argument("--multiple-of", type=int, default=256)
     parser.add_argument(
         "--least", type=float, default=0.9, help="share of P times the first length"
