@@ -1,14 +1,14 @@
 """Finds the longest sequence that train_bytes.py trains on within a memory limit, for several P.
 
 Two steps (from the second on the optimizer has state) are run in fresh processes at some lengths and
-their peak taken: all that is resident in a process, with code and libraries, of the rank that holds most. A line through the peaks says how long a sequence
-should fit; that length is then run, and shortened by what it is over the limit, until it fits. What is
-printed, written and drawn has been run within the limit.
+their peak taken: all that is resident in a process, with code and libraries, of the rank that holds
+most. A line through the peaks says how long a sequence should fit; that length is then run, and a
+shorter one if it does not fit. What is called the longest has been run within the limit.
 
-By default the model is one block 2048 wide: rows are large, so that the lengths that fill the memory are
-short enough for a CPU (attention takes time by the square of the length, memory by the length). The
-block is recomputed and the loss computed in tiles. glibc is told to give back freed memory of 64 KiB and more, as it would
-for the larger tensors of longer sequences. Linux only.
+By default the model is one block 2048 wide: rows are large, so that the lengths that fill the memory
+are short enough for a CPU (attention takes time by the square of the length, memory by the length).
+The block is recomputed and the loss computed in tiles. glibc is told to give back freed memory of
+64 KiB and more, as it would for the larger tensors of longer sequences. Linux only.
 
 Example: python scripts/longest_context.py --memory-mib 2048 --ranks 1 2 4 --plot longest.png
 """
