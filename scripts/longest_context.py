@@ -106,7 +106,8 @@ def study(args: argparse.Namespace, options: list[str]) -> list[dict[str, Any]]:
                 return point
 
             lengths = [n * ranks for n in args.lengths]
-            found = longest(measure, lengths, args.memory_mib * MIB, args.multiple_of)
+            multiple = args.multiple_of * ranks
+            found = longest(measure, lengths, args.memory_mib * MIB, multiple)
             rows.append({"ranks": ranks} | found)
     first = rows[0]["longest"]["length"]
     for row in rows:
@@ -164,7 +165,7 @@ def plot(rows: list[dict[str, Any]], memory_mib: float, path: Path) -> None:
             f"{length:,} ({row['times']:.2f}x)", (n, length), (6, -14), textcoords="offset points"
         )
     right.set(xlabel="P", ylabel="longest length", xticks=ranks, ylim=(0, None))
-    right.set_xlim(min(ranks) - 0.3, max(ranks) + 0.9)
+    right.set_xlim(min(ranks) - 0.3, max(ranks) + 1.3)
     right.set_title("longest sequence that is trained")
     right.legend(loc="upper left")
     figure.savefig(path, dpi=120)
@@ -178,7 +179,7 @@ def main() -> None:
     parser.add_argument("--memory-mib", type=float, default=2048, help="of a rank, all included")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 3072], help="times P")
-    parser.add_argument("--multiple-of", type=int, default=256)
+    parser.add_argument("--multiple-of", type=int, default=64, help="of lengths, times P")
     parser.add_argument(
         "--least", type=float, default=0.9, help="share of P times the first length"
     )

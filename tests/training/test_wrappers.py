@@ -136,7 +136,7 @@ def steps(group, how, dtype, dp, num_micro, clip):
         ("fsdp", torch.float64, 2, 2),
         ("fsdp", torch.float32, 4, 2),
         ("fsdp of the flattened mesh", torch.float64, 1, 2),
-        ("fsdp of replicas", torch.float64, 2, 2),
+        ("fsdp of replicas", torch.float32, 2, 2),
         ("fsdp that waits", torch.float64, 2, 2),
         ("fsdp that sums", torch.float32, 2, 2),
     ],
