@@ -29,10 +29,12 @@ if os.environ.get("SEQPAR_CHECK_SHAPES") == "1":  # for tests, and inherited by 
 
 from seqpar.checkpointing import keep_attention
 from seqpar.comm import DesyncError, Grid, Group, simulate
-from seqpar.data import mean_loss, shard_batch, shard_sequence, sum_gradients, unshard_sequence
+from seqpar.data import shard_batch, shard_sequence, unshard_sequence
 from seqpar.decode import KVCache
 from seqpar.functional import attention, attention_with_lse, merge
 from seqpar.layout import Layout, Mask, balanced, contiguous, striped, zigzag
+from seqpar.loader import ShardedLoader
+from seqpar.loss import count_tokens, mean_loss, sum_gradients
 from seqpar.module import (
     AllGatherAttention,
     HybridAttention,
@@ -42,6 +44,7 @@ from seqpar.module import (
     UlyssesAttention,
 )
 from seqpar.multihead import MultiheadAttention
+from seqpar.packing import packed_documents
 from seqpar.strategies import Plan
 from seqpar.strategies.check import VERSION
 from seqpar_kernels import Dropout, Score
@@ -64,14 +67,17 @@ __all__ = [
     "Plan",
     "RingAttention",
     "Score",
+    "ShardedLoader",
     "UlyssesAttention",
     "attention",
     "attention_with_lse",
     "balanced",
     "contiguous",
+    "count_tokens",
     "keep_attention",
     "mean_loss",
     "merge",
+    "packed_documents",
     "shard_batch",
     "shard_sequence",
     "simulate",

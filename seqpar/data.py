@@ -1,4 +1,4 @@
-"""What surrounds attention in training: shard, restore, prepare batches, reduce losses and gradients."""
+"""What a rank holds of a sequence and of a batch: shard, restore, shift labels, pad, add positions."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 
-from seqpar.comm import Group, agreed, all_gather, all_reduce, all_reduce_
+from seqpar.comm import Group, agreed, all_gather
 from seqpar.layout import LAYOUTS, Layout, Mask, balanced
 
-Labels = Literal["next", "own"]
+Labels = Literal["next", "next_in_document", "own"]
 IGNORE = -100  # the label that losses skip, as in torch and transformers
 SEQUENCES = (
     "input_ids", "inputs_embeds", "labels", "attention_mask", "position_ids", "token_type_ids",
@@ -85,17 +84,20 @@ def shard_batch(
             not a tensor is passed on as it is.
         kind: "contiguous", "zigzag", "striped", or "balanced", which needs `mask`.
         multiple_of: shards are cut at multiples of this many positions.
-        mask: what is attended under: "balanced" evens out the work that it makes, others ignore it.
+        mask: what is attended under: "balanced" evens out the work that it makes.
         pad_to_multiple_of: pad the sequence to a multiple of this; needs `pad_token_id`.
         pad_token_id: for `input_ids` of padded rows.
         whole: names of tensors to pass on unsharded.
-        labels: "next" where a row predicts the next token, "own" where it predicts its own, as in masked
+        labels: "next" where a row predicts the next token; the last row of a packed document then
+            predicts the first token of the next one. "next_in_document" gives it -100 instead; the
+            documents are those of `mask`. "own" where a row predicts its own token, as in masked
             language models; those are not shifted.
 
     Raises:
         ValueError: no sequence in the batch, sequences of different lengths, a tensor of unknown name,
-            an unknown kind or labels, "balanced" without a mask, no positive multiple_of, documents that do
-            not end where the (padded) sequence does, or padding without a pad token.
+            an unknown kind or labels, "balanced" without a mask, "next_in_document" without documents, no
+            positive multiple_of, documents that do not end where the (padded) sequence does, or padding
+            without a pad token.
         NotImplementedError: `attention_mask` hides some token: attention takes no padding mask.
         DesyncError: ranks differ in their batch or options, or another rank raised one of the above.
     """
@@ -108,9 +110,11 @@ def shard_batch(
         claim |= {"pad": (pad_to_multiple_of, pad_token_id)}
         sequences = _sequences(batch, kind, whole)
         claim |= {f"batch[{name!r}]": _fingerprint(x) for name, x in sequences.items()}
-        sequences = _shift(sequences) if labels == "next" else sequences
+        sequences = sequences if labels == "own" else _shift(sequences)
         sequences = _pad(sequences, pad_to_multiple_of, pad_token_id)
         first = next(iter(sequences.values()))
+        if labels == "next_in_document":
+            _ignore_borders(sequences, mask)
         layout = _layout(kind, first.shape[1], group.size, multiple_of, mask)
 
     shards = {name: shard_sequence(x, layout, group.rank) for name, x in sequences.items()}
@@ -118,73 +122,6 @@ def shard_batch(
         positions = layout.positions(group.rank).to(first.device)
         shards["position_ids"] = positions.expand(first.shape[0], -1)
     return dict(batch) | shards, layout
-
-
-def mean_loss(
-    token_losses: Float[Tensor, "*tokens"],
-    group: Group,
-    *,
-    valid: Bool[Tensor, "*tokens"] | None = None,
-) -> Float[Tensor, ""]:
-    """The mean over the valid tokens of all ranks, the same on every rank. All ranks must call.
-
-    A rank may hold no valid token, or no token; if nobody has one the mean is 0. Each rank's backward
-    gives its own tokens' part of the gradient of that mean, so the gradients of one device are the
-    *sum* over ranks (`seqpar.sum_gradients`). Wrappers that average gradients instead, like DDP, need
-    this loss times `group.size`.
-
-    Args:
-        token_losses: the loss of every token of this rank, not yet reduced, any shape.
-        valid: which of them count; by default all. Losses that do not count may be NaN.
-
-    Raises:
-        ValueError: valid has another shape than token_losses.
-        TypeError: valid is not bool.
-        DesyncError: ranks differ in dtype, or another rank raised.
-    """
-    with agreed(group, "mean_loss") as claim:
-        claim["dtype"] = token_losses.dtype
-        if valid is not None and valid.dtype != torch.bool:
-            raise TypeError(f"valid must be bool, got {valid.dtype}")
-        if valid is not None and valid.shape != token_losses.shape:
-            shapes = f"got {tuple(valid.shape)} for {tuple(token_losses.shape)}"
-            raise ValueError(f"valid must have the shape of token_losses, {shapes}")
-    wide = torch.promote_types(token_losses.dtype, torch.float32)
-    counted = token_losses if valid is None else token_losses.masked_fill(~valid, 0.0)
-    num_tokens = token_losses.numel() if valid is None else valid.sum()
-    num_valid = torch.as_tensor(num_tokens, dtype=torch.float64, device=token_losses.device).clone()
-    all_reduce_(num_valid, group)
-    total = all_reduce(counted.sum(dtype=wide), group)
-    return total / num_valid.clamp(min=1.0).to(wide)
-
-
-def sum_gradients(parameters: Iterable[Tensor], group: Group) -> None:
-    """Replaces the gradients of replicated parameters by their sum over ranks, in place. All call.
-
-    A parameter without a gradient here counts as zero, so ranks that saw no token need no care; one
-    that no rank has a gradient for keeps none. Gradients of 16 bits are added in float32.
-
-    Raises:
-        DesyncError: ranks differ in the shapes or dtypes of their parameters, or another rank raised.
-        NotImplementedError: a gradient is sparse.
-    """
-    params = list(dict.fromkeys(p for p in parameters if p.requires_grad))
-    with agreed(group, "sum_gradients") as claim:
-        claim["parameters"] = [(tuple(p.shape), p.dtype) for p in params]
-        if any(p.grad is not None and p.grad.layout != torch.strided for p in params):
-            raise NotImplementedError(
-                "sparse gradients are not summed; use nn.Embedding(sparse=False)"
-            )
-    if not params:
-        return
-    has = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
-    all_reduce_(has, group)
-    for p, num_ranks in zip(params, has.tolist(), strict=True):
-        if num_ranks:
-            grad = torch.zeros_like(p) if p.grad is None else p.grad
-            wide = grad.to(torch.promote_types(p.dtype, torch.float32)).contiguous()
-            all_reduce_(wide, group)
-            p.grad = wide.to(p.dtype)
 
 
 def _check_shard(x: Tensor, layout: Layout, group: Group, dim: int) -> None:
@@ -238,6 +175,19 @@ def _shift(sequences: dict[str, Tensor]) -> dict[str, Tensor]:
     shifted = torch.full_like(labels, IGNORE)
     shifted[:, :-1] = labels[:, 1:]
     return sequences | {"labels": shifted}
+
+
+def _ignore_borders(sequences: dict[str, Tensor], mask: Mask | None) -> None:
+    """Takes the label from the last row of every document, in place: `_shift` has made it a copy."""
+    if mask is None or mask.documents is None:
+        raise ValueError(
+            "labels='next_in_document' asks for the documents, in mask=seqpar.Mask(documents=...)"
+        )
+    length = next(iter(sequences.values())).shape[1]
+    if mask.bounds[-1] != length:
+        raise ValueError(f"documents must end where the sequence does, at {length}, got {mask}")
+    if "labels" in sequences:
+        sequences["labels"][:, [end - 1 for end in mask.bounds if end]] = IGNORE
 
 
 def _pad(

@@ -1,0 +1,176 @@
+"""Losses and gradients over ranks that hold other tokens: P ranks get what one device would have.
+
+The mean is over the tokens of all ranks that train one model: those that share a sequence, and those of
+every data-parallel replica. docs/training.md derives what is summed, and what is divided by what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from seqpar.comm import Group, agreed, all_reduce, all_reduce_
+
+Gradients = Literal["sum", "mean"]
+
+
+def mean_loss(
+    token_losses: Float[Tensor, "*tokens"],
+    group: Group,
+    *,
+    valid: Bool[Tensor, "*tokens"] | None = None,
+    num_tokens: Int[Tensor, ""] | int | None = None,
+    gradients: Gradients = "sum",
+) -> Float[Tensor, ""]:
+    """The mean over the valid tokens of all ranks, the same on every rank. All ranks must call.
+
+    A rank may hold no valid token, or no token; if nobody has one the mean is 0. Each rank's backward
+    gives its own tokens' part of the gradient of that mean, so the gradients of one device are the
+    *sum* over the ranks of the group, which `seqpar.sum_gradients` takes.
+
+    Args:
+        token_losses: the loss of every token of this rank, not yet reduced, any shape.
+        group: all ranks that train the model. With data parallelism these are the ranks of all
+            replicas, not only those that share this rank's sequences.
+        valid: which of them count; by default all. Losses that do not count may be NaN.
+        num_tokens: what the sum over tokens is divided by; by default the valid tokens of this call on
+            all ranks. With gradient accumulation the tokens of all micro-batches, from
+            `seqpar.count_tokens`: the results of the micro-batches then add up to the mean, and so do
+            the gradients. Less than 1 counts as 1.
+        gradients: how the ranks' gradients become one: "sum", or "mean" under wrappers that average over
+            the ranks of the group, as DDP and FSDP do unless told otherwise. With "mean" the gradient is
+            `group.size` times larger; the loss itself is the same.
+
+    Raises:
+        ValueError: valid has another shape than token_losses, num_tokens is negative or no single
+            number, or gradients is neither "sum" nor "mean".
+        TypeError: valid is not bool.
+        DesyncError: ranks differ in dtype or options, or another rank raised.
+    """
+    with agreed(group, "mean_loss") as claim:
+        claim |= {"dtype": token_losses.dtype, "gradients": gradients}
+        # The value of a tensor is not compared: reading it would wait for the device.
+        claim["num_tokens"] = "a tensor" if isinstance(num_tokens, Tensor) else num_tokens
+        _check_valid(valid, token_losses)
+        _check_options(num_tokens, gradients)
+    wide = torch.promote_types(token_losses.dtype, torch.float32)
+    counted = token_losses if valid is None else token_losses.masked_fill(~valid, 0.0)
+    if num_tokens is None:
+        count = _count([token_losses if valid is None else valid], token_losses.device)
+        all_reduce_(count, group)
+    else:
+        count = torch.as_tensor(num_tokens, device=token_losses.device)
+    total = all_reduce(counted.sum(dtype=wide), group)
+    mean = total / count.clamp(min=1).to(wide)
+    return mean if gradients == "sum" else _GradientTimes.apply(mean, group.size)
+
+
+def count_tokens(
+    valid: Bool[Tensor, "..."] | Iterable[Bool[Tensor, "..."]], group: Group
+) -> Int[Tensor, ""]:
+    """How many tokens count, over all ranks and all micro-batches of a step. All ranks must call.
+
+    For `num_tokens` of `seqpar.mean_loss`, before the first micro-batch goes forward.
+
+    Args:
+        valid: which tokens of this rank count: one tensor, or one for each micro-batch.
+        group: all ranks that train the model.
+
+    Raises:
+        ValueError: there is no tensor at all.
+        TypeError: a tensor is not bool.
+        DesyncError: ranks have different numbers of micro-batches, or another rank raised.
+    """
+    with agreed(group, "count_tokens") as claim:
+        batches = [valid] if isinstance(valid, Tensor) else list(valid)
+        claim["micro-batches"] = len(batches)
+        if not batches:
+            raise ValueError("count_tokens needs at least one tensor, got none")
+        for x in batches:
+            if x.dtype != torch.bool:
+                raise TypeError(f"valid must be bool, got {x.dtype}")
+    count = _count(batches, batches[0].device)
+    all_reduce_(count, group)
+    return count
+
+
+def sum_gradients(parameters: Iterable[Tensor], group: Group) -> None:
+    """Replaces the gradients of replicated parameters by their sum over ranks, in place. All call.
+
+    Once per step, after the last micro-batch. A parameter without a gradient here counts as zero, so
+    ranks that saw no token need no care; one that no rank has a gradient for keeps none. Gradients of
+    16 bits are added in float32.
+
+    Args:
+        group: all ranks that train the model, as in `seqpar.mean_loss`.
+
+    Raises:
+        DesyncError: ranks differ in the shapes or dtypes of their parameters, or another rank raised.
+        NotImplementedError: a gradient is sparse, or a DTensor, which its wrapper reduces.
+    """
+    params = list(dict.fromkeys(p for p in parameters if p.requires_grad))
+    with agreed(group, "sum_gradients") as claim:
+        claim["parameters"] = [(tuple(p.shape), p.dtype) for p in params]
+        if any(hasattr(p, "full_tensor") for p in params):
+            raise NotImplementedError(
+                "sharded parameters (DTensor) are reduced in backward by what has sharded them, "
+                "such as FSDP; leave sum_gradients out and see mean_loss(gradients=...)"
+            )
+        if any(p.grad is not None and p.grad.layout != torch.strided for p in params):
+            raise NotImplementedError(
+                "sparse gradients are not summed; use nn.Embedding(sparse=False)"
+            )
+    if not params:
+        return
+    has = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
+    all_reduce_(has, group)
+    for p, num_ranks in zip(params, has.tolist(), strict=True):
+        if num_ranks:
+            grad = torch.zeros_like(p) if p.grad is None else p.grad
+            wide = grad.to(torch.promote_types(p.dtype, torch.float32)).contiguous()
+            all_reduce_(wide, group)
+            p.grad = wide.to(p.dtype)
+
+
+class _GradientTimes(torch.autograd.Function):
+    """x -> y = x.    backward  dx = factor dy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: int) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return grad_outputs[0] * ctx.factor, None
+
+
+def _count(tensors: list[Tensor], device: torch.device) -> Int[Tensor, ""]:
+    """How many elements are True, or of tensors that are no masks how many there are."""
+    counts = [x.sum() if x.dtype == torch.bool else torch.tensor(x.numel()) for x in tensors]
+    return torch.stack([count.to(device) for count in counts]).sum()
+
+
+def _check_valid(valid: Tensor | None, token_losses: Tensor) -> None:
+    if valid is None:
+        return
+    if valid.dtype != torch.bool:
+        raise TypeError(f"valid must be bool, got {valid.dtype}")
+    if valid.shape != token_losses.shape:
+        raise ValueError(
+            "valid must have the shape of token_losses, "
+            f"got {tuple(valid.shape)} for {tuple(token_losses.shape)}"
+        )
+
+
+def _check_options(num_tokens: Tensor | int | None, gradients: str) -> None:
+    if gradients not in get_args(Gradients):
+        raise ValueError(f"gradients must be one of {get_args(Gradients)}, got {gradients!r}")
+    if isinstance(num_tokens, Tensor) and num_tokens.ndim:
+        raise ValueError(f"num_tokens must be one number, got {tuple(num_tokens.shape)}")
+    if num_tokens is not None and not isinstance(num_tokens, Tensor) and num_tokens < 0:
+        raise ValueError(f"num_tokens must not be negative, got {num_tokens}")
