@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from seqpar.comm import Group, agreed
 from seqpar.functional import attention
@@ -24,14 +25,14 @@ class Call:
         groups: the rows of the batch by their documents.
         hidden: the padding mask of this rank's rows, as bytes; `None` if it hides nothing.
         seed: of the dropout of this call; `None`: there may be none.
-        numbered: whether the layers have numbers of their own, for their dropout.
+        numbers: of the modules that attend, for their dropout.
     """
 
     plan: Plan
     groups: tuple[RowGroup, ...] = (RowGroup(None, None),)
     hidden: bytes | None = None
     seed: int | None = None
-    numbered: bool = True
+    numbers: Mapping[nn.Module, int] = field(default_factory=dict)
 
     def attend(self, layer: Layer) -> Tensor:
         """The rows `[b sl hq vd]` of a layer's attention. All ranks must call.
@@ -62,7 +63,7 @@ class Call:
                 "the model was given another attention_mask than its plan; give shard(batch) the mask and "
                 "call the model with what it returns"
             )
-        number = getattr(layer.module, "layer_idx", None) if self.numbered else None
+        number = self.numbers.get(layer.module)
         return [
             replace(
                 self.plan,

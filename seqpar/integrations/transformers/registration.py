@@ -13,6 +13,10 @@ from seqpar.integrations.transformers.terms import Layer
 NAME = "seqpar"
 
 
+class MissingPlanError(RuntimeError):
+    """A model that attends over ranks was called without a plan, or does not pass it on."""
+
+
 class Attends(Protocol):
     """What travels with a call as `seqpar=`."""
 
@@ -33,10 +37,10 @@ def attention_forward(
     """The attention function that is registered with transformers. All ranks must call.
 
     Raises:
-        RuntimeError: no plan came with the call.
+        MissingPlanError: no plan came with the call.
     """
     if seqpar is None:
-        raise RuntimeError(missing_plan(type(module).__name__))
+        raise MissingPlanError(missing_plan(type(module).__name__))
     return seqpar.attend(Layer(module, query, key, value, attention_mask, terms)), None
 
 

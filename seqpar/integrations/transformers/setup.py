@@ -16,7 +16,12 @@ from seqpar.data import IGNORE, Labels, mean_loss
 from seqpar.integrations.transformers.call import refuse
 from seqpar.integrations.transformers.checks import check_config, inner_model, try_out
 from seqpar.integrations.transformers.inputs import Inputs
-from seqpar.integrations.transformers.registration import NAME, missing_plan, register
+from seqpar.integrations.transformers.registration import (
+    NAME,
+    MissingPlanError,
+    missing_plan,
+    register,
+)
 from seqpar.integrations.transformers.sharding import Sharding
 from seqpar.module import _Attention
 
@@ -154,7 +159,7 @@ class _Guard:
         given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
         given = {**given, **given.pop("kwargs", {})}
         if given.get("seqpar") is None:
-            refuse(self.group, RuntimeError(missing_plan(type(model).__name__)))
+            refuse(self.group, MissingPlanError(missing_plan(type(model).__name__)))
         if given.get("labels") is not None:
             refuse(self.group, ValueError(
                 "the model would shift the labels of a shard and take the mean of this rank alone; use "

@@ -62,8 +62,10 @@ class Sharding:
             if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
                 raise TypeError(f"seed must be an integer or None, got {seed!r}")
 
+            positions = self._positions(batch, seen)
+
         groups = row_groups(documents)
-        rest = {n: x for n, x in batch.items() if n not in ("attention_mask", *PACKED)}
+        rest = {n: x for n, x in batch.items() if n not in ("attention_mask", *PACKED)} | positions
         arguments, layout = shard_batch(
             rest,
             group,
@@ -77,7 +79,7 @@ class Sharding:
             check_scaling(self.model.config, rest.get("position_ids"), layout)
         mask = self._mask(arguments, seen, layout)
         plan = self.attend.plan(layout)
-        call = Call(plan, groups, as_bytes(mask), seed, self.findings.numbered)
+        call = Call(plan, groups, as_bytes(mask), seed, self.findings.numbers)
         own = arguments.pop("labels", None)
         arguments |= common_arguments(self.model, attention_mask=mask, seqpar=call)
         return Inputs(arguments, own, layout)
@@ -103,6 +105,26 @@ class Sharding:
                 "not known; say labels='next' or 'own'"
             )
         return chosen
+
+    def _positions(self, batch: Mapping[str, Any], seen: Tensor | None) -> dict[str, Tensor]:
+        """The positions as the model counts them itself, where it does not start at 0 and has none given."""
+        first, tokens = self.findings.first_position, batch.get("input_ids")
+        if first == 0 or "position_ids" in batch:
+            return {}
+        pad = self.model.config.pad_token_id
+        ones = torch.ones(tokens.shape[:2], dtype=torch.bool) if tokens is not None else None
+        shown = ones if seen is None else seen.cpu()
+        if (
+            tokens is None
+            or not bool(shown[:, 0].all())
+            or bool((shown & (tokens.cpu() == pad)).any())
+        ):
+            raise NotImplementedError(
+                f"{type(self.model).__name__} counts positions from {first} over what is not padding; "
+                "pad on the right and hide it with attention_mask, or give position_ids"
+            )
+        counted = torch.arange(first, first + tokens.shape[1], device=tokens.device)
+        return {"position_ids": counted.expand(tokens.shape).contiguous()}
 
     def _mask(self, arguments: Mapping[str, Any], seen: Tensor | None, layout: Layout) -> Tensor:
         """This rank's rows of the attention_mask; of ones where the batch has none."""

@@ -105,7 +105,7 @@ def dropout_of(p: float, seed: int | None, layer: int | None, row: int) -> Dropo
 
     Raises:
         ValueError: there is none to drop by: no seed came with the call.
-        NotImplementedError: the layer has no number, so that all would drop the same.
+        NotImplementedError: the layer has no number of its own, so that several would drop the same.
     """
     if p == 0:
         return None
@@ -116,8 +116,8 @@ def dropout_of(p: float, seed: int | None, layer: int | None, row: int) -> Dropo
         )
     if layer is None:
         raise NotImplementedError(
-            "attention drops weights, but its layers have no layer_idx to tell them apart; set the model's "
-            "attention dropout to 0"
+            "attention drops weights in a module that attends more than once in a call, or is a copy of the "
+            "one that was set up; set the model's attention dropout to 0"
         )
     return Dropout(p, layer_seed(seed, layer, row))
 
