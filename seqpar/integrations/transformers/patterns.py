@@ -65,7 +65,7 @@ def pattern_mask(
     for (causal, window), form in known.items():
         if _same(mask_function, form):
             return Pattern(causal, window, hidden)
-    return Pattern(unknown=f"a mask made of {_names(mask_function)}")
+    return Pattern(unknown=f"made of {_names(mask_function)}")
 
 
 def as_bytes(attention_mask: Tensor) -> bytes | None:

@@ -134,7 +134,7 @@ def _pattern(layer: Layer) -> Pattern:
         )
     if pattern.unknown is not None:
         raise NotImplementedError(
-            f"the mask is {pattern.unknown}; known are causal and bidirectional masks, with or without a "
+            f"its mask is {pattern.unknown}; known are causal and bidirectional masks, with or without a "
             "sliding window. Pass the model what shard returned, and no cache"
         )
     return pattern
