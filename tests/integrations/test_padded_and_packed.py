@@ -122,9 +122,9 @@ def test_encoders_take_packed_texts_by_cu_seq_lens():
 
 
 def test_rows_packed_apart_equal_one_device():
-    """Another packing in every row of the batch; two rows are packed alike."""
-    batch = batch_of(3, LENGTH)
-    starts = [[0, 5, 12], [0], [0, 5, 12]]
+    """Three packings in four rows, of which the first and the last are packed alike."""
+    batch = batch_of(4, LENGTH)
+    starts = [[0, 5, 12], [0], [0, 9], [0, 5, 12]]
     positions = torch.stack(
         [torch.cat([torch.arange(b - a) for a, b in zip(s, [*s[1:], LENGTH], strict=True)]) for s in starts]
     )  # fmt: skip

@@ -127,6 +127,30 @@ def test_attention_that_does_more_than_its_function_is_told_is_refused(monkeypat
     refused(model, NotImplementedError, "returns other logits than with eager attention", size=1)
 
 
+def test_what_passes_between_rows_inside_of_an_attention_is_found(monkeypatch):
+    """Keys that are mixed with their neighbours on the way to the attention function, in no module."""
+    model = FAMILIES["llama"].make()
+    module = __import__(type(model).__module__, fromlist=["apply_rotary_pos_emb"])
+    rotate = module.apply_rotary_pos_emb
+
+    def mixed(q, k, *args, **kwargs):
+        q, k = rotate(q, k, *args, **kwargs)
+        return q, k + k.roll(1, dims=2)
+
+    monkeypatch.setattr(module, "apply_rotary_pos_emb", mixed)
+    refused(
+        model, NotImplementedError, r"layers\.0\.self_attn \(LlamaAttention\) lets rows", size=1
+    )
+
+
+def test_setting_up_leaves_the_mode_of_every_module():
+    model = FAMILIES["gpt_oss"].make()
+    model.model.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+    SequenceParallel(model, seqpar.RingAttention(seqpar.Group.alone()))
+    assert [module.training for module in model.modules()] == modes
+
+
 def test_what_is_not_a_model_or_a_plain_module_is_refused():
     model, group = FAMILIES["llama"].make(), seqpar.Group.alone()
     with pytest.raises(TypeError, match="a transformers model, got Linear"):

@@ -111,14 +111,11 @@ class Sharding:
         first, tokens = self.findings.first_position, batch.get("input_ids")
         if first == 0 or "position_ids" in batch:
             return {}
-        pad = self.model.config.pad_token_id
-        ones = torch.ones(tokens.shape[:2], dtype=torch.bool) if tokens is not None else None
-        shown = ones if seen is None else seen.cpu()
-        if (
-            tokens is None
-            or not bool(shown[:, 0].all())
-            or bool((shown & (tokens.cpu() == pad)).any())
-        ):
+        shown = torch.ones(self._shape(batch), dtype=torch.bool) if seen is None else seen.cpu()
+        is_padding = (
+            tokens.cpu() == self.model.config.pad_token_id if tokens is not None else ~shown
+        )
+        if tokens is None or not bool(shown[:, 0].all()) or bool((shown & is_padding).any()):
             raise NotImplementedError(
                 f"{type(self.model).__name__} counts positions from {first} over what is not padding; "
                 "pad on the right and hide it with attention_mask, or give position_ids"
