@@ -1,0 +1,10 @@
+"""Hugging Face models on sharded sequences: `SequenceParallel` makes a model attend over all ranks.
+
+Nothing is patched. Two names are registered with transformers, an attention function and a mask function;
+what they need travels with every call as one keyword argument of the model, `seqpar=`.
+"""
+
+from seqpar.integrations.transformers.inputs import Inputs
+from seqpar.integrations.transformers.setup import SequenceParallel
+
+__all__ = ["Inputs", "SequenceParallel"]

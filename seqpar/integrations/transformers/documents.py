@@ -1,0 +1,165 @@
+"""Which tokens of a batch belong together: padding masks, packed positions and cu_seq_lens as documents.
+
+Decided from the whole batch, before it is sharded, by the rules that transformers has for one device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+Bounds = tuple[int, ...]
+CU_SEQ_LENS = ("cu_seq_lens_q", "cu_seq_lens_k")
+PACKED = (*CU_SEQ_LENS, "max_length_q", "max_length_k")  # for flash attention; read, not passed on
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Rows of the batch whose documents are the same: they are attended together.
+
+    Args:
+        rows: which; `None`: all.
+        documents: cumulative lengths; `None`: one document.
+    """
+
+    rows: tuple[int, ...] | None
+    documents: Bounds | None
+
+    @property
+    def first(self) -> int:
+        """The first of the rows."""
+        return 0 if self.rows is None else self.rows[0]
+
+
+def row_groups(documents: list[Bounds | None]) -> tuple[RowGroup, ...]:
+    """The rows of a batch by their documents."""
+    rows: dict[Bounds | None, list[int]] = {}
+    for row, bounds in enumerate(documents):
+        rows.setdefault(bounds, []).append(row)
+    if len(rows) == 1:
+        return (RowGroup(None, documents[0]),)
+    return tuple(RowGroup(tuple(where), bounds) for bounds, where in rows.items())
+
+
+def documents_of(
+    batch: Mapping[str, Any], shape: tuple[int, int], *, causal: bool
+) -> list[Bounds | None]:
+    """The documents of every row of a batch.
+
+    As transformers does: `cu_seq_lens_q` says them; positions that do not go up by one start a new one
+    where there is no attention_mask; and what an attention_mask hides is a document of its own, so that
+    hidden and seen tokens do not meet. Under a causal mask what is hidden at the end needs none.
+
+    Args:
+        batch: with the tensors of the whole batch, if any: attention_mask and position_ids `[b s]`,
+            cu_seq_lens_q and cu_seq_lens_k `[documents + 1]`.
+        shape: of the batch, (b, s).
+        causal: whether the model's layers are.
+
+    Raises:
+        ValueError: they contradict each other, or do not fit the shape.
+        NotImplementedError: the mask is not `[b s]`, or what it shows of a row is not in one piece, or
+            positions start anew in a model that is not causal.
+    """
+    mask = seen_tokens(batch.get("attention_mask"), shape)
+    breaks = _position_breaks(batch.get("position_ids"), shape)
+    packed = _packed_bounds(batch, shape)
+    if packed is not None:
+        if mask is not None and not bool(mask.all()):
+            raise ValueError(
+                "cu_seq_lens_q and an attention_mask that hides tokens contradict each other"
+            )
+        extra = sorted({b for row in breaks for b in row} - set(packed))
+        if extra:
+            raise ValueError(
+                f"position_ids start anew at {extra}, where cu_seq_lens_q has no document"
+            )
+        return [packed] * shape[0]
+    if mask is not None:
+        return [
+            _padded_row(row, seen, breaks[row], causal=causal)
+            for row, seen in enumerate(mask.cpu())
+        ]
+    if not causal and any(breaks):
+        raise NotImplementedError(
+            "position_ids start anew, but this model is not causal, and transformers itself then attends "
+            "over all documents or not, depending on the implementation; say cu_seq_lens_q and cu_seq_lens_k"
+        )
+    return [(0, *row, shape[1]) if row else None for row in breaks]
+
+
+def seen_tokens(mask: Any, shape: tuple[int, int]) -> Bool[Tensor, "b s"] | None:
+    """The attention_mask of a batch as booleans.
+
+    Raises:
+        ValueError: it has another shape or holds other values than 0 and 1.
+        NotImplementedError: it is not two-dimensional.
+    """
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        what = f"{mask.ndim}-D" if isinstance(mask, Tensor) else type(mask).__name__
+        raise NotImplementedError(
+            f"attention_mask must be [b s] of zeros and ones, got {what}; a mask of rows and keys would have "
+            "to be sharded twice: say documents with cu_seq_lens_q or position_ids instead"
+        )
+    if tuple(mask.shape) != shape:
+        raise ValueError(f"attention_mask must be {shape} like the tokens, got {tuple(mask.shape)}")
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError("attention_mask must hold zeros and ones")
+    return mask.bool()
+
+
+def _padded_row(
+    row: int, seen: Bool[Tensor, "s"], breaks: list[int], *, causal: bool
+) -> Bounds | None:
+    length, count = len(seen), int(seen.sum())
+    first = int(seen.int().argmax())
+    if not bool(seen[first : first + count].all()):
+        raise NotImplementedError(
+            f"attention_mask hides tokens in the midst of row {row}; only padding at an end is a document"
+        )
+    inside = [b for b in breaks if first < b < first + count]
+    if inside:
+        raise ValueError(
+            f"position_ids of row {row} start anew at {inside}, while attention_mask says one document; "
+            "leave attention_mask out if the row is packed"
+        )
+    if count in (0, length) or (causal and first == 0):
+        return None
+    return tuple(sorted({0, first, first + count, length}))
+
+
+def _position_breaks(positions: Any, shape: tuple[int, int]) -> list[list[int]]:
+    """Where the positions of each row do not go up by one."""
+    if positions is None:
+        return [[] for _ in range(shape[0])]
+    if tuple(positions.shape) != shape:
+        raise ValueError(
+            f"position_ids must be {shape} like the tokens, got {tuple(positions.shape)}"
+        )
+    return [(torch.nonzero(row.diff() != 1).flatten() + 1).tolist() for row in positions.cpu()]
+
+
+def _packed_bounds(batch: Mapping[str, Any], shape: tuple[int, int]) -> Bounds | None:
+    bounds = {name: _integers(batch[name]) for name in CU_SEQ_LENS if batch.get(name) is not None}
+    if not bounds:
+        return None
+    if shape[0] != 1 or len(set(bounds.values())) != 1:
+        raise ValueError(
+            f"cu_seq_lens_q and cu_seq_lens_k must be the same, of a batch of 1, got {bounds} for {shape}"
+        )
+    (packed,) = set(bounds.values())
+    if packed[0] != 0 or packed[-1] != shape[1] or any(a > b for a, b in pairwise(packed)):
+        raise ValueError(f"cu_seq_lens_q must go up from 0 to {shape[1]}, got {packed}")
+    return packed
+
+
+def _integers(bounds: Int[Tensor, "n"]) -> Bounds:
+    return tuple(int(b) for b in bounds)

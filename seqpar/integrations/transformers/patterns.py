@@ -1,0 +1,121 @@
+"""`Pattern`: what a layer may see, told by the model to its mask function, without the length it told it for.
+
+A model makes its masks from the rows that it is given, which here are a shard: their number and order
+say nothing about the sequence. What holds for the whole is the *form* of the mask function, and only
+that is taken. A form that is not known by name is not guessed at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
+
+from torch import Tensor
+from transformers import masking_utils
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """The form of a layer's mask, in the terms of `seqpar.Mask`.
+
+    Args:
+        causal: whether a row sees nothing after itself.
+        window: how many keys back a row sees, itself included; as many ahead when not causal.
+        hidden: the padding mask that the model was given for its rows, as bytes; `None` if it hides
+            nothing. It is compared with the plan, which knows that of the whole batch.
+        unknown: what the mask is, in words, where it has no such form.
+    """
+
+    causal: bool = False
+    window: int | None = None
+    hidden: bytes | None = None
+    unknown: str | None = None
+
+    def __str__(self) -> str:
+        if self.unknown is not None:
+            return self.unknown
+        form = "causal" if self.causal else "bidirectional"
+        return form if self.window is None else f"{form} with a window of {self.window}"
+
+
+def pattern_mask(
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable[..., Any],
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    **_: object,
+) -> Pattern:
+    """The mask function that is registered with transformers: the pattern in place of a mask.
+
+    It raises nothing, since it cannot know the other ranks: what is wrong is in the pattern, and the
+    attention function refuses it on all ranks. Arguments are those of `transformers.masking_utils`.
+    """
+    if q_length != kv_length:
+        return Pattern(unknown=f"a mask of {q_length} rows and {kv_length} keys (a cache of keys?)")
+    hidden = None
+    if attention_mask is not None:
+        if attention_mask.shape[-1] != q_length:
+            shape = tuple(attention_mask.shape)
+            return Pattern(unknown=f"an attention_mask {shape} for {q_length} rows")
+        hidden = as_bytes(attention_mask)
+    known = _forms(local_size)
+    for (causal, window), form in known.items():
+        if _same(mask_function, form):
+            return Pattern(causal, window, hidden)
+    return Pattern(unknown=f"made of {_names(mask_function)}")
+
+
+def as_bytes(attention_mask: Tensor) -> bytes | None:
+    """A padding mask as something to compare; `None` if it hides nothing."""
+    seen = attention_mask.bool()
+    return None if bool(seen.all()) else bytes(seen.cpu().flatten().tolist())
+
+
+def _forms(local_size: int | None) -> dict[tuple[bool, int | None], Callable[..., Any]]:
+    """The masks that have a pattern, made by the functions of transformers that models call too.
+
+    Two-sided windows include the distance `local_size`, one-sided ones do not:
+    `abs(q - kv) <= local_size` and `kv > q - local_size`.
+    """
+    make = masking_utils
+    if local_size is None:
+        return {
+            (True, None): make.causal_mask_function,
+            (False, None): make.bidirectional_mask_function,
+        }
+    return {
+        (True, local_size): make.sliding_window_causal_mask_function(local_size),
+        (False, local_size + 1): make.sliding_window_bidirectional_mask_function(local_size),
+    }
+
+
+def _same(one: object, other: object) -> bool:
+    """Whether two functions have the same code and closed over the same values."""
+    if isinstance(one, FunctionType) and isinstance(other, FunctionType):
+        return one.__code__ is other.__code__ and _same(_closed_over(one), _closed_over(other))
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return type(one) is type(other) and isinstance(one, int) and one == other
+
+
+def _closed_over(function: FunctionType) -> tuple[object, ...]:
+    return tuple(cell.cell_contents for cell in function.__closure__ or ())
+
+
+def _names(function: object) -> str:
+    """The functions that a mask function is made of, by name."""
+    if isinstance(function, tuple):
+        return " and ".join(_names(f) for f in function)
+    if not isinstance(function, FunctionType):
+        return repr(function)
+    inner = [
+        f
+        for value in _closed_over(function)
+        for f in (value if isinstance(value, tuple) else (value,))
+        if isinstance(f, FunctionType)
+    ]
+    name = function.__qualname__.split(".")[0]
+    return f"{name}({', '.join(map(_names, inner))})" if inner else name

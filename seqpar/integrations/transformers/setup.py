@@ -1,0 +1,186 @@
+"""`SequenceParallel`: a transformers model whose sequences are sharded over ranks."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from seqpar.comm import Group, agreed
+from seqpar.data import IGNORE, Labels, mean_loss
+from seqpar.integrations.transformers.call import refuse
+from seqpar.integrations.transformers.checks import check_config, inner_model, try_out
+from seqpar.integrations.transformers.inputs import Inputs
+from seqpar.integrations.transformers.registration import (
+    NAME,
+    MissingPlanError,
+    missing_plan,
+    register,
+)
+from seqpar.integrations.transformers.sharding import Sharding
+from seqpar.module import _Attention
+
+LABELS: dict[str | None, Labels] = {
+    "ForCausalLM": "next",
+    None: "next",  # as transformers does for classes it cannot tell, such as GPT2LMHeadModel
+    "ForMaskedLM": "own",
+    "ForTokenClassification": "own",
+}
+
+
+class SequenceParallel:
+    """A model of transformers whose attention runs over the ranks of a group. All ranks must make one.
+
+    The model is switched in place to the attention implementation "seqpar". It may be wrapped (PEFT, DDP)
+    or sharded in place (FSDP2), before or after. It is run here a few times on a few tokens, to see that
+    its rows do not depend on each other outside of attention and that its outputs stay what they were.
+
+    Args:
+        model: with its weights; each rank's own.
+        attend: how the ranks work together, such as `seqpar.RingAttention(group)`. Masks, scores and
+            dropout come from the model, so it must have none.
+
+    Raises:
+        NotImplementedError: the model does what sharding cannot honour; the layer is named.
+        ValueError: `attend` has a mask, score or dropout, or the weights are not loaded.
+        TypeError: there is no transformers model, or `attend` is not a module of seqpar.
+        DesyncError: ranks differ in model or strategy, or another rank raised one of the above.
+    """
+
+    def __init__(self, model: nn.Module, attend: _Attention) -> None:
+        if not isinstance(attend, _Attention):
+            raise TypeError(
+                f"attend must be a module such as seqpar.RingAttention(group), got {attend!r}"
+            )
+        self.model, self.attend, self.group = model, attend, attend.group
+        with agreed(self.group, "SequenceParallel") as claim:
+            self.inner = inner_model(model)
+            claim |= {"model": type(self.inner).__name__, "strategy": attend.strategy}
+            claim["parameters"] = sum(p.numel() for p in self.inner.parameters())
+            _check_attend(attend)
+            check_config(model, self.inner)
+            register()
+        with agreed(self.group, "SequenceParallel: trying out") as claim:
+            before = self.inner.config._attn_implementation
+            try:
+                self.findings = try_out(self.inner)
+            except BaseException:
+                self.inner.set_attn_implementation("eager" if before == NAME else before)
+                raise
+            claim["findings"] = self.findings
+        self._hook = self.inner.register_forward_pre_hook(_Guard(self.group), with_kwargs=True)
+
+    def shard(
+        self,
+        batch: Mapping[str, Any],
+        *,
+        kind: str | None = None,
+        multiple_of: int = 1,
+        labels: Labels | None = None,
+        seed: int | None = None,
+        whole: Iterable[str] = (),
+    ) -> Inputs:
+        """This rank's keyword arguments for the model, from a batch that every rank holds whole.
+
+        Padding (`attention_mask`) and packing (`position_ids` that start anew, `cu_seq_lens_q` and
+        `cu_seq_lens_k`) are honoured in every layer. All ranks must call.
+
+        Args:
+            batch: what the model takes on one device, labels included, see `seqpar.shard_batch`.
+            kind: of layout; by default "zigzag" for causal models, else "contiguous".
+            multiple_of: shards are cut at multiples of this many positions.
+            labels: "next" or "own", as in `seqpar.shard_batch`; by default what the model's own loss does.
+            seed: of attention dropout, another for every step; needed only where the model drops weights.
+            whole: names of tensors to pass on unsharded.
+
+        Raises:
+            ValueError: the batch contradicts itself, or has fewer tokens than there are ranks, or labels
+                at tokens that attention_mask hides, or labels must be said; and what `shard_batch` does.
+            NotImplementedError: the mask is not made of documents, or positions would be scaled by what a
+                rank holds instead of the whole.
+            DesyncError: ranks differ in their batch or options, or another rank raised one of the above.
+        """
+        sharding = Sharding(
+            self.attend, self.inner, self.findings, LABELS.get(self.inner.loss_type)
+        )
+        return sharding.shard(
+            batch, kind=kind, multiple_of=multiple_of, labels=labels, seed=seed, whole=whole
+        )
+
+    def loss(self, batch: Mapping[str, Any], **options: Any) -> Tensor:
+        """The model's loss on a batch: cross entropy, the mean over the tokens of all ranks that count.
+
+        The same number on every rank. Gradients of one device are the *sum* over ranks of what backward
+        gives: `seqpar.sum_gradients(model.parameters(), group)`. What averages gradients, as DDP and FSDP
+        do, needs this loss times the number of ranks. All ranks must call.
+
+        Args:
+            batch: with labels, unshifted, as the model takes them on one device.
+            options: of `shard`.
+
+        Raises:
+            ValueError: the batch has no labels; and what `shard` does.
+            NotImplementedError: the model's own loss is not cross entropy of a token; and as `shard`.
+        """
+        with agreed(self.group, "loss"):
+            self._check_loss(batch)
+        inputs = self.shard(batch, **options)
+        logits = self.model(**inputs, return_dict=True).logits.flatten(0, 1)
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        assert inputs.labels is not None, "they are in the batch"
+        labels = inputs.labels.flatten().to(wide.device)
+        losses = F.cross_entropy(wide, labels, reduction="none", ignore_index=IGNORE)
+        return mean_loss(losses, self.group, valid=labels != IGNORE)
+
+    def _check_loss(self, batch: Mapping[str, Any]) -> None:
+        if batch.get("labels") is None:
+            raise ValueError(f"loss needs labels in the batch, got {sorted(batch)}")
+        if self.inner.loss_type not in LABELS or hasattr(self.inner, "_loss_function"):
+            raise NotImplementedError(
+                f"the loss of {type(self.inner).__name__} is not the cross entropy of each token; compute it "
+                "from model(**sp.shard(batch)) and reduce it with seqpar.mean_loss"
+            )
+
+
+class _Guard:
+    """Looks at the arguments of every call of a model, before it runs; refuses on all ranks."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+
+    def __call__(self, model: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> None:
+        if model.config._attn_implementation != NAME:
+            return  # switched back, to run on one device
+        given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+        given = {**given, **given.pop("kwargs", {})}
+        if given.get("seqpar") is None:
+            refuse(self.group, MissingPlanError(missing_plan(type(model).__name__)))
+        if given.get("labels") is not None:
+            refuse(self.group, ValueError(
+                "the model would shift the labels of a shard and take the mean of this rank alone; use "
+                "sp.loss(batch), or inputs.labels of sp.shard(batch)"
+            ))  # fmt: skip
+        for name in ("past_key_values", "head_mask", "output_attentions", "output_router_logits"):
+            value = given.get(name)
+            if value is not None and value is not False:
+                refuse(self.group, NotImplementedError(
+                    f"{type(model).__name__} cannot take {name} on a sharded sequence; "
+                    "set_attn_implementation('sdpa') runs it on one device"
+                ))  # fmt: skip
+
+
+def _check_attend(attend: _Attention) -> None:
+    plain = type(attend.score)()
+    has_score = any(
+        getattr(attend.score, name) is not getattr(plain, name)
+        for name in ("scale", "softcap", "alibi_slopes", "sinks")
+    )
+    if attend.mask != type(attend.mask)() or has_score or attend.dropout is not None:
+        raise ValueError(
+            f"mask, score and dropout come from the layers of the model, got {attend}; leave them out"
+        )

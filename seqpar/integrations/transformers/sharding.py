@@ -1,0 +1,150 @@
+"""`Sharding`: from a batch that every rank holds whole to this rank's arguments and its plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from seqpar.comm import agreed
+from seqpar.data import IGNORE, Labels, shard_batch, shard_sequence
+from seqpar.integrations.transformers.call import Call
+from seqpar.integrations.transformers.checks import Findings, common_arguments
+from seqpar.integrations.transformers.documents import (
+    PACKED,
+    documents_of,
+    row_groups,
+    seen_tokens,
+)
+from seqpar.integrations.transformers.inputs import Inputs
+from seqpar.integrations.transformers.patterns import as_bytes
+from seqpar.integrations.transformers.scaling import check_scaling
+from seqpar.layout import Layout, Mask
+from seqpar.module import _Attention
+
+TOKENS = ("input_ids", "inputs_embeds")
+
+
+@dataclass(frozen=True, eq=False)
+class Sharding:
+    """Shards the batches of one model; see `SequenceParallel.shard`."""
+
+    attend: _Attention
+    model: PreTrainedModel
+    findings: Findings
+    labels: Labels | None
+
+    def shard(
+        self,
+        batch: Mapping[str, Any],
+        *,
+        kind: str | None,
+        multiple_of: int,
+        labels: Labels | None,
+        seed: int | None,
+        whole: Iterable[str],
+    ) -> Inputs:
+        """This rank's arguments, labels and layout. All ranks must call."""
+        batch = {name: x for name, x in batch.items() if x is not None}
+        group, causal = self.attend.group, self.findings.causal
+        with agreed(group, "shard") as claim:
+            shape = self._shape(batch)
+            documents = documents_of(batch, shape, causal=causal)
+            seen = seen_tokens(batch.get("attention_mask"), shape)
+            labels = self._labels(batch, labels)
+            _check_hidden_labels(batch, seen, labels)
+            claim |= {"documents": documents, "seed": seed}
+            claim["seen"] = None if seen is None else as_bytes(seen)
+            if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+                raise TypeError(f"seed must be an integer or None, got {seed!r}")
+
+            positions = self._positions(batch, seen)
+
+        groups = row_groups(documents)
+        rest = {n: x for n, x in batch.items() if n not in ("attention_mask", *PACKED)} | positions
+        arguments, layout = shard_batch(
+            rest,
+            group,
+            kind or ("zigzag" if causal else "contiguous"),
+            multiple_of=multiple_of,
+            mask=Mask(causal, documents=groups[0].documents if len(groups) == 1 else None),
+            whole=whole,
+            labels=labels or "own",
+        )
+        with agreed(group, "shard: positions"):
+            check_scaling(self.model.config, rest.get("position_ids"), layout)
+        mask = self._mask(arguments, seen, layout)
+        plan = self.attend.plan(layout)
+        call = Call(plan, groups, as_bytes(mask), seed, self.findings.numbers)
+        own = arguments.pop("labels", None)
+        arguments |= common_arguments(self.model, attention_mask=mask, seqpar=call)
+        return Inputs(arguments, own, layout)
+
+    def _shape(self, batch: Mapping[str, Any]) -> tuple[int, int]:
+        tokens = next((batch[name] for name in TOKENS if isinstance(batch.get(name), Tensor)), None)
+        if tokens is None or tokens.ndim < 2:
+            raise ValueError(
+                f"a batch needs input_ids or inputs_embeds [b s ...], got {sorted(batch)}"
+            )
+        if tokens.shape[1] < self.attend.group.size:
+            raise ValueError(
+                f"every rank needs a token, since layers of transformers do not take empty sequences; got "
+                f"{tokens.shape[1]} for {self.attend.group.size} ranks"
+            )
+        return int(tokens.shape[0]), int(tokens.shape[1])
+
+    def _labels(self, batch: Mapping[str, Any], labels: Labels | None) -> Labels | None:
+        chosen = labels or self.labels
+        if chosen is None and "labels" in batch:
+            raise ValueError(
+                f"whether the labels of {type(self.model).__name__} are of the next token or of its own is "
+                "not known; say labels='next' or 'own'"
+            )
+        return chosen
+
+    def _positions(self, batch: Mapping[str, Any], seen: Tensor | None) -> dict[str, Tensor]:
+        """The positions as the model counts them itself, where it does not start at 0 and has none given."""
+        first, tokens = self.findings.first_position, batch.get("input_ids")
+        if first == 0 or "position_ids" in batch:
+            return {}
+        shown = torch.ones(self._shape(batch), dtype=torch.bool) if seen is None else seen.cpu()
+        is_padding = (
+            tokens.cpu() == self.model.config.pad_token_id if tokens is not None else ~shown
+        )
+        if tokens is None or not bool(shown[:, 0].all()) or bool((shown & is_padding).any()):
+            raise NotImplementedError(
+                f"{type(self.model).__name__} counts positions from {first} over what is not padding; "
+                "pad on the right and hide it with attention_mask, or give position_ids"
+            )
+        counted = torch.arange(first, first + tokens.shape[1], device=tokens.device)
+        return {"position_ids": counted.expand(tokens.shape).contiguous()}
+
+    def _mask(self, arguments: Mapping[str, Any], seen: Tensor | None, layout: Layout) -> Tensor:
+        """This rank's rows of the attention_mask; of ones where the batch has none."""
+        positions = arguments["position_ids"]
+        if seen is None:
+            return torch.ones_like(positions)
+        rank = self.attend.group.rank
+        return shard_sequence(seen.to(positions), layout, rank)
+
+
+def _check_hidden_labels(
+    batch: Mapping[str, Any], seen: Tensor | None, labels: Labels | None
+) -> None:
+    """Refuses labels whose logits come from a hidden token: such a row means nothing."""
+    if seen is None or "labels" not in batch or bool(seen.all()):
+        return
+    counted = batch["labels"] != IGNORE
+    if labels == "next":
+        counted = torch.nn.functional.pad(counted[:, 1:], (0, 1), value=False)
+    wrong = torch.nonzero(counted & ~seen.to(counted.device))
+    if len(wrong):
+        row, at = wrong[0].tolist()
+        what = f"token {at + 1} is predicted by token {at}" if labels == "next" else f"token {at}"
+        raise ValueError(
+            f"in row {row}, {what}, which attention_mask hides; a label that must not count is {IGNORE}"
+        )

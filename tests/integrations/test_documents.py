@@ -1,0 +1,92 @@
+"""Padding and packing of a batch as documents: what is understood, and what is refused."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from seqpar.integrations.transformers.documents import RowGroup, documents_of, row_groups
+
+ANY_SEEN = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=4)
+
+
+def mask_of(*rows):
+    return torch.tensor([[int(c) for c in row] for row in rows])
+
+
+@given(ANY_SEEN, st.booleans())
+def test_what_is_seen_meets_what_is_seen_and_nothing_else(paddings, causal):
+    """By brute force: rows that count see just the keys that count, whatever is hidden around them."""
+    length = 9
+    mask = torch.ones(len(paddings), length, dtype=torch.long)
+    for row, (before, after) in enumerate(paddings):
+        mask[row, :before] = 0
+        mask[row, length - after :] = 0
+    found = documents_of({"attention_mask": mask}, tuple(mask.shape), causal=causal)
+    for row, bounds in enumerate(found):
+        bounds = bounds or (0, length)
+        document = torch.tensor([sum(b <= i for b in bounds) for i in range(length)])
+        together = document[:, None] == document
+        if causal:
+            together &= torch.ones(length, length, dtype=torch.bool).tril()
+        wanted = mask[row].bool().expand(length, -1)
+        if causal:
+            wanted = wanted & torch.ones(length, length, dtype=torch.bool).tril()
+        counted = mask[row].bool()
+        assert torch.equal(together[counted], wanted[counted])
+
+
+def test_padding_at_the_end_needs_no_document_under_a_causal_mask():
+    mask = mask_of("11100", "11111", "00000")
+    assert documents_of({"attention_mask": mask}, (3, 5), causal=True) == [None] * 3
+    assert documents_of({"attention_mask": mask}, (3, 5), causal=False) == [(0, 3, 5), None, None]
+
+
+def test_positions_that_start_anew_are_documents():
+    positions = torch.tensor([[0, 1, 0, 1, 2], [0, 1, 2, 3, 4], [7, 8, 9, 0, 0]])
+    found = documents_of({"position_ids": positions}, (3, 5), causal=True)
+    assert found == [(0, 2, 5), None, (0, 3, 4, 5)]
+    packed = {"cu_seq_lens_q": torch.tensor([0, 2, 5]), "cu_seq_lens_k": torch.tensor([0, 2, 5])}
+    batch = packed | {"position_ids": positions[:1]}
+    assert documents_of(batch, (1, 5), causal=False) == [(0, 2, 5)]
+
+
+def test_rows_with_equal_documents_are_attended_together():
+    assert row_groups([None, None]) == (RowGroup(None, None),)
+    assert row_groups([(0, 3), None, (0, 3)]) == (RowGroup((0, 2), (0, 3)), RowGroup((1,), None))
+
+
+@pytest.mark.parametrize(
+    ("batch", "causal", "error", "message"),
+    [
+        ({"attention_mask": mask_of("10111")}, False, NotImplementedError, "in the midst of row 0"),
+        ({"attention_mask": torch.ones(1, 1, 5, 5)}, False, NotImplementedError, r"got 4-D"),
+        ({"attention_mask": {"full_attention": None}}, False, NotImplementedError, "got dict"),
+        ({"attention_mask": mask_of("1111")}, True, ValueError, r"must be \(1, 5\)"),
+        ({"attention_mask": mask_of("11122")}, True, ValueError, "zeros and ones"),
+        (
+            {"attention_mask": mask_of("11111"), "position_ids": torch.tensor([[0, 1, 0, 1, 2]])},
+            True, ValueError, r"start anew at \[2\], while attention_mask says one document",
+        ),
+        ({"position_ids": torch.tensor([[0, 1, 0, 1, 2]])}, False, NotImplementedError, "cu_seq_lens_q"),
+        ({"position_ids": torch.tensor([[0, 1, 0]])}, True, ValueError, "position_ids must be"),
+        ({"cu_seq_lens_q": [0, 2, 4]}, True, ValueError, "go up from 0 to 5"),
+        ({"cu_seq_lens_q": [0, 5], "cu_seq_lens_k": [0, 3, 5]}, True, ValueError, "must be the same"),
+        (
+            {"cu_seq_lens_q": [0, 5], "position_ids": torch.tensor([[0, 1, 0, 1, 2]])},
+            True, ValueError, r"start anew at \[2\], where cu_seq_lens_q has no document",
+        ),
+        (
+            {"cu_seq_lens_q": [0, 5], "attention_mask": mask_of("11110")},
+            True, ValueError, "contradict",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_not_documents_is_refused(batch, causal, error, message):
+    with pytest.raises(error, match=message):
+        documents_of(batch, (1, 5), causal=causal)
+
+
+def test_packed_batches_of_more_than_one_row_are_refused():
+    with pytest.raises(ValueError, match="of a batch of 1"):
+        documents_of({"cu_seq_lens_q": [0, 5]}, (2, 5), causal=True)

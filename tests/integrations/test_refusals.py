@@ -1,0 +1,327 @@
+"""What cannot be honoured is refused, on every rank, with the layer's name and before anything is sent."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from hf.families import FAMILIES, batch_of
+from hf.step import attend_by
+
+import seqpar
+from seqpar.integrations.transformers import SequenceParallel
+
+SMALL = {"vocab_size": 64, "hidden_size": 32}
+OUTSIDE = {  # models, and the layer that must be named
+    "Bloom": ({"n_layer": 2, "n_head": 4}, r"transformer\.h\.0\.self_attention \(BloomAttention\)"),
+    "Mpt": (
+        {"d_model": 32, "n_layers": 2, "n_heads": 4},
+        r"transformer\.blocks\.0\.attn \(MptAttention\)",
+    ),
+    "Falcon": (
+        {"num_hidden_layers": 2, "num_attention_heads": 4},
+        r"transformer\.h\.0\.self_attention \(FalconAttention\)",
+    ),
+    "CodeGen": (
+        {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4},
+        r"transformer\.h\.0\.attn \(CodeGenAttention\)",
+    ),
+    "GPTJ": (
+        {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4},
+        r"transformer\.h\.0\.attn \(GPTJAttention\)",
+    ),
+    "Mamba": (
+        {"num_hidden_layers": 2, "state_size": 4},
+        r"backbone\.layers\.0\.mixer \(MambaMixer\) lets rows depend on each other",
+    ),
+    "RecurrentGemma": (
+        {"num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48},
+        r"model\.layers\.0\.temporal_block \(RecurrentGemmaRecurrentBlock\) lets rows depend",
+    ),
+    "Qwen3Next": (
+        {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+        | {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
+        | {"shared_expert_intermediate_size": 8, "linear_num_key_heads": 2}
+        | {"linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
+        r"model\.layers\.0\.linear_attn \(Qwen3NextGatedDeltaNet\) lets rows depend",
+    ),
+}
+
+
+def causal_lm(name, options):
+    config = getattr(transformers, f"{name}Config")(**(SMALL | options))
+    torch.manual_seed(0)
+    suffix = "ForCausalLM" if hasattr(transformers, f"{name}ForCausalLM") else "LMHeadModel"
+    return getattr(transformers, name + suffix)(config)
+
+
+def refused(model, error, message, size=2):
+    """Setting the model up is refused, and leaves it as it was."""
+    before = model.config._attn_implementation
+
+    def set_up(group):
+        mine = copy.deepcopy(model)
+        try:
+            SequenceParallel(mine, seqpar.RingAttention(group))
+        finally:
+            assert mine.config._attn_implementation == before
+
+    with pytest.raises(error, match=message):
+        seqpar.simulate(size, set_up)
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_models_that_do_not_attend_through_the_interface_are_refused_by_layer(name):
+    options, layer = OUTSIDE[name]
+    refused(causal_lm(name, options), NotImplementedError, layer)
+
+
+def test_layers_whose_mask_has_no_pattern_are_refused_by_name():
+    options = {
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+        "intermediate_size": 48, "intermediate_size_mlp": 48, "num_local_experts": 1,
+        "attention_chunk_size": 4, "layer_types": ["full_attention", "chunked_attention"],
+    }  # fmt: skip
+    config = transformers.Llama4TextConfig(**(SMALL | options))
+    message = r"model\.layers\.1\.self_attn \(Llama4TextAttention\): .*chunked_overlay"
+    refused(transformers.Llama4ForCausalLM(config), NotImplementedError, message)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: FAMILIES["gpt_oss"].make(output_router_logits=True), "loss over its routers"),
+        (lambda: FAMILIES["bert"].make(is_decoder=True, add_cross_attention=True), "cross attention"),
+        (
+            lambda: transformers.BertModel(transformers.BertConfig(**FAMILIES["bert"].options)),
+            r"returns pooler_output \(1, 32\) for 11 tokens",
+        ),
+        (
+            lambda: transformers.LlamaForSequenceClassification(
+                transformers.LlamaConfig(**FAMILIES["llama"].options, pad_token_id=0)
+            ),
+            r"returns logits \(1, 2\) for 11 tokens",
+        ),
+        (
+            lambda: transformers.NemotronForCausalLM(
+                transformers.NemotronConfig(**FAMILIES["llama"].options)
+            ),
+            "NemotronForCausalLM does not pass its keyword arguments on",
+        ),
+    ],
+)  # fmt: skip
+def test_models_whose_rows_or_losses_are_not_their_own_are_refused(make, message):
+    refused(make(), NotImplementedError, message)
+
+
+def test_attention_that_does_more_than_its_function_is_told_is_refused(monkeypatch):
+    """A layer that scales its eager scores once more, as some do for old configs."""
+    model = FAMILIES["llama"].make()
+    module = __import__(type(model).__module__, fromlist=["eager_attention_forward"])
+    eager = module.eager_attention_forward
+
+    def sharper(layer, q, *args, **kwargs):
+        return eager(layer, 3 * q, *args, **kwargs)
+
+    monkeypatch.setattr(module, "eager_attention_forward", sharper)
+    refused(model, NotImplementedError, "returns other logits than with eager attention", size=1)
+
+
+def test_what_passes_between_rows_inside_of_an_attention_is_found(monkeypatch):
+    """Keys that are mixed with their neighbours on the way to the attention function, in no module."""
+    model = FAMILIES["llama"].make()
+    module = __import__(type(model).__module__, fromlist=["apply_rotary_pos_emb"])
+    rotate = module.apply_rotary_pos_emb
+
+    def mixed(q, k, *args, **kwargs):
+        q, k = rotate(q, k, *args, **kwargs)
+        return q, k + k.roll(1, dims=2)
+
+    monkeypatch.setattr(module, "apply_rotary_pos_emb", mixed)
+    refused(
+        model, NotImplementedError, r"layers\.0\.self_attn \(LlamaAttention\) lets rows", size=1
+    )
+
+
+def test_setting_up_leaves_the_mode_of_every_module():
+    model = FAMILIES["gpt_oss"].make()
+    model.model.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+    SequenceParallel(model, seqpar.RingAttention(seqpar.Group.alone()))
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_what_is_not_a_model_or_a_plain_module_is_refused():
+    model, group = FAMILIES["llama"].make(), seqpar.Group.alone()
+    with pytest.raises(TypeError, match="a transformers model, got Linear"):
+        SequenceParallel(torch.nn.Linear(2, 2), seqpar.RingAttention(group))
+    with pytest.raises(TypeError, match="a module such as"):
+        SequenceParallel(model, group)
+    for options in (
+        {"mask": seqpar.Mask(causal=True)},
+        {"score": seqpar.Score(softcap=5.0)},
+        {"dropout": seqpar.Dropout(0.1, 0)},
+    ):
+        with pytest.raises(ValueError, match="come from the layers of the model"):
+            SequenceParallel(model, seqpar.RingAttention(group, **options))
+    with torch.device("meta"):
+        hollow = transformers.LlamaForCausalLM(model.config)
+    with pytest.raises(ValueError, match="when its weights are loaded"):
+        SequenceParallel(hollow, seqpar.RingAttention(group))
+
+
+def ready(group, name="llama", **changes):
+    model = FAMILIES[name].make(**changes)
+    return model, SequenceParallel(model, attend_by("ring", group))
+
+
+BATCH = batch_of(2, 13)
+ARGUMENTS = {  # what a model is called with besides or instead of its inputs -> what every rank says
+    "no plan": (
+        lambda inputs: {"seqpar": None},
+        RuntimeError, "LlamaForCausalLM attends over ranks .* but was called without a plan",
+    ),
+    "labels": (
+        lambda inputs: {"labels": inputs.labels}, ValueError, "would shift the labels of a shard"
+    ),
+    "output_attentions": (
+        lambda inputs: {"output_attentions": True},
+        NotImplementedError, "LlamaForCausalLM cannot take output_attentions",
+    ),
+    "a cache": (
+        lambda inputs: {"past_key_values": transformers.DynamicCache()},
+        NotImplementedError, "cannot take past_key_values",
+    ),
+    "another mask": (
+        lambda inputs: {"attention_mask": inputs["attention_mask"].tril()},
+        ValueError, "LlamaAttention of layer 0: the model was given another attention_mask than",
+    ),
+    "no mask": (  # rank 2 holds positions in a row, from which no texts are found
+        lambda inputs: {"attention_mask": None},
+        NotImplementedError, "its mask is made of and_masks.packed_sequence_mask_function",
+    ),
+    "a mask of rows and keys": (
+        lambda inputs: {"attention_mask": torch.zeros(2, 1, 13, 13)},
+        NotImplementedError, r"has a mask of its own, \(2, 1, 13, 13\)",
+    ),
+    "something unknown": (
+        lambda inputs: {"position_bias": torch.zeros(1)},
+        NotImplementedError, r"passes \['position_bias'\] to its attention function",
+    ),
+    "fewer rows": (
+        lambda inputs: {n: inputs[n][:, :-1] for n in ("input_ids", "position_ids", "attention_mask")},
+        ValueError, r"rank \d of 3 must hold [45] of the 13 positions \(zigzag\), got q",
+    ),
+}  # fmt: skip
+BATCHES = {  # what is sharded -> what every rank says
+    "no labels": ({"input_ids": BATCH["input_ids"]}, {}, ValueError, "needs labels"),
+    "fewer tokens than ranks": (
+        {n: x[:, :1] for n, x in BATCH.items()}, {}, ValueError, "every rank needs a token",
+    ),
+    "no tokens": ({"labels": BATCH["labels"]}, {}, ValueError, "needs input_ids"),
+    "a seed of another kind": (BATCH, {"seed": 1.0}, TypeError, "seed must be"),
+    "a mask of rows and keys": (
+        BATCH | {"attention_mask": torch.ones(2, 1, 13, 13)}, {}, NotImplementedError, "got 4-D",
+    ),
+    "something unknown": (BATCH | {"bias": torch.ones(2, 13)}, {}, ValueError, "'bias'. a sequence"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+@pytest.mark.parametrize("where", ["on every rank", "on one rank"])
+def test_a_wrong_call_is_refused_on_every_rank(name, where):
+    change, error, message = ARGUMENTS[name]
+
+    def on_rank(group):
+        model, sp = ready(group)
+        inputs = sp.shard(BATCH)
+        if where == "on every rank" or group.rank == 0:
+            inputs = inputs | change(inputs)
+        with pytest.raises((error, seqpar.DesyncError), match=message) as caught:
+            model(**inputs)
+        return caught.type is not seqpar.DesyncError
+
+    own = seqpar.simulate(3, on_rank)
+    everywhere = [True, True, name != "no mask"]
+    assert own == (everywhere if where == "on every rank" else [True, False, False])
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_a_wrong_batch_is_refused_on_every_rank(name):
+    batch, options, error, message = BATCHES[name]
+
+    def on_rank(group):
+        _, sp = ready(group)
+        with pytest.raises(error, match=message):
+            sp.loss(batch, **options)
+
+    seqpar.simulate(3, on_rank)
+
+
+def test_ranks_with_other_batches_are_refused():
+    def on_rank(group):
+        _, sp = ready(group)
+        mask = torch.ones(2, 13, dtype=torch.long)
+        mask[0, -1] = group.rank
+        batch = {"input_ids": BATCH["input_ids"], "attention_mask": mask}
+        with pytest.raises(seqpar.DesyncError, match=r"seen is b.* on rank 0, None on rank 1"):
+            sp.shard(batch)
+
+    seqpar.simulate(2, on_rank)
+
+
+def test_dropout_without_a_seed_is_refused_on_every_rank():
+    def on_rank(group):
+        model, sp = ready(group, "bert", attention_probs_dropout_prob=0.1)
+        with pytest.raises(
+            ValueError, match=r"BertSelfAttention of layer 0: .*shard\(batch, seed="
+        ):
+            sp.loss(BATCH)
+        model.eval()
+        assert sp.loss(BATCH).isfinite()
+
+    seqpar.simulate(2, on_rank)
+
+
+@pytest.mark.parametrize(("kind", "rope_type"), [("contiguous", "longrope"), ("zigzag", "dynamic")])
+def test_rotary_frequencies_that_ranks_would_choose_apart_are_refused(kind, rope_type):
+    factors = (
+        {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4} if rope_type == "longrope" else {}
+    )
+    rope = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 2.0} | factors
+    length = 40 if rope_type == "longrope" else 70
+    rope |= {"original_max_position_embeddings": 24} if factors else {}
+
+    def on_rank(group):
+        _, sp = ready(group, rope_parameters=rope, max_position_embeddings=64)
+        with pytest.raises(NotImplementedError, match=f"rope_type '{rope_type}'"):
+            sp.shard(batch_of(1, length), kind=kind)
+        sp.shard(batch_of(1, 20), kind=kind)
+        if factors:
+            sp.shard(batch_of(1, length), kind="striped")
+
+    seqpar.simulate(2, on_rank)
+
+
+def test_a_model_switched_back_runs_on_one_device():
+    model, _ = ready(seqpar.Group.alone())
+    model.set_attn_implementation("sdpa")
+    assert model(**BATCH).loss.isfinite()
+    out = model.generate(BATCH["input_ids"], max_new_tokens=2, pad_token_id=0)
+    assert out.shape == (2, 15)
+
+
+def test_losses_of_another_kind_are_refused():
+    model, sp = ready(seqpar.Group.alone())
+    model.loss_function = lambda **_: None
+    with pytest.raises(NotImplementedError, match="is not the cross entropy of each token"):
+        sp.loss(BATCH)
+
+
+def test_models_that_differ_between_ranks_are_refused():
+    def on_rank(group):
+        model = FAMILIES["llama" if group.rank else "qwen3"].make()
+        SequenceParallel(model, seqpar.RingAttention(group))
+
+    with pytest.raises(seqpar.DesyncError, match="model is 'Qwen3ForCausalLM' on"):
+        seqpar.simulate(2, on_rank)

@@ -1,0 +1,156 @@
+"""Checkpointed, PEFT, DDP and FSDP2 models on sharded sequences equal one device; and dropout, for any P."""
+
+import copy
+import functools
+
+import peft
+import pytest
+import torch
+from hf.families import FAMILIES, batch_of
+from hf.step import attend_by, differences, gradients_of, on_rank, one_device
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+import seqpar
+from seqpar.integrations.transformers import SequenceParallel
+from seqpar.integrations.transformers.patterns import Pattern
+from seqpar.integrations.transformers.terms import Layer
+
+# Of the names that transformers had before 5.23, which serve with it too.
+pytestmark = pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")
+BATCH = batch_of(2, 19)
+
+
+def keeps_products(_, op, *__, **___):
+    products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+    return CheckpointPolicy.MUST_SAVE if op in products else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+SELECTIVE = functools.partial(create_selective_checkpoint_contexts, keeps_products)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_reentrant": True},
+        {"use_reentrant": False},
+        {"use_reentrant": False, "context_fn": SELECTIVE},
+    ],
+    ids=["reentrant", "not reentrant", "selective"],
+)
+@pytest.mark.parametrize("name", ["gpt_oss", "modernbert"])
+def test_checkpointed_layers_equal_one_device(name, options):
+    family = FAMILIES[name]
+    model = family.make()
+    want = one_device(model, BATCH, family.labels)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    model.enable_input_require_grads()
+    for strategy in ("ring", "ulysses"):
+        for got in seqpar.simulate(2, on_rank, model, BATCH, strategy):
+            assert max(differences(got, want).values()) < 1e-10
+
+
+def lora(model):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return peft.get_peft_model(model, config)
+
+
+def test_adapters_equal_one_device():
+    wrapped = lora(FAMILIES["qwen3"].make())
+    want = one_device(wrapped, BATCH, "next")
+    assert all("lora" in name for name in want.gradients)
+    for got in seqpar.simulate(3, on_rank, wrapped, BATCH):
+        assert max(differences(got, want).values()) < 1e-10
+
+
+def test_prefixes_that_are_learned_are_refused():
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(NotImplementedError, match="makes the sequence longer"):
+        on_rank(seqpar.Group.alone(), peft.get_peft_model(FAMILIES["llama"].make(), config), BATCH)
+
+
+def averaged(group, kind, name):
+    """Gradients of a model that averages them over the ranks by itself."""
+    model = FAMILIES[name].make()
+    ranks = torch.distributed.new_subgroups_by_enumeration([list(range(group.size))])[0]
+    if kind == "ddp":
+        model = DistributedDataParallel(model, process_group=ranks)
+        sp = SequenceParallel(model, attend_by("ring", group))
+    else:
+        mesh = DeviceMesh.from_group(ranks, "cpu")
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        sp = SequenceParallel(model, attend_by("ulysses", group))
+    loss = sp.loss(BATCH) * group.size
+    loss.backward()
+    inner = model.module if kind == "ddp" else model
+    gradients = gradients_of(inner)
+    whole = {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in gradients.items()}
+    return loss.detach() / group.size, whole
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_wrappers_that_average_gradients_equal_one_device(worlds, kind):
+    want = one_device(FAMILIES["llama"].make(), BATCH, "next")
+    for loss, gradients in worlds.run(2, averaged, kind, "llama"):
+        torch.testing.assert_close(loss, want.loss, rtol=1e-10, atol=1e-10)
+        for name, gradient in want.gradients.items():
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-10, atol=1e-10)
+
+
+def dropped(group, model, seed, strategy="ring"):
+    """Loss and gradients of a step with dropout."""
+    model = copy.deepcopy(model)
+    sp = SequenceParallel(model, attend_by(strategy, group))
+    loss = sp.loss(BATCH, seed=seed)
+    loss.backward()
+    seqpar.sum_gradients(model.parameters(), group)
+    return loss.item(), gradients_of(model)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_dropout_is_the_same_for_any_number_of_ranks(checkpointed):
+    model = FAMILIES["bert"].make(attention_probs_dropout_prob=0.3)
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    alone, want = dropped(seqpar.Group.alone(), model, 5)
+    for size, strategy in ((3, "ring"), (2, "ulysses")):
+        for loss, gradients in seqpar.simulate(size, dropped, model, 5, strategy):
+            assert loss == pytest.approx(alone, rel=1e-12)
+            for name, gradient in want.items():
+                torch.testing.assert_close(gradients[name], gradient, rtol=1e-10, atol=1e-10)
+    assert dropped(seqpar.Group.alone(), model, 6)[0] != alone
+
+
+def test_dropout_differs_by_layer_and_by_rows_of_other_documents():
+    """Two layers with the same weights, and two rows with the same tokens, drop apart."""
+    model = FAMILIES["llama"].make(attention_dropout=0.5)
+    with torch.no_grad():
+        for mine, first in zip(*(layer.parameters() for layer in model.model.layers), strict=True):
+            mine.copy_(first)
+    sp = SequenceParallel(model, attend_by("ring", seqpar.Group.alone()))
+    ids = BATCH["input_ids"][:1].repeat(2, 1)
+    positions = torch.stack([torch.arange(19), torch.arange(19)])
+    positions[1, 10:] -= 10
+    inputs = sp.shard({"input_ids": ids, "position_ids": positions}, seed=0)
+    call = inputs["seqpar"]
+    first, second = (layer.self_attn for layer in model.model.layers)
+    q = torch.randn(2, 4, 19, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    outs = [
+        call.attend(Layer(m, q, q[:, :2], q[:, :2], Pattern(causal=True), {"dropout": 0.5}))
+        for m in (first, second)
+    ]
+    assert not torch.allclose(outs[0], outs[1])
+    alike = q[:1].repeat(2, 1, 1, 1)
+    out = call.attend(
+        Layer(first, alike, alike[:, :2], alike[:, :2], Pattern(causal=True), {"dropout": 0.5})
+    )
+    assert not torch.allclose(out[0, :10], out[1, :10])
+    copied = copy.deepcopy(first)
+    with pytest.raises(NotImplementedError, match="is a copy of the one that was set up"):
+        call.attend(Layer(copied, q, q, q, Pattern(causal=True), {"dropout": 0.5}))
