@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from seqpar.comm import Group, agreed
-from seqpar.data import IGNORE, Labels, mean_loss
+from seqpar.data import IGNORE, Labels
 from seqpar.integrations.transformers.call import refuse
 from seqpar.integrations.transformers.checks import check_config, inner_model, try_out
 from seqpar.integrations.transformers.inputs import Inputs
@@ -23,6 +23,7 @@ from seqpar.integrations.transformers.registration import (
     register,
 )
 from seqpar.integrations.transformers.sharding import Sharding
+from seqpar.loss import mean_loss
 from seqpar.module import _Attention
 
 LABELS: dict[str | None, Labels] = {
