@@ -52,6 +52,58 @@ def test_checkpointed_layers_equal_one_device(name, options):
             assert max(differences(got, want).values()) < 1e-10
 
 
+def sent(group, model, options):
+    """(bytes sent by forward, in all) of a step."""
+    model = copy.deepcopy(model)
+    if options is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    sp = SequenceParallel(model, attend_by("ulysses", group))
+    group.traffic.reset()
+    loss = sp.loss(BATCH)
+    forward = group.traffic.total.bytes
+    loss.backward()
+    return forward, group.traffic.total.bytes
+
+
+def test_attention_is_kept_by_checkpointed_layers():
+    """Its messages are those of a step without checkpointing; the two blocks' would double otherwise."""
+    model = FAMILIES["qwen3"].make()
+    kept = {"use_reentrant": False, "context_fn": seqpar.keep_attention}
+    plain, checkpointed, again = (
+        seqpar.simulate(2, sent, model, options)
+        for options in (None, kept, {"use_reentrant": False})
+    )
+    assert plain == checkpointed
+    assert all(more > once for (_, more), (_, once) in zip(again, plain, strict=True))
+    want = one_device(model, BATCH, "next")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kept)
+    for got in seqpar.simulate(2, on_rank, model, BATCH, "ulysses"):
+        assert max(differences(got, want).values()) < 1e-10
+
+
+def compiled(group, model):
+    model = copy.deepcopy(model)
+    sp = SequenceParallel(model, attend_by("ring", group))
+    for layer in model.model.layers:
+        layer.compile(backend="aot_eager", fullgraph=True)
+    loss = sp.loss(BATCH)
+    loss.backward()
+    seqpar.sum_gradients(model.parameters(), group)
+    return loss.detach(), gradients_of(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*not a leaf Tensor is being accessed:UserWarning")  # by Dynamo
+def test_compiled_layers_equal_one_device():
+    """Each layer is one graph; the window of every second one is told apart."""
+    torch._dynamo.reset()
+    want = one_device(FAMILIES["gemma3"].make(), BATCH, "next")
+    for loss, gradients in seqpar.simulate(2, compiled, FAMILIES["gemma3"].make()):
+        torch.testing.assert_close(loss, want.loss, rtol=1e-10, atol=1e-10)
+        for name, gradient in want.gradients.items():
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-10, atol=1e-8)
+    torch._dynamo.reset()
+
+
 def lora(model):
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     with torch.random.fork_rng(devices=[]):
