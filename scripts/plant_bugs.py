@@ -44,6 +44,7 @@ class Plant:
 
 LAYOUT, BLOCK, COMM = "seqpar/layout", "kernels/seqpar_kernels", "seqpar/comm"
 TERMS, STORED, OPS = (f"tests/block/test_{x}.py" for x in ("terms", "row_softmax", "custom_ops"))
+KEEP, COMPILE = (f"tests/strategies/test_{x}.py" for x in ("keep_attention", "compile"))
 LOOP = "seqpar/strategies/blockwise.py"
 PLANTS = [
     Plant("causal diagonal off by one in the mask", f"{LAYOUT}/mask.py",
@@ -225,6 +226,35 @@ PLANTS = [
     Plant("keys' layout not agreed on", "seqpar/strategies/check.py",
           '        "kv_layout": plan.kv_layout,\n        "spans of keys": hash(plan.keys.spans),\n', "",
           "tests/strategies/test_bad_input.py"),
+    Plant("an exchange begun again when recomputed", f"{COMM}/flight.py",
+          "        if not plays():\n            flight.begin(xs, dual=False)",
+          "        flight.begin(xs, dual=False)", KEEP),
+    Plant("kept results written to unnoticed", f"{COMM}/tape.py",
+          "if x._version != version:", "if False:", KEEP),
+    Plant("another call when recomputed unnoticed", f"{COMM}/tape.py",
+          "if recorded != call:", "if False:", KEEP),
+    Plant("steps inside of a step kept as well", f"{COMM}/tape.py",
+          "outside = _CURRENT.set(None)", "outside = _CURRENT.set(tape)", KEEP),
+    Plant("ranks agree again on what is kept", "seqpar/functional.py",
+          "    if plays():\n        return resolve", "    if False:\n        return resolve", KEEP),
+    Plant("autocast left out", "seqpar/functional.py",
+          "return tuple(x.to(dtype) if cast else x for", "return tuple(x if cast else x for",
+          "tests/strategies/test_autograd.py"),
+    Plant("compiled: the window left out", "seqpar/compiled.py",
+          "Mask(causal, window, documents)", "Mask(causal, None, documents)", COMPILE),
+    Plant("compiled: the keys' layout left out", "seqpar/compiled.py",
+          "        keys,\n        invariant,", "        None,\n        invariant,", COMPILE),
+    Plant("compiled: the seed left out", "seqpar/compiled.py",
+          "Dropout(p, seed) if p else None", "Dropout(p, 0) if p else None", COMPILE),
+    Plant("compiled: calls in any order", "seqpar/compiled.py",
+          "    _op.register_effect(EffectType.ORDERED)", "    _op.register_effect(None)", COMPILE),
+    Plant("compiled: kept once more by a tape around it", "seqpar/compiled.py",
+          "return list(once(step))", "return list(step())", COMPILE),
+    Plant("compiled: a gradient of lse nobody asked for", "seqpar/compiled.py",
+          "slice(first, first + 1 + with_lse)", "slice(first, first + 2)", COMPILE),
+    Plant("compiled checkpointing keeps nothing", "seqpar/checkpointing.py",
+          "create_selective_checkpoint_contexts([torch.ops.seqpar.sharded_attention.default])",
+          "create_selective_checkpoint_contexts([])", COMPILE),
 ]  # fmt: skip
 
 

@@ -100,7 +100,9 @@ def test_compiled_layers_equal_one_device():
     for loss, gradients in seqpar.simulate(2, compiled, FAMILIES["gemma3"].make()):
         torch.testing.assert_close(loss, want.loss, rtol=1e-10, atol=1e-10)
         for name, gradient in want.gradients.items():
-            rounding = 1e-7 if "norm" in name else 1e-10  # of norms the model itself adds in float32
+            rounding = (
+                1e-7 if "norm" in name else 1e-10
+            )  # of norms the model itself adds in float32
             torch.testing.assert_close(gradients[name], gradient, rtol=rounding, atol=rounding)
     torch._dynamo.reset()
 

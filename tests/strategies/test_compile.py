@@ -175,6 +175,29 @@ def test_a_new_layout_of_the_same_length_is_told_apart():
     simulate(2, fn)
 
 
+@pytest.mark.parametrize("strategy", ["ring", "ulysses"])
+def test_keys_of_another_length_compile(strategy):
+    def fn(group, compiled):
+        generator = torch.Generator().manual_seed(0)
+        layouts = seqpar.zigzag(11, group.size), seqpar.contiguous(7, group.size)
+        x, y = (
+            seqpar.shard_sequence(torch.randn(1, n, 4, 4, generator=generator), layout, group.rank)
+            for n, layout in zip((11, 7), layouts, strict=True)
+        )
+        y.requires_grad_()
+        plan = seqpar.Plan(group, layouts[0], strategy=strategy, kv_layout=layouts[1])
+
+        def called(x, y):
+            return seqpar.attention(x, y.sin(), y.cos(), plan)
+
+        run = torch.compile(called, backend="aot_eager", fullgraph=True) if compiled else called
+        out = run(x, y)
+        return out.detach(), *torch.autograd.grad(out.sum(), y)
+
+    for here, there in zip(simulate(3, fn, True), simulate(3, fn, False), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
+
+
 @pytest.mark.parametrize(
     "masks",
     [
