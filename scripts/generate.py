@@ -4,7 +4,7 @@ The prompt is sharded like a training sequence and each rank keeps the keys and 
 new byte is then computed on all ranks, with one small exchange in each layer. Bytes are chosen greedily.
 Without a checkpoint the weights are those before training.
 
-Example: torchrun --nproc-per-node 2 scripts/generate.py --checkpoint run.pt --prompt "def main("
+Example: torchrun --nproc-per-node 2 scripts/generate.py --checkpoint runs/a --prompt "def main("
 """
 
 from __future__ import annotations
@@ -20,12 +20,17 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from train_bytes import ATTENTIONS, ByteLM, Recipe
+from training import checkpoint as checkpoints
+from training.model import ByteLM
+from training.ranks import Ranks
+from training.recipe import ATTENTIONS, GRIDS, Recipe
 
 import seqpar
 from seqpar import Group, KVCache, Layout
 from seqpar.comm import agreed
 from seqpar.layout import LAYOUTS
+
+STRATEGIES = [name for name in ATTENTIONS if name not in GRIDS]
 
 
 class CachedAttention(nn.Module):
@@ -73,10 +78,10 @@ def generate(
     length = prompt.shape[1] - 1
     shards = LAYOUTS[layout](length, group.size)
     positions = shards.positions(group.rank).to(prompt.device)
-    model(prompt[:, positions], positions.expand(len(prompt), -1), shards)
+    model.logits(prompt[:, positions], positions.expand(len(prompt), -1), shards)
     chosen = [prompt[:, -1:]]
     for n in range(num_tokens):
-        logits = model(chosen[-1], torch.full_like(chosen[-1], length + n), shards)
+        logits = model.logits(chosen[-1], torch.full_like(chosen[-1], length + n), shards)
         chosen.append(logits.argmax(-1))
         with agreed(group, "the chosen bytes") as claim:
             claim["bytes"] = chosen[-1].tolist()
@@ -85,25 +90,26 @@ def generate(
     return torch.cat(chosen, dim=1)[:, 1:]
 
 
-def load(group: Group, checkpoint: Path | None, strategy: str) -> ByteLM:
-    """The model of a checkpoint of `train_bytes.py`, or of its defaults before training.
+def load(group: Group, folder: Path | None, strategy: str) -> ByteLM:
+    """The model of the newest checkpoint in a folder of `train_bytes.py`, or of its defaults before training.
 
     Raises:
-        ValueError: the file is no such checkpoint.
-        OSError: it cannot be read.
+        ValueError: it is no such checkpoint.
+        OSError: there is none, or it cannot be read.
     """
-    if checkpoint is None:
-        return ByteLM(Recipe(strategy=strategy), group)
-    try:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        there = {name: value for name, value in state["recipe"].items() if name != "text"}
-        model = ByteLM(Recipe(**(there | {"strategy": strategy})), group)
-        model.load_state_dict(state["model"])
-    except OSError:
-        raise
-    except Exception as error:  # a file of another kind fails in many ways
-        raise ValueError(f"{checkpoint} is no checkpoint of train_bytes.py") from error
+    if folder is None:
+        return make(group, Recipe(strategy=strategy))
+    path, run = checkpoints.newest(folder)
+    there = {name: value for name, value in run["fixed"].items() if name != "text"}
+    model = make(group, Recipe(**there, strategy=strategy))
+    checkpoints.load_model(path, model)
     return model
+
+
+def make(group: Group, recipe: Recipe) -> ByteLM:
+    """The model of a recipe, before training."""
+    ranks = Ranks.of(group, recipe)
+    return ByteLM(recipe, lambda: ranks.attention(recipe))
 
 
 def run(args: argparse.Namespace, group: Group, device: str) -> None:
@@ -128,10 +134,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", type=Path, help="of train_bytes.py; every rank reads it")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="folder of train_bytes.py; every rank reads it"
+    )
     parser.add_argument("--prompt", default="import ", help="text to continue")
     parser.add_argument("--tokens", type=int, default=64, help="how many bytes (default: 64)")
-    parser.add_argument("--strategy", default="ring", choices=ATTENTIONS, help="of the prompt")
+    parser.add_argument("--strategy", default="ring", choices=STRATEGIES, help="of the prompt")
     parser.add_argument("--layout", default="zigzag", choices=LAYOUTS, help="of the prompt")
     parser.add_argument("--json", type=Path, help="write bytes and seconds here")
     args = parser.parse_args()

@@ -37,6 +37,25 @@ def steps(folder: Path) -> dict[int, Path]:
     return {int(m[1]): p for p in folder.glob("step-*") if (m := NAME.fullmatch(p.name))}
 
 
+def newest(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The newest checkpoint in a folder, and what it says of its run.
+
+    Raises:
+        ValueError: it is none of this script.
+        FileNotFoundError: there is no checkpoint.
+    """
+    complete = steps(folder)
+    if not complete:
+        raise FileNotFoundError(f"there is no checkpoint in {folder} to resume from")
+    path = complete[max(complete)]
+    try:
+        run: dict[str, Any] = json.loads((path / "run.json").read_text())
+        _ = run["fixed"], run["step"], run["losses"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no checkpoint of this script") from error
+    return path, run
+
+
 def read_run(folder: Path, fixed: dict[str, Any], most_steps: int) -> tuple[Path, dict[str, Any]]:
     """The newest checkpoint in a folder, and its step and losses.
 
@@ -48,15 +67,8 @@ def read_run(folder: Path, fixed: dict[str, Any], most_steps: int) -> tuple[Path
         ValueError: the checkpoint is of another run, has run more steps, or is none of this script.
         FileNotFoundError: there is no checkpoint.
     """
-    complete = steps(folder)
-    if not complete:
-        raise FileNotFoundError(f"there is no checkpoint in {folder} to resume from")
-    path = complete[max(complete)]
-    try:
-        run: dict[str, Any] = json.loads((path / "run.json").read_text())
-        there, step, _ = run["fixed"], run["step"], run["losses"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no checkpoint of this script") from error
+    path, run = newest(folder)
+    there, step = run["fixed"], run["step"]
     names = [n for n in there | fixed if there.get(n) != fixed.get(n)]
     if names:
         differences = [f"{n} is {there.get(n)!r} there and {fixed.get(n)!r} here" for n in names]
@@ -114,6 +126,18 @@ def load(path: Path, model: nn.Module, optimizer: Optimizer) -> None:
         dcp.load(state, checkpoint_id=path, no_dist=True)
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
+
+
+def load_model(path: Path, model: nn.Module) -> None:
+    """Restores parameters alone, such as to generate.
+
+    Raises:
+        OSError: the checkpoint cannot be read.
+    """
+    state = {"model": get_model_state_dict(model)}
+    with _as_os_error(path):
+        dcp.load(state, checkpoint_id=path, no_dist=True)
+    set_model_state_dict(model, state["model"])
 
 
 @contextmanager

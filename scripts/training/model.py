@@ -42,8 +42,7 @@ class Block(nn.Module):
         if self.checkpointing == "full":
             run = partial(checkpoint, run, use_reentrant=False)
         elif self.checkpointing == "keep-attention":
-            keep = seqpar.keep_attention  # type: ignore[attr-defined, unused-ignore]
-            run = partial(checkpoint, run, use_reentrant=False, context_fn=keep)
+            run = partial(checkpoint, run, use_reentrant=False, context_fn=seqpar.keep_attention)
         return run(x, position_ids, layout)
 
     def _forward(self, x: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
@@ -101,10 +100,22 @@ class ByteLM(nn.Module):
         Losses are computed in here and not from logits outside, because FSDP has the weight of the head
         at hand in here only.
         """
+        hidden = self._hidden(input_ids, position_ids, layout)
+        return token_losses(hidden, self.head.weight, labels, tile=self.loss_tile)
+
+    def logits(
+        self, input_ids: Int[Tensor, "b sl"], position_ids: Int[Tensor, "b sl"], layout: Layout
+    ) -> Float[Tensor, "b sl 256"]:
+        """The logits of the rows that this rank holds. All ranks must call."""
+        logits: Tensor = self.head(self._hidden(input_ids, position_ids, layout))
+        return logits
+
+    def _hidden(self, input_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
         x = self.embedding(input_ids)
         for block in self.blocks:
             x = block(x, position_ids, layout)
-        return token_losses(self.norm(x), self.head.weight, labels, tile=self.loss_tile)
+        normed: Tensor = self.norm(x)
+        return normed
 
 
 def token_losses(

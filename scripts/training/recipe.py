@@ -40,7 +40,6 @@ class Recipe:
 
     Raises:
         ValueError: a value is out of range, or values do not fit together.
-        NotImplementedError: this version of seqpar cannot keep the attention when checkpointing.
     """
 
     strategy: str = _free("ring", "how ranks share attention", ATTENTIONS)
@@ -86,10 +85,6 @@ class Recipe:
             )
         if self.ulysses and self.strategy not in GRIDS:
             raise ValueError(f"ulysses={self.ulysses} is for {GRIDS}, got {self.strategy!r}")
-        if self.checkpointing == "keep-attention" and not hasattr(seqpar, "keep_attention"):
-            raise NotImplementedError(
-                f"seqpar {seqpar.__version__} has no keep_attention; take checkpointing='full'"
-            )
 
     @property
     def fixed(self) -> dict[str, Any]:

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from generate import generate
+from generate import generate, make
 from torch import nn
-from train_bytes import ByteLM, Recipe
+from training.recipe import Recipe
 
 import seqpar
 from seqpar import Group, KVCache, Mask, Score, simulate
@@ -104,16 +104,16 @@ TEXT = torch.tensor([list(b"def attend(q, k, v):")])
 
 
 def byte_lm(group, strategy, layout):
-    model = ByteLM(Recipe(**RECIPE, strategy=strategy), group)
+    model = make(group, Recipe(**RECIPE, strategy=strategy))
     return generate(group, model, TEXT, TOKENS, layout)
 
 
 @torch.no_grad()
 def byte_lm_of_one_device():
-    model, ids = ByteLM(Recipe(**RECIPE), Group.alone()), TEXT
+    model, ids = make(Group.alone(), Recipe(**RECIPE)), TEXT
     for _ in range(TOKENS):
         positions = torch.arange(ids.shape[1])[None]
-        logits = model(ids, positions, seqpar.contiguous(ids.shape[1], 1))
+        logits = model.logits(ids, positions, seqpar.contiguous(ids.shape[1], 1))
         ids = torch.cat((ids, logits[:, -1:].argmax(-1)), dim=1)
     return ids[:, TEXT.shape[1] :]
 
@@ -134,7 +134,7 @@ def test_the_byte_model(worlds):
 
 def test_an_empty_prompt_is_refused():
     def fn(group):
-        generate(group, ByteLM(Recipe(**RECIPE), group), TEXT[:, :0], 1)
+        generate(group, make(group, Recipe(**RECIPE)), TEXT[:, :0], 1)
 
     with pytest.raises(ValueError, match="at least one byte"):
         simulate(2, fn)

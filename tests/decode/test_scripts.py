@@ -17,10 +17,14 @@ def start(monkeypatch, script, *options):
     script.main()
 
 
+@pytest.mark.filterwarnings(
+    "ignore:torch.distributed is disabled:UserWarning"
+)  # one process: so it is
 def test_generate_continues_a_checkpoint(monkeypatch, tmp_path, capsys):
     text = torch.arange(500).mul(7919).remainder(251).to(torch.uint8)
     recipe = train_bytes.Recipe(length=40, batch=1, dim=16, layers=1, steps=2)
-    group, path = seqpar.Group.alone(), tmp_path / "run.pt"
+    group, path = seqpar.Group.alone(), tmp_path / "run"
+    path.mkdir()
     train_bytes.train(group, recipe, text, checkpoint=path)
     options = [
         "--checkpoint",
@@ -36,8 +40,8 @@ def test_generate_continues_a_checkpoint(monkeypatch, tmp_path, capsys):
     found = json.loads((tmp_path / "x.json").read_text())
     assert len(found["bytes"]) == 5
     assert capsys.readouterr().out == "abc" + found["text"] + "\n"
-    path.write_text("no checkpoint")
-    with pytest.raises(SystemExit, match=r"error: .* is no checkpoint of train_bytes\.py"):
+    (path / "step-000002" / "run.json").write_text("no checkpoint")
+    with pytest.raises(SystemExit, match=r"error: .* is no checkpoint of this script"):
         start(monkeypatch, generate, *options)
 
 
