@@ -187,10 +187,12 @@ def _backward(
         pairs = [(x, dx) for x, dx in zip(ends, grads, strict=True) if dx is not None]
         outs, douts = [x for x, _ in pairs], [dx.reshape(x.shape) for x, dx in pairs]
         found = torch.autograd.grad(outs, leaves, douts, allow_unused=True)
-    return [
-        torch.zeros_like(x) if dx is None else dx.contiguous()
-        for x, dx in zip(leaves, found, strict=True)
-    ]
+    given: list[Tensor] = []
+    for x, dx in zip(leaves, found, strict=True):
+        dx = torch.zeros_like(x) if dx is None else dx.contiguous()
+        # Those of a single row of k and v came side by side, in one piece of memory.
+        given.append(dx.clone() if any(_same_storage(dx, y) for y in given) else dx)
+    return given
 
 
 @_backward.register_fake

@@ -213,6 +213,24 @@ def test_a_wrong_call_is_an_error_on_every_rank():
     simulate(2, fn)
 
 
+def test_a_single_row_on_a_rank_compiles():
+    """The gradients of its k and v arrive side by side, and an op may not give back one memory twice."""
+
+    def fn(group, compiled):
+        attend, layout = seqpar.RingAttention(group), seqpar.striped(3, group.size)
+        x = torch.randn(1, 3, 1, 4, generator=torch.Generator().manual_seed(0)).double()
+        mine = seqpar.shard_sequence(x, layout, group.rank).requires_grad_()
+
+        def called(x):
+            return attend(x.sin(), x.cos(), x.tanh(), layout)
+
+        run = torch.compile(called, backend="aot_eager", fullgraph=True) if compiled else called
+        return torch.autograd.grad(run(mine).square().sum(), mine)[0]
+
+    for here, there in zip(simulate(3, fn, True), simulate(3, fn, False), strict=True):
+        assert torch.equal(here, there)
+
+
 def test_the_op_passes_the_checks_of_torch():
     def fn(group):
         from seqpar import compiled
