@@ -20,7 +20,7 @@ from torch._library.effects import EffectType
 
 from seqpar.comm import Grid, Group, Tape, once, silent
 from seqpar.layout import Layout, Mask
-from seqpar.strategies import HEAD_STRATEGIES, STRATEGIES, Plan, agree_on_call, resolve
+from seqpar.strategies import HEAD_STRATEGIES, STRATEGIES, Plan, agree_on_call, check_call, resolve
 from seqpar_kernels import Dropout, Score
 
 # Tensors, then the plan. What may be a symbol while the compiler looks on is an argument of its own.
@@ -131,6 +131,12 @@ def _(
     *described, learning, with_lse = args
     described[-3:-1] = 0.0, 0  # dropped or not, shapes are the same
     plan = _plan(silent(Group.named(group)), slopes, sinks, *described)
+    try:
+        plan = check_call(q, k, v, plan, with_lse=with_lse)
+    except (TypeError, ValueError, NotImplementedError):
+        # Not here, where this rank is alone: when it runs, the op is refused on all ranks.
+        num = _num_results(plan.strategy, with_lse=with_lse)
+        return [q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1])][:num]
     if plan.strategy.startswith("materialised"):
         plan = replace(plan, implementation="reference")  # whose steps know tensors without content
     tape = Tape()

@@ -202,9 +202,12 @@ def test_other_windows_and_documents_compile_anew(masks):
     simulate(2, fn)
 
 
-def test_a_wrong_call_is_an_error_on_every_rank():
+@pytest.mark.parametrize("name", ["ring", "ulysses"])
+def test_a_wrong_call_is_an_error_on_every_rank(name):
+    """Not of the compiler, which looks on before the others are told."""
+
     def fn(group):
-        attend, layout = MODULES["ring"](group), seqpar.contiguous(8, group.size)
+        attend, layout = MODULES[name](group), seqpar.contiguous(8, group.size)
         run = torch.compile(lambda x: attend(x, x, x, layout), backend="aot_eager", fullgraph=True)
         rows = 3 if group.rank == 1 else 4
         with pytest.raises((ValueError, seqpar.DesyncError), match="rank 1 of 2 must hold 4"):
