@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 
 import torch
+from torch._guards import TracingContext
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from seqpar.comm import Tape
@@ -18,7 +19,9 @@ def keep_attention() -> tuple[AbstractContextManager[object], AbstractContextMan
     the hybrid also q, k and v as they were traded, so that nothing is sent a second time. Serves every
     strategy, in `torch.compile` too. What attention gave must not be written to in place.
     """
-    if torch.compiler.is_compiling():
+    if (
+        torch.compiler.is_compiling() and TracingContext.try_get() is not None
+    ):  # not on another thread
         return create_selective_checkpoint_contexts([torch.ops.seqpar.sharded_attention.default])
     tape = Tape()
     return tape.record(), _Again(tape)

@@ -31,6 +31,11 @@ _ARGUMENTS = (
 )
 
 
+def is_traced() -> bool:
+    """Whether the compiler looks on here. `torch.compiler.is_compiling` would say so on all threads."""
+    return torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, with_lse: bool = False
 ) -> tuple[Tensor, Tensor | None]:
