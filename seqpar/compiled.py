@@ -20,7 +20,7 @@ from torch._library.effects import EffectType
 
 from seqpar.comm import Grid, Group, Tape, once, silent
 from seqpar.layout import Layout, Mask
-from seqpar.strategies import HEAD_STRATEGIES, STRATEGIES, Plan, agree_on_call, resolve
+from seqpar.strategies import HEAD_STRATEGIES, STRATEGIES, Plan, agree_on_call, check_call, resolve
 from seqpar_kernels import Dropout, Score
 
 # Tensors, then the plan. What may be a symbol while the compiler looks on is an argument of its own.
@@ -29,6 +29,11 @@ _ARGUMENTS = (
     "bool causal, int? window, int[]? documents, float? scale, float? softcap, float dropout, "
     "SymInt seed, int head_chunks, bool[] learning, bool with_lse"
 )
+
+
+def is_traced() -> bool:
+    """Whether the compiler looks on here. `torch.compiler.is_compiling` would say so on all threads."""
+    return torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()
 
 
 def attention(
@@ -131,6 +136,12 @@ def _(
     *described, learning, with_lse = args
     described[-3:-1] = 0.0, 0  # dropped or not, shapes are the same
     plan = _plan(silent(Group.named(group)), slopes, sinks, *described)
+    try:
+        plan = check_call(q, k, v, plan, with_lse=with_lse)
+    except (TypeError, ValueError, NotImplementedError):
+        # Not here, where this rank is alone: when it runs, the op is refused on all ranks.
+        num = _num_results(plan.strategy, with_lse=with_lse)
+        return [q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1])][:num]
     if plan.strategy.startswith("materialised"):
         plan = replace(plan, implementation="reference")  # whose steps know tensors without content
     tape = Tape()
@@ -187,10 +198,12 @@ def _backward(
         pairs = [(x, dx) for x, dx in zip(ends, grads, strict=True) if dx is not None]
         outs, douts = [x for x, _ in pairs], [dx.reshape(x.shape) for x, dx in pairs]
         found = torch.autograd.grad(outs, leaves, douts, allow_unused=True)
-    return [
-        torch.zeros_like(x) if dx is None else dx.contiguous()
-        for x, dx in zip(leaves, found, strict=True)
-    ]
+    given: list[Tensor] = []
+    for x, dx in zip(leaves, found, strict=True):
+        dx = torch.zeros_like(x) if dx is None else dx.contiguous()
+        # Those of a single row of k and v came side by side, in one piece of memory.
+        given.append(dx.clone() if any(_same_storage(dx, y) for y in given) else dx)
+    return given
 
 
 @_backward.register_fake

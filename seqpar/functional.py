@@ -35,7 +35,7 @@ def attention(
         DesyncError: the ranks' calls differ, or another rank raised one of the above.
     """
     q, k, v = _autocast(q, k, v)
-    if torch.compiler.is_dynamo_compiling():
+    if compiled.is_traced():
         return compiled.attention(q, k, v, plan)[0]
     plan = _agreed(q, k, v, plan)
     out, _ = STRATEGIES[plan.strategy](q, k, v, plan)
@@ -54,7 +54,7 @@ def attention_with_lse(
     Raises what `attention` does.
     """
     q, k, v = _autocast(q, k, v)
-    if torch.compiler.is_dynamo_compiling():
+    if compiled.is_traced():
         out, lse = compiled.attention(q, k, v, plan, with_lse=True)
         assert lse is not None, "it was asked for"
         return out, lse

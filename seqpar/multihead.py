@@ -131,7 +131,7 @@ class MultiheadAttention(nn.Module):
             key: other rows to attend; `None`: those of the query.
             value: `None`: the keys.
             layout: who holds which rows of the query.
-            kv_layout: of keys and values, where they are another sequence than the queries.
+            kv_layout: of keys and values, where they are another sequence than the queries; needs `key`.
             key_padding_mask, attn_mask, need_weights: refused, in favour of what `attention` can do.
 
         Raises:
@@ -144,6 +144,11 @@ class MultiheadAttention(nn.Module):
             _refuse_masks(key_padding_mask, attn_mask, need_weights)
             if key is None and value is not None:
                 raise ValueError("values without keys cannot be attended; pass the keys, too")
+            if key is None and kv_layout not in (None, layout):
+                raise ValueError(
+                    "without keys the query's rows are attended, which lie as its layout says; pass no "
+                    f"kv_layout, or the keys it is of, got {kv_layout}"
+                )
             self._check(query, key, value)
             claim |= {"cross attention": key is not None, "embed_dim": self.embed_dim}
             claim["heads"] = self.num_heads, self.kv_heads

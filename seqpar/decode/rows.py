@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -46,7 +47,10 @@ class Grown:
     def append(self, k: Tensor, v: Tensor, positions: Sequence[int]) -> None:
         """Copies the rows of some positions, greater than all before, behind those held."""
         start, stop = self.num_rows, self.num_rows + len(positions)
-        if stop > self._memory[0].shape[1]:
+        memory = self._memory[0]
+        # What was made in inference mode cannot be written to outside of it.
+        is_locked = memory.is_inference() and not torch.is_inference_mode_enabled()
+        if stop > memory.shape[1] or is_locked:
             self._grow(2 * stop)
         for memory, x in zip(self._memory, (k, v), strict=True):
             memory[:, start:stop].copy_(x)

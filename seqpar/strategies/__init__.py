@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from seqpar.strategies.allgather import allgather_attention, allgather_volume
-from seqpar.strategies.check import agree_on_call, resolve
+from seqpar.strategies.check import agree_on_call, check_call, resolve
 from seqpar.strategies.materialised import (
     attention_weights,
     materialised_attention,
@@ -49,5 +49,6 @@ __all__ = [
     "Volume",
     "agree_on_call",
     "attention_weights",
+    "check_call",
     "resolve",
 ]

@@ -46,14 +46,23 @@ def agree_on_call(
     if not isinstance(plan, Plan) or not isinstance(plan.group, Group):
         raise TypeError(f"attention takes a seqpar.Plan with a seqpar.Group, got {plan!r}")
     with agreed(plan.group, operation) as claim:
-        _check_plan(plan)
-        _check_tensors(q, k, v)
-        _check_rows(q, k, v, plan)
-        _check_heads(q, plan.score)
-        resolved = resolve(plan, q, v, with_lse=with_lse)
+        resolved = check_call(q, k, v, plan, with_lse=with_lse)
         claim |= _claim(q, k, v, resolved, with_lse, learning)
     plan.group.transport.prepare(q.device)
     return resolved
+
+
+def check_call(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, with_lse: bool = False) -> Plan:
+    """The plan with its implementation chosen, if the call is legal here. Sends nothing.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `agree_on_call`.
+    """
+    _check_plan(plan)
+    _check_tensors(q, k, v)
+    _check_rows(q, k, v, plan)
+    _check_heads(q, plan.score)
+    return resolve(plan, q, v, with_lse=with_lse)
 
 
 def resolve(plan: Plan, q: Tensor, v: Tensor, *, with_lse: bool = False) -> Plan:

@@ -342,3 +342,20 @@ def test_parameters_are_no_hindrance_without_gradients():
             )
 
     assert not any(out.requires_grad for out in simulate(2, fn))
+
+
+@pytest.mark.parametrize("new", [1, 3])
+def test_a_cache_filled_in_inference_mode_grows_outside_of_it(new):
+    """What was made there cannot be written to, and ranks that need not write would go on alone."""
+
+    def fn(group):
+        with torch.inference_mode():
+            cache, q, k, v = filled(group, 3)
+            cache.append(k[:, 3:4], v[:, 3:4])
+        at = slice(4, 4 + new)
+        return cache.step(q[:, at], k[:, at], v[:, at])
+
+    _, q, k, v = simulate(1, filled, 3)[0]
+    expected = one_device(q[:, : 4 + new], k[:, : 4 + new], v[:, : 4 + new], new)
+    for out in simulate(3, fn):
+        torch.testing.assert_close(out, expected, **EXACT)

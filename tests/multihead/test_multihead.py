@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import seqpar
-from seqpar import Mask, MultiheadAttention, RingAttention, Score, simulate, zigzag
+from seqpar import Mask, MultiheadAttention, RingAttention, Score, contiguous, simulate, zigzag
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
 E, HEADS, LENGTH, MEMORY = 12, 4, 11, 7
@@ -303,6 +303,7 @@ REFUSED = {
     "not a tensor": ({"x": [1.0]}, "query must be a tensor, got list"),
     "rows": ({"x": torch.ones(1, 6, E)}, r"rank 1 of 3 must hold 4 of the 11 positions"),
     "values without keys": ({"value": torch.ones(1, 4, E)}, "values without keys"),
+    "a layout of no keys": ({"kv_layout": contiguous(LENGTH, 3)}, "without keys the query's rows"),
     "keys of another batch": ({"key": torch.ones(2, 4, E)}, "must be equal, got query"),
     "cross attention": (
         {"key": torch.ones(1, 4, E)},

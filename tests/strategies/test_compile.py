@@ -225,15 +225,36 @@ def test_other_windows_and_documents_compile_anew(masks):
     simulate(2, fn)
 
 
-def test_a_wrong_call_is_an_error_on_every_rank():
+@pytest.mark.parametrize("name", ["ring", "ulysses"])
+def test_a_wrong_call_is_an_error_on_every_rank(name):
+    """Not of the compiler, which looks on before the others are told."""
+
     def fn(group):
-        attend, layout = MODULES["ring"](group), seqpar.contiguous(8, group.size)
+        attend, layout = MODULES[name](group), seqpar.contiguous(8, group.size)
         run = torch.compile(lambda x: attend(x, x, x, layout), backend="aot_eager", fullgraph=True)
         rows = 3 if group.rank == 1 else 4
         with pytest.raises((ValueError, seqpar.DesyncError), match="rank 1 of 2 must hold 4"):
             run(torch.randn(1, rows, 2, 4))
 
     simulate(2, fn)
+
+
+def test_a_single_row_on_a_rank_compiles():
+    """The gradients of its k and v arrive side by side, and an op may not give back one memory twice."""
+
+    def fn(group, compiled):
+        attend, layout = seqpar.RingAttention(group), seqpar.striped(3, group.size)
+        x = torch.randn(1, 3, 1, 4, generator=torch.Generator().manual_seed(0)).double()
+        mine = seqpar.shard_sequence(x, layout, group.rank).requires_grad_()
+
+        def called(x):
+            return attend(x.sin(), x.cos(), x.tanh(), layout)
+
+        run = torch.compile(called, backend="aot_eager", fullgraph=True) if compiled else called
+        return torch.autograd.grad(run(mine).square().sum(), mine)[0]
+
+    for here, there in zip(simulate(3, fn, True), simulate(3, fn, False), strict=True):
+        assert torch.equal(here, there)
 
 
 def test_the_op_passes_the_checks_of_torch():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import seqpar
@@ -89,6 +90,15 @@ def test_a_graph_can_go_backward_twice():
         assert torch.equal(first, second)
 
     simulate(2, fn)
+
+
+def test_a_compiler_at_work_on_another_thread_does_not_matter(monkeypatch):
+    """Torch's flag that it compiles is one for all threads: ranks of one process see each other's."""
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
+    contexts = seqpar.keep_attention()
+    assert not any(isinstance(c, TorchDispatchMode) for c in contexts), (
+        "these are for compiled code"
+    )
 
 
 @pytest.mark.parametrize("module", ["ring", "ulysses"])
