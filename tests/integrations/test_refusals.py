@@ -143,6 +143,16 @@ def test_what_passes_between_rows_inside_of_an_attention_is_found(monkeypatch):
     )
 
 
+def test_what_rows_do_because_of_special_tokens_elsewhere_is_found():
+    """ESM scales all embeddings of a sequence by how many of its tokens are masked."""
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    config = transformers.EsmConfig(
+        **(SMALL | sizes), token_dropout=True, mask_token_id=32, pad_token_id=1
+    )
+    message = r"esm\.embeddings \(EsmEmbeddings\) lets rows depend"
+    refused(transformers.EsmForMaskedLM(config), NotImplementedError, message, size=1)
+
+
 def test_setting_up_leaves_the_mode_of_every_module():
     model = FAMILIES["gpt_oss"].make()
     model.model.layers[1].eval()

@@ -106,7 +106,7 @@ def try_out(inner: PreTrainedModel) -> Findings:
             more than what reaches the attention function.
     """
     num_rows = min(NUM_ROWS, getattr(inner.config, "max_position_embeddings", None) or NUM_ROWS)
-    runs = two_runs(num_rows, inner.config.vocab_size)
+    runs = two_runs(num_rows, inner.config.vocab_size, _special_tokens(inner))
     tokens = runs.tokens.to(inner.device)
     in_order = torch.arange(num_rows, device=inner.device)[None]
     with _evaluating(inner):
@@ -140,6 +140,14 @@ def try_out(inner: PreTrainedModel) -> Findings:
         ours = inner(**arguments, seqpar=alone, return_dict=True)
         _check_equal(inner, eager, ours)
     return _findings(one, first)
+
+
+def _special_tokens(inner: PreTrainedModel) -> list[int]:
+    """Tokens that may change what a model does with others, such as the mask token of ESM."""
+    pairs = sorted(inner.config.to_dict().items())
+    ids = {x for n, x in pairs if n.endswith("_token_id") and isinstance(x, int)}
+    padding = getattr(inner.config, "pad_token_id", None)
+    return sorted(i for i in ids if i != padding and 0 <= i < inner.config.vocab_size)
 
 
 def common_arguments(inner: PreTrainedModel, **arguments: Any) -> dict[str, Any]:
