@@ -328,6 +328,37 @@ def test_losses_of_another_kind_are_refused():
         sp.loss(BATCH)
 
 
+def test_positions_that_a_model_counts_from_the_first_token_seen_are_not_guessed():
+    """OPT takes 0, 1, ... for what attention_mask shows, wherever in the row that starts."""
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 4, "ffn_dim": 48, "dropout": 0.0}
+    config = transformers.OPTConfig(**(SMALL | sizes), word_embed_proj_dim=32)
+    sp = SequenceParallel(
+        transformers.OPTForCausalLM(config), attend_by("ring", seqpar.Group.alone())
+    )
+    mask = torch.ones(2, 13, dtype=torch.long)
+    mask[1, 9:] = 0
+    sp.shard({"input_ids": BATCH["input_ids"], "attention_mask": mask})
+    with pytest.raises(NotImplementedError, match="counts positions from 0 over what is not padd"):
+        sp.shard({"input_ids": BATCH["input_ids"], "attention_mask": mask.flip(1)})
+    with pytest.raises(NotImplementedError, match="counts positions from 0 over what is not padd"):
+        embeds = torch.zeros(2, 13, 32)
+        sp.shard({"inputs_embeds": embeds, "attention_mask": mask.flip(1)})
+
+
+@pytest.mark.parametrize(("name", "packs"), [("llama", True), ("gpt_oss", False)])
+def test_positions_that_start_anew_are_documents_only_where_the_model_looks_at_them(name, packs):
+    _, sp = ready(seqpar.Group.alone(), name)
+    positions = torch.cat([torch.arange(6), torch.arange(7)])[None]
+    batch = {"input_ids": BATCH["input_ids"][:1], "position_ids": positions}
+    if packs:
+        assert sp.shard(batch)["seqpar"].groups[0].documents == (0, 6, 13)
+    else:
+        with pytest.raises(NotImplementedError, match="makes its masks without them"):
+            sp.shard(batch)
+    packed = batch | {"cu_seq_lens_q": torch.tensor([0, 6, 13])}
+    assert sp.shard(packed)["seqpar"].groups[0].documents == (0, 6, 13)
+
+
 def test_models_that_differ_between_ranks_are_refused():
     def on_rank(group):
         model = FAMILIES["llama" if group.rank else "qwen3"].make()

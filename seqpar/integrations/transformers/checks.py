@@ -6,7 +6,8 @@ import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from transformers import PreTrainedModel
 
 from seqpar.comm import Group
 from seqpar.integrations.transformers.call import Call
+from seqpar.integrations.transformers.documents import RowGroup
+from seqpar.integrations.transformers.patterns import as_bytes
 from seqpar.integrations.transformers.registration import NAME, MissingPlanError
 from seqpar.integrations.transformers.rows import (
     NUM_ROWS,
@@ -27,6 +30,7 @@ from seqpar.integrations.transformers.rows import (
 from seqpar.layout import contiguous
 from seqpar.strategies import Plan
 
+PACKED_AT = 3  # where a second document starts, and up to where padding is, when a model is tried
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
@@ -37,11 +41,15 @@ class Findings:
     Args:
         causal: whether all layers that attend are causal.
         first_position: what the model counts positions from: 0, or as RoBERTa does, 1 after its padding.
+        counts_seen: whether positions that it is not given are counted over what attention_mask shows.
+        packs: whether positions that start anew are documents to it, on one device.
         numbers: of the modules that attend, in the order in which they do; those that attend once in a call.
     """
 
     causal: bool
     first_position: int
+    counts_seen: bool
+    packs: bool
     numbers: Mapping[nn.Module, int] = field(repr=False)
 
 
@@ -118,6 +126,7 @@ def try_out(inner: PreTrainedModel) -> Findings:
         inner.set_attn_implementation("eager")
         eager = inner(**common_arguments(inner, input_ids=tokens), return_dict=True)
         first = _first_position(inner, tokens, in_order, eager)
+        packed = _packed(inner, tokens, first)
         inner.set_attn_implementation(NAME)
         arguments = row_arguments(inner, tokens, in_order + first)
         one = _run_traced(inner, arguments, num_rows)
@@ -139,7 +148,11 @@ def try_out(inner: PreTrainedModel) -> Findings:
         alone = Call(Plan(Group.alone(), contiguous(num_rows, 1)))
         ours = inner(**arguments, seqpar=alone, return_dict=True)
         _check_equal(inner, eager, ours)
-    return _findings(one, first)
+        apart = replace(alone, groups=(RowGroup(None, (0, PACKED_AT, num_rows)),))
+        counts_seen = _counts_seen(inner, arguments, apart)
+        of_documents = inner(**arguments | packed.arguments, seqpar=apart, return_dict=True)
+        packs = _difference(packed.eager, of_documents, slice(PACKED_AT, None)) is None
+    return _findings(one, first, counts_seen=counts_seen, packs=packs)
 
 
 def _special_tokens(inner: PreTrainedModel) -> list[int]:
@@ -255,19 +268,51 @@ def _first_position(inner: PreTrainedModel, tokens: Tensor, in_order: Tensor, ex
     return 0
 
 
-def _difference(expected: Any, output: Any) -> tuple[str, float] | None:
+def _counts_seen(inner: PreTrainedModel, arguments: dict[str, Any], apart: Call) -> bool:
+    """Whether a model counts its positions from the first token that attention_mask shows."""
+    mask = arguments["attention_mask"].clone()
+    mask[:, :PACKED_AT] = 0
+    call = replace(apart, hidden=as_bytes(mask))
+    given = arguments | {"attention_mask": mask, "seqpar": call, "return_dict": True}
+    own = inner(**{name: x for name, x in given.items() if name != "position_ids"})
+    return _difference(own, inner(**given), slice(PACKED_AT, None)) is not None
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """Arguments of two documents in one row, and what comes out of eager attention."""
+
+    arguments: dict[str, Any]
+    eager: Any
+
+
+def _packed(inner: PreTrainedModel, tokens: Tensor, first: int) -> _Packed:
+    starts = (0, PACKED_AT, tokens.shape[1])
+    positions = torch.cat([torch.arange(b - a) for a, b in pairwise(starts)])[None].to(tokens.device)
+    given = {"position_ids": positions + first}
+    eager = inner(**common_arguments(inner, input_ids=tokens, **given, return_dict=True))
+    return _Packed(given, eager)
+
+
+def _difference(
+    expected: Any, output: Any, rows: slice = slice(None)
+) -> tuple[str, float] | None:
     """The first of a model's outputs that is another, and how far it is off."""
     for name, value in expected.items():
-        if isinstance(value, Tensor) and not same_rows(value[0], output[name][0]):
+        if isinstance(value, Tensor) and not same_rows(value[0, rows], output[name][0, rows]):
             return name, float((value - output[name]).abs().max())
     return None
 
 
-def _findings(trace: Trace, first_position: int) -> Findings:
+def _findings(
+    trace: Trace, first_position: int, *, counts_seen: bool, packs: bool
+) -> Findings:
     calls = Counter(layer.module for layer, _ in trace.layers)
     once = [layer.module for layer, _ in trace.layers if calls[layer.module] == 1]
     return Findings(
         causal=all(terms.mask.causal for _, terms in trace.layers),
         first_position=first_position,
+        counts_seen=counts_seen,
+        packs=packs,
         numbers={module: number for number, module in enumerate(once)},
     )
