@@ -198,6 +198,10 @@ ARGUMENTS = {  # what a model is called with besides or instead of its inputs ->
         lambda inputs: {"output_attentions": True},
         NotImplementedError, "LlamaForCausalLM cannot take output_attentions",
     ),
+    "the last logits": (
+        lambda inputs: {"logits_to_keep": 1},
+        NotImplementedError, "cannot take logits_to_keep",
+    ),
     "a cache": (
         lambda inputs: {"past_key_values": transformers.DynamicCache()},
         NotImplementedError, "cannot take past_key_values",
