@@ -232,6 +232,13 @@ BATCHES = {  # what is sharded -> what every rank says
     "fewer tokens than ranks": (
         {n: x[:, :1] for n, x in BATCH.items()}, {}, ValueError, "every rank needs a token",
     ),
+    "borders that leave ranks without tokens": (
+        BATCH, {"multiple_of": 8}, ValueError, r"every rank needs a token.* gives \(8, 5, 0\)",
+    ),
+    "a token without an embedding": (
+        {n: torch.cat([x, x.new_full((2, 1), 64)], 1) for n, x in BATCH.items()},
+        {}, ValueError, r"input_ids must be 0 \.\.\. 63, got \d+ \.\.\. 64",
+    ),
     "no tokens": ({"labels": BATCH["labels"]}, {}, ValueError, "needs input_ids"),
     "a seed of another kind": (BATCH, {"seed": 1.0}, TypeError, "seed must be"),
     "a mask of rows and keys": (

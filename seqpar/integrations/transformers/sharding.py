@@ -62,6 +62,7 @@ class Sharding:
             if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
                 raise TypeError(f"seed must be an integer or None, got {seed!r}")
 
+            self._check_tokens(batch.get("input_ids"))
             positions = self._positions(batch, seen)
 
         groups = row_groups(documents)
@@ -76,6 +77,11 @@ class Sharding:
             labels=labels or "own",
         )
         with agreed(group, "shard: positions"):
+            if not all(layout.rows):
+                raise ValueError(
+                    "every rank needs a token, since layers of transformers do not take empty sequences; "
+                    f"{layout} gives {layout.rows}"
+                )
             check_scaling(self.model.config, rest.get("position_ids"), layout)
         mask = self._mask(arguments, seen, layout)
         plan = self.attend.plan(layout)
@@ -96,6 +102,18 @@ class Sharding:
                 f"{tokens.shape[1]} for {self.attend.group.size} ranks"
             )
         return int(tokens.shape[0]), int(tokens.shape[1])
+
+    def _check_tokens(self, tokens: Tensor | None) -> None:
+        """Refuses tokens without an embedding: one rank alone would fail, and leave the others waiting."""
+        try:
+            size = getattr(self.model.get_input_embeddings(), "num_embeddings", None)
+        except NotImplementedError:  # the model does not say which they are
+            return
+        if size is None or tokens is None or tokens.numel() == 0:
+            return
+        least, most = tokens.min().item(), tokens.max().item()
+        if least < 0 or most >= size:
+            raise ValueError(f"input_ids must be 0 ... {size - 1}, got {least} ... {most}")
 
     def _labels(self, batch: Mapping[str, Any], labels: Labels | None) -> Labels | None:
         chosen = labels or self.labels
