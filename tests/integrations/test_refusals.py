@@ -114,6 +114,20 @@ def test_models_whose_rows_or_losses_are_not_their_own_are_refused(make, message
     refused(make(), NotImplementedError, message)
 
 
+def test_layers_that_are_skipped_at_random_are_refused():
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 4, "ffn_dim": 48, "layerdrop": 0.1}
+    config = transformers.OPTConfig(**(SMALL | sizes), word_embed_proj_dim=32)
+    model = transformers.OPTForCausalLM(config)
+    refused(model, NotImplementedError, r"model\.decoder skips layers at random")
+
+
+def test_a_wrapper_of_two_models_is_refused():
+    """The second would go on attending to its shard."""
+    two = torch.nn.ModuleList([FAMILIES["llama"].make(), FAMILIES["mistral"].make()])
+    with pytest.raises(ValueError, match="LlamaForCausalLM and MistralForCausalLM, of which only"):
+        SequenceParallel(two, seqpar.RingAttention(seqpar.Group.alone()))
+
+
 def test_attention_that_does_more_than_its_function_is_told_is_refused(monkeypatch):
     """A layer that scales its eager scores once more, as some do for old configs."""
     model = FAMILIES["llama"].make()

@@ -58,11 +58,19 @@ def inner_model(model: nn.Module) -> PreTrainedModel:
 
     Raises:
         TypeError: there is none.
+        ValueError: there are several.
     """
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            return module
-    raise TypeError(f"SequenceParallel takes a transformers model, got {type(model).__name__}")
+    inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    if inner is None:
+        raise TypeError(f"SequenceParallel takes a transformers model, got {type(model).__name__}")
+    own = set(inner.modules())
+    others = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m not in own]
+    if others:
+        raise ValueError(
+            f"{type(model).__name__} holds {type(inner).__name__} and {type(others[0]).__name__}, of which "
+            "only the first would attend over ranks; set each up by itself"
+        )
+    return inner
 
 
 def check_config(model: nn.Module, inner: PreTrainedModel) -> None:
@@ -70,7 +78,7 @@ def check_config(model: nn.Module, inner: PreTrainedModel) -> None:
 
     Raises:
         NotImplementedError: it has an encoder and a decoder, several modalities, a prefix of learned
-            tokens, a loss over routers, or returns attention weights.
+            tokens, an adapter that looks for its tokens, layers that are skipped at random, a loss over routers, or returns attention weights.
         ValueError: its weights are not there yet.
     """
     config, name = inner.config, type(inner).__name__
@@ -88,6 +96,12 @@ def check_config(model: nn.Module, inner: PreTrainedModel) -> None:
             "a prefix or prompt that is learned makes the sequence longer than its layout; take an adapter "
             "of weights, such as LoRA"
         )
+    adapters = getattr(model, "peft_config", None) or {}
+    if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in adapters.values()):
+        raise NotImplementedError(
+            "an activated adapter (alora_invocation_tokens) looks for its tokens in what a rank holds; take "
+            "plain LoRA"
+        )
     if getattr(config, "output_router_logits", False):
         raise NotImplementedError(
             f"{name} adds a loss over its routers (output_router_logits), which is no mean over tokens; set "
@@ -96,6 +110,11 @@ def check_config(model: nn.Module, inner: PreTrainedModel) -> None:
     if config.output_attentions:
         raise NotImplementedError(
             f"{name} returns attention weights; set config.output_attentions = False"
+        )
+    skips = [n for n, m in inner.named_modules() if getattr(m, "layerdrop", 0)]
+    if skips:
+        raise NotImplementedError(
+            f"{skips[0] or name} skips layers at random, each rank others; load it with layerdrop=0"
         )
     if any(p.device.type == "meta" for p in inner.parameters()):
         raise ValueError(
