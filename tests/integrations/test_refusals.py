@@ -114,6 +114,20 @@ def test_models_whose_rows_or_losses_are_not_their_own_are_refused(make, message
     refused(make(), NotImplementedError, message)
 
 
+def test_layers_that_are_skipped_at_random_are_refused():
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 4, "ffn_dim": 48, "layerdrop": 0.1}
+    config = transformers.OPTConfig(**(SMALL | sizes), word_embed_proj_dim=32)
+    model = transformers.OPTForCausalLM(config)
+    refused(model, NotImplementedError, r"model\.decoder skips layers at random")
+
+
+def test_a_wrapper_of_two_models_is_refused():
+    """The second would go on attending to its shard."""
+    two = torch.nn.ModuleList([FAMILIES["llama"].make(), FAMILIES["mistral"].make()])
+    with pytest.raises(ValueError, match="LlamaForCausalLM and MistralForCausalLM, of which only"):
+        SequenceParallel(two, seqpar.RingAttention(seqpar.Group.alone()))
+
+
 def test_attention_that_does_more_than_its_function_is_told_is_refused(monkeypatch):
     """A layer that scales its eager scores once more, as some do for old configs."""
     model = FAMILIES["llama"].make()
@@ -141,6 +155,16 @@ def test_what_passes_between_rows_inside_of_an_attention_is_found(monkeypatch):
     refused(
         model, NotImplementedError, r"layers\.0\.self_attn \(LlamaAttention\) lets rows", size=1
     )
+
+
+def test_what_rows_do_because_of_special_tokens_elsewhere_is_found():
+    """ESM scales all embeddings of a sequence by how many of its tokens are masked."""
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    config = transformers.EsmConfig(
+        **(SMALL | sizes), token_dropout=True, mask_token_id=32, pad_token_id=1
+    )
+    message = r"esm\.embeddings \(EsmEmbeddings\) lets rows depend"
+    refused(transformers.EsmForMaskedLM(config), NotImplementedError, message, size=1)
 
 
 def test_setting_up_leaves_the_mode_of_every_module():
@@ -188,6 +212,10 @@ ARGUMENTS = {  # what a model is called with besides or instead of its inputs ->
         lambda inputs: {"output_attentions": True},
         NotImplementedError, "LlamaForCausalLM cannot take output_attentions",
     ),
+    "the last logits": (
+        lambda inputs: {"logits_to_keep": 1},
+        NotImplementedError, "cannot take logits_to_keep",
+    ),
     "a cache": (
         lambda inputs: {"past_key_values": transformers.DynamicCache()},
         NotImplementedError, "cannot take past_key_values",
@@ -217,6 +245,13 @@ BATCHES = {  # what is sharded -> what every rank says
     "no labels": ({"input_ids": BATCH["input_ids"]}, {}, ValueError, "needs labels"),
     "fewer tokens than ranks": (
         {n: x[:, :1] for n, x in BATCH.items()}, {}, ValueError, "every rank needs a token",
+    ),
+    "borders that leave ranks without tokens": (
+        BATCH, {"multiple_of": 8}, ValueError, r"every rank needs a token.* gives \(8, 5, 0\)",
+    ),
+    "a token without an embedding": (
+        {n: torch.cat([x, x.new_full((2, 1), 64)], 1) for n, x in BATCH.items()},
+        {}, ValueError, r"input_ids must be 0 \.\.\. 63, got \d+ \.\.\. 64",
     ),
     "no tokens": ({"labels": BATCH["labels"]}, {}, ValueError, "needs input_ids"),
     "a seed of another kind": (BATCH, {"seed": 1.0}, TypeError, "seed must be"),
@@ -316,6 +351,37 @@ def test_losses_of_another_kind_are_refused():
     model.loss_function = lambda **_: None
     with pytest.raises(NotImplementedError, match="is not the cross entropy of each token"):
         sp.loss(BATCH)
+
+
+def test_positions_that_a_model_counts_from_the_first_token_seen_are_not_guessed():
+    """OPT takes 0, 1, ... for what attention_mask shows, wherever in the row that starts."""
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 4, "ffn_dim": 48, "dropout": 0.0}
+    config = transformers.OPTConfig(**(SMALL | sizes), word_embed_proj_dim=32)
+    sp = SequenceParallel(
+        transformers.OPTForCausalLM(config), attend_by("ring", seqpar.Group.alone())
+    )
+    mask = torch.ones(2, 13, dtype=torch.long)
+    mask[1, 9:] = 0
+    sp.shard({"input_ids": BATCH["input_ids"], "attention_mask": mask})
+    with pytest.raises(NotImplementedError, match="counts positions from 0 over what is not padd"):
+        sp.shard({"input_ids": BATCH["input_ids"], "attention_mask": mask.flip(1)})
+    with pytest.raises(NotImplementedError, match="counts positions from 0 over what is not padd"):
+        embeds = torch.zeros(2, 13, 32)
+        sp.shard({"inputs_embeds": embeds, "attention_mask": mask.flip(1)})
+
+
+@pytest.mark.parametrize(("name", "packs"), [("llama", True), ("gpt_oss", False)])
+def test_positions_that_start_anew_are_documents_only_where_the_model_looks_at_them(name, packs):
+    _, sp = ready(seqpar.Group.alone(), name)
+    positions = torch.cat([torch.arange(6), torch.arange(7)])[None]
+    batch = {"input_ids": BATCH["input_ids"][:1], "position_ids": positions}
+    if packs:
+        assert sp.shard(batch)["seqpar"].groups[0].documents == (0, 6, 13)
+    else:
+        with pytest.raises(NotImplementedError, match="makes its masks without them"):
+            sp.shard(batch)
+    packed = batch | {"cu_seq_lens_q": torch.tensor([0, 6, 13])}
+    assert sp.shard(packed)["seqpar"].groups[0].documents == (0, 6, 13)
 
 
 def test_models_that_differ_between_ranks_are_refused():

@@ -128,6 +128,15 @@ def test_prefixes_that_are_learned_are_refused():
         on_rank(seqpar.Group.alone(), peft.get_peft_model(FAMILIES["llama"].make(), config), BATCH)
 
 
+def test_adapters_that_look_for_their_tokens_are_refused():
+    """They would start at other tokens, or nowhere, in a shard."""
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[3, 4]
+    )
+    with pytest.raises(NotImplementedError, match="alora_invocation_tokens"):
+        on_rank(seqpar.Group.alone(), peft.get_peft_model(FAMILIES["llama"].make(), config), BATCH)
+
+
 def averaged(group, kind, name):
     """Gradients of a model that averages them over the ranks by itself."""
     model = FAMILIES[name].make()

@@ -6,7 +6,8 @@ import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from transformers import PreTrainedModel
 
 from seqpar.comm import Group
 from seqpar.integrations.transformers.call import Call
+from seqpar.integrations.transformers.documents import RowGroup
+from seqpar.integrations.transformers.patterns import as_bytes
 from seqpar.integrations.transformers.registration import NAME, MissingPlanError
 from seqpar.integrations.transformers.rows import (
     NUM_ROWS,
@@ -27,6 +30,7 @@ from seqpar.integrations.transformers.rows import (
 from seqpar.layout import contiguous
 from seqpar.strategies import Plan
 
+PACKED_AT = 3  # where a second document starts, and up to where padding is, when a model is tried
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
@@ -37,11 +41,15 @@ class Findings:
     Args:
         causal: whether all layers that attend are causal.
         first_position: what the model counts positions from: 0, or as RoBERTa does, 1 after its padding.
+        counts_seen: whether positions that it is not given are counted over what attention_mask shows.
+        packs: whether positions that start anew are documents to it, on one device.
         numbers: of the modules that attend, in the order in which they do; those that attend once in a call.
     """
 
     causal: bool
     first_position: int
+    counts_seen: bool
+    packs: bool
     numbers: Mapping[nn.Module, int] = field(repr=False)
 
 
@@ -50,11 +58,19 @@ def inner_model(model: nn.Module) -> PreTrainedModel:
 
     Raises:
         TypeError: there is none.
+        ValueError: there are several.
     """
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            return module
-    raise TypeError(f"SequenceParallel takes a transformers model, got {type(model).__name__}")
+    inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    if inner is None:
+        raise TypeError(f"SequenceParallel takes a transformers model, got {type(model).__name__}")
+    own = set(inner.modules())
+    others = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m not in own]
+    if others:
+        raise ValueError(
+            f"{type(model).__name__} holds {type(inner).__name__} and {type(others[0]).__name__}, of which "
+            "only the first would attend over ranks; set each up by itself"
+        )
+    return inner
 
 
 def check_config(model: nn.Module, inner: PreTrainedModel) -> None:
@@ -62,7 +78,7 @@ def check_config(model: nn.Module, inner: PreTrainedModel) -> None:
 
     Raises:
         NotImplementedError: it has an encoder and a decoder, several modalities, a prefix of learned
-            tokens, a loss over routers, or returns attention weights.
+            tokens, an adapter that looks for its tokens, layers that are skipped at random, a loss over routers, or returns attention weights.
         ValueError: its weights are not there yet.
     """
     config, name = inner.config, type(inner).__name__
@@ -80,6 +96,12 @@ def check_config(model: nn.Module, inner: PreTrainedModel) -> None:
             "a prefix or prompt that is learned makes the sequence longer than its layout; take an adapter "
             "of weights, such as LoRA"
         )
+    adapters = getattr(model, "peft_config", None) or {}
+    if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in adapters.values()):
+        raise NotImplementedError(
+            "an activated adapter (alora_invocation_tokens) looks for its tokens in what a rank holds; take "
+            "plain LoRA"
+        )
     if getattr(config, "output_router_logits", False):
         raise NotImplementedError(
             f"{name} adds a loss over its routers (output_router_logits), which is no mean over tokens; set "
@@ -88,6 +110,11 @@ def check_config(model: nn.Module, inner: PreTrainedModel) -> None:
     if config.output_attentions:
         raise NotImplementedError(
             f"{name} returns attention weights; set config.output_attentions = False"
+        )
+    skips = [n for n, m in inner.named_modules() if getattr(m, "layerdrop", 0)]
+    if skips:
+        raise NotImplementedError(
+            f"{skips[0] or name} skips layers at random, each rank others; load it with layerdrop=0"
         )
     if any(p.device.type == "meta" for p in inner.parameters()):
         raise ValueError(
@@ -106,7 +133,7 @@ def try_out(inner: PreTrainedModel) -> Findings:
             more than what reaches the attention function.
     """
     num_rows = min(NUM_ROWS, getattr(inner.config, "max_position_embeddings", None) or NUM_ROWS)
-    runs = two_runs(num_rows, inner.config.vocab_size)
+    runs = two_runs(num_rows, inner.config.vocab_size, _special_tokens(inner))
     tokens = runs.tokens.to(inner.device)
     in_order = torch.arange(num_rows, device=inner.device)[None]
     with _evaluating(inner):
@@ -118,6 +145,7 @@ def try_out(inner: PreTrainedModel) -> Findings:
         inner.set_attn_implementation("eager")
         eager = inner(**common_arguments(inner, input_ids=tokens), return_dict=True)
         first = _first_position(inner, tokens, in_order, eager)
+        packed = _packed(inner, tokens, first)
         inner.set_attn_implementation(NAME)
         arguments = row_arguments(inner, tokens, in_order + first)
         one = _run_traced(inner, arguments, num_rows)
@@ -139,7 +167,19 @@ def try_out(inner: PreTrainedModel) -> Findings:
         alone = Call(Plan(Group.alone(), contiguous(num_rows, 1)))
         ours = inner(**arguments, seqpar=alone, return_dict=True)
         _check_equal(inner, eager, ours)
-    return _findings(one, first)
+        apart = replace(alone, groups=(RowGroup(None, (0, PACKED_AT, num_rows)),))
+        counts_seen = _counts_seen(inner, arguments, apart)
+        of_documents = inner(**arguments | packed.arguments, seqpar=apart, return_dict=True)
+        packs = _difference(packed.eager, of_documents, slice(PACKED_AT, None)) is None
+    return _findings(one, first, counts_seen=counts_seen, packs=packs)
+
+
+def _special_tokens(inner: PreTrainedModel) -> list[int]:
+    """Tokens that may change what a model does with others, such as the mask token of ESM."""
+    pairs = sorted(inner.config.to_dict().items())
+    ids = {x for n, x in pairs if n.endswith("_token_id") and isinstance(x, int)}
+    padding = getattr(inner.config, "pad_token_id", None)
+    return sorted(i for i in ids if i != padding and 0 <= i < inner.config.vocab_size)
 
 
 def common_arguments(inner: PreTrainedModel, **arguments: Any) -> dict[str, Any]:
@@ -247,19 +287,51 @@ def _first_position(inner: PreTrainedModel, tokens: Tensor, in_order: Tensor, ex
     return 0
 
 
-def _difference(expected: Any, output: Any) -> tuple[str, float] | None:
+def _counts_seen(inner: PreTrainedModel, arguments: dict[str, Any], apart: Call) -> bool:
+    """Whether a model counts its positions from the first token that attention_mask shows."""
+    mask = arguments["attention_mask"].clone()
+    mask[:, :PACKED_AT] = 0
+    call = replace(apart, hidden=as_bytes(mask))
+    given = arguments | {"attention_mask": mask, "seqpar": call, "return_dict": True}
+    own = inner(**{name: x for name, x in given.items() if name != "position_ids"})
+    return _difference(own, inner(**given), slice(PACKED_AT, None)) is not None
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """Arguments of two documents in one row, and what comes out of eager attention."""
+
+    arguments: dict[str, Any]
+    eager: Any
+
+
+def _packed(inner: PreTrainedModel, tokens: Tensor, first: int) -> _Packed:
+    starts = (0, PACKED_AT, tokens.shape[1])
+    positions = torch.cat([torch.arange(b - a) for a, b in pairwise(starts)])[None].to(tokens.device)
+    given = {"position_ids": positions + first}
+    eager = inner(**common_arguments(inner, input_ids=tokens, **given, return_dict=True))
+    return _Packed(given, eager)
+
+
+def _difference(
+    expected: Any, output: Any, rows: slice = slice(None)
+) -> tuple[str, float] | None:
     """The first of a model's outputs that is another, and how far it is off."""
     for name, value in expected.items():
-        if isinstance(value, Tensor) and not same_rows(value[0], output[name][0]):
+        if isinstance(value, Tensor) and not same_rows(value[0, rows], output[name][0, rows]):
             return name, float((value - output[name]).abs().max())
     return None
 
 
-def _findings(trace: Trace, first_position: int) -> Findings:
+def _findings(
+    trace: Trace, first_position: int, *, counts_seen: bool, packs: bool
+) -> Findings:
     calls = Counter(layer.module for layer, _ in trace.layers)
     once = [layer.module for layer, _ in trace.layers if calls[layer.module] == 1]
     return Findings(
         causal=all(terms.mask.causal for _, terms in trace.layers),
         first_position=first_position,
+        counts_seen=counts_seen,
+        packs=packs,
         numbers={module: number for number, module in enumerate(once)},
     )

@@ -48,7 +48,7 @@ def row_groups(documents: list[Bounds | None]) -> tuple[RowGroup, ...]:
 
 
 def documents_of(
-    batch: Mapping[str, Any], shape: tuple[int, int], *, causal: bool
+    batch: Mapping[str, Any], shape: tuple[int, int], *, causal: bool, packs: bool = True
 ) -> list[Bounds | None]:
     """The documents of every row of a batch.
 
@@ -61,11 +61,12 @@ def documents_of(
             cu_seq_lens_q and cu_seq_lens_k `[documents + 1]`.
         shape: of the batch, (b, s).
         causal: whether the model's layers are.
+        packs: whether the model takes positions that start anew for documents.
 
     Raises:
         ValueError: they contradict each other, or do not fit the shape.
         NotImplementedError: the mask is not `[b s]`, or what it shows of a row is not in one piece, or
-            positions start anew in a model that is not causal.
+            positions start anew in a model that is not causal or does not look at them.
     """
     mask = seen_tokens(batch.get("attention_mask"), shape)
     breaks = _position_breaks(batch.get("position_ids"), shape)
@@ -90,6 +91,12 @@ def documents_of(
         raise NotImplementedError(
             "position_ids start anew, but this model is not causal, and transformers itself then attends "
             "over all documents or not, depending on the implementation; say cu_seq_lens_q and cu_seq_lens_k"
+        )
+    if not packs and any(breaks):
+        raise NotImplementedError(
+            "position_ids start anew, but this model makes its masks without them, so that transformers itself "
+            "attends over all documents or not, depending on the implementation; say cu_seq_lens_q and "
+            "cu_seq_lens_k"
         )
     return [(0, *row, shape[1]) if row else None for row in breaks]
 

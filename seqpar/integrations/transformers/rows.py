@@ -92,7 +92,8 @@ def run_traced(model: nn.Module, inputs: dict[str, Any], num_rows: int) -> Trace
 class TwoRuns:
     """What two runs are given, `[1, rows]`; the first is at positions 0, 1, ...
 
-    Row `kept[i]` of the first is row `places[i]` of the second; both neighbours of each are new there.
+    Row `kept[i]` of the first is row `places[i]` of the second; both neighbours of each are new there, and
+    some of what is new are special tokens.
     """
 
     tokens: Int[Tensor, "1 r"]
@@ -102,11 +103,14 @@ class TwoRuns:
     places: list[int]
 
 
-def two_runs(num_rows: int, vocabulary: int) -> TwoRuns:
+def two_runs(num_rows: int, vocabulary: int, special: list[int]) -> TwoRuns:
     """Two runs of as many rows, every second of which is in both."""
     places = list(range(1, num_rows, 2))
     kept = [2 * i for i in reversed(range(len(places)))]
     tokens, others = ((5 + torch.arange(2 * num_rows)) % vocabulary).chunk(2)
+    others = others.clone()
+    new = others[0::2]
+    new[: len(special)] = torch.tensor(special[: len(new)], dtype=others.dtype)
     others[places] = tokens[kept]
     positions = torch.empty_like(others)
     positions[places] = torch.tensor(kept)

@@ -34,6 +34,11 @@ LABELS: dict[str | None, Labels] = {
 }
 
 
+REFUSED = (  # arguments that mean something else for a shard than for the whole
+    "past_key_values", "head_mask", "output_attentions", "output_router_logits", "logits_to_keep",
+)  # fmt: skip
+
+
 class SequenceParallel:
     """A model of transformers whose attention runs over the ranks of a group. All ranks must make one.
 
@@ -166,9 +171,9 @@ class _Guard:
                 "the model would shift the labels of a shard and take the mean of this rank alone; use "
                 "sp.loss(batch), or inputs.labels of sp.shard(batch)"
             ))  # fmt: skip
-        for name in ("past_key_values", "head_mask", "output_attentions", "output_router_logits"):
+        for name in REFUSED:
             value = given.get(name)
-            if value is not None and value is not False:
+            if isinstance(value, Tensor) or value not in (None, False, 0):
                 refuse(self.group, NotImplementedError(
                     f"{type(model).__name__} cannot take {name} on a sharded sequence; "
                     "set_attn_implementation('sdpa') runs it on one device"

@@ -53,7 +53,7 @@ class Sharding:
         group, causal = self.attend.group, self.findings.causal
         with agreed(group, "shard") as claim:
             shape = self._shape(batch)
-            documents = documents_of(batch, shape, causal=causal)
+            documents = documents_of(batch, shape, causal=causal, packs=self.findings.packs)
             seen = seen_tokens(batch.get("attention_mask"), shape)
             labels = self._labels(batch, labels)
             _check_hidden_labels(batch, seen, labels)
@@ -62,6 +62,7 @@ class Sharding:
             if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
                 raise TypeError(f"seed must be an integer or None, got {seed!r}")
 
+            self._check_tokens(batch.get("input_ids"))
             positions = self._positions(batch, seen)
 
         groups = row_groups(documents)
@@ -76,6 +77,11 @@ class Sharding:
             labels=labels or "own",
         )
         with agreed(group, "shard: positions"):
+            if not all(layout.rows):
+                raise ValueError(
+                    "every rank needs a token, since layers of transformers do not take empty sequences; "
+                    f"{layout} gives {layout.rows}"
+                )
             check_scaling(self.model.config, rest.get("position_ids"), layout)
         mask = self._mask(arguments, seen, layout)
         plan = self.attend.plan(layout)
@@ -97,6 +103,18 @@ class Sharding:
             )
         return int(tokens.shape[0]), int(tokens.shape[1])
 
+    def _check_tokens(self, tokens: Tensor | None) -> None:
+        """Refuses tokens without an embedding: one rank alone would fail, and leave the others waiting."""
+        try:
+            size = getattr(self.model.get_input_embeddings(), "num_embeddings", None)
+        except NotImplementedError:  # the model does not say which they are
+            return
+        if size is None or tokens is None or tokens.numel() == 0:
+            return
+        least, most = tokens.min().item(), tokens.max().item()
+        if least < 0 or most >= size:
+            raise ValueError(f"input_ids must be 0 ... {size - 1}, got {least} ... {most}")
+
     def _labels(self, batch: Mapping[str, Any], labels: Labels | None) -> Labels | None:
         chosen = labels or self.labels
         if chosen is None and "labels" in batch:
@@ -107,19 +125,23 @@ class Sharding:
         return chosen
 
     def _positions(self, batch: Mapping[str, Any], seen: Tensor | None) -> dict[str, Tensor]:
-        """The positions as the model counts them itself, where it does not start at 0 and has none given."""
+        """The positions as the model counts them itself, where that is not from 0 over all; if none are given."""
         first, tokens = self.findings.first_position, batch.get("input_ids")
-        if first == 0 or "position_ids" in batch:
+        if "position_ids" in batch or (first == 0 and not self.findings.counts_seen):
             return {}
         shown = torch.ones(self._shape(batch), dtype=torch.bool) if seen is None else seen.cpu()
         is_padding = (
-            tokens.cpu() == self.model.config.pad_token_id if tokens is not None else ~shown
+            tokens.cpu() == self.model.config.pad_token_id
+            if tokens is not None and first
+            else ~shown
         )
-        if tokens is None or not bool(shown[:, 0].all()) or bool((shown & is_padding).any()):
+        if (tokens is None and first) or not bool(shown[:, 0].all()) or bool((shown & is_padding).any()):
             raise NotImplementedError(
                 f"{type(self.model).__name__} counts positions from {first} over what is not padding; "
                 "pad on the right and hide it with attention_mask, or give position_ids"
             )
+        if first == 0 or tokens is None:
+            return {}
         counted = torch.arange(first, first + tokens.shape[1], device=tokens.device)
         return {"position_ids": counted.expand(tokens.shape).contiguous()}
 
