@@ -45,8 +45,8 @@ def attention(
     learning = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in learned]
     results = torch.ops.seqpar.sharded_attention(*learned, *_described(plan), learning, with_lse)
     if not with_lse:
-        return results[-_num_results(plan.strategy, with_lse=False)], None
-    out, lse = results[-2:]
+        return results[0], None
+    out, lse = results[:2]
     return out, lse.reshape(out.shape[:3])
 
 
@@ -153,12 +153,13 @@ def _(
 def _listed(
     tape: Tape, results: Sequence[Tensor | None], inputs: Sequence[Tensor], *, keeps: bool
 ) -> list[Tensor]:
-    """What is kept for backward, if anything, and last the results; no tensor twice, and no input."""
+    """The results, then what else is kept for backward, if anything; no tensor twice, and no input."""
     ends = [x for x in results if x is not None]
     kept = tape.tensors if keeps else []
-    together = kept and all(map(_same_storage, kept[-len(ends) :], ends))
+    if kept and all(map(_same_storage, kept[-len(ends) :], ends)):
+        kept, ends = kept[: -len(ends)], kept[-len(ends) :]
     listed: list[Tensor] = []
-    for x in kept if together else [*kept, *ends]:
+    for x in (*ends, *kept):
         is_there = any(_same_storage(x, y) for y in (*inputs, *listed))
         listed.append(x.clone() if is_there else x)
     return listed
@@ -237,15 +238,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     q, k, v, slopes, sinks, *ctx.call = inputs
     text, with_lse = ctx.call[1], ctx.call[-1]
     strategy, *_, layout, _, grid = _decoded(text)
-    first = len(output) - _num_results(strategy, with_lse=with_lse)
-    ctx.results = slice(first, first + 1 + with_lse)  # an lse that nobody asked for has no gradient
-    ctx.mark_non_differentiable(*output[:first], *output[first + 1 + with_lse :])
+    num_results = _num_results(strategy, with_lse=with_lse)
+    ctx.num_learning = 1 + with_lse  # an lse that nobody asked for has no gradient
+    ctx.mark_non_differentiable(*output[ctx.num_learning :])
     # Heads that were traded are all that backward looks at; of its own rows it needs the shape.
     num_trading = layout.size if grid is None else len(grid[0])
-    ctx.traded = strategy in HEAD_STRATEGIES and num_trading > 1 and first > 0
+    ctx.traded = strategy in HEAD_STRATEGIES and num_trading > 1
     ctx.shapes = [x.shape for x in (q, k, v)]
     own = () if ctx.traded else (q, k, v)
-    ctx.save_for_backward(slopes, sinks, *own, *output)
+    kept = *output[num_results:], *output[:num_results]  # in the order of the tape
+    ctx.save_for_backward(slopes, sinks, *own, *kept)
 
 
 def _differentiate(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
@@ -256,7 +258,7 @@ def _differentiate(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     else:
         own, kept = tensors[:3], tensors[3:]
     found = torch.ops.seqpar.sharded_attention_backward(
-        list(grads[ctx.results]), kept, *own, slopes, sinks, *ctx.call
+        list(grads[: ctx.num_learning]), kept, *own, slopes, sinks, *ctx.call
     )
     there = iter(found)
     return (

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from seqpar import compiled
-from seqpar.comm import current_tape, plays
+from seqpar.comm import current_tape
 from seqpar.strategies import STRATEGIES, Plan, agree_on_call, resolve
 
 
@@ -50,8 +50,8 @@ def attention_with_lse(
 ) -> tuple[Float[Tensor, "b sl hq vd"], Float[Tensor, "b sl hq"]]:
     """As `attention`, and lse: the natural log of the sum of exp(score) of each row, sinks included.
 
-    Both are differentiable. lse is float32 or wider, and -inf for a row that sees nothing, whose out is 0.
-    Raises what `attention` does.
+    Both are differentiable. lse is float32 or wider; of a row that sees nothing, whose out is 0, it is -inf, or
+    the sink where there is one. Raises what `attention` does.
     """
     q, k, v = _autocast(q, k, v)
     if compiled.is_traced():
@@ -78,11 +78,14 @@ def _autocast(*xs: Tensor) -> tuple[Tensor, ...]:
 
 def _agreed(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, with_lse: bool = False) -> Plan:
     """The plan with its implementation; ranks need not agree once more on what they do not send."""
-    if (tape := current_tape()) is not None and isinstance(plan, Plan):
+    tape = current_tape()
+    if tape is not None and tape.mode == "play":
         tape.called(_call(plan, with_lse))
-    if plays():
         return resolve(plan, q, v, with_lse=with_lse)
-    return agree_on_call(q, k, v, plan, with_lse=with_lse)
+    agreed = agree_on_call(q, k, v, plan, with_lse=with_lse)
+    if tape is not None:
+        tape.called(_call(plan, with_lse))
+    return agreed
 
 
 def _call(plan: Plan, with_lse: bool) -> tuple[object, ...]:

@@ -83,7 +83,6 @@ def test_one_rank_alone_compiles_too(name):
 
 @pytest.mark.parametrize("name", ["ring", "hybrid"])
 def test_processes_compile_too(worlds, name):
-    """With torch's own code generator in place of eager kernels, too: to rounding, then."""
     runs = [worlds.run(2, on_process, name, *how, timeout=240) for how in ((True,), (False,))]
     assert_same(*runs)
 

@@ -307,15 +307,15 @@ class _Packed:
 
 def _packed(inner: PreTrainedModel, tokens: Tensor, first: int) -> _Packed:
     starts = (0, PACKED_AT, tokens.shape[1])
-    positions = torch.cat([torch.arange(b - a) for a, b in pairwise(starts)])[None].to(tokens.device)
+    positions = torch.cat([torch.arange(b - a) for a, b in pairwise(starts)])[None].to(
+        tokens.device
+    )
     given = {"position_ids": positions + first}
     eager = inner(**common_arguments(inner, input_ids=tokens, **given, return_dict=True))
     return _Packed(given, eager)
 
 
-def _difference(
-    expected: Any, output: Any, rows: slice = slice(None)
-) -> tuple[str, float] | None:
+def _difference(expected: Any, output: Any, rows: slice = slice(None)) -> tuple[str, float] | None:
     """The first of a model's outputs that is another, and how far it is off."""
     for name, value in expected.items():
         if isinstance(value, Tensor) and not same_rows(value[0, rows], output[name][0, rows]):
@@ -323,9 +323,7 @@ def _difference(
     return None
 
 
-def _findings(
-    trace: Trace, first_position: int, *, counts_seen: bool, packs: bool
-) -> Findings:
+def _findings(trace: Trace, first_position: int, *, counts_seen: bool, packs: bool) -> Findings:
     calls = Counter(layer.module for layer, _ in trace.layers)
     once = [layer.module for layer, _ in trace.layers if calls[layer.module] == 1]
     return Findings(

@@ -135,7 +135,11 @@ class Sharding:
             if tokens is not None and first
             else ~shown
         )
-        if (tokens is None and first) or not bool(shown[:, 0].all()) or bool((shown & is_padding).any()):
+        if (
+            (tokens is None and first)
+            or not bool(shown[:, 0].all())
+            or bool((shown & is_padding).any())
+        ):
             raise NotImplementedError(
                 f"{type(self.model).__name__} counts positions from {first} over what is not padding; "
                 "pad on the right and hide it with attention_mask, or give position_ids"
