@@ -247,3 +247,10 @@ def test_a_resumed_metrics_file_has_every_step_once(tmp_path):
     assert [(line["step"], line["loss"]) for line in lines] == [
         (0, 0), (1, 0), (2, 0), (3, 3), (4, 3), (5, 3),
     ]  # fmt: skip
+
+
+def test_a_line_that_a_killed_run_left_unfinished_does_not_stop_the_next(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\n{"step": 1, "lo')
+    MetricsFile(path, 1).close()
+    assert path.read_text() == '{"step": 0}\n'
