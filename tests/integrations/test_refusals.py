@@ -377,8 +377,7 @@ def test_positions_that_a_model_counts_from_the_first_token_seen_are_not_guessed
     with pytest.raises(NotImplementedError, match="counts positions from 0 over what is not padd"):
         sp.shard({"input_ids": BATCH["input_ids"], "attention_mask": mask.flip(1)})
     with pytest.raises(NotImplementedError, match="counts positions from 0 over what is not padd"):
-        embeds = torch.zeros(2, 13, 32)
-        sp.shard({"inputs_embeds": embeds, "attention_mask": mask.flip(1)})
+        sp.shard({"inputs_embeds": torch.zeros(2, 13, 32), "attention_mask": mask.flip(1)})
 
 
 @pytest.mark.parametrize(("name", "packs"), [("llama", True), ("gpt_oss", False)])

@@ -180,7 +180,7 @@ def test_a_gradient_that_is_not_finite_stops_every_rank_before_the_weights_are_l
     """The loss of the second step is finite, and the checkpoint of the first must stay."""
     calls = []
 
-    def norm(parameters, most):
+    def norm(_, most):
         calls.append(most)
         return torch.tensor(1.0 if len(calls) <= 2 else math.inf)
 

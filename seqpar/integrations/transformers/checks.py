@@ -78,7 +78,8 @@ def check_config(model: nn.Module, inner: PreTrainedModel) -> None:
 
     Raises:
         NotImplementedError: it has an encoder and a decoder, several modalities, a prefix of learned
-            tokens, an adapter that looks for its tokens, layers that are skipped at random, a loss over routers, or returns attention weights.
+            tokens, an adapter that looks for its tokens, layers that are skipped at random, a loss over
+            routers, or returns attention weights.
         ValueError: its weights are not there yet.
     """
     config, name = inner.config, type(inner).__name__
@@ -307,15 +308,15 @@ class _Packed:
 
 def _packed(inner: PreTrainedModel, tokens: Tensor, first: int) -> _Packed:
     starts = (0, PACKED_AT, tokens.shape[1])
-    positions = torch.cat([torch.arange(b - a) for a, b in pairwise(starts)])[None].to(tokens.device)
+    positions = torch.cat([torch.arange(b - a) for a, b in pairwise(starts)])[None].to(
+        tokens.device
+    )
     given = {"position_ids": positions + first}
     eager = inner(**common_arguments(inner, input_ids=tokens, **given, return_dict=True))
     return _Packed(given, eager)
 
 
-def _difference(
-    expected: Any, output: Any, rows: slice = slice(None)
-) -> tuple[str, float] | None:
+def _difference(expected: Any, output: Any, rows: slice = slice(None)) -> tuple[str, float] | None:
     """The first of a model's outputs that is another, and how far it is off."""
     for name, value in expected.items():
         if isinstance(value, Tensor) and not same_rows(value[0, rows], output[name][0, rows]):
@@ -323,9 +324,7 @@ def _difference(
     return None
 
 
-def _findings(
-    trace: Trace, first_position: int, *, counts_seen: bool, packs: bool
-) -> Findings:
+def _findings(trace: Trace, first_position: int, *, counts_seen: bool, packs: bool) -> Findings:
     calls = Counter(layer.module for layer, _ in trace.layers)
     once = [layer.module for layer, _ in trace.layers if calls[layer.module] == 1]
     return Findings(
