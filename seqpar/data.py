@@ -80,8 +80,8 @@ def shard_batch(
     unless asked; padded rows come last and have label -100.
 
     Args:
-        batch: tensors `[b s ...]` under the names in `seqpar.data.SEQUENCES`; anything else that is
-            not a tensor is passed on as it is.
+        batch: tensors `[b s ...]` under the names in `seqpar.data.SEQUENCES`; what is not a tensor, under
+            other names, is passed on as it is.
         kind: "contiguous", "zigzag", "striped", or "balanced", which needs `mask`.
         multiple_of: shards are cut at multiples of this many positions.
         mask: what is attended under: "balanced" evens out the work that it makes.
@@ -98,6 +98,7 @@ def shard_batch(
             an unknown kind or labels, "balanced" without a mask, "next_in_document" without documents, no
             positive multiple_of, documents that do not end where the (padded) sequence does, or padding
             without a pad token.
+        TypeError: what bears the name of a sequence is no tensor.
         NotImplementedError: `attention_mask` hides some token: attention takes no padding mask.
         DesyncError: ranks differ in their batch or options, or another rank raised one of the above.
     """
@@ -143,6 +144,10 @@ def _sequences(batch: Mapping[str, Any], kind: str, whole: tuple[str, ...]) -> d
     if kind not in (*LAYOUTS, "balanced"):
         raise ValueError(f"kind must be one of {(*LAYOUTS, 'balanced')}, got {kind!r}")
     tensors = {n: x for n, x in batch.items() if isinstance(x, Tensor) and n not in whole}
+    others = [n for n in SEQUENCES if n not in tensors and n not in whole]
+    wrong = {n: type(batch[n]).__name__ for n in others if batch.get(n) is not None}
+    if wrong:
+        raise TypeError(f"sequences must be tensors [b s ...] to be sharded, got {wrong}")
     unknown = [n for n in tensors if n not in SEQUENCES]
     if unknown:
         raise ValueError(

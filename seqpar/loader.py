@@ -60,18 +60,26 @@ class ShardedLoader:
                 claim["has a batch"] = batch is not None
             if batch is None:
                 return
-            mask = batch.get("mask")
-            yield shard_batch(
-                batch,
-                self.group,
-                self.kind,
-                multiple_of=self.multiple_of,
-                mask=mask if isinstance(mask, Mask) else self.mask,
-                pad_to_multiple_of=self.pad_to_multiple_of,
-                pad_token_id=self.pad_token_id,
-                whole=self.whole,
-                labels=self.labels,
-            )
+            if self.everyone is self.group:
+                shard = self._shard(batch)
+            else:  # a batch that one replica refuses is an error in all
+                with agreed(self.everyone, "ShardedLoader: shard"):
+                    shard = self._shard(batch)
+            yield shard
+
+    def _shard(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Layout]:
+        mask = batch.get("mask")
+        return shard_batch(
+            batch,
+            self.group,
+            self.kind,
+            multiple_of=self.multiple_of,
+            mask=mask if isinstance(mask, Mask) else self.mask,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+            pad_token_id=self.pad_token_id,
+            whole=self.whole,
+            labels=self.labels,
+        )
 
     def __len__(self) -> int:
         """How many batches an epoch has, where the loader knows."""

@@ -51,7 +51,7 @@ def train(
             checkpoint, or it has one that is not to be resumed, is of another recipe or text, or has run
             more than `steps` steps.
         FileNotFoundError: there is no checkpoint to resume from.
-        FloatingPointError: a loss is not finite; the last checkpoint is kept.
+        FloatingPointError: a loss or a gradient is not finite; the last checkpoint is kept.
         DesyncError: ranks differ in recipe, text or checkpoint, or another rank raised.
     """
     losses: list[float] = []
@@ -128,8 +128,11 @@ def _step(
     gradients.finish(model)
     params: list[Any] = [p for p in model.parameters() if p.grad is not None]
     norm: Any = nn.utils.clip_grad_norm_(params, recipe.clip or math.inf)
+    size = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    if not math.isfinite(size):  # a step would ruin the weights, and the next checkpoint with them
+        raise FloatingPointError(f"the norm of a gradient is {size}; try a lower lr")
     optimizer.step()
-    return loss, float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    return loss, size
 
 
 def _autocast(device: torch.device, name: str) -> AbstractContextManager[Any]:

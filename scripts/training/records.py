@@ -61,7 +61,9 @@ class MetricsFile:
         kept = []
         if first_step and path.is_file():
             lines = path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["step"] < first_step]
+            # A line without an end is all that a run which was killed may leave of a step.
+            whole = [line for line in lines if line.endswith("\n")]
+            kept = [line for line in whole if json.loads(line)["step"] < first_step]
         self._file = path.open("w")
         self._file.writelines(kept)
 

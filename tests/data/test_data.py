@@ -277,3 +277,12 @@ def test_labels_of_masked_models_are_not_shifted():
             seqpar.shard_batch({"input_ids": ids}, group, labels="previous")
 
     seqpar.simulate(2, on_rank)
+
+
+@pytest.mark.parametrize("name", ["labels", "position_ids", "attention_mask"])
+def test_a_sequence_that_is_no_tensor_is_refused(name):
+    """It would be passed on whole, or replaced: position_ids by those of the layout."""
+    batch = {"input_ids": torch.ones(1, 4), name: [[0, 1, 0, 1]]}
+    with pytest.raises(TypeError, match=f"must be tensors .*'{name}': 'list'"):
+        seqpar.shard_batch(batch, seqpar.Group.alone())
+    seqpar.shard_batch({"input_ids": torch.ones(1, 4), name: None}, seqpar.Group.alone())

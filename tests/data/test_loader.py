@@ -135,6 +135,19 @@ def test_a_batch_that_fails_on_one_rank_fails_on_all():
     simulate(3, fn)
 
 
+def test_a_batch_that_one_replica_refuses_fails_on_all():
+    def fn(group):
+        replicas = group.grid(ring=2)
+        mine = torch.ones(1, 4)
+        batch = {"input_ids": mine, "attention_mask": mine.clone()}
+        batch["attention_mask"][0, 0] = replicas.index_of(group.rank)[0]
+        loader = seqpar.ShardedLoader([batch], replicas.ulysses, everyone=group)
+        with pytest.raises((NotImplementedError, DesyncError), match="attention_mask hides tokens"):
+            list(loader)
+
+    simulate(4, fn)
+
+
 def test_epochs_reach_every_sampler_and_are_not_lost():
     group = seqpar.Group.alone()
     sampler = DistributedSampler(Sentences(8), num_replicas=2, rank=0)

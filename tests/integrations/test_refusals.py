@@ -293,6 +293,17 @@ def test_a_wrong_batch_is_refused_on_every_rank(name):
     seqpar.simulate(3, on_rank)
 
 
+def test_a_label_that_is_no_class_is_refused_on_every_rank():
+    def on_rank(group):
+        _, sp = ready(group)
+        labels = BATCH["labels"].clone()
+        labels[0, 5] = 64
+        with pytest.raises((IndexError, seqpar.DesyncError), match="64 is out of bounds"):
+            sp.loss({"input_ids": BATCH["input_ids"], "labels": labels})
+
+    seqpar.simulate(3, on_rank)
+
+
 def test_ranks_with_other_batches_are_refused():
     def on_rank(group):
         _, sp = ready(group)
@@ -366,8 +377,7 @@ def test_positions_that_a_model_counts_from_the_first_token_seen_are_not_guessed
     with pytest.raises(NotImplementedError, match="counts positions from 0 over what is not padd"):
         sp.shard({"input_ids": BATCH["input_ids"], "attention_mask": mask.flip(1)})
     with pytest.raises(NotImplementedError, match="counts positions from 0 over what is not padd"):
-        embeds = torch.zeros(2, 13, 32)
-        sp.shard({"inputs_embeds": embeds, "attention_mask": mask.flip(1)})
+        sp.shard({"inputs_embeds": torch.zeros(2, 13, 32), "attention_mask": mask.flip(1)})
 
 
 @pytest.mark.parametrize(("name", "packs"), [("llama", True), ("gpt_oss", False)])

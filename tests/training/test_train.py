@@ -174,6 +174,26 @@ def test_a_loss_that_is_not_finite_stops_every_rank():
     seqpar.simulate(2, fn)
 
 
+def test_a_gradient_that_is_not_finite_stops_every_rank_before_the_weights_are_lost(
+    tmp_path, monkeypatch
+):
+    """The loss of the second step is finite, and the checkpoint of the first must stay."""
+    calls = []
+
+    def norm(_, most):
+        calls.append(most)
+        return torch.tensor(1.0 if len(calls) <= 2 else math.inf)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", norm)
+
+    def fn(group):
+        with pytest.raises(FloatingPointError, match="norm of a gradient is inf"):
+            train(group, Recipe(**SMALL), TEXT, checkpoint=tmp_path, save_every=1)
+
+    seqpar.simulate(2, fn)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
+
+
 def test_ranks_that_differ_are_told_apart():
     def raises(error, match, size, **options):
         def fn(group):
@@ -227,3 +247,10 @@ def test_a_resumed_metrics_file_has_every_step_once(tmp_path):
     assert [(line["step"], line["loss"]) for line in lines] == [
         (0, 0), (1, 0), (2, 0), (3, 3), (4, 3), (5, 3),
     ]  # fmt: skip
+
+
+def test_a_line_that_a_killed_run_left_unfinished_does_not_stop_the_next(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\n{"step": 1, "lo')
+    MetricsFile(path, 1).close()
+    assert path.read_text() == '{"step": 0}\n'

@@ -78,7 +78,8 @@ def check_config(model: nn.Module, inner: PreTrainedModel) -> None:
 
     Raises:
         NotImplementedError: it has an encoder and a decoder, several modalities, a prefix of learned
-            tokens, an adapter that looks for its tokens, layers that are skipped at random, a loss over routers, or returns attention weights.
+            tokens, an adapter that looks for its tokens, layers that are skipped at random, a loss over
+            routers, or returns attention weights.
         ValueError: its weights are not there yet.
     """
     config, name = inner.config, type(inner).__name__

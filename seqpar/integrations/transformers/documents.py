@@ -94,9 +94,9 @@ def documents_of(
         )
     if not packs and any(breaks):
         raise NotImplementedError(
-            "position_ids start anew, but this model makes its masks without them, so that transformers itself "
-            "attends over all documents or not, depending on the implementation; say cu_seq_lens_q and "
-            "cu_seq_lens_k"
+            "position_ids start anew, but this model makes its masks without them, so that transformers "
+            "itself attends over all documents or not, depending on the implementation; say cu_seq_lens_q "
+            "and cu_seq_lens_k"
         )
     return [(0, *row, shape[1]) if row else None for row in breaks]
 

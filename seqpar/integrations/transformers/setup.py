@@ -140,7 +140,8 @@ class SequenceParallel:
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         assert inputs.labels is not None, "they are in the batch"
         labels = inputs.labels.flatten().to(wide.device)
-        losses = F.cross_entropy(wide, labels, reduction="none", ignore_index=IGNORE)
+        with agreed(self.group, "loss: tokens"):  # a label out of range is one rank's alone
+            losses = F.cross_entropy(wide, labels, reduction="none", ignore_index=IGNORE)
         return mean_loss(losses, self.group, valid=labels != IGNORE)
 
     def _check_loss(self, batch: Mapping[str, Any]) -> None:

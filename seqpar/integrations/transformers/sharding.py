@@ -125,7 +125,7 @@ class Sharding:
         return chosen
 
     def _positions(self, batch: Mapping[str, Any], seen: Tensor | None) -> dict[str, Tensor]:
-        """The positions as the model counts them itself, where that is not from 0 over all; if none are given."""
+        """The positions as the model counts them itself, where that is not 0, 1, ... and none are given."""
         first, tokens = self.findings.first_position, batch.get("input_ids")
         if "position_ids" in batch or (first == 0 and not self.findings.counts_seen):
             return {}
