@@ -50,8 +50,8 @@ def attention_with_lse(
 ) -> tuple[Float[Tensor, "b sl hq vd"], Float[Tensor, "b sl hq"]]:
     """As `attention`, and lse: the natural log of the sum of exp(score) of each row, sinks included.
 
-    Both are differentiable. lse is float32 or wider; of a row that sees nothing, whose out is 0, it is -inf, or
-    the sink where there is one. Raises what `attention` does.
+    Both are differentiable. lse is float32 or wider; of a row that sees nothing, whose out is 0, it is -inf,
+    or the sink where there is one. Raises what `attention` does.
     """
     q, k, v = _autocast(q, k, v)
     if compiled.is_traced():
