@@ -150,18 +150,43 @@ def averaged(group, kind, name):
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
         sp = SequenceParallel(model, attend_by("ulysses", group))
-    loss = sp.loss(BATCH) * group.size
+    loss = sp.loss(BATCH, gradients="mean")
     loss.backward()
     inner = model.module if kind == "ddp" else model
     gradients = gradients_of(inner)
     whole = {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in gradients.items()}
-    return loss.detach() / group.size, whole
+    return loss.detach(), whole
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_wrappers_that_average_gradients_equal_one_device(worlds, kind):
     want = one_device(FAMILIES["llama"].make(), BATCH, "next")
     for loss, gradients in worlds.run(2, averaged, kind, "llama"):
+        torch.testing.assert_close(loss, want.loss, rtol=1e-10, atol=1e-10)
+        for name, gradient in want.gradients.items():
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-10, atol=1e-10)
+
+
+def test_the_tokens_of_all_replicas_count_alike():
+    """Two replicas of two ranks; one has most of its labels hidden, so a mean of means is another loss."""
+    family = FAMILIES["llama"]
+    whole = batch_of(4, 19)
+    whole["labels"][2:, 4:] = -100
+    original = family.make()
+    want = one_device(original, whole, "next")
+
+    def fn(group):
+        grid = group.grid(ring=2)
+        replica, _ = grid.index_of(group.rank)
+        model = copy.deepcopy(original)
+        sp = SequenceParallel(model, attend_by("ring", grid.ulysses))
+        mine = {name: x[2 * replica : 2 * replica + 2] for name, x in whole.items()}
+        loss = sp.loss(mine, everyone=group)
+        loss.backward()
+        seqpar.sum_gradients(model.parameters(), group)
+        return loss.detach(), gradients_of(model)
+
+    for loss, gradients in seqpar.simulate(4, fn):
         torch.testing.assert_close(loss, want.loss, rtol=1e-10, atol=1e-10)
         for name, gradient in want.gradients.items():
             torch.testing.assert_close(gradients[name], gradient, rtol=1e-10, atol=1e-10)

@@ -23,7 +23,7 @@ from seqpar.integrations.transformers.registration import (
     register,
 )
 from seqpar.integrations.transformers.sharding import Sharding
-from seqpar.loss import mean_loss
+from seqpar.loss import Gradients, mean_loss
 from seqpar.module import _Attention
 
 LABELS: dict[str | None, Labels] = {
@@ -118,15 +118,26 @@ class SequenceParallel:
             batch, kind=kind, multiple_of=multiple_of, labels=labels, seed=seed, whole=whole
         )
 
-    def loss(self, batch: Mapping[str, Any], **options: Any) -> Tensor:
+    def loss(
+        self,
+        batch: Mapping[str, Any],
+        *,
+        everyone: Group | None = None,
+        gradients: Gradients = "sum",
+        num_tokens: Tensor | int | None = None,
+        **options: Any,
+    ) -> Tensor:
         """The model's loss on a batch: cross entropy, the mean over the tokens of all ranks that count.
 
         The same number on every rank. Gradients of one device are the *sum* over ranks of what backward
-        gives: `seqpar.sum_gradients(model.parameters(), group)`. What averages gradients, as DDP and FSDP
-        do, needs this loss times the number of ranks. All ranks must call.
+        gives: `seqpar.sum_gradients(model.parameters(), everyone)`. All ranks must call.
 
         Args:
             batch: with labels, unshifted, as the model takes them on one device.
+            everyone: the ranks of all replicas, where there is data parallelism: the mean is over the tokens
+                of all. By default those that share the sequence.
+            gradients, num_tokens: of `seqpar.mean_loss`: "mean" for what averages gradients, as DDP and FSDP
+                do; the tokens of all micro-batches of a step.
             options: of `shard`.
 
         Raises:
@@ -140,9 +151,12 @@ class SequenceParallel:
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         assert inputs.labels is not None, "they are in the batch"
         labels = inputs.labels.flatten().to(wide.device)
-        with agreed(self.group, "loss: tokens"):  # a label out of range is one rank's alone
+        everyone = everyone or self.group
+        with agreed(everyone, "loss: tokens"):  # a label out of range is one rank's alone
             losses = F.cross_entropy(wide, labels, reduction="none", ignore_index=IGNORE)
-        return mean_loss(losses, self.group, valid=labels != IGNORE)
+        return mean_loss(
+            losses, everyone, valid=labels != IGNORE, num_tokens=num_tokens, gradients=gradients
+        )
 
     def _check_loss(self, batch: Mapping[str, Any]) -> None:
         if batch.get("labels") is None:
