@@ -29,11 +29,15 @@ def packed_documents(position_ids: Int[Tensor, "*b s"]) -> tuple[int, ...]:
     length = position_ids.shape[-1]
     if length == 0:
         return (0,)
-    restarts = position_ids.reshape(-1, length).diff(dim=1) != 1
-    if bool((restarts != restarts[:1]).any()):
+    by_row = [breaks(row) for row in position_ids.reshape(-1, length)]
+    if any(row != by_row[0] for row in by_row):
         raise ValueError(
             "all sequences of a batch must have the same documents; pack them into one sequence, "
             f"or attend one at a time, got position_ids {tuple(position_ids.shape)}"
         )
-    borders = (restarts[0].nonzero().flatten() + 1).tolist()
-    return (0, *borders, length)
+    return (0, *by_row[0], length)
+
+
+def breaks(positions: Int[Tensor, "s"]) -> list[int]:
+    """Where positions do not go up by one."""
+    return ((positions.diff() != 1).nonzero().flatten() + 1).tolist()

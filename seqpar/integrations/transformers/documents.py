@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+from seqpar.packing import breaks
 
 Bounds = tuple[int, ...]
 CU_SEQ_LENS = ("cu_seq_lens_q", "cu_seq_lens_k")
@@ -151,7 +152,7 @@ def _position_breaks(positions: Any, shape: tuple[int, int]) -> list[list[int]]:
         raise ValueError(
             f"position_ids must be {shape} like the tokens, got {tuple(positions.shape)}"
         )
-    return [(torch.nonzero(row.diff() != 1).flatten() + 1).tolist() for row in positions.cpu()]
+    return [breaks(row) for row in positions.cpu()]
 
 
 def _packed_bounds(batch: Mapping[str, Any], shape: tuple[int, int]) -> Bounds | None:
