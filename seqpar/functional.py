@@ -34,7 +34,7 @@ def attention(
         NotImplementedError: the requested implementation cannot do what was asked.
         DesyncError: the ranks' calls differ, or another rank raised one of the above.
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = cast_by_autocast(q, k, v)
     if compiled.is_traced():
         return compiled.attention(q, k, v, plan)[0]
     plan = _agreed(q, k, v, plan)
@@ -53,7 +53,7 @@ def attention_with_lse(
     Both are differentiable. lse is float32 or wider; of a row that sees nothing, whose out is 0, it is -inf,
     or the sink where there is one. Raises what `attention` does.
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = cast_by_autocast(q, k, v)
     if compiled.is_traced():
         out, lse = compiled.attention(q, k, v, plan, with_lse=True)
         assert lse is not None, "it was asked for"
@@ -64,7 +64,7 @@ def attention_with_lse(
     return out, lse
 
 
-def _autocast(*xs: Tensor) -> tuple[Tensor, ...]:
+def cast_by_autocast(*xs: Tensor) -> tuple[Tensor, ...]:
     """q, k and v in the type that autocast gives torch's own attention, if it is on for their device."""
     if not all(isinstance(x, Tensor) for x in xs):
         return xs  # to be refused on all ranks

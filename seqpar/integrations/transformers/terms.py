@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from seqpar.functional import cast_by_autocast
 from seqpar.integrations.transformers.patterns import Pattern
 from seqpar.layout import Mask
 from seqpar_kernels import Dropout, Score
@@ -42,12 +42,8 @@ class Layer:
 
     def rows_first(self) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v as `[b sl h d]`, in the type that autocast has attention computed in."""
-        device = self.q.device.type
-        x = [y.transpose(1, 2) for y in (self.q, self.k, self.v)]
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            x = [y if y.dtype == torch.float64 else y.to(dtype) for y in x]
-        return x[0], x[1], x[2]
+        q, k, v = cast_by_autocast(*(x.transpose(1, 2) for x in (self.q, self.k, self.v)))
+        return q, k, v
 
 
 @dataclass(frozen=True, eq=False)
