@@ -40,15 +40,13 @@ class Tape:
 
     @contextmanager
     def record(self) -> Iterator[Tape]:
-        """Keeps the results of the steps that are done inside, on this thread."""
-        self._tensors, self._versions, self._counts, self._calls = [], [], [], []
+        """Keeps the results of the steps that are done inside, on this thread. Of a new tape, once."""
         with self._used("record"):
             yield self
 
     @contextmanager
     def outline(self) -> Iterator[Tape]:
         """As `record`, of tensors without content: steps that can tell what they give are not done."""
-        self._tensors, self._versions, self._counts, self._calls = [], [], [], []
         with self._used("outline"):
             yield self
 
