@@ -211,7 +211,7 @@ class FusedQKV:
                 owner, theirs = heads.setdefault((component, head), (rank, mine))
                 if not torch.equal(mine.detach(), theirs.detach()):
                     raise ValueError(
-                        f"{component} of kv head {head} is not the same on ranks {owner} and {rank}: its copies "
+                        f"{component} of kv head {head} differs between ranks {owner} and {rank}: its copies "
                         "must be given the sum of their gradients, see seqpar.tensor_parallel.share_heads"
                     )
         dim, counts = self.dim(shards[0]), (self.num_heads, self.num_kv_heads, self.num_kv_heads)
