@@ -107,6 +107,7 @@ def _check_plan(plan: Plan) -> None:
     _check_layouts(plan)
     _check_grid(plan)
     _check_head_chunks(plan)
+    _check_first_head(plan.first_head)
 
 
 def _check_layouts(plan: Plan) -> None:
@@ -167,6 +168,13 @@ def _check_head_chunks(plan: Plan) -> None:
             f"head_chunks is for {HEAD_STRATEGIES}, which exchange heads; got {num} for "
             f"{plan.strategy!r}"
         )
+
+
+def _check_first_head(first: int) -> None:
+    if isinstance(first, bool) or not isinstance(first, int):
+        raise TypeError(f"first_head must be an integer, got {first!r}")
+    if first < 0:
+        raise ValueError(f"first_head must be at least 0, got {first}")
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -235,6 +243,7 @@ def _claim(
         "grid": None if plan.grid is None else plan.grid.members,
         "invariant": plan.invariant,
         "head chunks": plan.head_chunks,
+        "first head": plan.first_head,
         "with lse": with_lse,
         "mask": plan.mask,
         "scale": score.scale,
