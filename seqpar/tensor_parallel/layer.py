@@ -184,12 +184,12 @@ class ParallelAttention(nn.Module):
         Raises:
             ValueError: slopes or sinks are not one per query head.
         """
-        terms = {}
+        terms: dict[str, Any] = {}
         for name in ("alibi_slopes", "sinks"):
             term = getattr(score, name)
             if term is not None and len(term) != self.qkv.num_heads:
                 raise ValueError(
-                    f"{name} must be one for each of {self.qkv.num_heads} query heads, got {tuple(term.shape)}"
+                    f"{name} must be one for each of {self.qkv.num_heads} query heads, got {len(term)}"
                 )
             shared = term is not None and term.requires_grad and self.tp.size > 1
             terms[name] = replicate(term, self.tp) if shared else term
