@@ -27,7 +27,7 @@ LAYERS = {
         FusedQKV(8, 8, 6, 4, "qvk"), FUSED, {"rotary": Rotary(4, interleaved=True)},
     ),
     "apart, unevenly shared kv heads, norms": (
-        FusedQKV.contiguous(10, 4, 2), APART, {"norms": True, "rotary": Rotary(4)},
+        FusedQKV.contiguous(12, 4, 3), APART, {"norms": True, "rotary": Rotary(4)},
     ),
     "one kv head, clipped": (
         FusedQKV.contiguous(7, 3, 1, bias=True), FUSED, {"clip": 0.8, "norms": True},
