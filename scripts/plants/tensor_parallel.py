@@ -59,4 +59,9 @@ TENSOR_PARALLEL = [
           "tests/strategies/test_first_head.py"),
     Plant("compiled: the first head left out", "seqpar/compiled.py",
           "        first,\n    )", "        0,\n    )", "tests/strategies/test_compile.py"),
+    Plant("parts of a replicated gradient taken for the whole", "seqpar/loss.py",
+          "    return grad.redistribute(placements=p.placements)\n", "    return grad\n",
+          "tests/data/test_sharded_gradients.py"),
+    Plant("a shard is not written back", "seqpar/loss.py",
+          "                here.copy_(wide)\n", "", "tests/data/test_sharded_gradients.py"),
 ]  # fmt: skip
