@@ -58,7 +58,7 @@ TENSOR_PARALLEL = [
           "keeps(batch, head + cells.head,", "keeps(batch, head,",
           "tests/strategies/test_first_head.py"),
     Plant("compiled: the first head left out", "seqpar/compiled.py",
-          "        first,\n    )", "        0,\n    )", "tests/strategies/test_compile.py"),
+          "        first,\n    )", "        0,\n    )", "tests/strategies/test_first_head.py"),
     Plant("parts of a replicated gradient taken for the whole", "seqpar/loss.py",
           "    return grad.redistribute(placements=p.placements)\n", "    return grad\n",
           "tests/data/test_sharded_gradients.py"),

@@ -12,22 +12,25 @@ from seqpar.testing import ProcessWorld
 WHOLE = torch.arange(15, dtype=torch.float64).view(5, 3)
 
 
-def sharded_step(group, placement, has_gradient):
+def sharded_step(group, placement, has_gradient, dtype=torch.float64):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     replica, over_tp = mesh["dp"].get_local_rank(), mesh["tp"].get_local_rank()
-    p = nn.Parameter(distribute_tensor(torch.zeros_like(WHOLE), mesh["tp"], [placement]))
+    zeros = torch.zeros_like(WHOLE, dtype=dtype)
+    p = nn.Parameter(distribute_tensor(zeros, mesh["tp"], [placement]))
     if has_gradient or replica == 0:
         if isinstance(placement, Replicate):  # each rank of tp has a part of every entry
-            part = WHOLE * (replica + 1) * (0.25 if over_tp == 0 else 0.75)
+            part = (WHOLE * (replica + 1) * (0.25 if over_tp == 0 else 0.75)).to(dtype)
             p.grad = DTensor.from_local(part, mesh["tp"], [Partial()])
         else:
-            p.grad = distribute_tensor(WHOLE * (replica + 1), mesh["tp"], [placement])
+            whole = (WHOLE * (replica + 1)).to(dtype)
+            p.grad = distribute_tensor(whole, mesh["tp"], [placement])
     try:
         seqpar.sum_gradients([p], group)
     except NotImplementedError as error:
         refused = str(error)
     seqpar.sum_gradients([p], seqpar.Group.of(mesh["dp"]))
     seqpar.sum_gradients([p], seqpar.Group.alone())
+    assert p.grad.placements == p.placements  # what an optimizer may take
     return refused, p.grad.full_tensor()
 
 
@@ -42,6 +45,11 @@ def test_shards_are_added_over_the_ranks_that_hold_the_same(world, placement):
     for refused, total in world.run(sharded_step, placement, True):
         torch.testing.assert_close(total, 3 * WHOLE, rtol=0, atol=0)
         assert "over ranks of the group" in refused
+
+
+def test_shards_of_16_bits_are_added_in_32(world):
+    for _, total in world.run(sharded_step, Shard(0), True, torch.bfloat16):
+        torch.testing.assert_close(total, (3 * WHOLE).bfloat16(), rtol=0, atol=0)
 
 
 def test_a_replica_without_a_gradient_counts_as_zero(world):

@@ -58,3 +58,19 @@ def test_a_head_that_is_none_is_refused(first, error):
     x = torch.randn(1, 3, 1, 2)
     with pytest.raises(error, match="first_head"):
         seqpar.attention(x, x, x, seqpar.Plan(group, seqpar.contiguous(3, 1), first_head=first))
+
+
+def test_compiled_code_knows_its_first_head():
+    torch.manual_seed(3)
+    group, layout = seqpar.Group.alone(), seqpar.contiguous(LENGTH, 1)
+    q, k, v = (torch.randn(1, LENGTH, h, 5) for h in (HEADS, KV_HEADS, KV_HEADS))
+    score, dropout = seqpar.Score(scale=1.0), seqpar.Dropout(0.4, 11)
+
+    def attend(first, q, k, v):
+        plan = seqpar.Plan(group, layout, score=score, dropout=dropout, first_head=first)
+        return seqpar.attention(q, k, v, plan)
+
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    zeroth, third = attend(0, q, k, v), attend(3, q, k, v)
+    assert torch.equal(compiled(3, q, k, v), third)
+    assert not torch.equal(zeroth, third)
