@@ -123,14 +123,10 @@ def _check_q_and_k(layout: FusedQKV, probe: Probe, positions: int) -> None:
     generator = torch.Generator().manual_seed(0)
     drawn = torch.rand(2, positions, layout.rows, generator=generator, dtype=torch.float64)
     rows = (0.5 + drawn[0] / 2) * torch.where(drawn[1] < 0.5, -1.0, 1.0)  # none is near 0
-    for head in range(
-        layout.num_kv_heads
-    ):  # attention then shows as one number, the same in a whole head
-        at = list(layout.index("v", head))
-        rows[:, at] = torch.linspace(-1, 1, positions, dtype=torch.float64)[:, None]
-    nothing = rows.clone()
-    for head in range(layout.num_kv_heads):
-        nothing[:, list(layout.index("v", head))] = 0
+    v, nothing = layout.split(torch.arange(layout.rows))[2], rows.clone()
+    nothing[:, v] = 0
+    # what a position attends then shows as one number, the same in a whole head
+    rows[:, v] = torch.linspace(-1, 1, positions, dtype=torch.float64)[:, None]
     base = probe.attend(rows)
     uneven = base - probe.attend(nothing)
     uneven = (uneven - uneven[..., :1]).abs().amax((0, 2)) > CHANGED

@@ -151,7 +151,7 @@ class FusedQKV:
         return q, k, v
 
     def fuse(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The inverse of `split`.
+        """The inverse of `split`, contiguous.
 
         Raises:
             ValueError: q, k or v has not the rows of its heads.
@@ -160,16 +160,13 @@ class FusedQKV:
         for name, x in given.items():
             heads = self.num_heads if name == "q" else self.num_kv_heads
             self._check(x, heads * self.head_dim, name)
+        sizes = {"g": self.blocks, "d": self.head_dim}
         parts = [
-            rearrange(
-                self._rows_first(given[c]),
-                "(g m d) ... -> g m d ...",
-                g=self.blocks,
-                d=self.head_dim,
-            )
+            rearrange(self._rows_first(given[c]), "(g m d) ... -> g m d ...", **sizes)
             for c in self.order
         ]
-        return self._rows_first(rearrange(torch.cat(parts, dim=1), "g w d ... -> (g w d) ..."))
+        whole = rearrange(torch.cat(parts, dim=1), "g w d ... -> (g w d) ...")
+        return self._rows_first(whole).contiguous()
 
     def deal(self, size: int, *, replicate: bool = True) -> HeadSplit:
         """Which heads each of `size` ranks takes: ranges of query heads and the kv heads that they need.
@@ -215,8 +212,8 @@ class FusedQKV:
         """The inverse of `shard`, from the shards of all ranks in order.
 
         Raises:
-            ValueError: a shard has not its rows, or not the dtype and width of the others, or copies of a kv head
-                differ in a bit.
+            ValueError: a shard has not its rows or is not of the others' dtype and width, or copies of a kv
+                head differ in a bit.
         """
         dealt = self.deal(len(shards))
         for rank, x in enumerate(shards):

@@ -1,8 +1,15 @@
 """Known layouts are those of the models' own code: every model that transformers ships is asked itself."""
 
-import transformers as hf
+from itertools import permutations
 
-from seqpar.tensor_parallel import check_layout, known_layout
+import pytest
+import torch
+import transformers as hf
+from transformers.models.bark.modeling_bark import BarkSelfAttention
+from transformers.models.phi4_multimodal.modeling_phi4_multimodal import Phi4MultimodalAttention
+
+from seqpar.tensor_parallel import FusedQKV, check_layout, known_layout, known_models
+from seqpar.tensor_parallel.model_rows import SHIPPED
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 8}
 GPT = {"n_embd": 16, "n_layer": 1, "n_head": 4, "vocab_size": 8, "n_positions": 8}
@@ -109,7 +116,7 @@ FAMILIES = {
             n_layers=1,
             vocab_size=8,
             max_seq_len=8,
-            attn_config={"kv_n_heads": 2, "clip_qkv": 8.0},
+            attn_config={"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
             ffn_config={"ffn_hidden_size": 16, "hidden_size": 16},
         ),
         "blocks.0.norm_attn_norm.attn.Wqkv",
@@ -121,3 +128,105 @@ FAMILIES = {
         "h.0.attn.out_proj",
     ),
 }
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def asked(request):
+    """A tiny model of each family: (its layout as known, what check_layout needs to ask it)."""
+    torch.manual_seed(0)
+    config, fused, out = FAMILIES[request.param]()
+    if isinstance(config, hf.BarkSemanticConfig):
+        model = hf.BarkSemanticModel(config).eval()
+    else:
+        model = hf.AutoModel.from_config(config).eval()
+    ids = torch.arange(5)[None] + 1
+    call = lambda: model(ids)  # noqa: E731
+    if isinstance(config, hf.DecisionTransformerConfig):
+        call = lambda: model.encoder(inputs_embeds=torch.zeros(1, 5, 16))  # noqa: E731
+    layout = known_layout(config, fused)
+    row = next(row for row in SHIPPED if row.name == request.param)
+    assert kind_of(layout) == row.kind
+    return layout, {"module": model, "fused": fused, "out": out, "call": call}
+
+
+def kind_of(layout):
+    """The kind of a layout in words, by the numbers only."""
+    if layout.order == "qvk":
+        return "four blocks, q v k"
+    if layout.blocks == layout.num_heads:
+        return "per head"
+    grouped = layout.num_kv_heads < layout.num_heads
+    if layout.blocks > 1:
+        return "per group"
+    return "contiguous, grouped" if grouped else "contiguous"
+
+
+def same_as(layout):
+    """What two layouts have in common if they are the same one."""
+    rows = torch.cat(layout.split(torch.arange(layout.rows)))
+    return layout.num_heads, layout.num_kv_heads, tuple(rows.tolist())
+
+
+def impostors(right):
+    """Every other order of as many rows, and the same orders of wider and of narrower heads."""
+    hq, kv, d = right.num_heads, right.num_kv_heads, right.head_dim
+    shapes = [(hq, kv, d, order) for order in map("".join, permutations("qkv"))]
+    shapes.append((hq * 2, kv * 2, d // 2, right.order))
+    if kv % 2 == 0:
+        shapes.append((hq // 2, kv // 2, d * 2, right.order))
+    rest = {"bias": right.bias, "transposed": right.transposed}
+    layouts = [
+        FusedQKV(hq, kv, d, blocks, order, **rest)
+        for hq, kv, d, order in shapes
+        for blocks in range(1, kv + 1)
+        if kv % blocks == 0
+    ]
+    others = {same_as(layout): layout for layout in layouts}
+    del others[same_as(right)]
+    return others.values()
+
+
+def test_layout_is_that_of_the_models_own_forward(asked):
+    layout, how = asked
+    check_layout(layout, **how)
+
+
+def test_every_other_order_of_as_many_rows_is_refused(asked):
+    layout, how = asked
+    for impostor in impostors(layout):
+        with pytest.raises(ValueError, match=r"by the layout|narrower"):
+            check_layout(impostor, **how)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "fused", "out"),
+    [
+        ("Bark", hf.BarkFineConfig(**BARK), "att_proj", "out_proj"),
+        (
+            "Phi-4-multimodal",
+            hf.Phi4MultimodalConfig(**SMALL, num_key_value_heads=2, pad_token_id=0),
+            "qkv_proj",
+            "o_proj",
+        ),
+    ],
+)
+def test_attention_can_be_asked_without_its_model(name, config, fused, out):
+    hidden, rotary = torch.zeros(1, 5, 16), (torch.rand(1, 5, 4), torch.rand(1, 5, 4))
+    config._attn_implementation = "eager"
+    if name == "Bark":  # the fine model attends both ways
+        attention = BarkSelfAttention(config).eval()
+        call = lambda: attention(hidden)  # noqa: E731
+    else:
+        attention = Phi4MultimodalAttention(config, 0).eval()
+        call = lambda: attention(hidden, rotary, None)  # noqa: E731
+    layout = known_layout(config, fused)
+    check_layout(layout, attention, fused=fused, out=out, call=call)
+    for impostor in impostors(layout):
+        with pytest.raises(ValueError, match=r"by the layout|narrower"):
+            check_layout(impostor, attention, fused=fused, out=out, call=call)
+
+
+def test_every_shipped_model_is_asked():
+    assert {row.name for row in SHIPPED} == {*FAMILIES, "Phi-4-multimodal"}
+    names = [row.name for row in known_models()]
+    assert len(names) == len(set(names))
