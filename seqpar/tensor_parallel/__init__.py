@@ -1,9 +1,62 @@
 """Tensor parallelism: weights sharded by heads, fused ones of real models too, beside a sharded sequence."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from seqpar.tensor_parallel.check_layout import check_layout, check_split
 from seqpar.tensor_parallel.fused_qkv import FusedQKV
+from seqpar.tensor_parallel.known_models import known_layout, known_models
 from seqpar.tensor_parallel.layer import ParallelAttention
+from seqpar.tensor_parallel.policies import contracted, megatron
+from seqpar.tensor_parallel.policy import Policy, Rule
 from seqpar.tensor_parallel.rotary import Rotary
 from seqpar.tensor_parallel.shared_heads import share_heads
+from seqpar.tensor_parallel.volume import PolicyVolume, Sizes, contracted_volume, megatron_volume
 from seqpar.tensor_parallel.whole_weights import Names
 
-__all__ = ["FusedQKV", "Names", "ParallelAttention", "Rotary", "share_heads"]
+if TYPE_CHECKING:
+    from seqpar.tensor_parallel.apply import apply_policy, whole_state
+    from seqpar.tensor_parallel.replace import ReplacedModel, replace_attention
+    from seqpar.tensor_parallel.vocabulary import vocabulary_cross_entropy
+
+__all__ = [
+    "FusedQKV",
+    "Names",
+    "ParallelAttention",
+    "Policy",
+    "PolicyVolume",
+    "ReplacedModel",
+    "Rotary",
+    "Rule",
+    "Sizes",
+    "apply_policy",
+    "check_layout",
+    "check_split",
+    "contracted",
+    "contracted_volume",
+    "known_layout",
+    "known_models",
+    "megatron",
+    "megatron_volume",
+    "replace_attention",
+    "share_heads",
+    "vocabulary_cross_entropy",
+    "whole_state",
+]
+
+# What needs transformers, or torch's DTensor, is imported when it is asked for.
+_LATE = {
+    "ReplacedModel": "replace",
+    "replace_attention": "replace",
+    "apply_policy": "apply",
+    "whole_state": "apply",
+    "vocabulary_cross_entropy": "vocabulary",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_LATE[name]}"), name)
