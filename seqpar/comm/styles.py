@@ -27,6 +27,9 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from seqpar.comm.group import Group
+from seqpar.comm.width import Width
+
 Form: TypeAlias = Literal["whole", "sharded"]
 Kind: TypeAlias = Literal["linear", "transposed linear", "embedding", "norm"]
 
@@ -87,7 +90,7 @@ def _style(cut: Cut) -> ParallelStyle:
         if cut.dim == 1:
             return ColwiseParallel(output_layouts=writes)
         return RowwiseParallel(input_layouts=Replicate(), output_layouts=writes)
-    return _Placed(cut)
+    return _WidthNorm() if cut.kind == "norm" and cut.dim == 0 else _Placed(cut)
 
 
 class _Placed(ParallelStyle):
@@ -132,6 +135,21 @@ class _Placed(ParallelStyle):
         return output.redistribute(mesh, [self._writes]).to_local()
 
 
+class _WidthNorm(ParallelStyle):
+    """A norm over a sharded width: its weight is cut, its input stands for whole rows."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        group = Group.of(device_mesh)
+
+        def read(_: nn.Module, inputs: tuple[Any, ...], __: DeviceMesh) -> tuple[Any, ...]:
+            return (Width.of(inputs[0], group), *inputs[1:])
+
+        def write(_: nn.Module, output: Width, __: DeviceMesh) -> Tensor:
+            return output.plain()
+
+        return distribute_module(module, device_mesh, _cut_weight, read, write)
+
+
 class _SharedInput(ParallelStyle):
     """The first input of a module, by position or as `hidden_states`, becomes one replicated DTensor."""
 
@@ -151,6 +169,12 @@ class _SharedInput(ParallelStyle):
 
         module.register_forward_pre_hook(prepare, with_kwargs=True)
         return module
+
+
+def _cut_weight(_: str, module: nn.Module, mesh: DeviceMesh) -> None:
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        placed = distribute_tensor(parameter, mesh, [Shard(0)], src_data_rank=None)
+        module.register_parameter(name, nn.Parameter(placed, parameter.requires_grad))
 
 
 def _as_dtensor(x: Tensor, mesh: DeviceMesh, placement: Placement) -> DTensor:
