@@ -74,6 +74,9 @@ def place(
         if cut.halves:
             _deal_halves(module, mesh.size())
         parallelize_module(module, mesh, _style(cut), src_data_rank=None)
+        if cut.kind == "linear" and cut.dim == 1:
+            # What leaves a DTensor is a view, to which Falcon could not add in place.
+            module.register_forward_hook(_copied)
     for path in shared_inputs:
         parallelize_module(model.get_submodule(path), mesh, _SharedInput(), src_data_rank=None)
     for first, *others in tied:
@@ -179,6 +182,10 @@ def _cut_weight(_: str, module: nn.Module, mesh: DeviceMesh) -> None:
 
 def _as_dtensor(x: Tensor, mesh: DeviceMesh, placement: Placement) -> DTensor:
     return x if isinstance(x, DTensor) else DTensor.from_local(x, mesh, [placement])
+
+
+def _copied(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+    return output.clone()
 
 
 def _whole(gradient: Tensor) -> Tensor:
