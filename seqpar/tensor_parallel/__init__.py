@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from seqpar.tensor_parallel.check_layout import check_layout, check_split
 from seqpar.tensor_parallel.fused_qkv import FusedQKV
+from seqpar.tensor_parallel.gradient_norm import clip_gradients
 from seqpar.tensor_parallel.known_models import known_layout, known_models
 from seqpar.tensor_parallel.layer import ParallelAttention
 from seqpar.tensor_parallel.policies import contracted, megatron
@@ -34,6 +35,7 @@ __all__ = [
     "apply_policy",
     "check_layout",
     "check_split",
+    "clip_gradients",
     "contracted",
     "contracted_volume",
     "known_layout",
