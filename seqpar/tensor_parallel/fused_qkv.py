@@ -79,15 +79,15 @@ class FusedQKV:
         bias: bool = False,
         transposed: bool = False,
     ) -> FusedQKV:
-        """All of q, then all of k, then all of v; as many kv heads as query heads unless given."""
-        kv = num_heads if num_kv_heads is None else num_kv_heads
-        return FusedQKV(num_heads, kv, head_dim, bias=bias, transposed=transposed)
+        """All of q, then all of k, then all of v. By default as many kv heads as query heads."""
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        return FusedQKV(num_heads, kv_heads, head_dim, bias=bias, transposed=transposed)
 
     @staticmethod
     def per_head(
         num_heads: int, head_dim: int, *, bias: bool = False, transposed: bool = False
     ) -> FusedQKV:
-        """q, k and v of the first head, then of the second, ..."""
+        """q, k and v of the first head, then of the second, and so on."""
         return FusedQKV(num_heads, num_heads, head_dim, num_heads, bias=bias, transposed=transposed)
 
     @staticmethod
@@ -99,7 +99,7 @@ class FusedQKV:
         bias: bool = False,
         transposed: bool = False,
     ) -> FusedQKV:
-        """The query heads of the first kv head, that head's k and v, then those of the next, ..."""
+        """The query heads of the first kv head, then its k and v, then those of the second, and so on."""
         return FusedQKV(
             num_heads, num_kv_heads, head_dim, num_kv_heads, bias=bias, transposed=transposed
         )
@@ -217,16 +217,16 @@ class FusedQKV:
         """
         dealt = self.deal(len(shards))
         for rank, x in enumerate(shards):
-            rows = sum(b - a for _, a, b in self.runs(dealt, rank)) * self.head_dim
-            self._check(x, rows, f"the shard of rank {rank} of {len(shards)}")
+            num_rows = sum(b - a for _, a, b in self.runs(dealt, rank)) * self.head_dim
+            self._check(x, num_rows, f"the shard of rank {rank} of {len(shards)}")
             if (first := self._kind(shards[0])) != (kind := self._kind(x)):
                 raise ValueError(
                     f"all shards must be alike, got {first} of rank 0, {kind} of rank {rank}"
                 )
         heads: dict[tuple[str, int], tuple[int, Tensor]] = {}
         for rank, x in enumerate(shards):
-            for (component, head), own in self._heads_of(dealt, rank):
-                mine = x.narrow(self.dim(x), own.start, self.head_dim)
+            for (component, head), rows in self._heads_of(dealt, rank):
+                mine = x.narrow(self.dim(x), rows.start, self.head_dim)
                 owner, theirs = heads.setdefault((component, head), (rank, mine))
                 if not torch.equal(_bits(mine), _bits(theirs)):
                     raise ValueError(
