@@ -131,7 +131,7 @@ def test_adapters_of_peft_equal_one_device(world, policy):
             assert backward.count(tokens().numel() * 24) == 4
 
 
-def replica_differences(group, name):
+def replica_differences(_, name):
     model, want = tiny(name), whole_step(tiny(name), tokens(4))
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("tp", "data"))
     mine = tokens(4).chunk(2)[mesh.get_local_rank("data")]
