@@ -92,7 +92,7 @@ def of_family(name, **changes):
 
 
 def grouped(_):
-    return of_family("llama", num_key_value_heads=2)
+    return of_family("llama", num_key_value_heads=4, head_dim=6)
 
 
 def narrow(_):
@@ -128,7 +128,7 @@ def norm_by_output(_):
 @pytest.mark.parametrize(
     ("make", "kind", "message"),
     [
-        (grouped, ValueError, r"k_proj has 2 heads of 4.*3 ranks.*replace_attention"),
+        (grouped, ValueError, r"k_proj has 4 heads of 6.*3 ranks.*replace_attention"),
         (narrow, ValueError, r"gate_proj has 32 features by output, which 3 ranks"),
         (few_words, ValueError, r"vocabulary of 4 leaves some of 3 ranks without a class"),
         (pairs_of_odd, ValueError, r"gate_up_proj has 50 features by paired output"),
