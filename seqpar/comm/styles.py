@@ -7,11 +7,11 @@ that models and attention see no DTensor. torch's own styles do nn.Linear and nn
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import (
     DTensor,
     Placement,
@@ -27,33 +27,11 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from seqpar.comm.cut import Cut, deal_halves
 from seqpar.comm.group import Group
 from seqpar.comm.width import Width
 
-Form: TypeAlias = Literal["whole", "sharded"]
-Kind: TypeAlias = Literal["linear", "transposed linear", "embedding", "norm"]
-
 _PLACEMENT: dict[str, Placement] = {"whole": Replicate(), "sharded": Shard(-1)}
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How one module is cut.
-
-    Args:
-        kind: of module; a transposed linear has the weight `[in, out]`.
-        dim: of the weight that is cut; None leaves it whole.
-        reads, writes: the form of input and output between modules.
-        halves: whether the rows are two halves, of both of which each rank takes its part.
-        per_head: for a norm: its input has heads in dimension -2, which are sharded.
-    """
-
-    kind: Kind
-    dim: int | None
-    reads: Form = "whole"
-    writes: Form = "whole"
-    halves: bool = False
-    per_head: bool = False
 
 
 def place(
@@ -106,7 +84,9 @@ class _Placed(ParallelStyle):
         self._writes = Shard(-2) if cut.per_head else _PLACEMENT[cut.writes]
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        return distribute_module(module, device_mesh, self._place, self._read, self._write)
+        read: Any = self._read
+        write: Any = self._write  # hooks may return what replaces; torch's type says None
+        return distribute_module(module, device_mesh, self._place, read, write)
 
     def _place(self, _: str, module: nn.Module, mesh: DeviceMesh) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -144,10 +124,10 @@ class _WidthNorm(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         group = Group.of(device_mesh)
 
-        def read(_: nn.Module, inputs: tuple[Any, ...], __: DeviceMesh) -> tuple[Any, ...]:
+        def read(_: nn.Module, inputs: tuple[Any, ...], __: DeviceMesh) -> Any:
             return (Width.of(inputs[0], group), *inputs[1:])
 
-        def write(_: nn.Module, output: Width, __: DeviceMesh) -> Tensor:
+        def write(_: nn.Module, output: Any, __: DeviceMesh) -> Any:
             return output.plain()
 
         return distribute_module(module, device_mesh, _cut_weight, read, write)
@@ -200,16 +180,6 @@ def _deal_halves(module: nn.Module, size: int) -> None:
         module.register_parameter(name, nn.Parameter(dealt, parameter.requires_grad))
 
 
-def deal_halves(x: Tensor, size: int) -> Tensor:
-    """Rows (half, rank, i) in the order (rank, half, i)."""
-    return x.unflatten(0, (2, size, -1)).transpose(0, 1).flatten(0, 2)
-
-
-def undeal_halves(x: Tensor, size: int) -> Tensor:
-    """The inverse of `deal_halves`."""
-    return x.unflatten(0, (size, 2, -1)).transpose(0, 1).flatten(0, 2)
-
-
 def _tied(model: nn.Module) -> list[list[str]]:
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -220,6 +190,18 @@ def _tied(model: nn.Module) -> list[list[str]]:
 def _set(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     path, _, leaf = name.rpartition(".")
     model.get_submodule(path).register_parameter(leaf, parameter)
+
+
+def shard_weights(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Spreads all weights over a 1-D mesh too, with torch's fully_shard: layer by layer, then the rest.
+
+    A layer is what is in an nn.ModuleList. Their ranks have other rows of the batch; gradients are averaged.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList):
+            for layer in module:
+                fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 def whole_tensor(x: Tensor) -> Tensor:

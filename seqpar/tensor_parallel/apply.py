@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from seqpar.comm import Group, agreed
-from seqpar.comm.styles import Cut, place, undeal_halves, whole_tensor
-from seqpar.tensor_parallel.policy import Policy, Rule
+from seqpar.comm.cut import Cut, ModuleKind, undeal_halves
+from seqpar.tensor_parallel.policy import Policy, Rule, weight_paths
+from seqpar.tensor_parallel.vocabulary import vocabulary_range
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,42 +24,77 @@ def apply_policy(model: nn.Module, policy: Policy, mesh: Any) -> None:
     """Cuts the weights of `model` over the ranks of `mesh`, in place. All its ranks must call.
 
     Weights become DTensors, of which each rank keeps its part; between modules tensors stay plain. The
-    model must be the same on all ranks, and so must what it is called with. Forward and backward of every
-    block then communicate; gradients of all weights are complete, on each rank for its part.
+    model must be the same on all ranks, and along the first axis so must what it is called with. Forward
+    and backward of every block then communicate; gradients are complete, on each rank for its part.
+
+    Attention is replaced and `SequenceParallel` is set up before: they look at the model by running it. The
+    ranks that have other rows of the sequence are then those of `seqpar.sum_gradients`.
+
+    Args:
+        model: with its weights, whole on every rank.
+        policy: such as `megatron(model)`.
+        mesh: a DeviceMesh of one axis; or of two, by whose second torch's fully_shard spreads the weights
+            too. Its ranks have other rows of the batch, and gradients are averaged over it, for
+            `seqpar.mean_loss(..., gradients="mean")`. Dropout must draw alike along the first axis only.
 
     Raises:
         ValueError: the rules do not fit the weights, heads or sizes do not divide by the ranks, or weights
-            that are tied would be cut differently. Nothing has been changed.
+            that are tied would be cut differently; the model has a policy already. Nothing has been changed.
         NotImplementedError: a module of this kind cannot be cut as its rule says.
         DesyncError: ranks have different models or policies, or another rank raised.
+        TypeError: mesh is no DeviceMesh.
         RuntimeError: torch.distributed is not initialised.
     """
-    group = Group.of(mesh)
-    with agreed(group, "apply_policy") as claim:
+    from seqpar.comm.styles import place, shard_weights  # which import all of DTensor
+
+    if not hasattr(mesh, "mesh_dim_names"):
+        raise TypeError(f"a policy is applied to a DeviceMesh, got {type(mesh)}")
+    axes = [mesh] if mesh.ndim == 1 else [mesh[name] for name in mesh.mesh_dim_names or ()]
+    if len(axes) not in (1, 2):
+        raise ValueError(
+            f"a policy is applied to a mesh of one axis or of two that have names, got {mesh}"
+        )
+    group = Group.of(axes[0])
+    # Whoever refuses along one axis refuses along the other, so all ranks of the mesh do.
+    with (
+        agreed(Group.of(axes[-1]) if len(axes) > 1 else Group.alone(), "apply_policy") as others,
+        agreed(group, "apply_policy") as claim,
+    ):
         claim["policy"] = policy
         rules = policy.assign(model)
         claim["weights"] = {path: _digest(model.get_parameter(path)) for path in rules}
         cuts = _cuts(model, policy, rules, group.size)
         _check_tied(model, cuts)
+        others |= claim
+        if any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
+            claim["seed of dropout"] = torch.initial_seed()
     shared = _shared_inputs(cuts)
     for path, rule in rules.items():
         module = path.rpartition(".")[0]
         if rule.split == "replicate" and _above(module) in shared and _is_linear(model, module):
             cuts[module] = Cut("linear", None)
-    place(model, cuts, shared, mesh)
+    place(model, cuts, shared, axes[0])
     for path, cut in cuts.items():
         if cut.halves:
             model.get_submodule(path).num_dealt = group.size  # type: ignore[assignment]
+    if len(axes) > 1:
+        shard_weights(model, axes[1])
 
 
 def whole_state(model: nn.Module, *, gradients: bool = False) -> dict[str, Tensor]:
-    """Every weight that a policy placed as it was before, gathered. All ranks must call.
+    """The weights outside of tensor-parallel attention as one device holds them, gathered. All ranks call.
+
+    To save and to compare with: halves that "paired output" has cut are in another order in the model itself.
+    Weights of attention that cut its own are left out, see `ParallelAttention.whole_state`.
 
     Args:
         gradients: the gradients instead; weights without one are left out.
     """
+    from seqpar.comm.styles import whole_tensor
+
     state = {}
-    for path, parameter in model.named_parameters(remove_duplicate=False):
+    for path in weight_paths(model):
+        parameter = model.get_parameter(path)
         x = parameter.grad if gradients else parameter.detach()
         if x is None:
             continue
@@ -70,6 +106,8 @@ def whole_state(model: nn.Module, *, gradients: bool = False) -> dict[str, Tenso
 
 def _digest(x: Tensor) -> tuple[object, ...]:
     """What is compared of a weight: shape, type and its sum."""
+    if hasattr(x, "full_tensor"):
+        raise ValueError(f"a weight is sharded already, got {x.placements}; apply one policy, once")  # type: ignore[attr-defined]
     total = None if x.is_meta else float(x.detach().sum(dtype=torch.float64))
     return tuple(x.shape), x.dtype, x.requires_grad, total
 
@@ -94,7 +132,7 @@ def _cut(model: nn.Module, path: str, policy: Policy, rule: Rule, size: int) -> 
     """How a rule cuts a module."""
     module = model.get_submodule(path)
     (reads, writes), split, kind = rule.forms, rule.split, _kind(module)
-    by_kind = {
+    by_kind: dict[tuple[ModuleKind | None, str], int] = {
         ("linear", "output"): 0,
         ("linear", "paired output"): 0,
         ("linear", "vocabulary"): 0,
@@ -107,17 +145,17 @@ def _cut(model: nn.Module, path: str, policy: Policy, rule: Rule, size: int) -> 
     }
     if (kind, split) == ("norm", "each head"):
         return Cut("norm", None, per_head=True)
-    if (kind, split) not in by_kind:
+    if kind is None or (kind, split) not in by_kind:
         raise NotImplementedError(
             f"{path} is a {type(module).__name__}, which policy {policy.name} cannot cut by {split!r} "
             f"(rule {rule.pattern!r}); take 'replicate'"
         )
     dim = by_kind[kind, split]
-    _check_size(model, path, rule, module.weight.shape[dim], size)  # type: ignore[union-attr,index]
-    return Cut(kind, dim, reads, writes, halves=split == "paired output")  # type: ignore[arg-type]
+    _check_size(model, path, rule, model.get_parameter(f"{path}.weight").shape[dim], size)
+    return Cut(kind, dim, reads, writes, halves=split == "paired output")
 
 
-def _kind(module: nn.Module) -> str:
+def _kind(module: nn.Module) -> ModuleKind | None:
     if isinstance(module, nn.Embedding):
         return "embedding"
     if isinstance(module, nn.Linear):
@@ -125,15 +163,14 @@ def _kind(module: nn.Module) -> str:
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         return "transposed linear"
     names = [name for name, _ in module.named_parameters()]
-    return "norm" if names == ["weight"] else "other"
+    return "norm" if names == ["weight"] else None
 
 
 def _check_size(model: nn.Module, path: str, rule: Rule, length: int, size: int) -> None:
     if rule.split == "vocabulary":
-        if length < size:
-            raise ValueError(f"{path} has {length} rows, fewer than {size} ranks; take fewer ranks")
+        vocabulary_range(length, 0, size)
         return
-    unit = 2 if rule.split == "paired output" else 1
+    unit: Any = 2 if rule.split == "paired output" else 1
     if rule.unit is not None:
         unit = getattr(model.get_submodule(_above(path)), rule.unit, None)
         if not isinstance(unit, int):
