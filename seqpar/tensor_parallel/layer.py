@@ -20,7 +20,7 @@ from seqpar.layout import Layout
 from seqpar.layout.heads import HeadSplit
 from seqpar.tensor_parallel.fused_qkv import FusedQKV
 from seqpar.tensor_parallel.rotary import Angles, Rotary
-from seqpar.tensor_parallel.shared_heads import share_heads
+from seqpar.tensor_parallel.shared_heads import share_heads, shared_heads
 from seqpar.tensor_parallel.whole_weights import Names, WholeWeights
 from seqpar_kernels import Score
 
@@ -219,6 +219,24 @@ class ParallelAttention(nn.Module):
             ValueError: copies of a kv head differ between ranks.
         """
         return self.weights.whole(self)
+
+    def elements_sent(self, *, tokens: int) -> tuple[int, int]:
+        """What this rank sends to the others of tp, in elements: (forward, backward). Exact, and tested.
+
+        An all-reduce of `[tokens, e]` each way, counted as the 2 (P - 1) / P of it that a ring sends;
+        backward also the gradients of replicated kv heads and of the norms.
+
+        Args:
+            tokens: rows of the batch on this rank, b * sl.
+        """
+        size = self.tp.size
+        whole = -(-2 * (size - 1) * tokens * self.width // size)
+        columns = self.width + (self.qkv_bias is not None)
+        copies = shared_heads(self.dealt, self.tp.rank) * 2 * self.qkv.head_dim * columns
+        norms = [
+            p.numel() for norm in (self.q_norm, self.k_norm) if norm for p in norm.parameters()
+        ]
+        return whole, whole + copies + sum(-(-2 * (size - 1) * n // size) for n in norms)
 
     def reset_parameters(self, seed: int) -> None:
         """Draws the whole weights as torch's Linear does, and takes the shards; the same for any tp."""

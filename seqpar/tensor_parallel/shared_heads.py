@@ -36,6 +36,11 @@ def share_heads(
     return weight, bias
 
 
+def shared_heads(dealt: HeadSplit, rank: int) -> int:
+    """How many kv heads a rank sends in backward, counted once for every rank that it sends them to."""
+    return sum(heads.stop - heads.start for _, heads in _sharers(dealt, rank))
+
+
 class _ShareHeads(torch.autograd.Function):
     """weight [rows e], bias [rows] of this rank -> the same.
 

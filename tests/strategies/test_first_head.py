@@ -58,3 +58,18 @@ def test_a_head_that_is_none_is_refused(first, error):
     x = torch.randn(1, 3, 1, 2)
     with pytest.raises(error, match="first_head"):
         seqpar.attention(x, x, x, seqpar.Plan(group, seqpar.contiguous(3, 1), first_head=first))
+
+
+def test_compiled_code_knows_its_first_head():
+    torch.manual_seed(3)
+    group, layout = seqpar.Group.alone(), seqpar.contiguous(LENGTH, 1)
+    q, k, v = (torch.randn(1, LENGTH, h, 5) for h in (HEADS, KV_HEADS, KV_HEADS))
+    zeroth = seqpar.Plan(group, layout, dropout=seqpar.Dropout(0.4, 11))
+    third = replace(zeroth, first_head=3)
+
+    def attend(q, k, v):
+        return seqpar.attention(q, k, v, third)
+
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(q, k, v), attend(q, k, v))
+    assert not torch.equal(seqpar.attention(q, k, v, zeroth), attend(q, k, v))
