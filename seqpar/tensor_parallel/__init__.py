@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from seqpar.tensor_parallel.check_layout import check_layout, check_split
 from seqpar.tensor_parallel.fused_qkv import FusedQKV
+from seqpar.tensor_parallel.known_models import known_layout, known_models
 from seqpar.tensor_parallel.layer import ParallelAttention
 from seqpar.tensor_parallel.rotary import Rotary
 from seqpar.tensor_parallel.shared_heads import share_heads
@@ -19,6 +21,10 @@ __all__ = [
     "ParallelAttention",
     "ReplacedModel",
     "Rotary",
+    "check_layout",
+    "check_split",
+    "known_layout",
+    "known_models",
     "replace_attention",
     "share_heads",
 ]

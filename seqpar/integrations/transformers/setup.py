@@ -71,7 +71,9 @@ class SequenceParallel:
         with self._agreed("SequenceParallel") as claim:
             self.inner = inner_model(model)
             claim |= {"model": type(self.inner).__name__, "strategy": attend.strategy}
-            shared = {p for m in self.inner.modules() if isinstance(m, StandIn) for p in m.parameters()}
+            shared = {
+                p for m in self.inner.modules() if isinstance(m, StandIn) for p in m.parameters()
+            }
             claim["parameters"] = sum(p.numel() for p in self.inner.parameters() if p not in shared)
             _check_attend(attend)
             check_config(model, self.inner)
