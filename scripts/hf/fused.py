@@ -1,4 +1,4 @@
-"""Families whose attention is replaced: tiny models, an exact reference, and a step of them on a tp x sp grid."""
+"""Families whose attention is replaced: tiny models, an exact reference, a step on a tp x sp grid."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from hf.families import SIZES, Family
-from hf.step import Step, attend_by
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.bloom import modeling_bloom
@@ -18,6 +16,8 @@ from transformers.models.falcon import modeling_falcon
 from transformers.models.mpt import modeling_mpt
 
 import seqpar
+from hf.families import SIZES, Family
+from hf.step import Step, attend_by
 from seqpar.integrations.transformers import SequenceParallel
 from seqpar.tensor_parallel import replace_attention
 
@@ -122,7 +122,7 @@ def replaced_step(
     strategy: str = "ring",
     **options: Any,
 ) -> Step:
-    """The step of a copy of the model on this rank of a tp x sp grid; gradients are those of whole weights."""
+    """The step of a copy of the model on this rank of a tp x sp grid, with gradients of whole weights."""
     names = [name for name, _ in model.named_parameters()]
     model = copy.deepcopy(model)
     grid = group.grid(ulysses=tp)

@@ -3,7 +3,6 @@
 from functools import cache
 
 import pytest
-import torch
 from hf.families import batch_of
 from hf.fused import FUSED, exactly, replaced_step
 from hf.step import differences, one_device
