@@ -149,7 +149,7 @@ def test_a_layer_that_returns_something_else_is_found_and_everything_put_back(mo
 
     def on_rank(group):
         model = copy.deepcopy(made)
-        with pytest.raises(NotImplementedError, match="GPT2LMHeadModel returns other|h.0.attn"):
+        with pytest.raises(NotImplementedError, match=r"returns other (logits|rows)"):
             replace_attention(model, tp=group)
         assert_same(model.state_dict(), want)
         assert "ReplacedAttention" not in str(model)
