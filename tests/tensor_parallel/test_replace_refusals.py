@@ -91,7 +91,7 @@ def test_what_cannot_be_replaced_is_refused_on_every_rank(name, where):
 
 def test_more_ranks_than_heads_are_refused():
     def on_rank(group):
-        with pytest.raises(ValueError, match="4 query heads can be dealt to 1 ... 4 ranks, got 5"):
+        with pytest.raises(ValueError, match=r"4 query heads can be dealt to 1 ... 4 ranks, got 5"):
             replace_attention(transformers.GPT2LMHeadModel(config), tp=group)
 
     config = transformers.GPT2Config(n_layer=1, n_head=4, n_embd=16, vocab_size=64, n_positions=16)
