@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from seqpar.comm import Group, agreed, all_gather
 from seqpar.integrations.transformers.checks import check_config, inner_model
+from seqpar.integrations.transformers.reference import Reference, refer
 from seqpar.integrations.transformers.registration import NAME, register
 from seqpar.integrations.transformers.rows import same_rows
 from seqpar.integrations.transformers.stand_in import Handover, handover_of
-from seqpar.integrations.transformers.trial import Reference, refer, run_alone, try_out
+from seqpar.integrations.transformers.trial import run_alone, try_out
 from seqpar.tensor_parallel.adapters.original import Original, layouts, originals_of
 from seqpar.tensor_parallel.adapters.replaced import ReplacedAttention
 

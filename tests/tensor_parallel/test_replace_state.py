@@ -137,14 +137,19 @@ def test_frozen_weights_stay_frozen():
     assert seqpar.simulate(3, on_rank) == [frozen] * 3
 
 
-def test_a_layer_that_returns_something_else_is_found_and_everything_put_back(monkeypatch):
-    """A family that is told another scale than its class has: by how little tells nobody."""
+@pytest.mark.parametrize("share", [1.0, 1e-6])
+def test_a_layer_that_returns_something_else_is_found_and_everything_put_back(monkeypatch, share):
+    """A family with another scale than its class has, also where attention hardly counts for the logits."""
     families = [
         replace(f, terms=lambda m: {"scaling": 1.1 * m.scaling}) if f.name == "GPT2Attention" else f
         for f in original.FAMILIES
     ]
     monkeypatch.setattr(original, "FAMILIES", families)
     made = FUSED["gpt2"].make()
+    with torch.no_grad():
+        for block in made.transformer.h:
+            block.attn.c_proj.weight.mul_(share)
+            block.attn.c_proj.bias.zero_()
     want = bytes_of(made.state_dict())
 
     def on_rank(group):
