@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from seqpar.comm import Group, agreed, all_gather
 from seqpar.integrations.transformers.checks import check_config, inner_model
+from seqpar.integrations.transformers.reference import Reference, refer
 from seqpar.integrations.transformers.registration import NAME, register
 from seqpar.integrations.transformers.rows import same_rows
 from seqpar.integrations.transformers.stand_in import Handover, handover_of
-from seqpar.integrations.transformers.trial import Reference, refer, run_alone, try_out
+from seqpar.integrations.transformers.trial import run_alone, try_out
 from seqpar.tensor_parallel.adapters.original import Original, layouts, originals_of
 from seqpar.tensor_parallel.adapters.replaced import ReplacedAttention
 
@@ -31,9 +32,10 @@ def replace_attention(model: nn.Module, tp: Group | None = None) -> ReplacedMode
     It is run here on a few tokens as it was and as it is now. If a layer or the model returns something else,
     everything is put back, and every rank is told.
 
-    The originals' weights are given up: after it the model's parameters are others, so make optimizers later.
-    ALiBi is a straight line at every distance. Falcon rounds its own to bfloat16, 8 bits: beyond 256 positions
-    that is a staircase round the line, and where heads are no power of two, before.
+    The originals' weights are given up: the model's parameters are others then, so make optimizers later.
+
+    ALiBi is a straight line at every distance. Falcon rounds its own to the 8 bits of bfloat16: a staircase
+    round that line, beyond 256 positions or, where the number of heads is no power of two, from the first.
 
     Args:
         model: with its weights, whole on every rank; it may be wrapped.

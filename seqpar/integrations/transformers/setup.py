@@ -23,7 +23,7 @@ from seqpar.integrations.transformers.registration import (
     register,
 )
 from seqpar.integrations.transformers.sharding import Sharding
-from seqpar.integrations.transformers.stand_in import arguments, handover_of
+from seqpar.integrations.transformers.stand_in import StandIn, arguments, handover_of
 from seqpar.integrations.transformers.trial import try_out
 from seqpar.loss import Gradients, mean_loss
 from seqpar.module import _Attention
@@ -71,7 +71,10 @@ class SequenceParallel:
         with self._agreed("SequenceParallel") as claim:
             self.inner = inner_model(model)
             claim |= {"model": type(self.inner).__name__, "strategy": attend.strategy}
-            claim["parameters"] = sum(p.numel() for p in self.inner.parameters())
+            shared = {
+                p for m in self.inner.modules() if isinstance(m, StandIn) for p in m.parameters()
+            }
+            claim["parameters"] = sum(p.numel() for p in self.inner.parameters() if p not in shared)
             _check_attend(attend)
             check_config(model, self.inner)
             register()

@@ -77,7 +77,9 @@ class Handover:
         Raises:
             MissingPlanError: it is part of no call.
         """
-        plan = given or (self._plans.get(mask) if isinstance(mask, Pattern) else None) or self._plan
+        if given is not None:
+            return given
+        plan = (self._plans.get(mask) if isinstance(mask, Pattern) else None) or self._plan
         if plan is None:
             raise MissingPlanError(
                 f"{name} stands in for attention and is part of no call of its model: call the model itself "

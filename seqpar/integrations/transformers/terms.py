@@ -48,7 +48,7 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class Terms:
-    """Mask (without documents), score and probability of dropout of a layer, and which head is its first here."""
+    """Mask (without documents), score and dropout of a layer, and which of its heads is the first here."""
 
     mask: Mask
     score: Score

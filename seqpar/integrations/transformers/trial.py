@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import Any
 
-import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -19,21 +15,21 @@ from seqpar.comm import Group, agreed
 from seqpar.integrations.transformers.call import Call
 from seqpar.integrations.transformers.documents import RowGroup
 from seqpar.integrations.transformers.patterns import as_bytes
-from seqpar.integrations.transformers.registration import NAME, MissingPlanError
-from seqpar.integrations.transformers.rows import (
-    NUM_ROWS,
-    Trace,
-    TwoRuns,
-    culprit,
-    run_traced,
-    same_rows,
-    two_runs,
+from seqpar.integrations.transformers.reference import (
+    PACKED_AT,
+    Probe,
+    Reference,
+    difference,
+    evaluating,
+    refer,
+    row_arguments,
 )
+from seqpar.integrations.transformers.registration import NAME, MissingPlanError
+from seqpar.integrations.transformers.rows import Trace, culprit, run_traced
 from seqpar.integrations.transformers.stand_in import Handover, Positions, handover_of
 from seqpar.layout import contiguous
 from seqpar.strategies import Plan
 
-PACKED_AT = 3  # where a second document starts, and up to where padding is, when a model is tried
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
@@ -54,51 +50,6 @@ class Findings:
     counts_seen: bool
     packs: bool
     numbers: Mapping[nn.Module, int] = field(repr=False)
-
-
-@dataclass(frozen=True)
-class Probe:
-    """The few tokens that a model is run on, and where they are."""
-
-    runs: TwoRuns
-    tokens: Int[Tensor, "1 r"]
-    in_order: Int[Tensor, "1 r"]
-
-    @staticmethod
-    def of(inner: PreTrainedModel) -> Probe:
-        """That of a model, on its device."""
-        num_rows = min(NUM_ROWS, getattr(inner.config, "max_position_embeddings", None) or NUM_ROWS)
-        runs = two_runs(num_rows, inner.config.vocab_size, _special_tokens(inner))
-        in_order = torch.arange(num_rows, device=inner.device)[None]
-        return Probe(runs, runs.tokens.to(inner.device), in_order)
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What comes out of a model that attends by itself.
-
-    Args:
-        outputs: of the tokens in order.
-        first: what it counts their positions from.
-        packed: arguments of two documents in one row.
-        of_packed: its outputs then.
-    """
-
-    outputs: Any
-    first: int
-    packed: dict[str, Any]
-    of_packed: Any
-
-
-def refer(inner: PreTrainedModel) -> Reference:
-    """Runs the model on a few tokens as it is. All ranks that its weights are sharded over must call."""
-    probe = Probe.of(inner)
-    with evaluating(inner):
-        given = common_arguments(inner, input_ids=probe.tokens, return_dict=True)
-        outputs = inner(**given)
-        first = _first_position(inner, probe, outputs)
-        packed = _packed(probe, first)
-        return Reference(outputs, first, packed, inner(**given, **packed))
 
 
 def try_out(inner: PreTrainedModel, reference: Reference | None = None) -> Findings:
@@ -144,7 +95,7 @@ def try_out(inner: PreTrainedModel, reference: Reference | None = None) -> Findi
         packs = bool(handover and handover.positions and handover.positions.packs)
         if reference is not None:
             ours = inner(**arguments | reference.packed, seqpar=apart, return_dict=True)
-            packs = _difference(reference.of_packed, ours, slice(PACKED_AT, None)) is None
+            packs = difference(reference.of_packed, ours, slice(PACKED_AT, None)) is None
     if handover is not None:
         handover.positions = Positions(first, packs)
     return _findings(one, first, counts_seen=counts_seen, packs=packs)
@@ -183,49 +134,9 @@ def _check_rows(inner: PreTrainedModel, at_fault: str | None, trace: Trace) -> N
     _check_output(inner, trace.output, trace.num_rows)
 
 
-def _special_tokens(inner: PreTrainedModel) -> list[int]:
-    """Tokens that may change what a model does with others, such as the mask token of ESM."""
-    pairs = sorted(inner.config.to_dict().items())
-    ids = {x for n, x in pairs if n.endswith("_token_id") and isinstance(x, int)}
-    padding = getattr(inner.config, "pad_token_id", None)
-    return sorted(i for i in ids if i != padding and 0 <= i < inner.config.vocab_size)
-
-
-def common_arguments(inner: PreTrainedModel, **arguments: Any) -> dict[str, Any]:
-    """Arguments for every call: no cache is kept, where the model could."""
-    takes_cache = "use_cache" in inspect.signature(inner.forward).parameters
-    return arguments | ({"use_cache": False} if takes_cache else {})
-
-
 def _takes_positions(inner: PreTrainedModel) -> bool:
     parameters = inspect.signature(inner.forward).parameters
     return "position_ids" in parameters or any(p.kind == p.VAR_KEYWORD for p in parameters.values())
-
-
-def row_arguments(
-    inner: PreTrainedModel, input_ids: Tensor, position_ids: Tensor
-) -> dict[str, Any]:
-    """Arguments as `SequenceParallel.shard` gives them.
-
-    The mask is always there: without one, models take a jump of position_ids for a new document.
-    """
-    mask = torch.ones_like(input_ids)
-    return common_arguments(
-        inner, input_ids=input_ids, position_ids=position_ids, attention_mask=mask
-    )
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode and without gradients; afterwards every module is in its own mode."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _own_attention(inner: PreTrainedModel) -> str:
@@ -237,7 +148,8 @@ def _own_attention(inner: PreTrainedModel) -> str:
     ]
     return (
         f"{named[0] if named else type(inner).__name__} computes attention by itself and not through the "
-        "attention function of transformers, so it cannot be switched"
+        "attention function of transformers, so it cannot be switched; replace_attention of "
+        "seqpar.tensor_parallel puts another in its place in models that it knows"
     )
 
 
@@ -277,7 +189,7 @@ def _check_output(inner: PreTrainedModel, output: Any, num_rows: int) -> None:
 
 
 def _check_equal(inner: PreTrainedModel, expected: Any, ours: Any) -> None:
-    found = _difference(expected, ours)
+    found = difference(expected, ours)
     if found is not None:
         own = "eager" if handover_of(inner) is None else "its own"
         raise NotImplementedError(
@@ -287,18 +199,6 @@ def _check_equal(inner: PreTrainedModel, expected: Any, ours: Any) -> None:
         )
 
 
-def _first_position(inner: PreTrainedModel, probe: Probe, expected: Any) -> int:
-    """What the model counts positions from when it is given none."""
-    after_padding = (getattr(inner.config, "pad_token_id", None) or 0) + 1
-    given = common_arguments(inner, input_ids=probe.tokens, return_dict=True)
-    given["position_ids"] = probe.in_order
-    if _difference(expected, inner(**given)) is not None:
-        given["position_ids"] = probe.in_order + after_padding
-        if _difference(expected, inner(**given)) is None:
-            return after_padding
-    return 0
-
-
 def _counts_seen(inner: PreTrainedModel, arguments: dict[str, Any], apart: Call) -> bool:
     """Whether a model counts its positions from the first token that attention_mask shows."""
     mask = arguments["attention_mask"].clone()
@@ -306,22 +206,7 @@ def _counts_seen(inner: PreTrainedModel, arguments: dict[str, Any], apart: Call)
     call = replace(apart, hidden=as_bytes(mask))
     given = arguments | {"attention_mask": mask, "seqpar": call, "return_dict": True}
     own = inner(**{name: x for name, x in given.items() if name != "position_ids"})
-    return _difference(own, inner(**given), slice(PACKED_AT, None)) is not None
-
-
-def _packed(probe: Probe, first: int) -> dict[str, Any]:
-    """Arguments of two documents in one row."""
-    starts = (0, PACKED_AT, probe.tokens.shape[1])
-    positions = torch.cat([torch.arange(b - a) for a, b in pairwise(starts)])[None]
-    return {"position_ids": positions.to(probe.tokens.device) + first}
-
-
-def _difference(expected: Any, output: Any, rows: slice = slice(None)) -> tuple[str, float] | None:
-    """The first of a model's outputs that is another, and how far it is off."""
-    for name, value in expected.items():
-        if isinstance(value, Tensor) and not same_rows(value[0, rows], output[name][0, rows]):
-            return name, float((value - output[name]).abs().max())
-    return None
+    return difference(own, inner(**given), slice(PACKED_AT, None)) is not None
 
 
 def _findings(trace: Trace, first_position: int, *, counts_seen: bool, packs: bool) -> Findings:
