@@ -90,7 +90,9 @@ class Mesh:
         return Mesh(mesh["dp"].get_local_rank(), sp, tp, everyone, mesh["tp"])
 
 
-def train(args: argparse.Namespace, mesh: Mesh, text: torch.Tensor) -> tuple[list[float], list[float]]:
+def train(
+    args: argparse.Namespace, mesh: Mesh, text: torch.Tensor
+) -> tuple[list[float], list[float]]:
     """(losses, norms of the gradient) of every step, the same on every rank."""
     model = make_model(args).to(text.device)
     if mesh.tp_mesh is not None:

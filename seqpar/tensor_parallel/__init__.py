@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
+from seqpar.tensor_parallel.apply import apply_policy, whole_state
 from seqpar.tensor_parallel.check_layout import check_layout, check_split
 from seqpar.tensor_parallel.fused_qkv import FusedQKV
 from seqpar.tensor_parallel.gradient_norm import clip_gradients
@@ -14,13 +14,12 @@ from seqpar.tensor_parallel.policies import contracted, megatron
 from seqpar.tensor_parallel.policy import Policy, Rule
 from seqpar.tensor_parallel.rotary import Rotary
 from seqpar.tensor_parallel.shared_heads import share_heads
+from seqpar.tensor_parallel.vocabulary import vocabulary_cross_entropy
 from seqpar.tensor_parallel.volume import PolicyVolume, Sizes, contracted_volume, megatron_volume
 from seqpar.tensor_parallel.whole_weights import Names
 
 if TYPE_CHECKING:
-    from seqpar.tensor_parallel.apply import apply_policy, whole_state
     from seqpar.tensor_parallel.replace import ReplacedModel, replace_attention
-    from seqpar.tensor_parallel.vocabulary import vocabulary_cross_entropy
 
 __all__ = [
     "FusedQKV",
@@ -48,17 +47,11 @@ __all__ = [
     "whole_state",
 ]
 
-# What needs transformers, or torch's DTensor, is imported when it is asked for.
-_LATE = {
-    "ReplacedModel": "replace",
-    "replace_attention": "replace",
-    "apply_policy": "apply",
-    "whole_state": "apply",
-    "vocabulary_cross_entropy": "vocabulary",
-}
-
 
 def __getattr__(name: str) -> object:
-    if name not in _LATE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_LATE[name]}"), name)
+    """What needs transformers, imported when it is asked for."""
+    if name in ("ReplacedModel", "replace_attention"):
+        from seqpar.tensor_parallel import replace
+
+        return getattr(replace, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
