@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from seqpar.tensor_parallel.apply import apply_policy, whole_state
 from seqpar.tensor_parallel.check_layout import check_layout, check_split
 from seqpar.tensor_parallel.fused_qkv import FusedQKV
+from seqpar.tensor_parallel.gradient_norm import clip_gradients
 from seqpar.tensor_parallel.known_models import known_layout, known_models
 from seqpar.tensor_parallel.layer import ParallelAttention
+from seqpar.tensor_parallel.policies import contracted, megatron
+from seqpar.tensor_parallel.policy import Policy, Rule
 from seqpar.tensor_parallel.rotary import Rotary
 from seqpar.tensor_parallel.shared_heads import share_heads
+from seqpar.tensor_parallel.vocabulary import vocabulary_cross_entropy
+from seqpar.tensor_parallel.volume import PolicyVolume, Sizes, contracted_volume, megatron_volume
 from seqpar.tensor_parallel.whole_weights import Names
 
 if TYPE_CHECKING:
@@ -19,14 +25,26 @@ __all__ = [
     "FusedQKV",
     "Names",
     "ParallelAttention",
+    "Policy",
+    "PolicyVolume",
     "ReplacedModel",
     "Rotary",
+    "Rule",
+    "Sizes",
+    "apply_policy",
     "check_layout",
     "check_split",
+    "clip_gradients",
+    "contracted",
+    "contracted_volume",
     "known_layout",
     "known_models",
+    "megatron",
+    "megatron_volume",
     "replace_attention",
     "share_heads",
+    "vocabulary_cross_entropy",
+    "whole_state",
 ]
 
 

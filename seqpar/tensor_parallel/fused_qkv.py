@@ -225,8 +225,8 @@ class FusedQKV:
                 )
         heads: dict[tuple[str, int], tuple[int, Tensor]] = {}
         for rank, x in enumerate(shards):
-            for (component, head), own in self._heads_of(dealt, rank):
-                mine = x.narrow(self.dim(x), own.start, self.head_dim)
+            for (component, head), rows in self._heads_of(dealt, rank):
+                mine = x.narrow(self.dim(x), rows.start, self.head_dim)
                 owner, theirs = heads.setdefault((component, head), (rank, mine))
                 if not torch.equal(_bits(mine), _bits(theirs)):
                     raise ValueError(

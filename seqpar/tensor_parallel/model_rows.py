@@ -108,6 +108,11 @@ def _is_chatglm(c: Any, version: int) -> bool:
     return first != later and first == (version == 1)
 
 
+def _is_glm(c: Any) -> bool:
+    """Whether a config is of GLM-10B, and not of a later model whose class has the same name."""
+    return hasattr(c, "block_position_encoding") and not hasattr(c, "num_key_value_heads")
+
+
 def _chatglm2(c: Any) -> FusedQKV:
     bias = bool(c.add_bias_linear or c.add_qkv_bias)
     if not c.multi_query_attention:
@@ -197,7 +202,7 @@ OTHERS: tuple[KnownModel, ...] = (
                "self_attention.query_key_value", "per head", _CHATGLM2, _chatglm2,
                lambda c: _is_chatglm(c, 2) and not c.multi_query_attention),
     KnownModel("GLM-10B", ("GLMConfig",), "attention.query_key_value", "contiguous",
-               "THUDM/glm-10b: modeling_glm.py, SelfAttention.forward", _contiguous(bias=True)),
+               "THUDM/glm-10b: modeling_glm.py, SelfAttention.forward", _contiguous(bias=True), _is_glm),
     KnownModel("Qwen", ("QWenConfig",), "attn.c_attn", "contiguous",
                "Qwen/Qwen-7B: modeling_qwen.py, QWenAttention.forward", _qwen),
     KnownModel("Baichuan, Baichuan2", ("BaiChuanConfig", "BaichuanConfig"), "self_attn.W_pack", "contiguous",

@@ -23,6 +23,7 @@ CHATGLM2 = {
     "add_bias_linear": False,
     "add_qkv_bias": True,
 }
+GLM = {**SIZES, "block_position_encoding": True}
 MEGATRON = {**SIZES, "kv_channels": 16, "add_bias_linear": True, "add_qkv_bias": False}
 
 
@@ -51,7 +52,7 @@ OTHERS = {
         "self_attention.query_key_value",
         by_heads,
     ),
-    "GLM-10B": (config_of("GLMConfig", **SIZES), "attention.query_key_value", in_thirds),
+    "GLM-10B": (config_of("GLMConfig", **GLM), "attention.query_key_value", in_thirds),
     "Qwen": (config_of("QWenConfig", **SIZES, kv_channels=8), "attn.c_attn", in_thirds),
     "Baichuan2": (config_of("BaichuanConfig", **SIZES), "self_attn.W_pack", in_thirds),
     "InternLM2": (
@@ -184,10 +185,16 @@ def test_a_chatglm_of_neither_or_of_both_versions_is_refused():
                 known_layout(config, weight)
 
 
+@pytest.mark.parametrize("sizes", [SIZES, {**GLM, "num_key_value_heads": 2}])
+def test_another_glm_is_not_taken_for_glm_10b(sizes):
+    with pytest.raises(ValueError, match=r"must be of one of GLM-10B; its attributes fit 0"):
+        known_layout(config_of("GLMConfig", **sizes), "attention.query_key_value")
+
+
 @pytest.mark.parametrize(
     ("config", "weight", "message"),
     [
-        (config_of("GLMConfig", hidden_size=32), "query_key_value", "num_attention_heads"),
+        (config_of("BaichuanConfig", hidden_size=32), "W_pack", "num_attention_heads"),
         (hf.BloomConfig(hidden_size=30, n_head=4), "query_key_value", "30 and 4"),
         (hf.CodeGenConfig(n_embd=60, n_head=6), "qkv_proj", "4 blocks"),
         (config_of("QWenConfig", **SIZES, kv_channels=16), "c_attn", "kv_channels must be"),

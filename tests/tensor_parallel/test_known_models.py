@@ -143,10 +143,7 @@ def asked(request):
     call = lambda: model(ids)  # noqa: E731
     if isinstance(config, hf.DecisionTransformerConfig):
         call = lambda: model.encoder(inputs_embeds=torch.zeros(1, 5, 16))  # noqa: E731
-    layout = known_layout(config, fused)
-    row = next(row for row in SHIPPED if row.name == request.param)
-    assert kind_of(layout) == row.kind
-    return layout, {"module": model, "fused": fused, "out": out, "call": call}
+    return known_layout(config, fused), {"module": model, "fused": fused, "out": out, "call": call}
 
 
 def kind_of(layout):
@@ -224,6 +221,14 @@ def test_attention_can_be_asked_without_its_model(name, config, fused, out):
     for impostor in impostors(layout):
         with pytest.raises(ValueError, match=r"by the layout|narrower"):
             check_layout(impostor, attention, fused=fused, out=out, call=call)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_kind_in_words_is_that_of_the_numbers(name):
+    config, weight, _ = FAMILIES[name]()
+    row = next(row for row in SHIPPED if row.name == name)
+    assert type(config).__name__ in row.configs
+    assert kind_of(known_layout(config, weight)) == row.kind
 
 
 def test_every_shipped_model_is_asked():

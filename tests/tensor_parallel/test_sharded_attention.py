@@ -14,9 +14,8 @@ D, E, S = 2, 6, 4
 
 
 def glm(heads):
-    return type("GLMConfig", (SimpleNamespace,), {})(
-        hidden_size=heads * D, num_attention_heads=heads
-    )
+    sizes = {"hidden_size": heads * D, "num_attention_heads": heads}
+    return type("GLMConfig", (SimpleNamespace,), {})(**sizes, block_position_encoding=True)
 
 
 def in_thirds(y, heads, kv):  # noqa: ARG001
