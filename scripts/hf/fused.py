@@ -16,7 +16,7 @@ from transformers.models.falcon import modeling_falcon
 from transformers.models.mpt import modeling_mpt
 
 import seqpar
-from hf.families import SIZES, Family
+from hf.families import ALTERNATING, SIZES, Family
 from hf.step import Step, attend_by
 from seqpar.integrations.transformers import SequenceParallel
 from seqpar.tensor_parallel import replace_attention
@@ -68,6 +68,8 @@ FUSED = {
     ),
     "llama": _causal("Llama", GROUPED | {"attention_bias": True}),
     "qwen3": _causal("Qwen3", GROUPED),
+    "qwen2": _causal("Qwen2", {n: x for n, x in GROUPED.items() if n != "head_dim"}),
+    "gemma2": _causal("Gemma2", GROUPED | ALTERNATING | {"attn_logit_softcapping": 5.0}),
     "gemma": _causal("Gemma", GROUPED),
     "mistral": _causal("Mistral", GROUPED | {"sliding_window": 5}),
 }  # fmt: skip

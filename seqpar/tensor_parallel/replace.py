@@ -71,9 +71,8 @@ def replace_attention(model: nn.Module, tp: Group | None = None) -> ReplacedMode
     try:
         with agreed(tp, "replace_attention: trying out"):
             try_out(inner, reference)
-        with _noted(replaced.stand_ins) as ours:
-            run_alone(inner, reference.first)
-        with agreed(tp, "replace_attention: comparing"):
+            with _noted(replaced.stand_ins) as ours:
+                run_alone(inner, reference.first)
             _check_layers(originals, own, ours)
     except BaseException:
         replaced.restore()

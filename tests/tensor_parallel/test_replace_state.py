@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from hf.families import batch_of
 from hf.fused import FUSED
 
@@ -179,3 +180,16 @@ def test_ranks_with_other_weights_are_refused():
         assert "ReplacedAttention" not in str(model)
 
     seqpar.simulate(3, on_rank)
+
+
+def test_what_transformers_saves_of_the_state_is_loaded_by_it(tmp_path):
+    """The files are those of the model without replacement."""
+
+    def check(model, replaced, tp, _):
+        state = replaced.state_dict()
+        if tp.rank == 0:
+            model.save_pretrained(tmp_path, state_dict=state)
+
+    on_grid("bloom", 3, 1, check)
+    again = transformers.BloomForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert_same(again.state_dict(), FUSED["bloom"].make().state_dict())

@@ -196,6 +196,18 @@ FAMILIES: tuple[Family, ...] = (
         takes=("position_embeddings", "attention_mask"),
     ),
     Family(
+        ("qwen2.modeling_qwen2.Qwen2Attention",), SEPARATE, "o_proj",
+        terms=_windowed,
+        rotary=_whole,
+        takes=("position_embeddings", "attention_mask"),
+    ),
+    Family(
+        ("gemma2.modeling_gemma2.Gemma2Attention",), SEPARATE, "o_proj",
+        terms=lambda m: _windowed(m) | {"softcap": m.attn_logit_softcapping},
+        rotary=_whole,
+        takes=("position_embeddings", "attention_mask"),
+    ),
+    Family(
         ("qwen3.modeling_qwen3.Qwen3Attention",), SEPARATE, "o_proj",
         norms=("q_norm", "k_norm"),
         terms=_windowed,
