@@ -14,6 +14,7 @@ from seqpar.tensor_parallel.volume import (
     Sizes,
     contracted_volume,
     megatron_volume,
+    weights_volume,
 )
 from seqpar.tensor_parallel.whole_weights import Names
 
@@ -34,5 +35,6 @@ __all__ = [
     "megatron_volume",
     "share_heads",
     "vocabulary_cross_entropy",
+    "weights_volume",
     "whole_state",
 ]
