@@ -12,6 +12,7 @@ import seqpar
 from seqpar.tensor_parallel import (
     Sizes,
     apply_policy,
+    clip_gradients,
     contracted,
     megatron,
     megatron_volume,
@@ -212,3 +213,17 @@ def beside_a_sharded_sequence(_, policy):
 def test_beside_a_sharded_sequence_it_equals_one_device(world, policy):
     for off in world.run(beside_a_sharded_sequence, policy):
         assert max(off.values()) < EXACT, off
+
+
+def norms_of_gradients(group):
+    model, want = tiny("gemma"), tiny("gemma")
+    whole_step(want, tokens())
+    cut_step(model, tokens(), megatron(model), line(group))
+    return clip_gradients(model, group), float(
+        torch.nn.utils.get_total_norm([p.grad for p in want.parameters()])
+    )
+
+
+def test_a_head_that_is_the_embedding_counts_once_in_the_norm(world):
+    for got, want in world.run(norms_of_gradients, size=2):
+        assert abs(got - want) < EXACT
