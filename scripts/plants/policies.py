@@ -51,6 +51,8 @@ POLICIES = [
     Plant("unknown collectives counted as nothing", f"{COMM}/collectives.py",
           "        if name in _SILENT:\n", "        if name not in _KNOWN:\n",
           VOLUME),
+    Plant("a tied weight twice in the norm", f"{FOLDER}/gradient_norm.py",
+          "if p.grad is not None and id(p) not in seen:", "if p.grad is not None:", EQUALS),
     Plant("a weight with two rules", f"{FOLDER}/policy.py",
           "if len(matching) != 1:", "if not matching:", RULES),
     Plant("a rule for nothing", f"{FOLDER}/policy.py", "        if idle:\n", "        if False:\n", RULES),

@@ -15,7 +15,13 @@ from seqpar.tensor_parallel.policy import Policy, Rule
 from seqpar.tensor_parallel.rotary import Rotary
 from seqpar.tensor_parallel.shared_heads import share_heads
 from seqpar.tensor_parallel.vocabulary import vocabulary_cross_entropy
-from seqpar.tensor_parallel.volume import PolicyVolume, Sizes, contracted_volume, megatron_volume
+from seqpar.tensor_parallel.volume import (
+    PolicyVolume,
+    Sizes,
+    contracted_volume,
+    megatron_volume,
+    weights_volume,
+)
 from seqpar.tensor_parallel.whole_weights import Names
 
 if TYPE_CHECKING:
@@ -44,6 +50,7 @@ __all__ = [
     "replace_attention",
     "share_heads",
     "vocabulary_cross_entropy",
+    "weights_volume",
     "whole_state",
 ]
 
