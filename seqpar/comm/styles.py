@@ -207,3 +207,10 @@ def shard_weights(model: nn.Module, mesh: DeviceMesh) -> None:
 def whole_tensor(x: Tensor) -> Tensor:
     """A DTensor gathered; a plain tensor as it is. All ranks of its mesh must call."""
     return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def cut_alike(whole: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, which every rank gives, as a DTensor of the placements of another; sends nothing."""
+    if not isinstance(like, DTensor):
+        return whole
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from seqpar.tensor_parallel.apply import apply_policy, whole_state
+from seqpar.tensor_parallel.apply import apply_policy
 from seqpar.tensor_parallel.check_layout import check_layout, check_split
 from seqpar.tensor_parallel.fused_qkv import FusedQKV
 from seqpar.tensor_parallel.gradient_norm import clip_gradients
@@ -22,6 +22,7 @@ from seqpar.tensor_parallel.volume import (
     megatron_volume,
     weights_volume,
 )
+from seqpar.tensor_parallel.whole_model import load_whole_state, whole_state
 from seqpar.tensor_parallel.whole_weights import Names
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ __all__ = [
     "contracted_volume",
     "known_layout",
     "known_models",
+    "load_whole_state",
     "megatron",
     "megatron_volume",
     "replace_attention",

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from seqpar.comm import Group, agreed
-from seqpar.comm.cut import Cut, ModuleKind, undeal_halves
-from seqpar.tensor_parallel.policy import Policy, Rule, weight_paths
+from seqpar.comm.cut import Cut, ModuleKind
+from seqpar.tensor_parallel.policy import Policy, Rule
 from seqpar.tensor_parallel.vocabulary import vocabulary_range
 
 if TYPE_CHECKING:
@@ -79,29 +79,6 @@ def apply_policy(model: nn.Module, policy: Policy, mesh: Any) -> None:
             model.get_submodule(path).num_dealt = group.size  # type: ignore[assignment]
     if len(axes) > 1:
         shard_weights(model, axes[1])
-
-
-def whole_state(model: nn.Module, *, gradients: bool = False) -> dict[str, Tensor]:
-    """The weights outside of tensor-parallel attention as one device holds them, gathered. All ranks call.
-
-    To save and to compare with: halves that "paired output" has cut are in another order in the model itself.
-    Weights of attention that cut its own are left out, see `ParallelAttention.whole_state`.
-
-    Args:
-        gradients: the gradients instead; weights without one are left out.
-    """
-    from seqpar.comm.styles import whole_tensor
-
-    state = {}
-    for path in weight_paths(model):
-        parameter = model.get_parameter(path)
-        x = parameter.grad if gradients else parameter.detach()
-        if x is None:
-            continue
-        module = model.get_submodule(path.rpartition(".")[0])
-        whole, dealt = whole_tensor(x), getattr(module, "num_dealt", None)
-        state[path] = whole if dealt is None else undeal_halves(whole, dealt)
-    return state
 
 
 def _digest(x: Tensor) -> tuple[object, ...]:

@@ -18,6 +18,8 @@ from seqpar.integrations.transformers.stand_in import Handover, handover_of
 from seqpar.integrations.transformers.trial import run_alone, try_out
 from seqpar.tensor_parallel.adapters.original import Original, layouts, originals_of
 from seqpar.tensor_parallel.adapters.replaced import ReplacedAttention
+from seqpar.tensor_parallel.policy import weight_paths
+from seqpar.tensor_parallel.whole_model import whole_state, write_whole
 
 COMPARED = 4096  # values of a model's output that ranks compare
 
@@ -132,7 +134,7 @@ class ReplacedModel:
     def state_dict(self) -> dict[str, Tensor]:
         """The model's state as it would save it itself: whole weights, its own names and order.
 
-        On every rank, attention as copies and the rest as it is. All ranks must call.
+        On every rank; what a policy has sharded is gathered. All ranks must call.
 
         Raises:
             RuntimeError: the model's own attention was put back.
@@ -141,11 +143,11 @@ class ReplacedModel:
         """
         with agreed(self.tp, "state_dict"):
             self._check_in_place()
-        state = self.model.state_dict() | self._whole()
+        state = self.model.state_dict() | whole_state(self.model) | self._whole()
         return {name: state[name] for name in self._names}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Takes the state of the whole model, which every rank gives: of attention its share. All must call.
+        """Takes its shards from the state of the whole model, which every rank gives. All ranks must call.
 
         Raises:
             ValueError: a name is missing or unexpected, or a shape is another. Nothing is written then.
@@ -172,7 +174,10 @@ class ReplacedModel:
             layer, norms = stand_in.layer, original.kept
             whole = {n: rest.pop(f"{original.path}.{n}") for n in layer.weights.shapes(layer)}
             layer.load_whole({n: x.to(norms.get(n, layer.qkv_weight)) for n, x in whole.items()})
-        self.model.load_state_dict(rest, strict=False)
+        own = set(weight_paths(self.model))
+        write_whole(self.model, {name: x for name, x in rest.items() if name in own})
+        buffers = {name: x for name, x in rest.items() if name not in own}
+        self.model.load_state_dict(buffers, strict=False)
 
     def _placed(self) -> Iterator[tuple[str, ReplacedAttention]]:
         paths = (original.path for original in self._originals)

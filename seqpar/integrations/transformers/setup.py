@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +28,7 @@ from seqpar.integrations.transformers.trial import try_out
 from seqpar.loss import Gradients, mean_loss
 from seqpar.module import _Attention
 
+TokenLosses = Callable[[Tensor, Tensor], Tensor]
 LABELS: dict[str | None, Labels] = {
     "ForCausalLM": "next",
     None: "next",  # as transformers does for classes it cannot tell, such as GPT2LMHeadModel
@@ -52,23 +53,32 @@ class SequenceParallel:
         model: with its weights; each rank's own.
         attend: how the ranks work together, such as `seqpar.RingAttention(group)`. Masks, scores and
             dropout come from the model, so it must have none.
+        tp: the ranks that hold the same rows, and shards of the weights: they are to be given the same
+            batches. What `replace_attention` was given need not be said again.
 
     Raises:
         NotImplementedError: the model does what sharding cannot honour; the layer is named.
-        ValueError: `attend` has a mask, score or dropout, or the weights are not loaded.
+        ValueError: `attend` has a mask, score or dropout, or the weights are not loaded, or tp has other
+            ranks than its attention was replaced for.
         TypeError: there is no transformers model, or `attend` is not a module of seqpar.
         DesyncError: ranks differ in model or strategy, or another rank raised one of the above.
     """
 
-    def __init__(self, model: nn.Module, attend: _Attention) -> None:
+    def __init__(self, model: nn.Module, attend: _Attention, *, tp: Group | None = None) -> None:
         if not isinstance(attend, _Attention):
             raise TypeError(
                 f"attend must be a module such as seqpar.RingAttention(group), got {attend!r}"
             )
         self.model, self.attend, self.group = model, attend, attend.group
         handover = handover_of(model)
-        self.tp = Group.alone() if handover is None else handover.group
+        replaced_over = tp if handover is None else handover.group
+        self.tp = replaced_over or Group.alone()
         with self._agreed("SequenceParallel") as claim:
+            if tp is not None and tp.transport.global_ranks != self.tp.transport.global_ranks:
+                raise ValueError(
+                    f"tp has ranks {tp.transport.global_ranks}, attention was replaced for "
+                    f"{self.tp.transport.global_ranks}"
+                )
             self.inner = inner_model(model)
             claim |= {"model": type(self.inner).__name__, "strategy": attend.strategy}
             shared = {
@@ -140,6 +150,7 @@ class SequenceParallel:
         everyone: Group | None = None,
         gradients: Gradients = "sum",
         num_tokens: Tensor | int | None = None,
+        token_losses: TokenLosses | None = None,
         **options: Any,
     ) -> Tensor:
         """The model's loss on a batch: cross entropy, the mean over the tokens of all ranks that count.
@@ -153,6 +164,9 @@ class SequenceParallel:
                 of all. By default those that share the sequence.
             gradients, num_tokens: of `seqpar.mean_loss`: "mean" for what averages gradients, as DDP and FSDP
                 do; the tokens of all micro-batches of a step.
+            token_losses: the loss `[rows]` of each of the logits `[rows, classes]` here and their labels
+                `[rows]`, in which -100 does not count; by default cross entropy, in float32 or wider. For
+                logits that a policy leaves sharded: `vocabulary_cross_entropy` with its group.
             options: of `shard`.
 
         Raises:
@@ -163,12 +177,11 @@ class SequenceParallel:
             self._check_loss(batch)
         inputs = self.shard(batch, **options)
         logits = self.model(**inputs, return_dict=True).logits.flatten(0, 1)
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         assert inputs.labels is not None, "they are in the batch"
-        labels = inputs.labels.flatten().to(wide.device)
+        labels = inputs.labels.flatten().to(logits.device)
         everyone = everyone or self.group
         with agreed(everyone, "loss: tokens"):  # a label out of range is one rank's alone
-            losses = F.cross_entropy(wide, labels, reduction="none", ignore_index=IGNORE)
+            losses = (token_losses or _cross_entropy)(logits, labels)
         return mean_loss(
             losses, everyone, valid=labels != IGNORE, num_tokens=num_tokens, gradients=gradients
         )
@@ -226,6 +239,11 @@ class _Guard:
         if self.tp.size > 1:  # its ranks hold the same rows
             claim["plan"] = getattr(plan, "described", None)
             claim["attention_mask"] = fingerprint(mask) if isinstance(mask, Tensor) else mask
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide, labels, reduction="none", ignore_index=IGNORE)
 
 
 def _check_attend(attend: _Attention) -> None:

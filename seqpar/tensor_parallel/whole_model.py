@@ -1,0 +1,71 @@
+"""Whole weights of a model that a policy has cut: gathered to be saved, cut again where they are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seqpar.comm import Group, agreed
+from seqpar.comm.cut import deal_halves, undeal_halves
+from seqpar.tensor_parallel.policy import weight_paths
+
+
+def whole_state(model: nn.Module, *, gradients: bool = False) -> dict[str, Tensor]:
+    """The weights outside of tensor-parallel attention as one device holds them, gathered. All ranks call.
+
+    To save and to compare with: halves that "paired output" has cut are in another order in the model itself.
+    Weights of attention that cut its own are left out, see `ParallelAttention.whole_state`.
+
+    Args:
+        gradients: the gradients instead; weights without one are left out.
+    """
+    from seqpar.comm.styles import whole_tensor
+
+    state = {}
+    for path in weight_paths(model):
+        parameter = model.get_parameter(path)
+        x = parameter.grad if gradients else parameter.detach()
+        if x is None:
+            continue
+        module = model.get_submodule(path.rpartition(".")[0])
+        whole, dealt = whole_tensor(x), getattr(module, "num_dealt", None)
+        state[path] = whole if dealt is None else undeal_halves(whole, dealt)
+    return state
+
+
+def load_whole_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """The inverse of `whole_state`: each rank takes its part of whole weights, which every rank gives.
+
+    Raises:
+        ValueError: a weight is missing, unexpected, or of another shape. Nothing is written then.
+        DesyncError: another rank raised one of the above.
+    """
+    paths = list(weight_paths(model))
+    parameters: list[Any] = [model.get_parameter(path) for path in paths]
+    meshes = [p.device_mesh for p in parameters if hasattr(p, "full_tensor")]
+    group = Group.of(meshes[0]) if meshes and meshes[0].ndim == 1 else Group.alone()
+    with agreed(group, "load_whole_state"):
+        missing, unexpected = sorted(set(paths) - set(state)), sorted(set(state) - set(paths))
+        if missing or unexpected:
+            raise ValueError(
+                f"the state must have the weights of the model; missing {missing}, unexpected {unexpected}"
+            )
+        for path, p in zip(paths, parameters, strict=True):
+            if p.shape != state[path].shape:
+                raise ValueError(f"{path} must be {tuple(p.shape)}, got {tuple(state[path].shape)}")
+    write_whole(model, state)
+
+
+@torch.no_grad()
+def write_whole(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Writes whole weights, of the right shapes, into the parameters of those paths. Sends nothing."""
+    from seqpar.comm.styles import cut_alike
+
+    for path, whole in state.items():
+        parameter = model.get_parameter(path)
+        dealt = getattr(model.get_submodule(path.rpartition(".")[0]), "num_dealt", None)
+        whole = whole if dealt is None else deal_halves(whole, dealt)
+        parameter.copy_(cut_alike(whole.to(parameter.device, parameter.dtype), parameter))
