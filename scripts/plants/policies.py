@@ -16,8 +16,6 @@ POLICIES = [
           "            _set(model, name, model.get_parameter(first))\n", "            pass\n", EQUALS),
     Plant("what leaves a layer is a view", f"{COMM}/styles.py",
           "    return output.clone()\n", "    return output\n", EQUALS),
-    Plant("a cut bias of a Conv1D left whole", f"{COMM}/styles.py",
-          "return Shard(0) if cut.dim == 1 else Replicate()", "return Replicate()", EQUALS),
     Plant("an adapter's A left plain", f"{FOLDER}/apply.py",
           '            cuts[module] = Cut("linear", None)\n', "            pass\n", EQUALS),
     Plant("embedding and head left out of the second axis", f"{COMM}/styles.py",
