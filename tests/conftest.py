@@ -25,15 +25,20 @@ settings.register_profile("nightly", deadline=None, max_examples=2000, print_blo
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
 
-class Worlds:
-    """A world of 8 gloo processes that serves any smaller size, and is rebuilt after a failure."""
+# What most processes would import by themselves, which takes each of them seconds.
+PRELOAD = ["torch.distributed.tensor.parallel", "torch.distributed.fsdp"]
+PRELOAD += ["transformers.modeling_utils", "transformers.models.bloom.modeling_bloom"]
 
-    def __init__(self):
-        self._world = None
 
-    def run(self, size, fn, *args, timeout=60.0):
+class World:
+    """A world of gloo processes that is rebuilt after a failure."""
+
+    def __init__(self, size):
+        self._size, self._world = size, None
+
+    def run(self, fn, *args, size=None, timeout=120.0):
         if self._world is None or not self._world.is_alive:
-            self._world = ProcessWorld(8)
+            self._world = ProcessWorld(self._size, preload=PRELOAD)
         return self._world.run(fn, *args, size=size, timeout=timeout)
 
     def close(self):
@@ -41,8 +46,23 @@ class Worlds:
             self._world.close()
 
 
+class Worlds(World):
+    """A world of 8 that serves any smaller size."""
+
+    def run(self, size, fn, *args, timeout=60.0):
+        return super().run(fn, *args, size=size, timeout=timeout)
+
+
 @pytest.fixture(scope="session")
 def worlds():
-    worlds = Worlds()
+    worlds = Worlds(8)
     yield worlds
     worlds.close()
+
+
+@pytest.fixture(scope="session")
+def four_processes():
+    """Exactly four, for what makes a device mesh of all processes."""
+    world = World(4)
+    yield world
+    world.close()

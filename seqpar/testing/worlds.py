@@ -10,7 +10,7 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any, cast
@@ -30,14 +30,17 @@ class ProcessWorld:
     """`size` processes on this machine, each with `num_threads` threads.
 
     Functions and arguments are pickled, so functions must be importable.
+
+    Args:
+        preload: modules that ranks find imported. The first world of a program says which, for all.
     """
 
-    def __init__(self, size: int, *, num_threads: int = 1) -> None:
+    def __init__(self, size: int, *, num_threads: int = 1, preload: Sequence[str] = ()) -> None:
         self.size = size
         self._folder = tempfile.TemporaryDirectory()
         # One server process imports torch and forks the ranks: importing it in each takes 2 s a rank.
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["seqpar.testing.worlds"])
+        context.set_forkserver_preload(["seqpar.testing.worlds", *preload])
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
         for rank in range(size):

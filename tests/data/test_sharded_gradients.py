@@ -7,7 +7,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import seqpar
-from seqpar.testing import ProcessWorld
 
 WHOLE = torch.arange(15, dtype=torch.float64).view(5, 3)
 
@@ -34,24 +33,18 @@ def sharded_step(group, placement, has_gradient, dtype=torch.float64):
     return refused, p.grad.full_tensor()
 
 
-@pytest.fixture(scope="module")
-def world():
-    with ProcessWorld(4) as world:
-        yield world
-
-
 @pytest.mark.parametrize("placement", [Shard(0), Shard(1), Replicate()])
-def test_shards_are_added_over_the_ranks_that_hold_the_same(world, placement):
-    for refused, total in world.run(sharded_step, placement, True):
+def test_shards_are_added_over_the_ranks_that_hold_the_same(four_processes, placement):
+    for refused, total in four_processes.run(sharded_step, placement, True):
         torch.testing.assert_close(total, 3 * WHOLE, rtol=0, atol=0)
         assert "over ranks of the group" in refused
 
 
-def test_shards_of_16_bits_are_added_in_32(world):
-    for _, total in world.run(sharded_step, Shard(0), True, torch.bfloat16):
+def test_shards_of_16_bits_are_added_in_32(four_processes):
+    for _, total in four_processes.run(sharded_step, Shard(0), True, torch.bfloat16):
         torch.testing.assert_close(total, (3 * WHOLE).bfloat16(), rtol=0, atol=0)
 
 
-def test_a_replica_without_a_gradient_counts_as_zero(world):
-    for _, total in world.run(sharded_step, Shard(0), False):
+def test_a_replica_without_a_gradient_counts_as_zero(four_processes):
+    for _, total in four_processes.run(sharded_step, Shard(0), False):
         torch.testing.assert_close(total, WHOLE, rtol=0, atol=0)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import seqpar
 from seqpar.tensor_parallel import FusedQKV, Names, ParallelAttention, clip_gradients
-from seqpar.testing import ProcessWorld
 
 LENGTH, WIDTH = 9, 12
 QKV = FusedQKV.contiguous(5, 4, 1, bias=True)
@@ -84,18 +84,17 @@ def test_copies_and_replicated_weights_count_once(max_norm):
         check(seqpar.simulate(size, clipped, max_norm), max_norm)
 
 
-def shard_mlp(model):
-    mesh = init_device_mesh("cpu", (2,))
+def shard_mlp(model, mesh):
     parallelize_module(model, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
 
 
-def clipped_with_styles(group, max_norm):
-    return clipped(group, max_norm, shard_mlp)
+def clipped_with_styles(_, max_norm):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))["tp"]
+    return clipped(seqpar.Group.of(mesh), max_norm, partial(shard_mlp, mesh=mesh))
 
 
-def test_shards_of_torchs_styles_count_each():
-    with ProcessWorld(2) as world:
-        check(world.run(clipped_with_styles, 0.5), 0.5)
+def test_shards_of_torchs_styles_count_each(four_processes):
+    check(four_processes.run(clipped_with_styles, 0.5), 0.5)
 
 
 def test_a_norm_that_is_none_is_refused():

@@ -195,12 +195,12 @@ def mesh_groups(group, tp):
     return seqpar.Group.of(mesh["tp"]), seqpar.Group.of(mesh["sp"])
 
 
-def test_equals_a_dense_layer_over_processes_on_a_device_mesh():
+def test_equals_a_dense_layer_over_processes_on_a_device_mesh(four_processes):
     name = "per group, partial rotary, transposed"
     state, x, dout = whole_weights(name)
     run = partial(run_layer, groups=mesh_groups)
-    with seqpar.testing.ProcessWorld(4) as world:
-        check(world.run(run, 2, name, state, x, dout), wanted(name, state, x, dout), state)
+    results = four_processes.run(run, 2, name, state, x, dout)
+    check(results, wanted(name, state, x, dout), state)
 
 
 def count_messages(group, name, state, x, dout):

@@ -19,17 +19,9 @@ from seqpar.tensor_parallel import (
     weights_volume,
     whole_state,
 )
-from seqpar.testing import ProcessWorld
 
 EXACT = 1e-11  # float64: only the summation order differs
 POLICIES = {"megatron": megatron, "contracted": contracted}
-
-
-@pytest.fixture(scope="module")
-def world():
-    """Four processes of their own, which can be a mesh of two axes."""
-    with ProcessWorld(4) as world:
-        yield world
 
 
 def line(group):
@@ -58,7 +50,7 @@ def differences(group, name, policy, logits, changes):
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("name", ["llama", "gemma", "qwen3"])
-def test_equals_one_device(world, name, policy, size):
+def test_equals_one_device(four_processes, name, policy, size):
     """Llama's head is its own, with padding among the tokens; Gemma's is its embedding; Qwen3 norms heads.
 
     Over 3 ranks the vocabulary of 50 is uneven.
@@ -69,7 +61,7 @@ def test_equals_one_device(world, name, policy, size):
     if name != "gemma":
         changes |= {"attention_bias": True}
     logits = "sharded" if size == 3 else "whole"
-    for off in world.run(differences, name, policy, logits, changes, size=size):
+    for off in four_processes.run(differences, name, policy, logits, changes, size=size):
         assert off.pop("weights") == 0
         assert max(off.values()) < EXACT, off
 
@@ -79,9 +71,9 @@ def family_differences(group, names):
 
 
 @pytest.mark.parametrize("names", [list(FUSED)[:6], list(FUSED)[6:]], ids=lambda names: names[0])
-def test_other_families_equal_one_device(world, names):
+def test_other_families_equal_one_device(four_processes, names):
     """Their attention, which is not the policy's, stays whole here: MLPs, embeddings and heads are cut."""
-    for found in world.run(family_differences, names, size=2):
+    for found in four_processes.run(family_differences, names, size=2):
         for name, off in found.items():
             assert off.pop("weights") == 0, name
             assert max(off.values()) < EXACT, (name, off)
@@ -94,14 +86,14 @@ def calls_of(group, name, **changes):
 
 
 @pytest.mark.parametrize(("name", "blocks"), [("llama", 4), ("gpt2", 2), ("phi3", 2)])
-def test_a_block_takes_one_all_reduce_each_way(world, name, blocks):
+def test_a_block_takes_one_all_reduce_each_way(four_processes, name, blocks):
     """q, k and v add up their gradients of the one input before they are reduced; so do gate and up.
 
     Besides there are the embedding forward and the head backward.
     """
     stream = ("all_reduce", tokens().numel() * 24)
     head = ("all_gather", tokens().numel() * 48 // 2)
-    for forward, backward in world.run(calls_of, name, size=2):
+    for forward, backward in four_processes.run(calls_of, name, size=2):
         assert forward == [stream] * (blocks + 1) + [head]
         assert backward == [stream] * (blocks + 1)
 
@@ -134,8 +126,8 @@ def adapted_differences(group, policy):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_adapters_of_peft_equal_one_device(world, policy):
-    for off, num_gradients, backward in world.run(adapted_differences, policy, size=2):
+def test_adapters_of_peft_equal_one_device(four_processes, policy):
+    for off, num_gradients, backward in four_processes.run(adapted_differences, policy, size=2):
         assert num_gradients == 2 * 7 * 2
         assert off.pop("weights") == 0
         assert max(off.values()) < EXACT, off
@@ -164,9 +156,9 @@ def replica_differences(_, name):
 
 
 @pytest.mark.parametrize("name", ["gemma", "qwen3"])
-def test_weights_over_a_second_axis_equal_one_device(world, name):
+def test_weights_over_a_second_axis_equal_one_device(four_processes, name):
     """Each rank has half of the rows, gradients are averaged; what each axis sends is the closed form."""
-    for off, held, everything in world.run(replica_differences, name):
+    for off, held, everything in four_processes.run(replica_differences, name):
         assert off.pop("weights") == 0
         assert max(off.values()) < EXACT, off
         assert held < 0.27 * everything  # norms of heads are halved only
@@ -189,8 +181,8 @@ def given_twice(group):
     return max(float((twice[n] - 2 * once[n]).abs().max()) for n in once)
 
 
-def test_gradients_accumulate(world):
-    assert max(world.run(given_twice, size=2)) < EXACT
+def test_gradients_accumulate(four_processes):
+    assert max(four_processes.run(given_twice, size=2)) < EXACT
 
 
 def beside_a_sharded_sequence(_, policy):
@@ -210,8 +202,8 @@ def beside_a_sharded_sequence(_, policy):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_beside_a_sharded_sequence_it_equals_one_device(world, policy):
-    for off in world.run(beside_a_sharded_sequence, policy):
+def test_beside_a_sharded_sequence_it_equals_one_device(four_processes, policy):
+    for off in four_processes.run(beside_a_sharded_sequence, policy):
         assert max(off.values()) < EXACT, off
 
 
@@ -224,6 +216,6 @@ def norms_of_gradients(group):
     )
 
 
-def test_a_head_that_is_the_embedding_counts_once_in_the_norm(world):
-    for got, want in world.run(norms_of_gradients, size=2):
+def test_a_head_that_is_the_embedding_counts_once_in_the_norm(four_processes):
+    for got, want in four_processes.run(norms_of_gradients, size=2):
         assert abs(got - want) < EXACT

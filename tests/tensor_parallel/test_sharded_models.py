@@ -20,15 +20,8 @@ from seqpar.tensor_parallel import (
     replace_attention,
     whole_state,
 )
-from seqpar.testing import ProcessWorld
 
 EXACT = 1e-11  # float64: only the summation order differs
-
-
-@pytest.fixture(scope="module")
-def world():
-    with ProcessWorld(4) as world:
-        yield world
 
 
 def farthest(group, name, tp, **options):
@@ -42,26 +35,26 @@ def farthest(group, name, tp, **options):
 
 
 @pytest.mark.parametrize("name", FUSED)
-def test_a_model_sharded_over_sp_x_tp_equals_one_device(world, name):
-    for off in world.run(farthest, name, 2):
+def test_a_model_sharded_over_sp_x_tp_equals_one_device(four_processes, name):
+    for off in four_processes.run(farthest, name, 2):
         assert max(off.values()) <= EXACT, off
 
 
 @pytest.mark.parametrize("name", ["bloom", "phi3_medium", "gpt_neox"])
-def test_a_model_sharded_over_tp_4_equals_one_device(world, name):
+def test_a_model_sharded_over_tp_4_equals_one_device(four_processes, name):
     """Phi-3-medium has 10 kv heads: ranks hold them unevenly, and copies."""
-    for off in world.run(farthest, name, 4):
+    for off in four_processes.run(farthest, name, 4):
         assert max(off.values()) <= EXACT, off
 
 
-def test_heads_that_divide_may_be_cut_by_torchs_styles_beside_a_sharded_sequence(world):
-    for off in world.run(partial(farthest, replaces=False), "qwen3", 2):
+def test_heads_that_divide_may_be_cut_by_torchs_styles_beside_a_sharded_sequence(four_processes):
+    for off in four_processes.run(partial(farthest, replaces=False), "qwen3", 2):
         assert max(off.values()) <= EXACT, off
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_logits_may_stay_sharded_by_vocabulary(world, name):
-    for off in world.run(partial(farthest, logits="sharded"), name, 2):
+def test_logits_may_stay_sharded_by_vocabulary(four_processes, name):
+    for off in four_processes.run(partial(farthest, logits="sharded"), name, 2):
         assert max(off.values()) <= EXACT, off
 
 
@@ -85,9 +78,9 @@ def same_bytes(group, name):
 
 
 @pytest.mark.parametrize("name", ["phi3_medium", "gpt2", "falcon_7b"])
-def test_the_whole_state_of_a_sharded_model_is_that_of_the_model(world, name):
+def test_the_whole_state_of_a_sharded_model_is_that_of_the_model(four_processes, name):
     """Phi-3's gate and up are one weight, whose halves are dealt; GPT-2's weights are transposed."""
-    for same in world.run(same_bytes, name):
+    for same in four_processes.run(same_bytes, name):
         assert same == [True, False, True]
 
 
@@ -112,8 +105,8 @@ def refusals(group):
     return errors, all(torch.equal(after[n], x) for n, x in before.items())
 
 
-def test_states_that_do_not_fit_and_other_batches_are_refused_on_all_ranks(world):
-    for rank, (errors, untouched) in enumerate(world.run(refusals)):
+def test_states_that_do_not_fit_and_other_batches_are_refused_on_all_ranks(four_processes):
+    for rank, (errors, untouched) in enumerate(four_processes.run(refusals)):
         extra, shape, batch = errors
         assert "unexpected ['extra']" in extra
         assert "lm_head.weight must be (64, 48), got (3, 3)" in shape

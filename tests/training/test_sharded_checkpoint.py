@@ -28,15 +28,15 @@ def close(found, expected):
         )
 
 
-def test_sharded_and_replicated_runs_resume_each_other(four, tmp_path):
+def test_sharded_and_replicated_runs_resume_each_other(four_processes, tmp_path):
     (one,) = seqpar.simulate(1, run, {"steps": 6}, None, False, False)
     options = {"steps": 2, "dp": 2, "checkpointing": "full", "loss_tile": 8}
-    close(four.run(run, options, tmp_path, True, False), one[:2])
+    close(four_processes.run(run, options, tmp_path, True, False), one[:2])
     files = len(list((tmp_path / "step-000002").glob("*.distcp")))
     assert files == 4, "every rank has written its own part"
     close(seqpar.simulate(3, run, {"steps": 4}, tmp_path, False, True), one[2:4])
     options = {"steps": 6, "strategy": "hybrid", "accumulate": 2}
-    close(four.run(run, options, tmp_path, True, True), one[4:])
+    close(four_processes.run(run, options, tmp_path, True, True), one[4:])
     assert [p.name for p in tmp_path.iterdir()] == ["step-000006"]
 
 
@@ -60,6 +60,6 @@ def refuse_to_write(group, folder):
         checkpoint.dcp.FileSystemWriter.write_data = original
 
 
-def test_a_rank_that_cannot_write_is_an_error_on_every_rank(four, tmp_path):
-    assert four.run(refuse_to_write, tmp_path) == [True] * 4
+def test_a_rank_that_cannot_write_is_an_error_on_every_rank(four_processes, tmp_path):
+    assert four_processes.run(refuse_to_write, tmp_path) == [True] * 4
     assert [p.name for p in tmp_path.iterdir()] == ["step-000001.partial"]

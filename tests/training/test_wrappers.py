@@ -141,11 +141,11 @@ def steps(group, how, dtype, dp, num_micro, clip):
         ("fsdp that sums", torch.float32, 2, 2),
     ],
 )
-def test_a_wrapped_model_trains_as_on_one_device(four, how, dtype, dp, num_micro):
+def test_a_wrapped_model_trains_as_on_one_device(four_processes, how, dtype, dp, num_micro):
     """Replica 0 has no valid token in its first micro-batch; replicas have different numbers of them."""
     expected = one_device(dtype, dp, num_micro, clip=0.1)
     assert all(norm > 0.1 for _, norm, *_ in expected), "every step is clipped"
-    for found in four.run(steps, how, dtype, dp, num_micro, 0.1):
+    for found in four_processes.run(steps, how, dtype, dp, num_micro, 0.1):
         for got, want in zip(found, expected, strict=True):
             torch.testing.assert_close(got, want, rtol=RTOL[dtype], atol=RTOL[dtype])
 
@@ -158,5 +158,5 @@ def sum_sharded_gradients(group):
     return dist.get_world_size()
 
 
-def test_gradients_that_fsdp_has_reduced_are_not_summed_again(four):
-    assert four.run(sum_sharded_gradients) == [4] * 4
+def test_gradients_that_fsdp_has_reduced_are_not_summed_again(four_processes):
+    assert four_processes.run(sum_sharded_gradients) == [4] * 4
