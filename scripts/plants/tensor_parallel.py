@@ -64,4 +64,8 @@ TENSOR_PARALLEL = [
           "tests/data/test_sharded_gradients.py"),
     Plant("a shard is not written back", "seqpar/loss.py",
           "                here.copy_(wide)\n", "", "tests/data/test_sharded_gradients.py"),
+    Plant("every rank keeps its own copies", f"{FOLDER}/fused_qkv.py",
+          "first.setdefault(head, x[", "first.__setitem__(head, x[", REFUSALS),
+    Plant("copies trained apart are settled", f"{FOLDER}/copies.py",
+          "    if apart > tolerance:\n", "    if apart < 0:\n", REFUSALS),
 ]  # fmt: skip

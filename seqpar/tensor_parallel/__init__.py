@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from seqpar.tensor_parallel.apply import apply_policy
 from seqpar.tensor_parallel.check_layout import check_layout, check_split
+from seqpar.tensor_parallel.copies import settle_copies
 from seqpar.tensor_parallel.fused_qkv import FusedQKV
 from seqpar.tensor_parallel.gradient_norm import clip_gradients
 from seqpar.tensor_parallel.known_models import known_layout, known_models
@@ -50,6 +51,7 @@ __all__ = [
     "megatron",
     "megatron_volume",
     "replace_attention",
+    "settle_copies",
     "share_heads",
     "vocabulary_cross_entropy",
     "weights_volume",

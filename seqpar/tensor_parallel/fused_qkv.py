@@ -231,7 +231,8 @@ class FusedQKV:
                 if not torch.equal(_bits(mine), _bits(theirs)):
                     raise ValueError(
                         f"{component} of kv head {head} differs between ranks {owner} and {rank}: its copies "
-                        "must be given the sum of their gradients, see seqpar.tensor_parallel.share_heads"
+                        "must be given the sum of their gradients (share_heads); what drifted by rounding "
+                        "alone, seqpar.tensor_parallel.settle_copies makes the same again"
                     )
         dim, counts = self.dim(shards[0]), (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         q, k, v = (
@@ -239,6 +240,15 @@ class FusedQKV:
             for c, n in zip(get_args(Component), counts, strict=True)
         )
         return self.fuse(q, k, v)
+
+    def first_copies(self, shards: Sequence[Tensor], rank: int) -> Tensor:
+        """The shard of a rank with every head as the first rank holds it that has it. Rows come first."""
+        dealt = self.deal(len(shards))
+        first: dict[tuple[str, int], Tensor] = {}
+        for holder, x in enumerate(shards[: rank + 1]):
+            for head, own in self._heads_of(dealt, holder):
+                first.setdefault(head, x[own.start : own.stop])
+        return torch.cat([first[head] for head, _ in self._heads_of(dealt, rank)])
 
     def runs(self, dealt: HeadSplit, rank: int) -> list[tuple[Component, int, int]]:
         """The runs of heads (component, start, stop) that a rank's shard is made of, in order."""

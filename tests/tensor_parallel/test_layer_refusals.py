@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import seqpar
-from seqpar.tensor_parallel import FusedQKV, Names, ParallelAttention, Rotary
+from seqpar.tensor_parallel import FusedQKV, Names, ParallelAttention, Rotary, settle_copies
 
 QKV, WIDTH, LENGTH = FusedQKV.contiguous(4, 4, 2, bias=True), 6, 8
 NAMES = Names(("qkv",), "out")
@@ -176,3 +176,33 @@ def test_copies_of_a_kv_head_that_differ_are_not_merged():
     for error in seqpar.simulate(4, drift):
         assert isinstance(error, ValueError)
         assert "v of kv head 0 differs between ranks 0 and 1" in str(error)
+
+
+def settled(group, nudge):
+    layer = make_layer(group, 4)
+    layer.reset_parameters(5)
+    before = layer.whole_state()
+    with torch.no_grad():
+        if group.rank in (1, 3):  # ranks 0 and 1 hold kv head 0, ranks 2 and 3 the other
+            layer.qkv_weight[4:] += nudge
+            layer.qkv_bias[4:] += nudge
+    moved = layer.qkv_weight.clone()
+    try:
+        apart = settle_copies(nn.Sequential(layer))
+    except ValueError as error:
+        return str(error), torch.equal(layer.qkv_weight, moved)
+    whole = layer.whole_state()
+    return apart, all(torch.equal(whole[name], x) for name, x in before.items())
+
+
+def test_copies_that_have_drifted_by_rounding_are_made_the_same_again():
+    for apart, is_same in seqpar.simulate(4, settled, 1e-6):
+        assert 1e-7 < apart < 1e-4
+        assert is_same
+
+
+@pytest.mark.parametrize("nudge", [0.1, torch.nan])
+def test_copies_that_were_trained_apart_are_left_apart(nudge):
+    for error, is_untouched in seqpar.simulate(4, settled, nudge):
+        assert "copies of kv heads of 0 are" in error
+        assert is_untouched or nudge != nudge
