@@ -1,0 +1,89 @@
+"""A small Gemma with the ratios of Gemma-7B, its adapters, and its data: the same on every rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import GemmaConfig, GemmaForCausalLM
+
+HEADS = 4
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large the model and its batches are.
+
+    Args:
+        width: of the residual stream, a multiple of 24; the rest follows as in Gemma-7B: heads are 4/3 of it in
+            all, as many for keys and values, the MLP 8, and the vocabulary 3 for each layer.
+        layers: how many.
+        batch, length: of a training step.
+        tokens: generated in one measurement.
+        lora_rank: of the adapters.
+        targets: the projections that have adapters.
+    """
+
+    width: int = 192
+    layers: int = 4
+    batch: int = 4
+    length: int = 128
+    tokens: int = 100
+    lora_rank: int = 8
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+
+    def __post_init__(self) -> None:
+        if self.width < 24 or self.width % 24:
+            raise ValueError(f"width must be a positive multiple of 24, got {self.width}")
+
+    @property
+    def head_dim(self) -> int:
+        """The width of a head."""
+        return self.width // 3
+
+    @property
+    def hidden(self) -> int:
+        """The width of the MLP."""
+        return 8 * self.width
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of tokens there are."""
+        return 3 * self.width * self.layers
+
+
+def gemma_like(sizes: Sizes, dtype: torch.dtype) -> GemmaForCausalLM:
+    """A model with random weights, the embedding tied to the head."""
+    config = GemmaConfig(
+        hidden_size=sizes.width, intermediate_size=sizes.hidden, head_dim=sizes.head_dim,
+        num_hidden_layers=sizes.layers, num_attention_heads=HEADS, num_key_value_heads=HEADS,
+        vocab_size=sizes.vocabulary, max_position_embeddings=4096,
+    )  # fmt: skip
+    torch.manual_seed(SEED)
+    model = GemmaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):  # zeros would hide norms that are cut wrongly
+            nn.init.normal_(parameter, std=0.1)
+        elif name.endswith("proj.weight"):  # louder than the embedding, which would repeat the last token
+            nn.init.normal_(parameter, std=2 / parameter.shape[1] ** 0.5)
+    return model.to(dtype)
+
+
+def with_adapters(model: GemmaForCausalLM, sizes: Sizes) -> nn.Module:
+    """The model with its weights frozen, and adapters that are not zero."""
+    torch.manual_seed(SEED + 1)
+    config = LoraConfig(
+        r=sizes.lora_rank, lora_alpha=2 * sizes.lora_rank, lora_dropout=0.0,
+        target_modules=list(sizes.targets), init_lora_weights=False,
+    )  # fmt: skip
+    return get_peft_model(model, config)
+
+
+def batch_of(sizes: Sizes) -> Int[Tensor, "b s"]:
+    """Random tokens."""
+    generator = torch.Generator().manual_seed(SEED + 2)
+    return torch.randint(0, sizes.vocabulary, (sizes.batch, sizes.length), generator=generator)
