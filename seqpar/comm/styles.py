@@ -1,0 +1,220 @@
+"""From rules to torch's tensor-parallel styles: how a module's weights are placed, what it reads and writes.
+
+Between modules tensors are local and plain, "whole" on every rank or "sharded" along their last dimension, so
+that models and attention see no DTensor. torch's own styles do nn.Linear and nn.Embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import (
+    DTensor,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_module,
+    distribute_tensor,
+)
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+from seqpar.comm.group import Group
+from seqpar.comm.width import Width
+
+Form: TypeAlias = Literal["whole", "sharded"]
+Kind: TypeAlias = Literal["linear", "transposed linear", "embedding", "norm"]
+
+_PLACEMENT: dict[str, Placement] = {"whole": Replicate(), "sharded": Shard(-1)}
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How one module is cut.
+
+    Args:
+        kind: of module; a transposed linear has the weight `[in, out]`.
+        dim: of the weight that is cut; None leaves it whole.
+        reads, writes: the form of input and output between modules.
+        halves: whether the rows are two halves, of both of which each rank takes its part.
+        per_head: for a norm: its input has heads in dimension -2, which are sharded.
+    """
+
+    kind: Kind
+    dim: int | None
+    reads: Form = "whole"
+    writes: Form = "whole"
+    halves: bool = False
+    per_head: bool = False
+
+
+def place(
+    model: nn.Module, cuts: Mapping[str, Cut], shared_inputs: Iterable[str], mesh: DeviceMesh
+) -> None:
+    """Cuts the modules of those paths in place, by a 1-D mesh.
+
+    Weights must be the same on all ranks: each keeps its part of its own. Weights that are one parameter under
+    several names stay one.
+
+    Args:
+        shared_inputs: modules whose input several of their children read whole. It is made a DTensor once, so
+            that the children's gradients are added before they are reduced, not after.
+    """
+    tied = _tied(model)
+    for path, cut in cuts.items():
+        module = model.get_submodule(path)
+        if cut.halves:
+            _deal_halves(module, mesh.size())
+        parallelize_module(module, mesh, _style(cut), src_data_rank=None)
+    for path in shared_inputs:
+        parallelize_module(model.get_submodule(path), mesh, _SharedInput(), src_data_rank=None)
+    for first, *others in tied:
+        for name in others:
+            _set(model, name, model.get_parameter(first))
+
+
+def _style(cut: Cut) -> ParallelStyle:
+    reads, writes = _PLACEMENT[cut.reads], _PLACEMENT[cut.writes]
+    if cut.kind == "linear" and cut.dim is not None:
+        by = ColwiseParallel if cut.dim == 0 else RowwiseParallel
+        return by(input_layouts=reads, output_layouts=writes)
+    if cut.kind == "embedding" and cut.dim is not None:
+        if cut.dim == 1:
+            return ColwiseParallel(output_layouts=writes)
+        return RowwiseParallel(input_layouts=Replicate(), output_layouts=writes)
+    return _WidthNorm() if cut.kind == "norm" and cut.dim == 0 else _Placed(cut)
+
+
+class _Placed(ParallelStyle):
+    """A module of another kind: its weights are placed, and it computes on DTensors."""
+
+    def __init__(self, cut: Cut) -> None:
+        super().__init__()
+        self._cut = cut
+        self._reads = Shard(-2) if cut.per_head else _PLACEMENT[cut.reads]
+        self._writes = Shard(-2) if cut.per_head else _PLACEMENT[cut.writes]
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        return distribute_module(module, device_mesh, self._place, self._read, self._write)
+
+    def _place(self, _: str, module: nn.Module, mesh: DeviceMesh) -> None:
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            placed = distribute_tensor(
+                parameter, mesh, [self._placement(parameter)], src_data_rank=None
+            )
+            fresh = nn.Parameter(placed, requires_grad=parameter.requires_grad)
+            module.register_parameter(name, fresh)
+            if self._cut.per_head and fresh.requires_grad:
+                # Ranks hold other heads: what they give the one weight is added up at once.
+                fresh.register_hook(_whole)
+
+    def _placement(self, parameter: Tensor) -> Placement:
+        cut = self._cut
+        if cut.dim is None:
+            return Replicate()
+        if cut.kind == "transposed linear" and parameter.ndim == 1:
+            return Shard(0) if cut.dim == 1 else Replicate()
+        return Shard(cut.dim)
+
+    def _read(self, _: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
+        x = _as_dtensor(inputs[0], mesh, self._reads)
+        if self._cut.kind == "transposed linear" and self._cut.dim is not None:
+            needed = Replicate() if self._cut.dim == 1 else Shard(-1)
+            x = x.redistribute(placements=[needed])
+        return (x, *inputs[1:])
+
+    def _write(self, _: nn.Module, output: DTensor, mesh: DeviceMesh) -> Tensor:
+        return output.redistribute(mesh, [self._writes]).to_local()
+
+
+class _WidthNorm(ParallelStyle):
+    """A norm over a sharded width: its weight is cut, its input stands for whole rows."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        group = Group.of(device_mesh)
+
+        def read(_: nn.Module, inputs: tuple[Any, ...], __: DeviceMesh) -> tuple[Any, ...]:
+            return (Width.of(inputs[0], group), *inputs[1:])
+
+        def write(_: nn.Module, output: Width, __: DeviceMesh) -> Tensor:
+            return output.plain()
+
+        return distribute_module(module, device_mesh, _cut_weight, read, write)
+
+
+class _SharedInput(ParallelStyle):
+    """The first input of a module, by position or as `hidden_states`, becomes one replicated DTensor."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def prepare(
+            module: nn.Module, inputs: tuple[Any, ...], given: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            if inputs:
+                return (_as_dtensor(inputs[0], device_mesh, Replicate()), *inputs[1:]), given
+            if "hidden_states" not in given:
+                raise TypeError(
+                    f"{type(module).__name__} must be given its input first, or as hidden_states, "
+                    f"got {sorted(given)}"
+                )
+            x = _as_dtensor(given["hidden_states"], device_mesh, Replicate())
+            return inputs, given | {"hidden_states": x}
+
+        module.register_forward_pre_hook(prepare, with_kwargs=True)
+        return module
+
+
+def _cut_weight(_: str, module: nn.Module, mesh: DeviceMesh) -> None:
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        placed = distribute_tensor(parameter, mesh, [Shard(0)], src_data_rank=None)
+        module.register_parameter(name, nn.Parameter(placed, parameter.requires_grad))
+
+
+def _as_dtensor(x: Tensor, mesh: DeviceMesh, placement: Placement) -> DTensor:
+    return x if isinstance(x, DTensor) else DTensor.from_local(x, mesh, [placement])
+
+
+def _whole(gradient: Tensor) -> Tensor:
+    assert isinstance(gradient, DTensor)
+    return gradient.redistribute(placements=[Replicate()])
+
+
+def _deal_halves(module: nn.Module, size: int) -> None:
+    """Reorders rows so that part r of `size` holds part r of both halves."""
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        dealt = deal_halves(parameter.detach(), size)
+        module.register_parameter(name, nn.Parameter(dealt, parameter.requires_grad))
+
+
+def deal_halves(x: Tensor, size: int) -> Tensor:
+    """Rows (half, rank, i) in the order (rank, half, i)."""
+    return x.unflatten(0, (2, size, -1)).transpose(0, 1).flatten(0, 2)
+
+
+def undeal_halves(x: Tensor, size: int) -> Tensor:
+    """The inverse of `deal_halves`."""
+    return x.unflatten(0, (size, 2, -1)).transpose(0, 1).flatten(0, 2)
+
+
+def _tied(model: nn.Module) -> list[list[str]]:
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [same for same in names.values() if len(same) > 1]
+
+
+def _set(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    path, _, leaf = name.rpartition(".")
+    model.get_submodule(path).register_parameter(leaf, parameter)
+
+
+def whole_tensor(x: Tensor) -> Tensor:
+    """A DTensor gathered; a plain tensor as it is. All ranks of its mesh must call."""
+    return x.full_tensor() if isinstance(x, DTensor) else x

@@ -1,0 +1,186 @@
+"""`apply_policy`: a model's weights are cut in place, after every rank has agreed to all of it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from seqpar.comm import Group, agreed
+from seqpar.comm.styles import Cut, place, undeal_halves, whole_tensor
+from seqpar.tensor_parallel.policy import Policy, Rule
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_ADAPTER = re.compile(r"(?:\.base_layer|\.lora_[AB]\.\w+)$")
+
+
+def apply_policy(model: nn.Module, policy: Policy, mesh: Any) -> None:
+    """Cuts the weights of `model` over the ranks of `mesh`, in place. All its ranks must call.
+
+    Weights become DTensors, of which each rank keeps its part; between modules tensors stay plain. The model
+    must be the same on all ranks, and so must what it is called with on ranks of the mesh. Forward and backward
+    of every block then communicate; gradients of all weights are complete, on each rank for its part.
+
+    Raises:
+        ValueError: the rules do not fit the weights, heads or sizes do not divide by the ranks, or weights that
+            are tied would be cut differently. Nothing has been changed.
+        NotImplementedError: a module of this kind cannot be cut as its rule says.
+        DesyncError: ranks have different models or policies, or another rank raised.
+        RuntimeError: torch.distributed is not initialised.
+    """
+    group = Group.of(mesh)
+    with agreed(group, "apply_policy") as claim:
+        claim["policy"] = policy
+        rules = policy.assign(model)
+        claim["weights"] = {path: _digest(model.get_parameter(path)) for path in rules}
+        cuts = _cuts(model, policy, rules, group.size)
+        _check_tied(model, cuts)
+    shared = _shared_inputs(cuts)
+    for path, rule in rules.items():
+        module = path.rpartition(".")[0]
+        if rule.split == "replicate" and _above(module) in shared and _is_linear(model, module):
+            cuts[module] = Cut("linear", None)
+    place(model, cuts, shared, mesh)
+    for path, cut in cuts.items():
+        if cut.halves:
+            model.get_submodule(path).num_dealt = group.size  # type: ignore[assignment]
+
+
+def whole_state(model: nn.Module, *, gradients: bool = False) -> dict[str, Tensor]:
+    """Every weight that a policy placed as it was before, gathered. All ranks must call.
+
+    Args:
+        gradients: the gradients instead; weights without one are left out.
+    """
+    state = {}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        x = parameter.grad if gradients else parameter.detach()
+        if x is None:
+            continue
+        module = model.get_submodule(path.rpartition(".")[0])
+        whole, dealt = whole_tensor(x), getattr(module, "num_dealt", None)
+        state[path] = whole if dealt is None else undeal_halves(whole, dealt)
+    return state
+
+
+def _digest(x: Tensor) -> tuple[object, ...]:
+    """What is compared of a weight: shape, type and its sum."""
+    total = None if x.is_meta else float(x.detach().sum(dtype=torch.float64))
+    return tuple(x.shape), x.dtype, x.requires_grad, total
+
+
+def _cuts(model: nn.Module, policy: Policy, rules: Mapping[str, Rule], size: int) -> dict[str, Cut]:
+    cuts: dict[str, Cut] = {}
+    for path, rule in rules.items():
+        module = path.rpartition(".")[0]
+        if rule.split == "fused heads":
+            shape = tuple(model.get_parameter(path).shape)
+            raise ValueError(
+                f"{path} {shape} belongs to an attention whose q, k and v are one weight: rows of it are no "
+                f"rank's heads, for any of {size} ranks; replace the attention first with "
+                "seqpar.tensor_parallel.replace_attention"
+            )
+        if rule.split != "replicate" and module not in cuts:
+            cuts[module] = _cut(model, module, policy, rule, size)
+    return cuts
+
+
+def _cut(model: nn.Module, path: str, policy: Policy, rule: Rule, size: int) -> Cut:
+    """How a rule cuts a module."""
+    module = model.get_submodule(path)
+    (reads, writes), split, kind = rule.forms, rule.split, _kind(module)
+    by_kind = {
+        ("linear", "output"): 0,
+        ("linear", "paired output"): 0,
+        ("linear", "vocabulary"): 0,
+        ("linear", "input"): 1,
+        ("transposed linear", "output"): 1,
+        ("transposed linear", "input"): 0,
+        ("embedding", "vocabulary"): 0,
+        ("embedding", "width"): 1,
+        ("norm", "width"): 0,
+    }
+    if (kind, split) == ("norm", "each head"):
+        return Cut("norm", None, per_head=True)
+    if (kind, split) not in by_kind:
+        raise NotImplementedError(
+            f"{path} is a {type(module).__name__}, which policy {policy.name} cannot cut by {split!r} "
+            f"(rule {rule.pattern!r}); take 'replicate'"
+        )
+    dim = by_kind[kind, split]
+    _check_size(model, path, rule, module.weight.shape[dim], size)  # type: ignore[union-attr,index]
+    return Cut(kind, dim, reads, writes, halves=split == "paired output")  # type: ignore[arg-type]
+
+
+def _kind(module: nn.Module) -> str:
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return "transposed linear"
+    names = [name for name, _ in module.named_parameters()]
+    return "norm" if names == ["weight"] else "other"
+
+
+def _check_size(model: nn.Module, path: str, rule: Rule, length: int, size: int) -> None:
+    if rule.split == "vocabulary":
+        if length < size:
+            raise ValueError(f"{path} has {length} rows, fewer than {size} ranks; take fewer ranks")
+        return
+    unit = 2 if rule.split == "paired output" else 1
+    if rule.unit is not None:
+        unit = getattr(model.get_submodule(_above(path)), rule.unit, None)
+        if not isinstance(unit, int):
+            raise ValueError(
+                f"{_above(path)} must have the attribute {rule.unit} that rule {rule.pattern!r} counts rows by"
+            )
+    if length % (unit * size):
+        what = f"{length // unit} heads of {unit}" if rule.unit else f"{length} features"
+        help_ = (
+            "replace the attention with seqpar.tensor_parallel.replace_attention, which replicates heads"
+            if rule.unit
+            else f"take a number of ranks that divides {length // unit}"
+        )
+        raise ValueError(
+            f"{path} has {what} by {rule.split}, which {size} ranks cannot share equally; {help_}"
+        )
+
+
+def _check_tied(model: nn.Module, cuts: Mapping[str, Cut]) -> None:
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    for same in names.values():
+        dims = {
+            name: cut.dim if (cut := cuts.get(name.rpartition(".")[0])) else None for name in same
+        }
+        if len(set(dims.values())) > 1:
+            raise ValueError(
+                "one weight under several names must be cut the same way, got dimensions "
+                + ", ".join(f"{dim} for {name}" for name, dim in dims.items())
+            )
+
+
+def _shared_inputs(cuts: Mapping[str, Cut]) -> list[str]:
+    """Modules of which several children read the same whole input, each by its own output features."""
+    readers = Counter(
+        _above(path)
+        for path, cut in cuts.items()
+        if cut.kind == "linear" and cut.dim == 0 and cut.reads == "whole" and ".lora_B." not in path
+    )
+    return [path for path, count in readers.items() if count > 1]
+
+
+def _above(path: str) -> str:
+    """The module that holds a layer; an adapter's parts belong to the layer."""
+    return _ADAPTER.sub("", path).rpartition(".")[0]
+
+
+def _is_linear(model: nn.Module, path: str) -> bool:
+    return isinstance(model.get_submodule(path), nn.Linear)
