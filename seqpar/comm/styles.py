@@ -61,8 +61,8 @@ def place(
 ) -> None:
     """Cuts the modules of those paths in place, by a 1-D mesh.
 
-    Weights must be the same on all ranks: each keeps its part of its own. Weights that are one parameter under
-    several names stay one.
+    Weights must be the same on all ranks: each keeps its part of its own. Weights that are one parameter
+    under several names stay one.
 
     Args:
         shared_inputs: modules whose input several of their children read whole. It is made a DTensor once, so

@@ -1,7 +1,7 @@
 """`Width`: rows of which every rank holds a part of each, so that code of one device norms whole rows.
 
-A norm written with tensors, as the RMS norms of models are, then adds up one number a row over the ranks, where
-DTensor's backward would scatter the rows themselves.
+A norm written with tensors, as the RMS norms of models are, then adds up one number a row over the ranks,
+where DTensor's backward would scatter the rows themselves.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Width(torch.Tensor):
     def __torch_function__(
         cls,
         func: Callable[..., Any],
-        types: Iterable[type],  # noqa: ARG003
+        types: Iterable[type],
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
@@ -67,8 +67,8 @@ class Width(torch.Tensor):
         if func not in _ELEMENTWISE | _MEANS:
             name = getattr(func, "__qualname__", getattr(func, "__name__", func))
             raise NotImplementedError(
-                f"{name} of rows that are sharded over ranks is not served, for it may need whole rows; a norm "
-                "over a sharded width must be written with means over the last dimension, as "
+                f"{name} of rows that are sharded over ranks is not served, for it may need whole rows; a "
+                "norm over a sharded width must be written with means over the last dimension, as "
                 "transformers' RMS norms are"
             )
         group = next(x._group for x in (*args, *given.values()) if isinstance(x, Width))

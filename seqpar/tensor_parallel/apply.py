@@ -22,13 +22,13 @@ _ADAPTER = re.compile(r"(?:\.base_layer|\.lora_[AB]\.\w+)$")
 def apply_policy(model: nn.Module, policy: Policy, mesh: Any) -> None:
     """Cuts the weights of `model` over the ranks of `mesh`, in place. All its ranks must call.
 
-    Weights become DTensors, of which each rank keeps its part; between modules tensors stay plain. The model
-    must be the same on all ranks, and so must what it is called with on ranks of the mesh. Forward and backward
-    of every block then communicate; gradients of all weights are complete, on each rank for its part.
+    Weights become DTensors, of which each rank keeps its part; between modules tensors stay plain. The
+    model must be the same on all ranks, and so must what it is called with. Forward and backward of every
+    block then communicate; gradients of all weights are complete, on each rank for its part.
 
     Raises:
-        ValueError: the rules do not fit the weights, heads or sizes do not divide by the ranks, or weights that
-            are tied would be cut differently. Nothing has been changed.
+        ValueError: the rules do not fit the weights, heads or sizes do not divide by the ranks, or weights
+            that are tied would be cut differently. Nothing has been changed.
         NotImplementedError: a module of this kind cannot be cut as its rule says.
         DesyncError: ranks have different models or policies, or another rank raised.
         RuntimeError: torch.distributed is not initialised.
@@ -138,7 +138,8 @@ def _check_size(model: nn.Module, path: str, rule: Rule, length: int, size: int)
         unit = getattr(model.get_submodule(_above(path)), rule.unit, None)
         if not isinstance(unit, int):
             raise ValueError(
-                f"{_above(path)} must have the attribute {rule.unit} that rule {rule.pattern!r} counts rows by"
+                f"{_above(path)} must have the attribute {rule.unit}, by which rule {rule.pattern!r} "
+                "counts rows"
             )
     if length % (unit * size):
         what = f"{length // unit} heads of {unit}" if rule.unit else f"{length} features"

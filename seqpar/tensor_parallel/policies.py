@@ -32,7 +32,7 @@ _EMBEDDING = _ANY + r"(?:embed_tokens|word_embeddings|wte|embed_in|tok_embedding
 _HEAD = _ANY + r"(?:lm_head|decoder)" + _END
 _HEAD_NORMS = _ANY + r"self_attn\.[qk]_norm\.weight"
 _NORMS = (
-    _ANY + r"(?!q_norm|k_norm)(?:\w*norm|\w*layer_?norm|norm_\w+|ln_\w+|\w+_ln|word_embeddings_layernorm)" + _END
+    _ANY + r"(?!q_norm|k_norm)(?:\w*norm|norm_\w+|ln_\w+)" + _END
 )  # fmt: skip
 
 
@@ -43,8 +43,8 @@ def megatron(model: nn.Module, *, logits: Form = "whole") -> Policy:
     rest is on every rank, and so are the activations between blocks. LoRA's A and B are cut with their layer.
 
     Args:
-        logits: "whole" gathers the logits on every rank; "sharded" leaves each its part of the vocabulary, for
-            `vocabulary_cross_entropy`.
+        logits: "whole" gathers the logits on every rank; "sharded" leaves each its part of the vocabulary,
+            for `vocabulary_cross_entropy`.
 
     Raises:
         NotImplementedError: the model is of no known type.
@@ -86,10 +86,10 @@ def megatron(model: nn.Module, *, logits: Form = "whole") -> Policy:
 def contracted(model: nn.Module, *, logits: Form = "whole") -> Policy:
     """The axes the other way round: q, k, v, gate and up by input, o and down by output.
 
-    Activations between blocks are sharded along the model width, and norms over it add up one number a row;
-    inside of a block they are whole on every rank, after an all-reduce of each projection. Numbers are those of
-    `megatron`, at ten times its volume for shapes such as Gemma-7B's: for comparison, and for models that do
-    not fit otherwise between blocks.
+    Activations between blocks are sharded along the model width, and norms over it add up one number a
+    row; inside of a block they are whole on every rank, after an all-reduce of each projection. The numbers
+    are those of `megatron`, and the volume is ten times its own forward for shapes such as Gemma-7B's: it is
+    here to be compared with.
 
     Args:
         logits: "whole" on every rank, or "sharded" by vocabulary.

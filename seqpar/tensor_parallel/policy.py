@@ -1,4 +1,4 @@
-"""`Policy`: which weights of a model are cut how, as data. Applied by `apply_policy`; built in: `policies`."""
+"""`Policy`: which weights of a model are cut how, as data. `apply` does it; `policies` has those built in."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NATURAL: dict[str, tuple[Form, Form]] = {
 
 @dataclass(frozen=True)
 class Rule:
-    """How weights are cut whose path in the model matches, and with them the biases it matches.
+    r"""How weights are cut whose path in the model matches, and with them the biases it matches.
 
     `split` is one of:
       "output": by output features (rows of nn.Linear, columns of GPT-2's Conv1D), and the bias.
@@ -42,7 +42,7 @@ class Rule:
       "fused heads": may not be cut here; refused unless its module is already tensor parallel.
 
     Args:
-        pattern: a regular expression for the whole path, such as `r".*\\.o_proj\\.weight"`.
+        pattern: a regular expression for the whole path, such as `r".*\.o_proj\.weight"`.
         reads, writes: whether the module's input and output between modules are "whole" on every rank or
             "sharded" in their last dimension; by default what the split takes and gives. Another form is
             converted, by communication.
@@ -93,8 +93,8 @@ class Policy:
         """The rule of every parameter that the policy has to place, by path, tied ones under each.
 
         Raises:
-            ValueError: a weight is matched by no rule or by several, a rule matches none, or a module's weight
-                and bias are matched by different rules.
+            ValueError: a weight is matched by no rule or by several, a rule matches none, or weight and
+                bias of a module are matched by different rules.
         """
         found: dict[str, Rule] = {}
         for path in weight_paths(model):
