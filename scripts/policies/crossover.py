@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,7 +44,7 @@ def draw_projections(axes: Any) -> None:
     for n, (name, (outputs, inputs, arrives, wanted)) in enumerate(REAL.items()):
         x, y = outputs / inputs, ratio(outputs, inputs, arrives, wanted)
         axes.plot(x, y, "o", color=FORMS[arrives, wanted][0], ms=6, zorder=3)
-        is_left = n == len(REAL) - 1 or wanted == "part" and arrives == "whole"
+        is_left = outputs > inputs or n % 2
         axes.annotate(name, (x, y), (-8, 3) if is_left else (8, -9), textcoords="offset points",
                       ha="right" if is_left else "left", fontsize=8.5)  # fmt: skip
     axes.axhline(1, color="black", lw=1)
@@ -64,7 +63,9 @@ def draw_tokens(
     """Elements of a layer's training step against its tokens, and where two policies send as much."""
     tokens = np.geomspace(16, 1 << 19, 60).round()
     for name, elements in sent.items():
-        axes.plot(tokens, [elements(int(a)) for a in tokens], color=colours[name], lw=1.8, label=name)
+        axes.plot(
+            tokens, [elements(int(a)) for a in tokens], color=colours[name], lw=1.8, label=name
+        )
     constant = next(reversed(sent.values()))(1)
     for name, elements in list(sent.items())[:-1]:
         per_token = (elements(2) - elements(1)) / 1

@@ -11,16 +11,17 @@ from torch import Tensor, nn
 from transformers import GemmaConfig, GemmaForCausalLM
 
 HEADS = 4
+ADAPTED = tuple(f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down"))
 SEED = 0
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Setting:
     """How large the model and its batches are.
 
     Args:
-        width: of the residual stream, a multiple of 24; the rest follows as in Gemma-7B: heads are 4/3 of it in
-            all, as many for keys and values, the MLP 8, and the vocabulary 3 for each layer.
+        width: of the residual stream, a multiple of 24. The rest follows as in Gemma-7B: all heads together
+            are 4/3 as wide, as many for keys and values, the MLP 8, the vocabulary 3 for each layer.
         layers: how many.
         batch, length: of a training step.
         tokens: generated in one measurement.
@@ -37,6 +38,11 @@ class Sizes:
     targets: tuple[str, ...] = ("q_proj", "v_proj")
 
     def __post_init__(self) -> None:
+        counts = (self.layers, self.batch, self.length, self.tokens, self.lora_rank)
+        if min(counts) < 1:
+            raise ValueError(
+                f"layers, batch, length, tokens and lora_rank must be positive, got {counts}"
+            )
         if self.width < 24 or self.width % 24:
             raise ValueError(f"width must be a positive multiple of 24, got {self.width}")
 
@@ -56,34 +62,38 @@ class Sizes:
         return 3 * self.width * self.layers
 
 
-def gemma_like(sizes: Sizes, dtype: torch.dtype) -> GemmaForCausalLM:
+def gemma_like(setting: Setting, dtype: torch.dtype) -> GemmaForCausalLM:
     """A model with random weights, the embedding tied to the head."""
     config = GemmaConfig(
-        hidden_size=sizes.width, intermediate_size=sizes.hidden, head_dim=sizes.head_dim,
-        num_hidden_layers=sizes.layers, num_attention_heads=HEADS, num_key_value_heads=HEADS,
-        vocab_size=sizes.vocabulary, max_position_embeddings=4096,
+        hidden_size=setting.width, intermediate_size=setting.hidden, head_dim=setting.head_dim,
+        num_hidden_layers=setting.layers, num_attention_heads=HEADS, num_key_value_heads=HEADS,
+        vocab_size=setting.vocabulary, max_position_embeddings=4096,
     )  # fmt: skip
     torch.manual_seed(SEED)
     model = GemmaForCausalLM(config)
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):  # zeros would hide norms that are cut wrongly
             nn.init.normal_(parameter, std=0.1)
-        elif name.endswith("proj.weight"):  # louder than the embedding, which would repeat the last token
+        elif name.endswith(
+            "proj.weight"
+        ):  # louder than the embedding, which would repeat the last token
             nn.init.normal_(parameter, std=2 / parameter.shape[1] ** 0.5)
     return model.to(dtype)
 
 
-def with_adapters(model: GemmaForCausalLM, sizes: Sizes) -> nn.Module:
+def with_adapters(model: GemmaForCausalLM, setting: Setting) -> nn.Module:
     """The model with its weights frozen, and adapters that are not zero."""
     torch.manual_seed(SEED + 1)
     config = LoraConfig(
-        r=sizes.lora_rank, lora_alpha=2 * sizes.lora_rank, lora_dropout=0.0,
-        target_modules=list(sizes.targets), init_lora_weights=False,
+        r=setting.lora_rank, lora_alpha=2 * setting.lora_rank, lora_dropout=0.0,
+        target_modules=list(setting.targets), init_lora_weights=False,
     )  # fmt: skip
     return get_peft_model(model, config)
 
 
-def batch_of(sizes: Sizes) -> Int[Tensor, "b s"]:
+def batch_of(setting: Setting) -> Int[Tensor, "b s"]:
     """Random tokens."""
     generator = torch.Generator().manual_seed(SEED + 2)
-    return torch.randint(0, sizes.vocabulary, (sizes.batch, sizes.length), generator=generator)
+    return torch.randint(
+        0, setting.vocabulary, (setting.batch, setting.length), generator=generator
+    )

@@ -10,7 +10,6 @@ from itertools import product
 from typing import Any, Literal, get_args
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Placement, Replicate, Shard
@@ -85,5 +84,4 @@ def count_projections(group: Group) -> list[dict[str, Any]]:
                 "wanted": one.wanted, "by": by, "counted": counted, "formula": formula,
             }
         )  # fmt: skip
-    dist.barrier()
     return records

@@ -1,72 +1,83 @@
-"""What every rank does under one policy: results to compare, collectives to count, times, bytes held."""
+"""One model under one policy on this rank: a training step, its loss, and greedy generation."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import torch
-import torch.distributed as dist
+import torch.nn.functional as F
+from jaxtyping import Int
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
 from transformers import DynamicCache
 
-from policies.model import Sizes, batch_of, gemma_like, with_adapters
+from policies.model import Setting, batch_of, gemma_like, with_adapters
 from policies.ways import Way
 from seqpar import Group
-from seqpar.comm.collectives import Collectives
+from seqpar.data import IGNORE
+from seqpar.tensor_parallel import vocabulary_cross_entropy
 
-PROMPT, STEPS, LEARNING_RATE = 8, 3, 0.05
+Job = Literal["generation", "LoRA step", "full step"]
+PROMPT, LEARNING_RATE = 8, 0.05
 
 
 @dataclass
 class Run:
-    """A model under a policy on this rank."""
+    """A model that was cut, and what it learns by. Logits are sharded to be learned from, else whole."""
 
-    sizes: Sizes
+    group: Group
+    setting: Setting
     way: Way
-    mesh: DeviceMesh | None
+    job: Job
     model: nn.Module
     optimizer: torch.optim.Optimizer
 
     @staticmethod
-    def of(group: Group, sizes: Sizes, way: Way, dtype: torch.dtype, *, adapters: bool) -> Run:
-        """The model, cut; the same weights in every way."""
-        model: nn.Module = gemma_like(sizes, dtype)
-        if adapters:
-            model = with_adapters(model, sizes)
-        mesh = way.mesh(group)
-        way.cut(model, mesh)
+    def of(group: Group, setting: Setting, way: Way, job: Job, dtype: torch.dtype) -> Run:
+        """The same weights whatever the way. All ranks must call."""
+        model: nn.Module = gemma_like(setting, dtype)
+        if job == "LoRA step":
+            model = with_adapters(model, setting)
+        way.cut(model, group, logits="whole" if job == "generation" else "sharded")
         learning = [p for p in model.parameters() if p.requires_grad]
-        return Run(sizes, way, mesh, model, torch.optim.SGD(learning, LEARNING_RATE))
+        return Run(group, setting, way, job, model, torch.optim.SGD(learning, LEARNING_RATE))
+
+    def loss(self) -> Tensor:
+        """The mean over all tokens but the first of each sequence, the same on every rank."""
+        ids = batch_of(self.setting)
+        labels = F.pad(ids[:, 1:], (0, 1), value=IGNORE)
+        logits = self.model(input_ids=ids, use_cache=False).logits
+        if self.way.is_cut:
+            losses = vocabulary_cross_entropy(
+                logits, labels, self.group, vocabulary=self.setting.vocabulary
+            )
+        else:
+            losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+        return losses.sum() / (labels != IGNORE).sum()
 
     def step(self) -> float:
-        """One training step; the loss of the whole batch."""
+        """One step of training; its loss."""
         loss = self.loss()
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return float(loss.detach())
 
-    def loss(self) -> Tensor:
-        ids = batch_of(self.sizes)
-        return self.model(input_ids=ids, labels=ids).loss
+    @torch.no_grad()
+    def logits(self, ids: Int[Tensor, "b s"]) -> Tensor:
+        """Of all tokens."""
+        return self.model(input_ids=ids, use_cache=False).logits
 
     @torch.no_grad()
-    def logits(self, ids: Tensor) -> Tensor:
-        """Of all tokens, whole."""
-        return self.model(input_ids=ids).logits
-
-    @torch.no_grad()
-    def generate(self, tokens: int) -> Iterator[int]:
-        """Greedy tokens after a prompt, one at a time, with a cache."""
-        cache = DynamicCache(config=self.model.config)
-        ids = batch_of(self.sizes)[:1, :PROMPT]
-        for _ in range(tokens):
-            out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    def generate(self, cache: DynamicCache) -> Iterator[int]:
+        """Greedy tokens after a prompt, one sequence, for ever."""
+        ids = batch_of(self.setting)[:1, :PROMPT]
+        while True:
+            out = self.model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
             ids = out.logits[:, -1].argmax(-1, keepdim=True)
             yield int(ids)
+
+    def cache(self) -> DynamicCache:
+        """An empty one."""
+        return DynamicCache(config=self.model.config)

@@ -1,32 +1,67 @@
-"""The policies that are compared, on their meshes."""
+"""The policies that are compared, and how a model comes under one of them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from seqpar import Group
-from seqpar.tensor_parallel import apply_policy, contracted, megatron
+from seqpar.tensor_parallel import Policy, Rule, apply_policy, contracted, megatron
+from seqpar.tensor_parallel.policy import Form, Split, weight_paths
 
-Name = Literal["one process", "Megatron", "contracted", "Megatron x sharded weights"]
-MAKERS = {"Megatron": megatron, "contracted": contracted, "Megatron x sharded weights": megatron}
+Name = Literal["one process", "Megatron", "contracted"]
+BUILT_IN = {"Megatron": megatron, "contracted": contracted}
 
 
 @dataclass(frozen=True)
 class Way:
-    """A policy by its name, and over how many ranks (tensor parallel, sharding of weights)."""
+    """A policy.
+
+    Args:
+        name: of the policy.
+        swap: a projection, as "o_proj", that is cut along the other axis than the policy says. What it
+            reads and writes stays, so numbers stay right.
+    """
 
     name: Name
-    shape: tuple[int, int] = (1, 1)
+    swap: str | None = None
 
-    def mesh(self, group: Group) -> DeviceMesh | None:
-        """The mesh of all ranks."""
-        return init_device_mesh("cpu", self.shape[:1]) if self.name in MAKERS else None
+    @property
+    def label(self) -> str:
+        """For tables."""
+        return f"{self.name}, {self.swap} swapped" if self.swap else self.name
 
-    def cut(self, model: nn.Module, mesh: DeviceMesh | None) -> None:
-        """Cuts the model in place."""
-        if mesh is not None:
-            apply_policy(model, MAKERS[self.name](model), mesh)
+    @property
+    def is_cut(self) -> bool:
+        """Whether there is a policy."""
+        return self.name != "one process"
+
+    def cut(self, model: nn.Module, group: Group, *, logits: Form) -> None:
+        """Cuts the model over all ranks, in place. They must all call."""
+        if not self.is_cut:
+            return
+        policy = BUILT_IN[self.name](model, logits=logits)
+        if self.swap:
+            policy = swapped(policy, self.swap, model)
+        apply_policy(model, policy, _mesh(group))
+
+
+def swapped(policy: Policy, projection: str, model: nn.Module) -> Policy:
+    """The policy with one projection of every layer cut along the other axis; numbers stay."""
+    other: dict[str, Split] = {"output": "input", "input": "output"}
+    path = rf".*\.{projection}(?:\.base_layer)?\.weight"
+    rules = []
+    for rule in policy.rules:
+        rules.append(replace(rule, pattern=f"(?!{path}$)(?:{rule.pattern})"))
+        if rule.split in other:
+            rules.append(Rule(f"(?={path}$)(?:{rule.pattern})", other[rule.split], *rule.forms))
+    paths = list(weight_paths(model))
+    used = (rule for rule in rules if any(map(rule.matches, paths)))
+    return Policy(f"{policy.name}, {projection} swapped", tuple(used))
+
+
+def _mesh(group: Group) -> DeviceMesh:
+    return init_device_mesh("cpu", (group.size,))

@@ -1,0 +1,67 @@
+"""The plot of what was measured, one row of axes for each run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+COLOURS = ("#777777", "#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe-Ito, by policy
+TITLES = {
+    "generation": "100 generated tokens",
+    "LoRA step": "a LoRA step",
+    "full step": "a full step",
+}
+
+
+def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
+    """Bars of milliseconds for each job, and forward passes against their tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, grid = plt.subplots(
+        len(runs), 4, figsize=(14, 3.5 * len(runs) + 0.5), squeeze=False, layout="constrained",
+        width_ratios=(1, 1, 1, 1.25),
+    )  # fmt: skip
+    policies = list(dict.fromkeys(r["policy"] for run in runs for r in run["rows"]))
+    colours = dict(zip(policies, COLOURS, strict=False))
+    for line, run in zip(grid, runs, strict=True):
+        for axes, (job, title) in zip(line[:3], TITLES.items(), strict=True):
+            _bars(axes, run["rows"], job, colours)
+            axes.set_title(title, fontsize=11)
+        _sweep(line[3], run["rows"], colours)
+        line[0].set_ylabel(f"{run['link']}\nmilliseconds", fontsize=11)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _bars(axes: Any, rows: Sequence[dict[str, Any]], job: str, colours: dict[str, str]) -> None:
+    values = [r["ms"][job] for r in rows]
+    for n, (r, value) in enumerate(zip(rows, values, strict=True)):
+        axes.bar(n, value, width=0.75, color=colours[r["policy"]])
+        axes.text(n, value, f"{value:,.0f}", ha="center", va="bottom", fontsize=8.5)
+    names = [
+        r["policy"].replace(" ", "\n") + ("" if r["ranks"] == 1 else f"\nP={r['ranks']}")
+        for r in rows
+    ]
+    axes.set_xticks(range(len(rows)), names, fontsize=8)
+    axes.set_ylim(0, max(values) * 1.12)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _sweep(axes: Any, rows: Sequence[dict[str, Any]], colours: dict[str, str]) -> None:
+    dashes = {1: "-", 2: "-", 4: "--"}
+    for r in rows:
+        points = {int(k.split()[1]): ms for k, ms in r["ms"].items() if k.startswith("forward ")}
+        label = r["policy"] + ("" if r["ranks"] == 1 else f", P={r['ranks']}")
+        axes.plot(list(points), list(points.values()), dashes[r["ranks"]], marker="o", ms=4.5,
+                  color=colours[r["policy"]], label=label)  # fmt: skip
+        axes.set_xticks(list(points), [f"{n:,}" for n in points])
+    axes.set(xscale="log", yscale="log", xlabel="tokens", title="a forward pass")
+    axes.set_xticks(list(points), [f"{n:,}" for n in points])
+    axes.minorticks_off()
+    axes.title.set_fontsize(11)
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
