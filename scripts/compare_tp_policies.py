@@ -22,12 +22,11 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-import transformers
 from policies.measure import counts, held, results, times
 from policies.model import ADAPTED, Setting
 from policies.pictures import plot
@@ -130,8 +129,8 @@ def main() -> None:
         found = compare(args, setting, bar)
     result = {
         "date": datetime.now(UTC).date().isoformat(), "python": platform.python_version(),
-        "torch": torch.__version__, "transformers": transformers.__version__,
-        "peft": peft.__version__, "cores": os.cpu_count(), "link": args.link,
+        "torch": torch.__version__, "transformers": version("transformers"),
+        "peft": version("peft"), "cores": os.cpu_count(), "link": args.link,
         "command": " ".join(["compare_tp_policies.py", *sys.argv[1:]]),
         "setting": asdict(setting), "rounds": args.rounds, "tolerance": TOLERANCE, **found,
     }  # fmt: skip

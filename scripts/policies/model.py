@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Int
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import GemmaConfig, GemmaForCausalLM
+
+if TYPE_CHECKING:
+    from transformers import GemmaForCausalLM
 
 HEADS = 4
 ADAPTED = tuple(f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down"))
@@ -64,6 +66,8 @@ class Setting:
 
 def gemma_like(setting: Setting, dtype: torch.dtype) -> GemmaForCausalLM:
     """A model with random weights, the embedding tied to the head."""
+    from transformers import GemmaConfig, GemmaForCausalLM  # only ranks need it
+
     config = GemmaConfig(
         hidden_size=setting.width, intermediate_size=setting.hidden, head_dim=setting.head_dim,
         num_hidden_layers=setting.layers, num_attention_heads=HEADS, num_key_value_heads=HEADS,
@@ -84,6 +88,8 @@ def gemma_like(setting: Setting, dtype: torch.dtype) -> GemmaForCausalLM:
 def with_adapters(model: GemmaForCausalLM, setting: Setting) -> nn.Module:
     """The model with its weights frozen, and adapters that are not zero."""
     torch.manual_seed(SEED + 1)
+    from peft import LoraConfig, get_peft_model
+
     config = LoraConfig(
         r=setting.lora_rank, lora_alpha=2 * setting.lora_rank, lora_dropout=0.0,
         target_modules=list(setting.targets), init_lora_weights=False,

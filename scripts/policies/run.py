@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from policies.model import Setting, batch_of, gemma_like, with_adapters
 from policies.ways import Way
 from seqpar import Group
 from seqpar.data import IGNORE
 from seqpar.tensor_parallel import vocabulary_cross_entropy
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache
 
 Job = Literal["generation", "LoRA step", "full step"]
 PROMPT, LEARNING_RATE = 8, 0.05
@@ -80,4 +82,6 @@ class Run:
 
     def cache(self) -> DynamicCache:
         """An empty one."""
+        from transformers import DynamicCache
+
         return DynamicCache(config=self.model.config)
