@@ -1,8 +1,8 @@
-"""Draws one layer under two tensor-parallel policies: who holds what, and what ranks must tell each other.
+"""Draws tensor-parallel policies: who holds what of a layer and what is sent, and where which cut sends less.
 
-Widths are to scale, those of Gemma-7B. Needs no model and no ranks.
+Writes tp_policies.png and tp_crossover.png. From closed forms: needs no model and no ranks.
 
-Example: python scripts/draw_policies.py docs/pictures/tp_policies.png
+Example: python scripts/draw_policies.py docs/pictures
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from policies import crossover
 
 RANKS = ("#0072B2", "#E69F00")  # Okabe-Ito
 SENT, INK, FAINT = "#B2182B", "#222222", "#9a9a9a"
@@ -183,8 +185,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("path", type=Path, help="of the picture")
-    draw(parser.parse_args().path)
+    parser.add_argument("folder", type=Path, help="of the pictures, which exists")
+    folder = parser.parse_args().folder
+    draw(folder / "tp_policies.png")
+    crossover.draw(folder / "tp_crossover.png")
 
 
 if __name__ == "__main__":

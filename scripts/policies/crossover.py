@@ -1,13 +1,14 @@
-"""The plot of closed forms: which cut of a projection sends less, and which policy for how many tokens."""
+"""Closed forms, drawn: which cut of a projection sends less, and which policy for how many tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from policies.projection import Held, Projection
+from seqpar.tensor_parallel.volume import Sizes, contracted_volume, megatron_volume
 
 FORMS: dict[tuple[Held, Held], tuple[str, str]] = {  # how x arrives, y is wanted: colour, words
     ("whole", "part"): ("#D55E00", "x whole, y in parts"),
@@ -26,7 +27,11 @@ REAL: dict[str, tuple[int, int, Held, Held]] = {
     "q, k, v, Gemma-7B": (12288, 3072, "whole", "part"),
     "gate, up, Gemma-7B": (49152, 3072, "whole", "part"),
 }
-UNIT = 1 << 12
+LEFT = {name for name, (outputs, inputs, *_) in REAL.items() if outputs > inputs} | {
+    "kv down, DeepSeek-V2", "k, v, Llama-3-8B"}  # fmt: skip
+POLICIES = {"Megatron": ("#0072B2", megatron_volume), "contracted": ("#D55E00", contracted_volume)}
+WIDTH = 3072  # of Gemma-7B
+UNIT = 1 << 20
 
 
 def ratio(outputs: float, inputs: float, arrives: Held, wanted: Held) -> float:
@@ -41,11 +46,11 @@ def draw_projections(axes: Any) -> None:
     for (arrives, wanted), (colour, label) in FORMS.items():
         values = [ratio(x, 1, arrives, wanted) for x in shapes]
         axes.plot(shapes, values, color=colour, lw=1.8, label=label)
-    for n, (name, (outputs, inputs, arrives, wanted)) in enumerate(REAL.items()):
+    for name, (outputs, inputs, arrives, wanted) in REAL.items():
         x, y = outputs / inputs, ratio(outputs, inputs, arrives, wanted)
         axes.plot(x, y, "o", color=FORMS[arrives, wanted][0], ms=6, zorder=3)
-        is_left = outputs > inputs or n % 2
-        axes.annotate(name, (x, y), (-8, 3) if is_left else (8, -9), textcoords="offset points",
+        is_left = name in LEFT
+        axes.annotate(name, (x, y), (-9, 0) if is_left else (9, -7), textcoords="offset points",
                       ha="right" if is_left else "left", fontsize=8.5)  # fmt: skip
     axes.axhline(1, color="black", lw=1)
     axes.axhspan(1e-3, 1, color="#0072B2", alpha=0.06, lw=0)
@@ -57,42 +62,45 @@ def draw_projections(axes: Any) -> None:
     axes.legend(frameon=False, fontsize=9, loc="lower right")
 
 
-def draw_tokens(
-    axes: Any, width: int, sent: Mapping[str, Callable[[int], float]], colours: Mapping[str, str]
-) -> None:
-    """Elements of a layer's training step against its tokens, and where two policies send as much."""
-    tokens = np.geomspace(16, 1 << 19, 60).round()
-    for name, elements in sent.items():
-        axes.plot(
-            tokens, [elements(int(a)) for a in tokens], color=colours[name], lw=1.8, label=name
-        )
-    constant = next(reversed(sent.values()))(1)
-    for name, elements in list(sent.items())[:-1]:
-        per_token = (elements(2) - elements(1)) / 1
-        meets = constant / per_token
-        axes.plot(meets, constant, "o", color=colours[name], ms=6, zorder=3)
-        axes.annotate(f"{meets:,.0f} tokens\n= {meets / width:.1f} D", (meets, constant), (6, -28),
-                      textcoords="offset points", fontsize=8.5)  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlabel="tokens of the step, of all ranks",
-             ylabel="elements sent per rank and layer")  # fmt: skip
+def draw_tokens(axes: Any, num_ranks: int = 8) -> None:
+    """Elements of a training step of one layer of Gemma-7B against its tokens, and where policies meet."""
+    layer = {
+        "num_heads": 16,
+        "num_kv_heads": 16,
+        "head_dim": 256,
+        "mlp": 8 * WIDTH,
+        "vocabulary": 256_000,
+    }
+    weights = WIDTH * (4 * 4096 + 3 * 8 * WIDTH)
+    # Gathered forward, gathered again and scattered backward; tokens do not matter.
+    constant = 3 * weights * (num_ranks - 1) / num_ranks
+    tokens = np.geomspace(64, 1 << 18, 40).round()
+    axes.axhline(constant, color="#009E73", lw=1.8, label="weights sharded, gathered for use")
+    for name, (colour, volume) in POLICIES.items():
+        sent = [
+            float(sum(volume(Sizes(int(a), WIDTH, **layer), num_ranks).sent("layers")))
+            for a in tokens
+        ]
+        axes.plot(tokens, sent, color=colour, lw=1.8, label=name)
+        meets = constant / sent[0] * tokens[0]
+        axes.plot(meets, constant, "o", color=colour, ms=6, zorder=3)
+        axes.annotate(f"{meets:,.0f} tokens\n= {meets / WIDTH:.1f} D", (meets, constant), (9, -30),
+                      textcoords="offset points", fontsize=9)  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlim=(64, 1 << 18), xlabel="tokens of all ranks",
+             ylabel="elements that a rank sends",
+             title=f"One layer of Gemma-7B on {num_ranks} ranks, forward + backward")  # fmt: skip
     axes.legend(frameon=False, fontsize=9, loc="upper left")
 
 
-if __name__ == "__main__":
+def draw(path: Path) -> None:
+    """Writes the picture."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.2), layout="constrained")
     draw_projections(left)
-    D = 3072
-    W = 3 * 8 * D * D + 4 * 4 / 3 * D * D
-    f = 7 / 8
-    draw_tokens(
-        right, D,
-        {"Megatron": lambda a: 8 * f * a * D, "contracted": lambda a: 2 * f * a * D * (20 + 28 / 3),
-         "sharded weights": lambda _: 3 * f * W},
-        {"Megatron": "#0072B2", "contracted": "#D55E00", "sharded weights": "#009E73"},
-    )  # fmt: skip
-    figure.savefig("/tmp/compare_scratch/c.png", dpi=110)
+    draw_tokens(right)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
