@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import (
     DTensor,
     Placement,
@@ -74,6 +75,9 @@ def place(
         if cut.halves:
             _deal_halves(module, mesh.size())
         parallelize_module(module, mesh, _style(cut), src_data_rank=None)
+        if cut.kind == "linear" and cut.dim == 1:
+            # What leaves a DTensor is a view, to which Falcon could not add in place.
+            module.register_forward_hook(_copied)
     for path in shared_inputs:
         parallelize_module(model.get_submodule(path), mesh, _SharedInput(), src_data_rank=None)
     for first, *others in tied:
@@ -103,7 +107,9 @@ class _Placed(ParallelStyle):
         self._writes = Shard(-2) if cut.per_head else _PLACEMENT[cut.writes]
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        return distribute_module(module, device_mesh, self._place, self._read, self._write)
+        read: Any = self._read
+        write: Any = self._write  # hooks may return what replaces; torch's type says None
+        return distribute_module(module, device_mesh, self._place, read, write)
 
     def _place(self, _: str, module: nn.Module, mesh: DeviceMesh) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -141,10 +147,10 @@ class _WidthNorm(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         group = Group.of(device_mesh)
 
-        def read(_: nn.Module, inputs: tuple[Any, ...], __: DeviceMesh) -> tuple[Any, ...]:
+        def read(_: nn.Module, inputs: tuple[Any, ...], __: DeviceMesh) -> Any:
             return (Width.of(inputs[0], group), *inputs[1:])
 
-        def write(_: nn.Module, output: Width, __: DeviceMesh) -> Tensor:
+        def write(_: nn.Module, output: Any, __: DeviceMesh) -> Any:
             return output.plain()
 
         return distribute_module(module, device_mesh, _cut_weight, read, write)
@@ -181,6 +187,10 @@ def _as_dtensor(x: Tensor, mesh: DeviceMesh, placement: Placement) -> DTensor:
     return x if isinstance(x, DTensor) else DTensor.from_local(x, mesh, [placement])
 
 
+def _copied(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+    return output.clone()
+
+
 def _whole(gradient: Tensor) -> Tensor:
     assert isinstance(gradient, DTensor)
     return gradient.redistribute(placements=[Replicate()])
@@ -213,6 +223,18 @@ def _tied(model: nn.Module) -> list[list[str]]:
 def _set(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     path, _, leaf = name.rpartition(".")
     model.get_submodule(path).register_parameter(leaf, parameter)
+
+
+def shard_weights(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Spreads all weights over a 1-D mesh too, with torch's fully_shard: layer by layer, then the rest.
+
+    A layer is what is in an nn.ModuleList. Their ranks have other rows of the batch; gradients are averaged.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList):
+            for layer in module:
+                fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 def whole_tensor(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from seqpar.comm import Group, agreed
-from seqpar.comm.styles import Cut, place, undeal_halves, whole_tensor
+from seqpar.comm.styles import Cut, place, shard_weights, undeal_halves, whole_tensor
 from seqpar.tensor_parallel.policy import Policy, Rule
 
 if TYPE_CHECKING:
@@ -33,22 +33,34 @@ def apply_policy(model: nn.Module, policy: Policy, mesh: Any) -> None:
         DesyncError: ranks have different models or policies, or another rank raised.
         RuntimeError: torch.distributed is not initialised.
     """
-    group = Group.of(mesh)
-    with agreed(group, "apply_policy") as claim:
+    axes = [mesh] if mesh.ndim == 1 else [mesh[name] for name in mesh.mesh_dim_names or ()]
+    if len(axes) not in (1, 2):
+        raise ValueError(
+            f"a policy is applied to a mesh of one axis or of two that have names, got {mesh}"
+        )
+    group = Group.of(axes[0])
+    # Whoever refuses along one axis refuses along the other, so all ranks of the mesh do.
+    with (
+        agreed(Group.of(axes[-1]) if len(axes) > 1 else Group.alone(), "apply_policy") as others,
+        agreed(group, "apply_policy") as claim,
+    ):
         claim["policy"] = policy
         rules = policy.assign(model)
         claim["weights"] = {path: _digest(model.get_parameter(path)) for path in rules}
         cuts = _cuts(model, policy, rules, group.size)
         _check_tied(model, cuts)
+        others |= claim
     shared = _shared_inputs(cuts)
     for path, rule in rules.items():
         module = path.rpartition(".")[0]
         if rule.split == "replicate" and _above(module) in shared and _is_linear(model, module):
             cuts[module] = Cut("linear", None)
-    place(model, cuts, shared, mesh)
+    place(model, cuts, shared, axes[0])
     for path, cut in cuts.items():
         if cut.halves:
             model.get_submodule(path).num_dealt = group.size  # type: ignore[assignment]
+    if len(axes) > 1:
+        shard_weights(model, axes[1])
 
 
 def whole_state(model: nn.Module, *, gradients: bool = False) -> dict[str, Tensor]:
@@ -113,7 +125,7 @@ def _cut(model: nn.Module, path: str, policy: Policy, rule: Rule, size: int) -> 
             f"(rule {rule.pattern!r}); take 'replicate'"
         )
     dim = by_kind[kind, split]
-    _check_size(model, path, rule, module.weight.shape[dim], size)  # type: ignore[union-attr,index]
+    _check_size(model, path, rule, model.get_parameter(f"{path}.weight").shape[dim], size)
     return Cut(kind, dim, reads, writes, halves=split == "paired output")  # type: ignore[arg-type]
 
 
@@ -133,7 +145,7 @@ def _check_size(model: nn.Module, path: str, rule: Rule, length: int, size: int)
         if length < size:
             raise ValueError(f"{path} has {length} rows, fewer than {size} ranks; take fewer ranks")
         return
-    unit = 2 if rule.split == "paired output" else 1
+    unit: Any = 2 if rule.split == "paired output" else 1
     if rule.unit is not None:
         unit = getattr(model.get_submodule(_above(path)), rule.unit, None)
         if not isinstance(unit, int):

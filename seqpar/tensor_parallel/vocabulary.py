@@ -1,7 +1,7 @@
 """The loss of logits that are sharded by vocabulary, which no rank ever holds whole.
 
-torch's loss_parallel computes the same, but switches it on for the whole process until backward is over, so
-that a wrapper which runs backward by itself goes without; and it takes DTensors, where models give plain ones.
+torch's loss_parallel computes the same, but is switched on for the whole process until backward is over, and
+takes DTensors, where models give plain tensors.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def vocabulary_cross_entropy(
         ignore_index: tokens with this label have loss 0.
 
     Raises:
-        ValueError: logits are not this rank's part, shapes differ, or a label is neither in the vocabulary nor
-            ignore_index.
+        ValueError: logits are not this rank's part, shapes differ, or a label is neither in the vocabulary
+            nor ignore_index.
         TypeError: logits are no floating-point numbers.
         DesyncError: ranks differ in shapes, types or labels, or another rank raised.
     """
