@@ -52,9 +52,8 @@ def quietly(group: Group, do: Callable[..., Any], *args: Any) -> Any:
 def compare(args: argparse.Namespace, setting: Setting, bar: Progress) -> dict[str, Any]:
     """Rows for one process and every policy on every number of ranks."""
     alone = Way("one process")
-    ways = [Way("Megatron"), Way("contracted")]
-    ways += [Way("Megatron", args.swap)] if args.swap else []
-    places = [(1, alone)] + [(size, way) for size in args.ranks for way in ways]
+    more = [Way("Megatron", swap=args.swap)] if args.swap else []
+    places = [(1, alone)] + [(size, way) for size in args.ranks for way in Way.all(size) + more]
     task = bar.add_task("policies", total=(1 + args.rounds) * len(places) + len(args.ranks))
     worlds = {size: ProcessWorld(size) for size in args.ranks}
 

@@ -28,7 +28,7 @@ REAL: dict[str, tuple[int, int, Held, Held]] = {
     "gate, up, Gemma-7B": (49152, 3072, "whole", "part"),
 }
 LEFT = {name for name, (outputs, inputs, *_) in REAL.items() if outputs > inputs} | {
-    "kv down, DeepSeek-V2", "k, v, Llama-3-8B"}  # fmt: skip
+    "kv down, DeepSeek-V2"}  # fmt: skip
 POLICIES = {"Megatron": ("#0072B2", megatron_volume), "contracted": ("#D55E00", contracted_volume)}
 WIDTH = 3072  # of Gemma-7B
 UNIT = 1 << 20
@@ -50,7 +50,7 @@ def draw_projections(axes: Any) -> None:
         x, y = outputs / inputs, ratio(outputs, inputs, arrives, wanted)
         axes.plot(x, y, "o", color=FORMS[arrives, wanted][0], ms=6, zorder=3)
         is_left = name in LEFT
-        axes.annotate(name, (x, y), (-9, 0) if is_left else (9, -7), textcoords="offset points",
+        axes.annotate(name, (x, y), (-9, 0) if is_left else (8, -11), textcoords="offset points",
                       ha="right" if is_left else "left", fontsize=8.5)  # fmt: skip
     axes.axhline(1, color="black", lw=1)
     axes.axhspan(1e-3, 1, color="#0072B2", alpha=0.06, lw=0)
@@ -84,7 +84,7 @@ def draw_tokens(axes: Any, num_ranks: int = 8) -> None:
         axes.plot(tokens, sent, color=colour, lw=1.8, label=name)
         meets = constant / sent[0] * tokens[0]
         axes.plot(meets, constant, "o", color=colour, ms=6, zorder=3)
-        axes.annotate(f"{meets:,.0f} tokens\n= {meets / WIDTH:.1f} D", (meets, constant), (9, -30),
+        axes.annotate(f"{meets:,.0f} tokens\n= {meets / WIDTH:.1f} D", (meets, constant), (-7, 9), ha="right",
                       textcoords="offset points", fontsize=9)  # fmt: skip
     axes.set(xscale="log", yscale="log", xlim=(64, 1 << 18), xlabel="tokens of all ranks",
              ylabel="elements that a rank sends",

@@ -93,13 +93,11 @@ def times(group: Group, setting: Setting, way: Way, sweep: Iterable[int]) -> dic
 def held(group: Group, setting: Setting, way: Way) -> dict[str, int]:
     """Bytes of this rank in float32: weights, the cache of a token, gradients, what forward keeps."""
     run = Run.of(group, setting, way, "generation", torch.float32)
+    found = {"weights": _bytes(run.model.parameters())}
     cache = run.cache()
     next(run.generate(cache))
     keys_values = [x for layer in cache.layers for x in (layer.keys, layer.values)]
-    found = {
-        "weights": _bytes(run.model.parameters()),
-        "KV of a token": _bytes(keys_values) // cache.get_seq_length(),
-    }
+    found["KV of a token"] = _bytes(keys_values) // cache.get_seq_length()
     for job in ("LoRA step", "full step"):
         run = Run.of(group, setting, way, job, torch.float32)
         weights = {_local(p).untyped_storage().data_ptr() for p in run.model.parameters()}

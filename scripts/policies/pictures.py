@@ -20,6 +20,7 @@ def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.patches import Patch
 
     figure, grid = plt.subplots(
         len(runs), 4, figsize=(14, 3.5 * len(runs) + 0.5), squeeze=False, layout="constrained",
@@ -33,6 +34,8 @@ def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
             axes.set_title(title, fontsize=11)
         _sweep(line[3], run["rows"], colours)
         line[0].set_ylabel(f"{run['link']}\nmilliseconds", fontsize=11)
+    handles = [Patch(color=colour, label=policy) for policy, colour in colours.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -42,26 +45,22 @@ def _bars(axes: Any, rows: Sequence[dict[str, Any]], job: str, colours: dict[str
     for n, (r, value) in enumerate(zip(rows, values, strict=True)):
         axes.bar(n, value, width=0.75, color=colours[r["policy"]])
         axes.text(n, value, f"{value:,.0f}", ha="center", va="bottom", fontsize=8.5)
-    names = [
-        r["policy"].replace(" ", "\n") + ("" if r["ranks"] == 1 else f"\nP={r['ranks']}")
-        for r in rows
-    ]
-    axes.set_xticks(range(len(rows)), names, fontsize=8)
+    axes.set_xticks(range(len(rows)), [f"P={r['ranks']}" for r in rows], fontsize=9)
     axes.set_ylim(0, max(values) * 1.12)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _sweep(axes: Any, rows: Sequence[dict[str, Any]], colours: dict[str, str]) -> None:
-    dashes = {1: "-", 2: "-", 4: "--"}
+    dashes = {1: ":", 2: "-", 4: "--"}
     for r in rows:
         points = {int(k.split()[1]): ms for k, ms in r["ms"].items() if k.startswith("forward ")}
-        label = r["policy"] + ("" if r["ranks"] == 1 else f", P={r['ranks']}")
         axes.plot(list(points), list(points.values()), dashes[r["ranks"]], marker="o", ms=4.5,
-                  color=colours[r["policy"]], label=label)  # fmt: skip
-        axes.set_xticks(list(points), [f"{n:,}" for n in points])
-    axes.set(xscale="log", yscale="log", xlabel="tokens", title="a forward pass")
+                  color=colours[r["policy"]])  # fmt: skip
+    for size in dict.fromkeys(r["ranks"] for r in rows):
+        axes.plot([], [], dashes[size], color="black", label=f"P={size}")
+    axes.set(xscale="log", yscale="log", xlabel="tokens")
+    axes.set_title("a forward pass", fontsize=11)
     axes.set_xticks(list(points), [f"{n:,}" for n in points])
     axes.minorticks_off()
-    axes.title.set_fontsize(11)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)

@@ -28,12 +28,12 @@ PROMPT, LEARNING_RATE = 8, 0.05
 class Run:
     """A model that was cut, and what it learns by. Logits are sharded to be learned from, else whole."""
 
-    group: Group
     setting: Setting
     way: Way
-    job: Job
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    tp: Group
+    data: Group
 
     @staticmethod
     def of(group: Group, setting: Setting, way: Way, job: Job, dtype: torch.dtype) -> Run:
@@ -41,30 +41,34 @@ class Run:
         model: nn.Module = gemma_like(setting, dtype)
         if job == "LoRA step":
             model = with_adapters(model, setting)
-        way.cut(model, group, logits="whole" if job == "generation" else "sharded")
+        mesh = way.cut(model, group.size, logits="whole" if job == "generation" else "sharded")
         learning = [p for p in model.parameters() if p.requires_grad]
-        return Run(group, setting, way, job, model, torch.optim.SGD(learning, LEARNING_RATE))
+        optimizer = torch.optim.SGD(learning, LEARNING_RATE)
+        tp, data = (Group.of(mesh[name]) if mesh else Group.alone() for name in ("tp", "data"))
+        return Run(setting, way, model, optimizer, tp, data)
 
     def loss(self) -> Tensor:
-        """The mean over all tokens but the first of each sequence, the same on every rank."""
-        ids = batch_of(self.setting)
+        """The mean over all tokens but the first of each sequence, in this rank's rows of the batch."""
+        ids = batch_of(self.setting).chunk(self.data.size)[self.data.rank]
         labels = F.pad(ids[:, 1:], (0, 1), value=IGNORE)
         logits = self.model(input_ids=ids, use_cache=False).logits
         if self.way.is_cut:
             losses = vocabulary_cross_entropy(
-                logits, labels, self.group, vocabulary=self.setting.vocabulary
+                logits, labels, self.tp, vocabulary=self.setting.vocabulary
             )
         else:
             losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
         return losses.sum() / (labels != IGNORE).sum()
 
     def step(self) -> float:
-        """One step of training; its loss."""
+        """One step of training; the loss of the whole batch, the same on every rank."""
         loss = self.loss()
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(loss.detach())
+        total = loss.detach().clone()
+        self.data.all_reduce_(total, "sum")
+        return float(total) / self.data.size
 
     @torch.no_grad()
     def logits(self, ids: Int[Tensor, "b s"]) -> Tensor:

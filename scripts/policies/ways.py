@@ -8,26 +8,34 @@ from typing import Literal
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from seqpar import Group
 from seqpar.tensor_parallel import Policy, Rule, apply_policy, contracted, megatron
 from seqpar.tensor_parallel.policy import Form, Split, weight_paths
 
-Name = Literal["one process", "Megatron", "contracted"]
-BUILT_IN = {"Megatron": megatron, "contracted": contracted}
+Name = Literal[
+    "one process", "Megatron", "contracted", "sharded weights", "Megatron x sharded weights"
+]
 
 
 @dataclass(frozen=True)
 class Way:
-    """A policy.
+    """A policy on its mesh.
 
     Args:
         name: of the policy.
+        data: how many ranks the weights are spread over beside it, each with other rows of the batch.
         swap: a projection, as "o_proj", that is cut along the other axis than the policy says. What it
             reads and writes stays, so numbers stay right.
     """
 
     name: Name
+    data: int = 1
     swap: str | None = None
+
+    @staticmethod
+    def all(num_ranks: int) -> list[Way]:
+        """Those that are compared on so many ranks, 2 or more."""
+        both: Name = "sharded weights" if num_ranks == 2 else "Megatron x sharded weights"
+        return [Way("Megatron"), Way("contracted"), Way(both, data=2)]
 
     @property
     def label(self) -> str:
@@ -39,14 +47,18 @@ class Way:
         """Whether there is a policy."""
         return self.name != "one process"
 
-    def cut(self, model: nn.Module, group: Group, *, logits: Form) -> None:
-        """Cuts the model over all ranks, in place. They must all call."""
+    def cut(self, model: nn.Module, num_ranks: int, *, logits: Form) -> DeviceMesh | None:
+        """Cuts the model over all ranks, in place; their mesh ("tp", "data"). They must all call."""
         if not self.is_cut:
-            return
-        policy = BUILT_IN[self.name](model, logits=logits)
+            return None
+        make = contracted if self.name == "contracted" else megatron
+        policy = make(model, logits=logits)
         if self.swap:
             policy = swapped(policy, self.swap, model)
-        apply_policy(model, policy, _mesh(group))
+        shape = (num_ranks // self.data, self.data)
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("tp", "data"))
+        apply_policy(model, policy, mesh if self.data > 1 else mesh["tp"])
+        return mesh
 
 
 def swapped(policy: Policy, projection: str, model: nn.Module) -> Policy:
@@ -61,7 +73,3 @@ def swapped(policy: Policy, projection: str, model: nn.Module) -> Policy:
     paths = list(weight_paths(model))
     used = (rule for rule in rules if any(map(rule.matches, paths)))
     return Policy(f"{policy.name}, {projection} swapped", tuple(used))
-
-
-def _mesh(group: Group) -> DeviceMesh:
-    return init_device_mesh("cpu", (group.size,))
