@@ -16,19 +16,18 @@ FORMS: dict[tuple[Held, Held], tuple[str, str]] = {  # how x arrives, y is wante
     ("part", "part"): ("#009E73", "x in parts, y in parts"),
     ("part", "whole"): ("#0072B2", "x in parts, y whole"),
 }
-# Projections of the same x are one, as wide as all of them: outputs, inputs, how x arrives, y is wanted.
-REAL: dict[str, tuple[int, int, Held, Held]] = {
-    "LoRA's A, r = 16, Gemma-7B": (16, 3072, "part", "whole"),
-    "k, v, Falcon-7B": (128, 4544, "part", "part"),
-    "kv down, DeepSeek-V2": (576, 5120, "part", "part"),
-    "down, Gemma-7B": (3072, 24576, "part", "whole"),
-    "k, v, Llama-3-8B": (2048, 4096, "part", "part"),
-    "out, Gemma-7B": (3072, 4096, "part", "whole"),
-    "q, k, v, Gemma-7B": (12288, 3072, "whole", "part"),
-    "gate, up, Gemma-7B": (49152, 3072, "whole", "part"),
+# Projections of the same x are one, as wide as all of them: outputs, inputs, how x arrives, y is wanted; then
+# where the name is written beside the point.
+REAL: dict[str, tuple[int, int, Held, Held, tuple[int, int]]] = {
+    "LoRA's A, r = 16, Gemma-7B": (16, 3072, "part", "whole", (9, -3)),
+    "k, v, Falcon-7B": (128, 4544, "part", "part", (9, -5)),
+    "kv down, DeepSeek-V2": (576, 5120, "part", "part", (-9, 0)),
+    "down, Gemma-7B": (3072, 24576, "part", "whole", (9, -7)),
+    "k, v, Llama-3-8B": (2048, 4096, "part", "part", (9, -14)),
+    "out, Gemma-7B": (3072, 4096, "part", "whole", (10, -4)),
+    "q, k, v, Gemma-7B": (12288, 3072, "whole", "part", (-9, 0)),
+    "gate, up, Gemma-7B": (49152, 3072, "whole", "part", (-9, 0)),
 }
-LEFT = {name for name, (outputs, inputs, *_) in REAL.items() if outputs > inputs} | {
-    "kv down, DeepSeek-V2"}  # fmt: skip
 POLICIES = {"Megatron": ("#0072B2", megatron_volume), "contracted": ("#D55E00", contracted_volume)}
 WIDTH = 3072  # of Gemma-7B
 UNIT = 1 << 20
@@ -46,12 +45,11 @@ def draw_projections(axes: Any) -> None:
     for (arrives, wanted), (colour, label) in FORMS.items():
         values = [ratio(x, 1, arrives, wanted) for x in shapes]
         axes.plot(shapes, values, color=colour, lw=1.8, label=label)
-    for name, (outputs, inputs, arrives, wanted) in REAL.items():
+    for name, (outputs, inputs, arrives, wanted, offset) in REAL.items():
         x, y = outputs / inputs, ratio(outputs, inputs, arrives, wanted)
         axes.plot(x, y, "o", color=FORMS[arrives, wanted][0], ms=6, zorder=3)
-        is_left = name in LEFT
-        axes.annotate(name, (x, y), (-9, 0) if is_left else (8, -11), textcoords="offset points",
-                      ha="right" if is_left else "left", fontsize=8.5)  # fmt: skip
+        side = "right" if offset[0] < 0 else "left"
+        axes.annotate(name, (x, y), offset, textcoords="offset points", ha=side, fontsize=8.5)
     axes.axhline(1, color="black", lw=1)
     axes.axhspan(1e-3, 1, color="#0072B2", alpha=0.06, lw=0)
     axes.text(1 / 380, 1.15, "by output sends less", fontsize=9, va="bottom", style="italic")
@@ -84,8 +82,9 @@ def draw_tokens(axes: Any, num_ranks: int = 8) -> None:
         axes.plot(tokens, sent, color=colour, lw=1.8, label=name)
         meets = constant / sent[0] * tokens[0]
         axes.plot(meets, constant, "o", color=colour, ms=6, zorder=3)
-        axes.annotate(f"{meets:,.0f} tokens\n= {meets / WIDTH:.1f} D", (meets, constant), (-7, 9), ha="right",
-                      textcoords="offset points", fontsize=9)  # fmt: skip
+        axes.annotate(f"{meets:,.0f} tokens\n= {meets / WIDTH:.1f} D", (meets, constant),
+                      (-7, 9) if name == "contracted" else (9, -26), textcoords="offset points",
+                      ha="right" if name == "contracted" else "left", fontsize=9)  # fmt: skip
     axes.set(xscale="log", yscale="log", xlim=(64, 1 << 18), xlabel="tokens of all ranks",
              ylabel="elements that a rank sends",
              title=f"One layer of Gemma-7B on {num_ranks} ranks, forward + backward")  # fmt: skip
