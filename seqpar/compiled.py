@@ -62,7 +62,7 @@ def _described(plan: Plan) -> tuple[Any, ...]:
     grid = "None" if plan.grid is None else plan.grid.code
     text = (
         f"({plan.strategy!r}, {plan.implementation!r}, {plan.invariant!r}, {plan.layout.code!r}, "
-        f"{keys}, {grid})"
+        f"{keys}, {grid}, {plan.first_head})"
     )
     documents = None if mask.documents is None else list(mask.documents)
     p, seed = (0.0, 0) if drop is None else (drop.p, drop.seed)
@@ -74,15 +74,15 @@ def _described(plan: Plan) -> tuple[Any, ...]:
 
 @lru_cache(maxsize=256)
 def _decoded(text: str) -> tuple[Any, ...]:
-    strategy, implementation, invariant, layout, keys, grid = ast.literal_eval(text)
+    strategy, implementation, invariant, layout, keys, grid, first = ast.literal_eval(text)
     keys = None if keys is None else Layout.decoded(keys)
-    return strategy, implementation, invariant, Layout.decoded(layout), keys, grid
+    return strategy, implementation, invariant, Layout.decoded(layout), keys, grid, first
 
 
 def _plan(group: Group, slopes: Tensor | None, sinks: Tensor | None, *described: Any) -> Plan:
     """The plan that was `_described`, but for the name of its group."""
     text, causal, window, documents, scale, softcap, p, seed, head_chunks = described
-    strategy, implementation, invariant, layout, keys, grid = _decoded(text)
+    strategy, implementation, invariant, layout, keys, grid, first = _decoded(text)
     return Plan(
         group,
         layout,
@@ -95,6 +95,7 @@ def _plan(group: Group, slopes: Tensor | None, sinks: Tensor | None, *described:
         invariant,
         None if grid is None else Grid(group, grid),
         head_chunks,
+        first,
     )
 
 
@@ -237,7 +238,7 @@ def _differentiating() -> Iterator[None]:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     q, k, v, slopes, sinks, *ctx.call = inputs
     text, with_lse = ctx.call[1], ctx.call[-1]
-    strategy, *_, layout, _, grid = _decoded(text)
+    strategy, *_, layout, _, grid, _ = _decoded(text)
     num_results = _num_results(strategy, with_lse=with_lse)
     ctx.num_learning = 1 + with_lse  # an lse that nobody asked for has no gradient
     ctx.mark_non_differentiable(*output[ctx.num_learning :])

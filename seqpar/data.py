@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from seqpar.comm import Group, agreed, all_gather
-from seqpar.layout import LAYOUTS, Layout, Mask, balanced
+from seqpar.layout import LAYOUTS, Layout, Mask, balanced, check_rows, check_size
 
 Labels = Literal["next", "next_in_document", "own"]
 IGNORE = -100  # the label that losses skip, as in torch and transformers
@@ -126,18 +126,10 @@ def shard_batch(
 
 
 def _check_shard(x: Tensor, layout: Layout, group: Group, dim: int) -> None:
-    if layout.size != group.size:
-        raise ValueError(
-            f"the layout must be for the {group.size} ranks of the group, got {layout}"
-        )
+    check_size(layout, group.size)
     if not -x.ndim <= dim < x.ndim:
         raise ValueError(f"x has no dim {dim}, got {tuple(x.shape)}")
-    rows = layout.rows[group.rank]
-    if x.shape[dim] != rows:
-        raise ValueError(
-            f"rank {group.rank} of {group.size} must hold {rows} rows along dim {dim} for {layout}, "
-            f"got {tuple(x.shape)}"
-        )
+    check_rows(layout, group.rank, x.shape[dim], f"{tuple(x.shape)}, sharded along dim {dim}")
 
 
 def _sequences(batch: Mapping[str, Any], kind: str, whole: tuple[str, ...]) -> dict[str, Tensor]:

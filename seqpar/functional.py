@@ -92,7 +92,8 @@ def _call(plan: Plan, with_lse: bool) -> tuple[object, ...]:
     """What must be the same when a call is recomputed; its tensors are autograd's to watch."""
     options = plan.strategy, plan.implementation, plan.invariant, plan.head_chunks, with_lse
     score = plan.score.scale, plan.score.softcap
-    return *options, plan.layout, plan.kv_layout, plan.mask, score, plan.dropout
+    where = plan.layout, plan.kv_layout, plan.first_head
+    return *options, *where, plan.mask, score, plan.dropout
 
 
 def merge(

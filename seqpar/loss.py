@@ -105,20 +105,24 @@ def sum_gradients(parameters: Iterable[Tensor], group: Group) -> None:
     ranks that saw no token need no care; one that no rank has a gradient for keeps none. Gradients of
     16 bits are added in float32.
 
+    Of parameters that are sharded over *other* ranks (DTensors of tensor parallelism), shards are added.
+
     Args:
-        group: all ranks that train the model, as in `seqpar.mean_loss`.
+        group: all ranks that train the model, as in `seqpar.mean_loss`; with tensor parallelism those that
+            hold the same shards.
 
     Raises:
         DesyncError: ranks differ in the shapes or dtypes of their parameters, or another rank raised.
-        NotImplementedError: a gradient is sparse, or a DTensor, which its wrapper reduces.
+        NotImplementedError: a gradient is sparse, or of a DTensor that is sharded over ranks of the group,
+            which its wrapper reduces.
     """
     params = list(dict.fromkeys(p for p in parameters if p.requires_grad))
     with agreed(group, "sum_gradients") as claim:
         claim["parameters"] = [(tuple(p.shape), p.dtype) for p in params]
-        if any(hasattr(p, "full_tensor") for p in params):
+        if any(_is_sharded_over(p, group) for p in params):
             raise NotImplementedError(
-                "sharded parameters (DTensor) are reduced in backward by what has sharded them, "
-                "such as FSDP; leave sum_gradients out and see mean_loss(gradients=...)"
+                "parameters sharded (DTensor) over ranks of the group are reduced in backward by what has "
+                "sharded them, such as FSDP; leave sum_gradients out and see mean_loss(gradients=...)"
             )
         if any(p.grad is not None and p.grad.layout != torch.strided for p in params):
             raise NotImplementedError(
@@ -130,10 +134,31 @@ def sum_gradients(parameters: Iterable[Tensor], group: Group) -> None:
     all_reduce_(has, group)
     for p, num_ranks in zip(params, has.tolist(), strict=True):
         if num_ranks:
-            grad = torch.zeros_like(p) if p.grad is None else p.grad
-            wide = grad.to(torch.promote_types(p.dtype, torch.float32)).contiguous()
+            grad = _placed(torch.zeros_like(p) if p.grad is None else p.grad, p)
+            here = grad.to_local() if hasattr(grad, "to_local") else grad
+            wide = here.to(torch.promote_types(p.dtype, torch.float32)).contiguous()
             all_reduce_(wide, group)
-            p.grad = wide.to(p.dtype)
+            if here is grad:
+                p.grad = wide.to(p.dtype)
+            else:  # a DTensor, whose shard is written
+                here.copy_(wide)
+                p.grad = grad
+
+
+def _is_sharded_over(p: Any, group: Group) -> bool:
+    """Whether a parameter is a DTensor of a mesh that has other ranks of the group."""
+    if not hasattr(p, "full_tensor") or group.size == 1:
+        return False
+    ranks = group.transport.global_ranks
+    others = {rank for rank in ranks if rank != ranks[group.rank]}
+    return not others.isdisjoint(p.device_mesh.mesh.flatten().tolist())
+
+
+def _placed(grad: Any, p: Any) -> Any:
+    """The gradient, sharded as its parameter; ranks of its mesh may still have parts to add."""
+    if not hasattr(grad, "full_tensor") or grad.placements == p.placements:
+        return grad
+    return grad.redistribute(placements=p.placements)
 
 
 class _GradientTimes(torch.autograd.Function):

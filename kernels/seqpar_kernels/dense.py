@@ -31,6 +31,7 @@ class Cells:
         score: of all query heads, with the scale resolved.
         dropout: of the weights, or `None`.
         documents: of the whole sequence, or `None` if it is one.
+        head: which of all query heads is the first at hand.
     """
 
     row: Int[Tensor, "i"]
@@ -39,6 +40,7 @@ class Cells:
     score: Score
     dropout: Dropout | None = None
     documents: Documents | None = None
+    head: int = 0
 
     def visible(self) -> Bool[Tensor, "i j"]:
         """True where a row sees a column."""
@@ -100,7 +102,7 @@ def dropped(x: Float[Tensor, "b hq i j"], cells: Cells) -> Float[Tensor, "b hq i
     # The generator works in several int64 temporaries: of one head, not of all.
     for place in product(*(range(n) for n in x.shape[:2])):
         batch, head = (torch.full((), n, device=x.device) for n in place)
-        keeps = cells.dropout.keeps(batch, head, cells.row[:, None], cells.col)
+        keeps = cells.dropout.keeps(batch, head + cells.head, cells.row[:, None], cells.col)
         torch.mul(x[place], keeps, out=y[place])
     return y.mul_(cells.dropout.factor)
 

@@ -7,8 +7,7 @@ that models and attention see no DTensor. torch's own styles do nn.Linear and nn
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -28,33 +27,11 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from seqpar.comm.cut import Cut, deal_halves
 from seqpar.comm.group import Group
 from seqpar.comm.width import Width
 
-Form: TypeAlias = Literal["whole", "sharded"]
-Kind: TypeAlias = Literal["linear", "transposed linear", "embedding", "norm"]
-
 _PLACEMENT: dict[str, Placement] = {"whole": Replicate(), "sharded": Shard(-1)}
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How one module is cut.
-
-    Args:
-        kind: of module; a transposed linear has the weight `[in, out]`.
-        dim: of the weight that is cut; None leaves it whole.
-        reads, writes: the form of input and output between modules.
-        halves: whether the rows are two halves, of both of which each rank takes its part.
-        per_head: for a norm: its input has heads in dimension -2, which are sharded.
-    """
-
-    kind: Kind
-    dim: int | None
-    reads: Form = "whole"
-    writes: Form = "whole"
-    halves: bool = False
-    per_head: bool = False
 
 
 def place(
@@ -201,16 +178,6 @@ def _deal_halves(module: nn.Module, size: int) -> None:
     for name, parameter in list(module.named_parameters(recurse=False)):
         dealt = deal_halves(parameter.detach(), size)
         module.register_parameter(name, nn.Parameter(dealt, parameter.requires_grad))
-
-
-def deal_halves(x: Tensor, size: int) -> Tensor:
-    """Rows (half, rank, i) in the order (rank, half, i)."""
-    return x.unflatten(0, (2, size, -1)).transpose(0, 1).flatten(0, 2)
-
-
-def undeal_halves(x: Tensor, size: int) -> Tensor:
-    """The inverse of `deal_halves`."""
-    return x.unflatten(0, (size, 2, -1)).transpose(0, 1).flatten(0, 2)
 
 
 def _tied(model: nn.Module) -> list[list[str]]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from seqpar.comm import Group
 from seqpar.decode.rows import Held
-from seqpar.layout import Layout, Mask
+from seqpar.layout import Layout, Mask, check_rows, check_size
 from seqpar_kernels import Score
 
 
@@ -21,19 +21,13 @@ def check_prefill(
         if not isinstance(value, kind):
             raise TypeError(f"{name} must be a seqpar.{kind.__name__}, got {value!r}")
     _check_tensors({"k": k, "v": v}, score)
-    shapes = f"got k {tuple(k.shape)}, v {tuple(v.shape)}"
+    shapes = f"k {tuple(k.shape)}, v {tuple(v.shape)}"
     if k.shape[:3] != v.shape[:3] or 0 in k.shape[2:] or v.shape[3] == 0:
-        raise ValueError(f"k and v must have one batch, length and some heads and widths, {shapes}")
-    if layout.size != group.size:
         raise ValueError(
-            f"the layout must be for the {group.size} ranks of the group, got {layout}"
+            f"k and v must have one batch, length and some heads and widths, got {shapes}"
         )
-    rows = layout.rows[group.rank]
-    if k.shape[1] != rows:
-        raise ValueError(
-            f"rank {group.rank} of {group.size} must hold {rows} of the {layout.length} positions "
-            f"({layout.kind}), {shapes} as [b sl h d]; shard with seqpar.shard_sequence"
-        )
+    check_size(layout, group.size)
+    check_rows(layout, group.rank, k.shape[1], f"{shapes} as [b sl h d]")
     if mask.documents is not None and mask.documents[-1] != layout.length:
         raise ValueError(
             f"documents must end where the prefill does, at {layout.length}, got {mask.documents[-1]}"

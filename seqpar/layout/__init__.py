@@ -5,6 +5,7 @@ rectangle of scores whose visibility is one `Band`. Kernels and strategies never
 """
 
 from seqpar.layout.balance import balanced
+from seqpar.layout.fits import check_rows, check_size
 from seqpar.layout.heads import HeadSegment, HeadSplit, split_heads
 from seqpar.layout.mask import Mask
 from seqpar.layout.shards import LAYOUTS, Layout, contiguous, striped, whole, zigzag
@@ -21,6 +22,8 @@ __all__ = [
     "Span",
     "Tile",
     "balanced",
+    "check_rows",
+    "check_size",
     "contiguous",
     "held",
     "joined",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from seqpar.comm import Grid, Group, agreed
-from seqpar.layout import Layout, Mask
+from seqpar.layout import Layout, Mask, check_rows, check_size
 from seqpar.strategies.invariance import check_invariance, invariant_implementation
 from seqpar.strategies.plan import GRID_STRATEGIES, HEAD_STRATEGIES, STRATEGY_NAMES, Plan
 from seqpar_kernels import Dropout, Implementation, Request, Score, choose, tile_border
@@ -107,16 +107,13 @@ def _check_plan(plan: Plan) -> None:
     _check_layouts(plan)
     _check_grid(plan)
     _check_head_chunks(plan)
+    _check_first_head(plan.first_head)
 
 
 def _check_layouts(plan: Plan) -> None:
     layout, keys, group, documents = plan.layout, plan.keys, plan.group, plan.mask.documents
     for each in (layout, keys):
-        if each.size != group.size:
-            raise ValueError(
-                f"the layout must be for the {group.size} ranks of the group, got {each}; "
-                f"make it with seqpar.{each.kind}({each.length}, group.size)"
-            )
+        check_size(each, group.size)
     if len({span.step for each in (layout, keys) for spans in each.spans for span in spans}) > 1:
         raise ValueError(
             "queries and keys must be dealt in the same steps: both striped, or neither; "
@@ -169,6 +166,13 @@ def _check_head_chunks(plan: Plan) -> None:
         )
 
 
+def _check_first_head(first: int) -> None:
+    if isinstance(first, bool) or not isinstance(first, int):
+        raise TypeError(f"first_head must be an integer, got {first!r}")
+    if first < 0:
+        raise ValueError(f"first_head must be at least 0, got {first}")
+
+
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     named = {"q": q, "k": k, "v": v}
     for name, x in named.items():
@@ -194,15 +198,9 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _check_rows(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
-    rank = plan.group.rank
     for name, x, layout in (("q", q, plan.layout), ("k", k, plan.keys), ("v", v, plan.keys)):
-        rows = layout.rows[rank]
-        if x.shape[1] != rows:
-            raise ValueError(
-                f"rank {rank} of {layout.size} must hold {rows} of the {layout.length} positions "
-                f"({layout.kind}), got {name} {tuple(x.shape)} as [b sl h d]; "
-                "shard with seqpar.shard_sequence"
-            )
+        got = f"{name} {tuple(x.shape)} as [b sl h d]"
+        check_rows(layout, plan.group.rank, x.shape[1], got)
 
 
 def _check_heads(q: Tensor, score: Score) -> None:
@@ -235,6 +233,7 @@ def _claim(
         "grid": None if plan.grid is None else plan.grid.members,
         "invariant": plan.invariant,
         "head chunks": plan.head_chunks,
+        "first head": plan.first_head,
         "with lse": with_lse,
         "mask": plan.mask,
         "scale": score.scale,

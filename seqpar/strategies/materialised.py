@@ -154,7 +154,8 @@ def _stored(plan: Plan, device: torch.device) -> tuple[Sharding, dense.Cells]:
     row, col = (x.to(device) for x in sharding.positions())
     position = Span(0, 1)
     band = plan.mask.band(position, position)
-    return sharding, dense.Cells(row, col, band, plan.score, plan.drops, plan.packed)
+    cells = dense.Cells(row, col, band, plan.score, plan.drops, plan.packed, plan.first_head)
+    return sharding, cells
 
 
 def _softmax(

@@ -49,6 +49,8 @@ class Plan:
         grid: the ranks of the group in two dimensions, for the mesh and the hybrid.
         head_chunks: in how many chunks Ulysses and the hybrid exchange their heads: the next is exchanged
             while one is attended, so from three on buffers are smaller. The results are the same.
+        first_head: which of the layer's query heads is the first of this call, where other ranks attend to
+            the others: dropout then drops the same weights for any number of ranks.
     """
 
     group: Group
@@ -62,6 +64,7 @@ class Plan:
     invariant: bool | None = None
     grid: Grid | None = None
     head_chunks: int = 1
+    first_head: int = 0
 
     def __post_init__(self) -> None:
         if self.invariant is None:
@@ -94,9 +97,9 @@ class Plan:
 
         Args:
             score: of the heads at hand, resolved.
-            head: which of all query heads is the first at hand.
+            head: which of the call's query heads is the first at hand.
         """
-        drops, packed = self.drops, self.packed
+        head, drops, packed = self.first_head + head, self.drops, self.packed
         needs_positions = score.alibi_slopes is not None or drops or packed
         made = tiles if needs_positions else tall_tiles
         for t in made(rows, cols, self.mask):

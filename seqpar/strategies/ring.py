@@ -55,7 +55,8 @@ def ring_attention(
     score = plan.score.resolve(q.shape[-1]).of_heads(head, q.shape[2])
     if plan.group.size == 1 and all(len(x.spans[0]) <= 1 for x in (plan.layout, plan.keys)):
         band = plan.mask.band(Span(0, plan.layout.length), Span(0, plan.keys.length))
-        block = Block(band, score, head=head, dropout=plan.drops, documents=plan.packed)
+        first = plan.first_head + head
+        block = Block(band, score, head=first, dropout=plan.drops, documents=plan.packed)
         return _attend_alone(q, k, v, block, plan.implementation, with_lse=with_lse)
     return blockwise_attention(q, k, v, plan, RingRoute(plan), score, head)
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from seqpar.comm import Group, agreed
-from seqpar.comm.styles import Cut, place, shard_weights, undeal_halves, whole_tensor
-from seqpar.tensor_parallel.policy import Policy, Rule
+from seqpar.comm.cut import Cut, ModuleKind, undeal_halves
+from seqpar.tensor_parallel.policy import Policy, Rule, weight_paths
+from seqpar.tensor_parallel.vocabulary import vocabulary_range
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,6 +34,8 @@ def apply_policy(model: nn.Module, policy: Policy, mesh: Any) -> None:
         DesyncError: ranks have different models or policies, or another rank raised.
         RuntimeError: torch.distributed is not initialised.
     """
+    from seqpar.comm.styles import place, shard_weights  # which import all of DTensor
+
     axes = [mesh] if mesh.ndim == 1 else [mesh[name] for name in mesh.mesh_dim_names or ()]
     if len(axes) not in (1, 2):
         raise ValueError(
@@ -64,13 +67,19 @@ def apply_policy(model: nn.Module, policy: Policy, mesh: Any) -> None:
 
 
 def whole_state(model: nn.Module, *, gradients: bool = False) -> dict[str, Tensor]:
-    """Every weight that a policy placed as it was before, gathered. All ranks must call.
+    """The weights outside of tensor-parallel attention as one device holds them, gathered. All ranks call.
+
+    To save and to compare with: halves that "paired output" has cut are in another order in the model itself.
+    Weights of attention that cut its own are left out, see `ParallelAttention.whole_state`.
 
     Args:
         gradients: the gradients instead; weights without one are left out.
     """
+    from seqpar.comm.styles import whole_tensor
+
     state = {}
-    for path, parameter in model.named_parameters(remove_duplicate=False):
+    for path in weight_paths(model):
+        parameter = model.get_parameter(path)
         x = parameter.grad if gradients else parameter.detach()
         if x is None:
             continue
@@ -82,6 +91,8 @@ def whole_state(model: nn.Module, *, gradients: bool = False) -> dict[str, Tenso
 
 def _digest(x: Tensor) -> tuple[object, ...]:
     """What is compared of a weight: shape, type and its sum."""
+    if hasattr(x, "full_tensor"):
+        raise ValueError(f"a weight is sharded already, got {x.placements}; apply one policy, once")  # type: ignore[attr-defined]
     total = None if x.is_meta else float(x.detach().sum(dtype=torch.float64))
     return tuple(x.shape), x.dtype, x.requires_grad, total
 
@@ -106,7 +117,7 @@ def _cut(model: nn.Module, path: str, policy: Policy, rule: Rule, size: int) -> 
     """How a rule cuts a module."""
     module = model.get_submodule(path)
     (reads, writes), split, kind = rule.forms, rule.split, _kind(module)
-    by_kind = {
+    by_kind: dict[tuple[ModuleKind | None, str], int] = {
         ("linear", "output"): 0,
         ("linear", "paired output"): 0,
         ("linear", "vocabulary"): 0,
@@ -119,17 +130,17 @@ def _cut(model: nn.Module, path: str, policy: Policy, rule: Rule, size: int) -> 
     }
     if (kind, split) == ("norm", "each head"):
         return Cut("norm", None, per_head=True)
-    if (kind, split) not in by_kind:
+    if kind is None or (kind, split) not in by_kind:
         raise NotImplementedError(
             f"{path} is a {type(module).__name__}, which policy {policy.name} cannot cut by {split!r} "
             f"(rule {rule.pattern!r}); take 'replicate'"
         )
     dim = by_kind[kind, split]
     _check_size(model, path, rule, model.get_parameter(f"{path}.weight").shape[dim], size)
-    return Cut(kind, dim, reads, writes, halves=split == "paired output")  # type: ignore[arg-type]
+    return Cut(kind, dim, reads, writes, halves=split == "paired output")
 
 
-def _kind(module: nn.Module) -> str:
+def _kind(module: nn.Module) -> ModuleKind | None:
     if isinstance(module, nn.Embedding):
         return "embedding"
     if isinstance(module, nn.Linear):
@@ -137,13 +148,12 @@ def _kind(module: nn.Module) -> str:
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         return "transposed linear"
     names = [name for name, _ in module.named_parameters()]
-    return "norm" if names == ["weight"] else "other"
+    return "norm" if names == ["weight"] else None
 
 
 def _check_size(model: nn.Module, path: str, rule: Rule, length: int, size: int) -> None:
     if rule.split == "vocabulary":
-        if length < size:
-            raise ValueError(f"{path} has {length} rows, fewer than {size} ranks; take fewer ranks")
+        vocabulary_range(length, 0, size)
         return
     unit: Any = 2 if rule.split == "paired output" else 1
     if rule.unit is not None:

@@ -72,20 +72,37 @@ class FusedQKV:
 
     @staticmethod
     def contiguous(
-        num_heads: int, head_dim: int, num_kv_heads: int | None = None, **rest: bool
+        num_heads: int,
+        head_dim: int,
+        num_kv_heads: int | None = None,
+        *,
+        bias: bool = False,
+        transposed: bool = False,
     ) -> FusedQKV:
-        """All of q, then all of k, then all of v. `rest`: bias, transposed."""
-        return FusedQKV(num_heads, num_kv_heads or num_heads, head_dim, **rest)
+        """All of q, then all of k, then all of v. By default as many kv heads as query heads."""
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        return FusedQKV(num_heads, kv_heads, head_dim, bias=bias, transposed=transposed)
 
     @staticmethod
-    def per_head(num_heads: int, head_dim: int, **rest: bool) -> FusedQKV:
-        """q, k and v of the first head, then of the second, ... `rest`: bias, transposed."""
-        return FusedQKV(num_heads, num_heads, head_dim, blocks=num_heads, **rest)
+    def per_head(
+        num_heads: int, head_dim: int, *, bias: bool = False, transposed: bool = False
+    ) -> FusedQKV:
+        """q, k and v of the first head, then of the second, and so on."""
+        return FusedQKV(num_heads, num_heads, head_dim, num_heads, bias=bias, transposed=transposed)
 
     @staticmethod
-    def per_group(num_heads: int, head_dim: int, num_kv_heads: int, **rest: bool) -> FusedQKV:
-        """The query heads of the first kv head, that head's k and v, then the next. `rest`: as above."""
-        return FusedQKV(num_heads, num_kv_heads, head_dim, blocks=num_kv_heads, **rest)
+    def per_group(
+        num_heads: int,
+        head_dim: int,
+        num_kv_heads: int,
+        *,
+        bias: bool = False,
+        transposed: bool = False,
+    ) -> FusedQKV:
+        """The query heads of the first kv head, then its k and v, then those of the second, and so on."""
+        return FusedQKV(
+            num_heads, num_kv_heads, head_dim, num_kv_heads, bias=bias, transposed=transposed
+        )
 
     @property
     def rows(self) -> int:
@@ -202,8 +219,8 @@ class FusedQKV:
         """
         dealt = self.deal(len(shards))
         for rank, x in enumerate(shards):
-            rows = sum(b - a for _, a, b in self.runs(dealt, rank)) * self.head_dim
-            self._check(x, rows, f"the shard of rank {rank} of {len(shards)}")
+            num_rows = sum(b - a for _, a, b in self.runs(dealt, rank)) * self.head_dim
+            self._check(x, num_rows, f"the shard of rank {rank} of {len(shards)}")
         heads: dict[tuple[str, int], tuple[int, Tensor]] = {}
         for rank, x in enumerate(shards):
             for (component, head), rows in self._heads_of(dealt, rank):

@@ -9,7 +9,8 @@ from typing import Literal, get_args
 
 from torch import nn
 
-Form = Literal["whole", "sharded"]
+from seqpar.comm.cut import Form
+
 Split = Literal[
     "output", "paired output", "input", "vocabulary", "width", "each head", "replicate", "fused heads"
 ]  # fmt: skip

@@ -12,7 +12,7 @@ from fractions import Fraction
 from typing import Any, Literal, TypeAlias
 
 from seqpar.comm.collectives import Kind, sent_fraction
-from seqpar.tensor_parallel.policy import Form
+from seqpar.comm.cut import Form
 
 Part: TypeAlias = Literal["layers", "norms", "embedding", "head", "loss"]
 Elements: TypeAlias = Mapping[Part, Mapping[Kind, Fraction]]

@@ -1,0 +1,1 @@
+"""The bugs that plant_bugs.py plants, by part of the package."""

@@ -1,0 +1,172 @@
+"""Models under a policy equal one device: logits, loss, every gradient; whole weights are what they were."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from hf.under_policy import FUSED, cut_step, farthest, tiny, tokens, whole_step
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from seqpar.tensor_parallel import apply_policy, contracted, megatron
+from seqpar.testing import ProcessWorld
+
+EXACT = 1e-11  # float64: only the summation order differs
+POLICIES = {"megatron": megatron, "contracted": contracted}
+
+
+@pytest.fixture(scope="module")
+def world():
+    """Four processes of their own, which can be a mesh of two axes."""
+    with ProcessWorld(4) as world:
+        yield world
+
+
+def line(group):
+    """The mesh of a group that exists."""
+    ranks = dist.get_process_group_ranks(group.transport._group)
+    return DeviceMesh.from_group(
+        group.transport._group, "cpu", torch.tensor(ranks), mesh_dim_names=("tp",)
+    )
+
+
+def differences(group, name, policy, logits, changes):
+    model, want = tiny(name, **changes), tiny(name, **changes)
+    vocabulary = model.config.vocab_size
+    ids = tokens(vocabulary=vocabulary)
+    want = whole_step(want, ids)
+    sharded = group if logits == "sharded" else None
+    cut = POLICIES[policy](model, logits=logits)
+    got = cut_step(model, ids, cut, line(group), sharded, vocabulary)
+    if logits == "sharded":
+        want = replace(want, logits=want.logits.chunk(group.size, -1)[group.rank])
+    off = farthest(got, want)
+    assert got.logits.shape == want.logits.shape
+    return off | {"logits": float((got.logits - want.logits).detach().abs().max())}
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", ["llama", "gemma", "qwen3"])
+def test_equals_one_device(world, name, policy, size):
+    """Llama's head is its own, with padding among the tokens; Gemma's is its embedding; Qwen3 norms heads.
+
+    Over 3 ranks the vocabulary of 50 is uneven.
+    """
+    changes = {"vocab_size": 50} if size == 3 else {}
+    if size == 4:
+        changes |= {"num_key_value_heads": 4}
+    if name != "gemma":
+        changes |= {"attention_bias": True}
+    logits = "sharded" if size == 3 else "whole"
+    for off in world.run(differences, name, policy, logits, changes, size=size):
+        assert off.pop("weights") == 0
+        assert max(off.values()) < EXACT, off
+
+
+def family_differences(group, names):
+    return {name: differences(group, name, "megatron", "whole", {}) for name in names}
+
+
+@pytest.mark.parametrize("names", [list(FUSED)[:6], list(FUSED)[6:]], ids=lambda names: names[0])
+def test_other_families_equal_one_device(world, names):
+    """Their attention, which is not the policy's, stays whole here: MLPs, embeddings and heads are cut."""
+    for found in world.run(family_differences, names, size=2):
+        for name, off in found.items():
+            assert off.pop("weights") == 0, name
+            assert max(off.values()) < EXACT, (name, off)
+
+
+def calls_of(group, name, **changes):
+    model = tiny(name, **changes)
+    step = cut_step(model, tokens(), megatron(model), line(group))
+    return [[(c.kind, c.elements) for c in calls] for calls in (step.forward, step.backward)]
+
+
+def test_a_block_takes_one_all_reduce_each_way(world):
+    """q, k and v add up their gradients of the one input before they are reduced; so do gate and up."""
+    stream = ("all_reduce", tokens().numel() * 24)
+    head = ("all_gather", tokens().numel() * 48 // 2)
+    for forward, backward in world.run(calls_of, "llama", size=2):
+        assert forward == [stream] * 5 + [head]
+        assert backward == [stream] * 5
+
+
+def adapted(name):
+    import peft
+
+    config = peft.LoraConfig(
+        r=3,
+        target_modules=[
+            "q_proj",
+            "k_proj",
+            "v_proj",
+            "o_proj",
+            "gate_proj",
+            "up_proj",
+            "down_proj",
+        ],
+        init_lora_weights=False,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return peft.get_peft_model(tiny(name), config).double()
+
+
+def adapted_differences(group, policy):
+    model, want = adapted("gemma"), whole_step(adapted("gemma"), tokens())
+    got = cut_step(model, tokens(), POLICIES[policy](model), line(group))
+    return farthest(got, want), len(got.gradients), [c.elements for c in got.backward]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_adapters_of_peft_equal_one_device(world, policy):
+    for off, num_gradients, backward in world.run(adapted_differences, policy, size=2):
+        assert num_gradients == 2 * 7 * 2
+        assert off.pop("weights") == 0
+        assert max(off.values()) < EXACT, off
+        if (
+            policy == "megatron"
+        ):  # the layers' inputs once a block, but for the first; A's outputs; the head's
+            assert backward.count(tokens().numel() * 24) == 4
+
+
+def replica_differences(group, name):
+    model, want = tiny(name), whole_step(tiny(name), tokens(4))
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("tp", "data"))
+    mine = tokens(4).chunk(2)[mesh.get_local_rank("data")]
+    got = cut_step(model, mine, megatron(model), mesh)
+    off = farthest(replace(got, loss=want.loss), want)
+    names = dict(model.named_parameters())
+    held = sum(p.to_local().numel() for p in names.values())
+    return off, held, sum(p.numel() for p in tiny(name).parameters())
+
+
+@pytest.mark.parametrize("name", ["gemma", "qwen3"])
+def test_weights_over_a_second_axis_equal_one_device(world, name):
+    """Each rank has half of the rows, and gradients are averaged over the axis."""
+    for off, held, everything in world.run(replica_differences, name):
+        assert off.pop("weights") == 0
+        assert max(off.values()) < EXACT, off
+        assert held < 0.27 * everything  # norms of heads are halved only
+
+
+def given_twice(group):
+    model, mesh = tiny("gemma"), line(group)
+    apply_policy(model, megatron(model), mesh)
+    ids = tokens()
+    for _ in range(2):
+        model(ids, use_cache=False).logits.square().mean().backward()
+    twice = {
+        n: p.grad.full_tensor() for n, p in model.named_parameters() if hasattr(p, "full_tensor")
+    }
+    model.zero_grad()
+    model(ids, use_cache=False).logits.square().mean().backward()
+    once = {
+        n: p.grad.full_tensor() for n, p in model.named_parameters() if hasattr(p, "full_tensor")
+    }
+    return max(float((twice[n] - 2 * once[n]).abs().max()) for n in once)
+
+
+def test_gradients_accumulate(world):
+    assert max(world.run(given_twice, size=2)) < EXACT
