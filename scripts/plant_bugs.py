@@ -19,6 +19,7 @@ from pathlib import Path
 
 from plants.attention import ATTENTION
 from plants.plant import Plant
+from plants.policies import POLICIES
 from plants.tensor_parallel import TENSOR_PARALLEL
 from rich.console import Console
 from rich.progress import track
@@ -37,7 +38,7 @@ NOT_CHECKED = {
 }  # check_equivalence.py is blind to these
 
 
-PLANTS = [*ATTENTION, *TENSOR_PARALLEL]
+PLANTS = [*ATTENTION, *TENSOR_PARALLEL, *POLICIES]
 
 
 def planted(plant: Plant, folder: Path) -> None:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hf.families import Family
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf.families import Family
 from seqpar.comm.collectives import Collective, Collectives
 from seqpar.tensor_parallel import Policy, apply_policy, vocabulary_cross_entropy, whole_state
 

@@ -24,18 +24,31 @@ def apply_policy(model: nn.Module, policy: Policy, mesh: Any) -> None:
     """Cuts the weights of `model` over the ranks of `mesh`, in place. All its ranks must call.
 
     Weights become DTensors, of which each rank keeps its part; between modules tensors stay plain. The
-    model must be the same on all ranks, and so must what it is called with. Forward and backward of every
-    block then communicate; gradients of all weights are complete, on each rank for its part.
+    model must be the same on all ranks, and along the first axis so must what it is called with. Forward
+    and backward of every block then communicate; gradients are complete, on each rank for its part.
+
+    Attention is replaced and `SequenceParallel` is set up before: they look at the model by running it. The
+    ranks that have other rows of the sequence are then those of `seqpar.sum_gradients`.
+
+    Args:
+        model: with its weights, whole on every rank.
+        policy: such as `megatron(model)`.
+        mesh: a DeviceMesh of one axis; or of two, by whose second torch's fully_shard spreads the weights
+            too. Its ranks have other rows of the batch, and gradients are averaged over it, for
+            `seqpar.mean_loss(..., gradients="mean")`. Dropout must draw alike along the first axis only.
 
     Raises:
         ValueError: the rules do not fit the weights, heads or sizes do not divide by the ranks, or weights
-            that are tied would be cut differently. Nothing has been changed.
+            that are tied would be cut differently; the model has a policy already. Nothing has been changed.
         NotImplementedError: a module of this kind cannot be cut as its rule says.
         DesyncError: ranks have different models or policies, or another rank raised.
+        TypeError: mesh is no DeviceMesh.
         RuntimeError: torch.distributed is not initialised.
     """
     from seqpar.comm.styles import place, shard_weights  # which import all of DTensor
 
+    if not hasattr(mesh, "mesh_dim_names"):
+        raise TypeError(f"a policy is applied to a DeviceMesh, got {type(mesh)}")
     axes = [mesh] if mesh.ndim == 1 else [mesh[name] for name in mesh.mesh_dim_names or ()]
     if len(axes) not in (1, 2):
         raise ValueError(
@@ -53,6 +66,8 @@ def apply_policy(model: nn.Module, policy: Policy, mesh: Any) -> None:
         cuts = _cuts(model, policy, rules, group.size)
         _check_tied(model, cuts)
         others |= claim
+        if any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
+            claim["seed of dropout"] = torch.initial_seed()
     shared = _shared_inputs(cuts)
     for path, rule in rules.items():
         module = path.rpartition(".")[0]

@@ -8,7 +8,8 @@ import torch.distributed as dist
 from hf.under_policy import FUSED, cut_step, farthest, tiny, tokens, whole_step
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from seqpar.tensor_parallel import apply_policy, contracted, megatron
+import seqpar
+from seqpar.tensor_parallel import apply_policy, contracted, megatron, whole_state
 from seqpar.testing import ProcessWorld
 
 EXACT = 1e-11  # float64: only the summation order differs
@@ -131,7 +132,7 @@ def test_adapters_of_peft_equal_one_device(world, policy):
             assert backward.count(tokens().numel() * 24) == 4
 
 
-def replica_differences(group, name):
+def replica_differences(_, name):
     model, want = tiny(name), whole_step(tiny(name), tokens(4))
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("tp", "data"))
     mine = tokens(4).chunk(2)[mesh.get_local_rank("data")]
@@ -170,3 +171,25 @@ def given_twice(group):
 
 def test_gradients_accumulate(world):
     assert max(world.run(given_twice, size=2)) < EXACT
+
+
+def beside_a_sharded_sequence(_, policy):
+    """Rows over sp, weights over tp; the mean is over the 12 tokens that have a next one."""
+    from seqpar.integrations.transformers import SequenceParallel
+
+    model, want = tiny("llama"), whole_step(tiny("llama"), tokens())
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("tp", "sp"))
+    sp = seqpar.Group.of(mesh["sp"])
+    wrapped = SequenceParallel(model, seqpar.RingAttention(sp))
+    apply_policy(model, POLICIES[policy](model), mesh["tp"])
+    loss = wrapped.loss({"input_ids": tokens(), "labels": tokens()}) * 12 / 14
+    loss.backward()
+    seqpar.sum_gradients(model.parameters(), sp)
+    gradients = whole_state(model, gradients=True)
+    return farthest(replace(want, loss=loss, gradients=gradients), want)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_beside_a_sharded_sequence_it_equals_one_device(world, policy):
+    for off in world.run(beside_a_sharded_sequence, policy):
+        assert max(off.values()) < EXACT, off
