@@ -73,7 +73,9 @@ def sheets(rows: Sequence[dict[str, Any]]) -> list[Sheet]:
     """The tables."""
     first = ("P", "policy")
     labels = [(str(r["ranks"]), r["policy"]) for r in rows]
-    milliseconds = [tuple(f"{r['ms'][job]:,.0f}" for job in JOBS) for r in rows]
+    milliseconds = [
+        tuple(f"{r['ms'][job]:,.0f} ({r['least_ms'][job]:,.0f})" for job in JOBS) for r in rows
+    ]
     calls = [
         tuple(_pair([sum(x.values()) for x in r["jobs"][job]["calls"]], job) for job in JOBS)
         for r in rows
@@ -92,7 +94,7 @@ def sheets(rows: Sequence[dict[str, Any]]) -> list[Sheet]:
         return Sheet(title, (*first, *columns), joined, num_labels=2)
 
     return [
-        sheet("milliseconds of the slowest rank, median", jobs, milliseconds),
+        sheet("milliseconds of the slowest rank, median (least)", jobs, milliseconds),
         sheet("collectives of a rank, forward + backward", of_token, calls),
         sheet("elements that a rank sends, forward + backward", of_token, sent),
         sheet("KiB of a rank", names, held),
