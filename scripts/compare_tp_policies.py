@@ -129,7 +129,7 @@ def main() -> None:
     result = {
         "date": datetime.now(UTC).date().isoformat(), "python": platform.python_version(),
         "torch": torch.__version__, "transformers": version("transformers"),
-        "peft": version("peft"), "cores": os.cpu_count(), "link": args.link,
+        "peft": version("peft"), "cores": os.cpu_count(), "load": os.getloadavg()[1], "link": args.link,
         "command": " ".join(["compare_tp_policies.py", *sys.argv[1:]]),
         "setting": asdict(setting), "rounds": args.rounds, "tolerance": TOLERANCE, **found,
     }  # fmt: skip
