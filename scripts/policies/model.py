@@ -25,9 +25,9 @@ class Setting:
         width: of the residual stream, a multiple of 24. The rest follows as in Gemma-7B: all heads together
             are 4/3 as wide, as many for keys and values, the MLP 8, the vocabulary 3 for each layer.
         layers: how many.
-        batch, length: of a training step.
+        batch, length: of a training step; batch even.
         tokens: generated in one measurement.
-        lora_rank: of the adapters.
+        lora_rank: of the adapters, even.
         targets: the projections that have adapters.
     """
 
@@ -44,6 +44,11 @@ class Setting:
         if min(counts) < 1:
             raise ValueError(
                 f"layers, batch, length, tokens and lora_rank must be positive, got {counts}"
+            )
+        if self.batch % 2 or self.lora_rank % 2:
+            raise ValueError(
+                "batch and lora_rank must be even, to be spread over two ranks, got "
+                f"{self.batch} and {self.lora_rank}"
             )
         if self.width < 24 or self.width % 24:
             raise ValueError(f"width must be a positive multiple of 24, got {self.width}")
