@@ -84,7 +84,7 @@ def times(group: Group, setting: Setting, way: Way, sweep: Iterable[int]) -> dic
         spent = _milliseconds(group, lambda tokens=tokens: list(islice(tokens, setting.tokens)))
         found[job] = 100 / setting.tokens * spent
         for num in sweep:
-            ids = batch_of(replace(setting, batch=1, length=num))
+            ids = batch_of(replace(setting, length=num))[:1]
             run.logits(ids)
             found[f"forward {num}"] = _milliseconds(group, lambda ids=ids, run=run: run.logits(ids))
     return found
