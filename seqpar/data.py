@@ -110,7 +110,7 @@ def shard_batch(
         claim["labels"] = labels
         claim |= {"pad": (pad_to_multiple_of, pad_token_id)}
         sequences = _sequences(batch, kind, whole)
-        claim |= {f"batch[{name!r}]": _fingerprint(x) for name, x in sequences.items()}
+        claim |= {f"batch[{name!r}]": fingerprint(x) for name, x in sequences.items()}
         sequences = sequences if labels == "own" else _shift(sequences)
         sequences = _pad(sequences, pad_to_multiple_of, pad_token_id)
         first = next(iter(sequences.values()))
@@ -207,7 +207,7 @@ def _pad(
     return padded
 
 
-def _fingerprint(x: Tensor) -> str:
+def fingerprint(x: Tensor) -> str:
     """Shape, type and, of integers, content: ranks that load different batches train on nonsense."""
     content = ""
     if not x.is_floating_point() and x.numel():

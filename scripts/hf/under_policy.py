@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -153,6 +154,14 @@ def farthest(got: CutStep, want: CutStep) -> dict[str, float]:
         "gradients": max(worst(x, want.gradients[n]) for n, x in got.gradients.items()),
         "weights": max(worst(x, want.weights[n]) for n, x in got.weights.items()),
     }
+
+
+def sent(calls: Iterable[Collective]) -> dict[str, Fraction]:
+    """Elements that a rank sends, by kind."""
+    total: dict[str, Fraction] = {}
+    for call in calls:
+        total[call.kind] = total.get(call.kind, Fraction(0)) + call.sent
+    return total
 
 
 def parameters_of(model: nn.Module) -> dict[str, tuple[type, tuple[int, ...]]]:

@@ -1,8 +1,14 @@
 """Tensor parallelism: weights sharded by heads, fused ones of real models too, beside a sharded sequence."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from seqpar.tensor_parallel.apply import apply_policy, whole_state
+from seqpar.tensor_parallel.check_layout import check_layout, check_split
 from seqpar.tensor_parallel.fused_qkv import FusedQKV
 from seqpar.tensor_parallel.gradient_norm import clip_gradients
+from seqpar.tensor_parallel.known_models import known_layout, known_models
 from seqpar.tensor_parallel.layer import ParallelAttention
 from seqpar.tensor_parallel.policies import contracted, megatron
 from seqpar.tensor_parallel.policy import Policy, Rule
@@ -14,8 +20,12 @@ from seqpar.tensor_parallel.volume import (
     Sizes,
     contracted_volume,
     megatron_volume,
+    weights_volume,
 )
 from seqpar.tensor_parallel.whole_weights import Names
+
+if TYPE_CHECKING:
+    from seqpar.tensor_parallel.replace import ReplacedModel, replace_attention
 
 __all__ = [
     "FusedQKV",
@@ -23,16 +33,32 @@ __all__ = [
     "ParallelAttention",
     "Policy",
     "PolicyVolume",
+    "ReplacedModel",
     "Rotary",
     "Rule",
     "Sizes",
     "apply_policy",
+    "check_layout",
+    "check_split",
     "clip_gradients",
     "contracted",
     "contracted_volume",
+    "known_layout",
+    "known_models",
     "megatron",
     "megatron_volume",
+    "replace_attention",
     "share_heads",
     "vocabulary_cross_entropy",
+    "weights_volume",
     "whole_state",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """What needs transformers, imported when it is asked for."""
+    if name in ("ReplacedModel", "replace_attention"):
+        from seqpar.tensor_parallel import replace
+
+        return getattr(replace, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -151,7 +151,7 @@ class FusedQKV:
         return q, k, v
 
     def fuse(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The inverse of `split`.
+        """The inverse of `split`, contiguous.
 
         Raises:
             ValueError: q, k or v has not the rows of its heads.
@@ -160,16 +160,13 @@ class FusedQKV:
         for name, x in given.items():
             heads = self.num_heads if name == "q" else self.num_kv_heads
             self._check(x, heads * self.head_dim, name)
+        sizes = {"g": self.blocks, "d": self.head_dim}
         parts = [
-            rearrange(
-                self._rows_first(given[c]),
-                "(g m d) ... -> g m d ...",
-                g=self.blocks,
-                d=self.head_dim,
-            )
+            rearrange(self._rows_first(given[c]), "(g m d) ... -> g m d ...", **sizes)
             for c in self.order
         ]
-        return self._rows_first(rearrange(torch.cat(parts, dim=1), "g w d ... -> (g w d) ..."))
+        whole = rearrange(torch.cat(parts, dim=1), "g w d ... -> (g w d) ...")
+        return self._rows_first(whole).contiguous()
 
     def deal(self, size: int, *, replicate: bool = True) -> HeadSplit:
         """Which heads each of `size` ranks takes: ranges of query heads and the kv heads that they need.
@@ -215,18 +212,23 @@ class FusedQKV:
         """The inverse of `shard`, from the shards of all ranks in order.
 
         Raises:
-            ValueError: a shard has not its rows, or ranks hold different copies of a kv head.
+            ValueError: a shard has not its rows or is not of the others' dtype and width, or copies of a kv
+                head differ in a bit.
         """
         dealt = self.deal(len(shards))
         for rank, x in enumerate(shards):
             num_rows = sum(b - a for _, a, b in self.runs(dealt, rank)) * self.head_dim
             self._check(x, num_rows, f"the shard of rank {rank} of {len(shards)}")
+            if (first := self._kind(shards[0])) != (kind := self._kind(x)):
+                raise ValueError(
+                    f"all shards must be alike, got {first} of rank 0, {kind} of rank {rank}"
+                )
         heads: dict[tuple[str, int], tuple[int, Tensor]] = {}
         for rank, x in enumerate(shards):
             for (component, head), rows in self._heads_of(dealt, rank):
                 mine = x.narrow(self.dim(x), rows.start, self.head_dim)
                 owner, theirs = heads.setdefault((component, head), (rank, mine))
-                if not torch.equal(mine.detach(), theirs.detach()):
+                if not torch.equal(_bits(mine), _bits(theirs)):
                     raise ValueError(
                         f"{component} of kv head {head} differs between ranks {owner} and {rank}: its copies "
                         "must be given the sum of their gradients, see seqpar.tensor_parallel.share_heads"
@@ -256,6 +258,10 @@ class FusedQKV:
                 yield (component, head), range(row, row + self.head_dim)
                 row += self.head_dim
 
+    def _kind(self, x: Tensor) -> tuple[torch.dtype, torch.device, tuple[int, ...]]:
+        """What all shards of one tensor have in common: dtype, device, and all but the rows of the shape."""
+        return x.dtype, x.device, tuple(n for dim, n in enumerate(x.shape) if dim != self.dim(x))
+
     def _rows_first(self, x: Tensor) -> Tensor:
         return x.T if self.dim(x) == 1 else x
 
@@ -266,3 +272,8 @@ class FusedQKV:
                 f"{self.num_heads} query and {self.num_kv_heads} kv heads of {self.head_dim}, got "
                 f"{tuple(x.shape)}"
             )
+
+
+def _bits(x: Tensor) -> Tensor:
+    """The bytes of x: NaN equals itself there, and 0 is not -0."""
+    return x.detach().contiguous().view(torch.uint8)

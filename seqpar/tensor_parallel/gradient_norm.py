@@ -50,11 +50,13 @@ def clip_gradients(model: nn.Module, tp: Group, max_norm: float = math.inf) -> f
 
 def _parts(model: nn.Module, tp: Group) -> Iterator[Tensor]:
     """This rank's parts of all gradients, empty where another rank counts them."""
+    seen: set[int] = set()  # a head that is the embedding counts once
     for module in model.modules():
         is_shared = isinstance(module, ParallelAttention) and module.tp.size == tp.size
         shared = _parts_of_layer(module) if is_shared else {}
         for p in module.parameters(recurse=False):
-            if p.grad is not None:
+            if p.grad is not None and id(p) not in seen:
+                seen.add(id(p))
                 yield shared[id(p)] if id(p) in shared else _own_part(p, tp)
 
 

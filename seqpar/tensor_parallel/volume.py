@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 from seqpar.comm.collectives import Kind, sent_fraction
 from seqpar.comm.cut import Form
 
-Part: TypeAlias = Literal["layers", "norms", "embedding", "head", "loss"]
+Part: TypeAlias = Literal["layers", "norms", "embedding", "head", "loss", "weights"]
 Elements: TypeAlias = Mapping[Part, Mapping[Kind, Fraction]]
 
 
@@ -153,6 +153,36 @@ def contracted_volume(sizes: Sizes, num_ranks: int, *, logits: Form = "whole") -
         "norms": norms,
         "head": gather(0 if logits == "whole" else scores // num_ranks),
     }
+    return PolicyVolume(forward, backward)
+
+
+def weights_volume(
+    sizes: Sizes, num_ranks: int, num_replicas: int, *, is_tied: bool
+) -> PolicyVolume:
+    """What `megatron` on a mesh of two axes sends along the second: weights gathered, gradients scattered.
+
+    Along the first it is `megatron_volume`. The weights of a layer are gathered forward and again backward,
+    those of the embedding, the head and the last norm forward only. No biases.
+
+    Args:
+        num_ranks, num_replicas: of the first and of the second axis.
+        is_tied: whether the head is the embedding.
+
+    Raises:
+        ValueError: a weight's part has a number of rows that is no multiple of the replicas.
+    """
+    parts = {"heads": sizes.q, "kv": sizes.kv, "mlp": sizes.mlp, "v": sizes.vocabulary}
+    _check(num_ranks, **parts)
+    rows = {name: size // num_ranks for name, size in parts.items()} | {"width": sizes.width}
+    _check(num_replicas, **rows, head_norms=sizes.head_norms and sizes.head_dim)
+    cut = sizes.width * (2 * rows["heads"] + 2 * rows["kv"] + 3 * rows["mlp"])
+    whole = sizes.norms * sizes.width + sizes.head_norms * sizes.head_dim
+    layers = sizes.layers * (cut + whole)
+    rest = sizes.width * ((1 if is_tied else 2) * rows["v"] + 1)
+    gather = _sends("all_gather", num_replicas)
+    scatter = _sends("reduce_scatter", num_replicas)
+    forward: Elements = {"weights": gather((layers + rest) // num_replicas)}
+    backward: Elements = {"weights": gather(layers // num_replicas) | scatter(layers + rest)}
     return PolicyVolume(forward, backward)
 
 

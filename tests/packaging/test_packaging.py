@@ -39,7 +39,7 @@ def test_the_wheel_installs_two_names(wheel):
 
 def test_importing_the_wheel_imports_nothing_optional_and_prints_nothing(wheel):
     code = (
-        f"import sys; sys.path.insert(0, {str(wheel)!r}); import seqpar; "
+        f"import sys; sys.path.insert(0, {str(wheel)!r}); import seqpar, seqpar.tensor_parallel; "
         f"assert seqpar.__file__.startswith({str(wheel)!r}), seqpar.__file__; "
         f"found = [m for m in {OPTIONAL} if m in sys.modules]; assert not found, found"
     )

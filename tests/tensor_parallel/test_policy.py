@@ -5,11 +5,20 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from hf.under_policy import FUSED, cut_step, farthest, tiny, tokens, whole_step
+from hf.under_policy import FUSED, cut_step, farthest, sent, tiny, tokens, whole_step
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import seqpar
-from seqpar.tensor_parallel import apply_policy, contracted, megatron, whole_state
+from seqpar.tensor_parallel import (
+    Sizes,
+    apply_policy,
+    clip_gradients,
+    contracted,
+    megatron,
+    megatron_volume,
+    weights_volume,
+    whole_state,
+)
 from seqpar.testing import ProcessWorld
 
 EXACT = 1e-11  # float64: only the summation order differs
@@ -84,13 +93,17 @@ def calls_of(group, name, **changes):
     return [[(c.kind, c.elements) for c in calls] for calls in (step.forward, step.backward)]
 
 
-def test_a_block_takes_one_all_reduce_each_way(world):
-    """q, k and v add up their gradients of the one input before they are reduced; so do gate and up."""
+@pytest.mark.parametrize(("name", "blocks"), [("llama", 4), ("gpt2", 2), ("phi3", 2)])
+def test_a_block_takes_one_all_reduce_each_way(world, name, blocks):
+    """q, k and v add up their gradients of the one input before they are reduced; so do gate and up.
+
+    Besides there are the embedding forward and the head backward.
+    """
     stream = ("all_reduce", tokens().numel() * 24)
     head = ("all_gather", tokens().numel() * 48 // 2)
-    for forward, backward in world.run(calls_of, "llama", size=2):
-        assert forward == [stream] * 5 + [head]
-        assert backward == [stream] * 5
+    for forward, backward in world.run(calls_of, name, size=2):
+        assert forward == [stream] * (blocks + 1) + [head]
+        assert backward == [stream] * (blocks + 1)
 
 
 def adapted(name):
@@ -140,12 +153,19 @@ def replica_differences(_, name):
     off = farthest(replace(got, loss=want.loss), want)
     names = dict(model.named_parameters())
     held = sum(p.to_local().numel() for p in names.values())
+    sizes = Sizes.of(model.config, mine.numel())
+    closed = megatron_volume(sizes, 2), weights_volume(sizes, 2, 2, is_tied=name == "gemma")
+    for axis, volume in zip(("tp", "data"), closed, strict=True):
+        ranks = tuple(mesh[axis].mesh.tolist())
+        for direction in ("forward", "backward"):
+            calls = [c for c in getattr(got, direction) if c.ranks == ranks]
+            assert sent(calls) == volume.by_kind(direction), (axis, direction)
     return off, held, sum(p.numel() for p in tiny(name).parameters())
 
 
 @pytest.mark.parametrize("name", ["gemma", "qwen3"])
 def test_weights_over_a_second_axis_equal_one_device(world, name):
-    """Each rank has half of the rows, and gradients are averaged over the axis."""
+    """Each rank has half of the rows, gradients are averaged; what each axis sends is the closed form."""
     for off, held, everything in world.run(replica_differences, name):
         assert off.pop("weights") == 0
         assert max(off.values()) < EXACT, off
@@ -193,3 +213,17 @@ def beside_a_sharded_sequence(_, policy):
 def test_beside_a_sharded_sequence_it_equals_one_device(world, policy):
     for off in world.run(beside_a_sharded_sequence, policy):
         assert max(off.values()) < EXACT, off
+
+
+def norms_of_gradients(group):
+    model, want = tiny("gemma"), tiny("gemma")
+    whole_step(want, tokens())
+    cut_step(model, tokens(), megatron(model), line(group))
+    return clip_gradients(model, group), float(
+        torch.nn.utils.get_total_norm([p.grad for p in want.parameters()])
+    )
+
+
+def test_a_head_that_is_the_embedding_counts_once_in_the_norm(world):
+    for got, want in world.run(norms_of_gradients, size=2):
+        assert abs(got - want) < EXACT

@@ -1,12 +1,11 @@
 """What ranks send under a policy is counted, and equals the closed form; it tells of a wrong axis."""
 
 from dataclasses import replace
-from fractions import Fraction
 
 import pytest
 import torch
 import torch.distributed as dist
-from hf.under_policy import cut_step, farthest, tiny, tokens, whole_step
+from hf.under_policy import cut_step, farthest, sent, tiny, tokens, whole_step
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -32,13 +31,6 @@ def line(group):
     return DeviceMesh.from_group(
         group.transport._group, "cpu", torch.tensor(ranks), mesh_dim_names=("tp",)
     )
-
-
-def sent(calls):
-    total = {}
-    for call in calls:
-        total[call.kind] = total.get(call.kind, Fraction(0)) + call.sent
-    return total
 
 
 def counted(group, name, policy, logits, changes):

@@ -34,6 +34,12 @@ class Call:
     seed: int | None = None
     numbers: Mapping[nn.Module, int] = field(default_factory=dict)
 
+    @property
+    def described(self) -> tuple[object, ...]:
+        """What ranks that hold the same rows must have in common."""
+        plan = self.plan
+        return plan.strategy, plan.layout.code, plan.group.rank, self.groups, self.hidden, self.seed
+
     def attend(self, layer: Layer) -> Tensor:
         """The rows `[b sl hq vd]` of a layer's attention. All ranks must call.
 
@@ -70,6 +76,7 @@ class Call:
                 mask=replace(terms.mask, documents=group.documents),
                 score=terms.score,
                 dropout=dropout_of(terms.dropout, self.seed, number, group.first),
+                first_head=terms.first_head,
             )
             for group in self.groups
         ]

@@ -33,6 +33,12 @@ class Pattern:
     hidden: bytes | None = None
     unknown: str | None = None
 
+    ndim = 0  # it is no tensor: Falcon asks before it adds something to its mask
+
+    def to(self, *_: object) -> Pattern:
+        """Itself: MPT casts its mask."""
+        return self
+
     def __str__(self) -> str:
         if self.unknown is not None:
             return self.unknown

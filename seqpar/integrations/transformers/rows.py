@@ -63,6 +63,7 @@ class Trace:
 
     def _rows(self, value: Any) -> Iterator[Tensor]:
         if isinstance(value, Tensor):
+            value = value.to_local() if hasattr(value, "to_local") else value  # of a DTensor
             if value.ndim > 1 and value.shape[:2] == (1, self.num_rows):
                 yield value.detach()
         elif isinstance(value, dict):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from seqpar.comm import Group, agreed
-from seqpar.data import IGNORE, Labels
+from seqpar.comm import DesyncError, Group, agreed
+from seqpar.data import IGNORE, Labels, fingerprint
 from seqpar.integrations.transformers.call import refuse
-from seqpar.integrations.transformers.checks import check_config, inner_model, try_out
+from seqpar.integrations.transformers.checks import check_config, inner_model
 from seqpar.integrations.transformers.inputs import Inputs
 from seqpar.integrations.transformers.registration import (
     NAME,
@@ -23,6 +23,8 @@ from seqpar.integrations.transformers.registration import (
     register,
 )
 from seqpar.integrations.transformers.sharding import Sharding
+from seqpar.integrations.transformers.stand_in import StandIn, arguments, handover_of
+from seqpar.integrations.transformers.trial import try_out
 from seqpar.loss import Gradients, mean_loss
 from seqpar.module import _Attention
 
@@ -64,22 +66,30 @@ class SequenceParallel:
                 f"attend must be a module such as seqpar.RingAttention(group), got {attend!r}"
             )
         self.model, self.attend, self.group = model, attend, attend.group
-        with agreed(self.group, "SequenceParallel") as claim:
+        handover = handover_of(model)
+        self.tp = Group.alone() if handover is None else handover.group
+        with self._agreed("SequenceParallel") as claim:
             self.inner = inner_model(model)
             claim |= {"model": type(self.inner).__name__, "strategy": attend.strategy}
-            claim["parameters"] = sum(p.numel() for p in self.inner.parameters())
+            shared = {
+                p for m in self.inner.modules() if isinstance(m, StandIn) for p in m.parameters()
+            }
+            claim["parameters"] = sum(p.numel() for p in self.inner.parameters() if p not in shared)
             _check_attend(attend)
             check_config(model, self.inner)
             register()
-        with agreed(self.group, "SequenceParallel: trying out") as claim:
+        with self._agreed("SequenceParallel: trying out") as claim:
             before = self.inner.config._attn_implementation
             try:
                 self.findings = try_out(self.inner)
             except BaseException:
-                self.inner.set_attn_implementation("eager" if before == NAME else before)
+                if handover is None:
+                    self.inner.set_attn_implementation("eager" if before == NAME else before)
                 raise
             claim["findings"] = self.findings
-        self._hook = self.inner.register_forward_pre_hook(_Guard(self.group), with_kwargs=True)
+        self._hook = self.inner.register_forward_pre_hook(
+            _Guard(self.group, self.tp), with_kwargs=True, prepend=True
+        )
 
     def shard(
         self,
@@ -114,9 +124,14 @@ class SequenceParallel:
         sharding = Sharding(
             self.attend, self.inner, self.findings, LABELS.get(self.inner.loss_type)
         )
-        return sharding.shard(
-            batch, kind=kind, multiple_of=multiple_of, labels=labels, seed=seed, whole=whole
-        )
+        with agreed(self.tp, "shard, over tp") as claim:
+            inputs = sharding.shard(
+                batch, kind=kind, multiple_of=multiple_of, labels=labels, seed=seed, whole=whole
+            )
+            claim["layout"] = inputs.layout
+            tensors = {name: x for name, x in batch.items() if isinstance(x, Tensor)}
+            claim |= {f"batch[{name!r}]": fingerprint(x) for name, x in tensors.items()}
+        return inputs
 
     def loss(
         self,
@@ -144,7 +159,7 @@ class SequenceParallel:
             ValueError: the batch has no labels; and what `shard` does.
             NotImplementedError: the model's own loss is not cross entropy of a token; and as `shard`.
         """
-        with agreed(self.group, "loss"):
+        with self._agreed("loss"):
             self._check_loss(batch)
         inputs = self.shard(batch, **options)
         logits = self.model(**inputs, return_dict=True).logits.flatten(0, 1)
@@ -157,6 +172,13 @@ class SequenceParallel:
         return mean_loss(
             losses, everyone, valid=labels != IGNORE, num_tokens=num_tokens, gradients=gradients
         )
+
+    @contextmanager
+    def _agreed(self, operation: str) -> Iterator[dict[str, object]]:
+        """Agreement of all ranks of the mesh: what one refuses goes along tp, and from there along sp."""
+        with agreed(self.group, operation) as claim, agreed(self.tp, f"{operation}, tp") as over_tp:
+            yield claim
+            over_tp |= claim
 
     def _check_loss(self, batch: Mapping[str, Any]) -> None:
         if batch.get("labels") is None:
@@ -171,28 +193,39 @@ class SequenceParallel:
 class _Guard:
     """Looks at the arguments of every call of a model, before it runs; refuses on all ranks."""
 
-    def __init__(self, group: Group) -> None:
-        self.group = group
+    def __init__(self, group: Group, tp: Group) -> None:
+        self.group, self.tp = group, tp
 
     def __call__(self, model: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> None:
         if model.config._attn_implementation != NAME:
             return  # switched back, to run on one device
-        given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-        given = {**given, **given.pop("kwargs", {})}
-        if given.get("seqpar") is None:
-            refuse(self.group, MissingPlanError(missing_plan(type(model).__name__)))
+        try:
+            with agreed(self.tp, "a call of a model whose attention was replaced") as claim:
+                self._look(model, arguments(model, args, kwargs), claim)
+        except (DesyncError, MissingPlanError, NotImplementedError, ValueError) as error:
+            refuse(self.group, error)
+
+    def _look(
+        self, model: PreTrainedModel, given: dict[str, Any], claim: dict[str, object]
+    ) -> None:
+        plan, mask = given.get("seqpar"), given.get("attention_mask")
+        if plan is None:
+            raise MissingPlanError(missing_plan(type(model).__name__))
         if given.get("labels") is not None:
-            refuse(self.group, ValueError(
+            raise ValueError(
                 "the model would shift the labels of a shard and take the mean of this rank alone; use "
                 "sp.loss(batch), or inputs.labels of sp.shard(batch)"
-            ))  # fmt: skip
+            )
         for name in REFUSED:
             value = given.get(name)
             if isinstance(value, Tensor) or value not in (None, False, 0):
-                refuse(self.group, NotImplementedError(
+                raise NotImplementedError(
                     f"{type(model).__name__} cannot take {name} on a sharded sequence; "
                     "set_attn_implementation('sdpa') runs it on one device"
-                ))  # fmt: skip
+                )
+        if self.tp.size > 1:  # its ranks hold the same rows
+            claim["plan"] = getattr(plan, "described", None)
+            claim["attention_mask"] = fingerprint(mask) if isinstance(mask, Tensor) else mask
 
 
 def _check_attend(attend: _Attention) -> None:

@@ -48,11 +48,12 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class Terms:
-    """Mask (without documents), score and probability of dropout of a layer."""
+    """Mask (without documents), score and dropout of a layer, and which of its heads is the first here."""
 
     mask: Mask
     score: Score
     dropout: float
+    first_head: int = 0
 
     @staticmethod
     def of(layer: Layer) -> Terms:
@@ -75,9 +76,10 @@ class Terms:
         score = Score(
             scale=terms.pop("scaling", None),
             softcap=terms.pop("softcap", None),
+            alibi_slopes=terms.pop("alibi_slopes", None),
             sinks=terms.pop("s_aux", None),
         )
-        dropout = terms.pop("dropout", 0.0)
+        dropout, first_head = terms.pop("dropout", 0.0), terms.pop("first_head", 0)
         if terms.pop("output_attentions", False):
             raise NotImplementedError(
                 "output_attentions: the weights of a sharded sequence are not stored; "
@@ -87,7 +89,7 @@ class Terms:
             raise NotImplementedError(
                 f"the layer passes {sorted(terms)} to its attention function, which seqpar does not know"
             )
-        return Terms(Mask(pattern.causal, pattern.window), score, dropout)
+        return Terms(Mask(pattern.causal, pattern.window), score, dropout, first_head)
 
 
 def layer_seed(seed: int, layer: int, row: int) -> int:

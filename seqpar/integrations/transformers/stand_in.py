@@ -1,0 +1,120 @@
+"""`StandIn`: a module in the place of a model's own attention; `Handover`: how the plan of a call reaches it.
+
+Models that pass their keyword arguments on to attention pass `seqpar=` too. Others pass at least their mask,
+the same object to every layer: it stands for the call, also when a checkpointed layer is recomputed, however
+many calls have been made since.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import PreTrainedModel
+
+from seqpar.comm import Group
+from seqpar.integrations.transformers.patterns import Pattern
+from seqpar.integrations.transformers.registration import NAME, Attends, MissingPlanError
+
+
+@dataclass(frozen=True)
+class Positions:
+    """How a model numbers its rows, found out while it still attended by itself.
+
+    Args:
+        first: what it counts positions from.
+        packs: whether positions that start anew are documents to it.
+    """
+
+    first: int
+    packs: bool
+
+
+class Handover:
+    """Takes the plan of each call of a model to the stand-ins in it.
+
+    Args:
+        group: the ranks that share the heads: they hold the same rows.
+        switches: whether transformers itself switches the model's attention implementation.
+    """
+
+    def __init__(self, group: Group, *, switches: bool) -> None:
+        self.group, self.switches = group, switches
+        self.positions: Positions | None = None
+        self._plan: Attends | None = None
+        self._plans = WeakIdKeyDictionary()
+
+    def enter(self, model: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook of the model, after that of `SequenceParallel`, which speaks for all ranks.
+
+        Raises:
+            MissingPlanError: the model is called without a plan.
+        """
+        plan = arguments(model, args, kwargs).get("seqpar")
+        if plan is None or model.config._attn_implementation != NAME:
+            raise MissingPlanError(
+                f"the attention of {type(model).__name__} was replaced: set it up with SequenceParallel and "
+                "call it with model(**sp.shard(batch)), or put its own back with restore()"
+            )
+        self._plan = plan
+
+    def leave(self, *_: object) -> None:
+        """A forward hook of the model, for calls that failed too."""
+        self._plan = None
+
+    def plan_of(self, mask: Any, given: Attends | None, name: str) -> Attends:
+        """The plan of the call that a stand-in is part of.
+
+        Args:
+            mask: that its layer was given.
+            given: the plan, where the model passes it on.
+            name: of the stand-in.
+
+        Raises:
+            MissingPlanError: it is part of no call.
+        """
+        if given is not None:
+            return given
+        plan = (self._plans.get(mask) if isinstance(mask, Pattern) else None) or self._plan
+        if plan is None:
+            raise MissingPlanError(
+                f"{name} stands in for attention and is part of no call of its model: call the model itself "
+                "with model(**sp.shard(batch))"
+            )
+        if isinstance(mask, Pattern):
+            self._plans[mask] = plan
+        return plan
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy has: no calls."""
+        return self.__dict__ | {"_plan": None, "_plans": WeakIdKeyDictionary()}
+
+
+class StandIn(nn.Module):
+    """Stands for one attention module of a model. Attends by `plan.attend(Layer(...))`."""
+
+    handover: Handover
+
+
+def handover_of(model: nn.Module) -> Handover | None:
+    """That of the stand-ins in a model, if there are any.
+
+    Raises:
+        ValueError: there are several.
+    """
+    found = {id(m.handover): m.handover for m in model.modules() if isinstance(m, StandIn)}
+    if len(found) > 1:
+        raise ValueError(
+            f"{type(model).__name__} had its attention replaced {len(found)} times; restore() all but one"
+        )
+    return next(iter(found.values()), None)
+
+
+def arguments(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a call of a model gives it, by name."""
+    given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+    return {**given, **given.pop("kwargs", {})}

@@ -1,0 +1,204 @@
+"""`Original`: an attention module of a model, of a known family and with nothing that is not known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from seqpar.tensor_parallel.adapters.families import FAMILIES
+from seqpar.tensor_parallel.adapters.family import Family
+from seqpar.tensor_parallel.fused_qkv import FusedQKV
+from seqpar.tensor_parallel.known_models import known_layout
+
+PREFIX = "transformers.models."
+CONV1D = "transformers.pytorch_utils.Conv1D"  # its weight is [in, out]
+PROJECTIONS = {
+    "torch.nn.modules.linear.Linear", f"{PREFIX}falcon.modeling_falcon.FalconLinear", CONV1D,
+}  # fmt: skip
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass(frozen=True, eq=False)
+class Original:
+    """An attention module, where it is, and how its weights are laid out.
+
+    Args:
+        path: in the model.
+        parent: the module that holds it, under the last part of its path.
+        qkv: the layout of q, k and v.
+    """
+
+    path: str
+    parent: nn.Module = field(repr=False)
+    module: nn.Module = field(repr=False)
+    family: Family = field(repr=False)
+    qkv: FusedQKV
+
+    @property
+    def width(self) -> int:
+        """The width of the rows that it takes."""
+        first: Any = self.module.get_submodule(self.family.qkv[0])
+        return int(first.weight.shape[0 if is_transposed(first) else 1])
+
+    @property
+    def norms(self) -> tuple[nn.Module | None, nn.Module | None]:
+        """Those of q and k, where it has them."""
+        q, k = self.family.norms or ("", "")
+        return getattr(self.module, q, None), getattr(self.module, k, None)
+
+    @property
+    def others(self) -> list[tuple[str, nn.Module]]:
+        """The children without weights, such as dropouts."""
+        used = {*self.family.qkv, self.family.out, *(self.family.norms or ())}
+        return [(name, child) for name, child in self.module.named_children() if name not in used]
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """The parameters of its projections."""
+        names = (*self.family.qkv, self.family.out)
+        return [p for name in names for p in self.module.get_submodule(name).parameters()]
+
+    @property
+    def kept(self) -> dict[str, nn.Parameter]:
+        """The parameters that its stand-in uses as they are, those of norms, by name."""
+        own = {id(p) for p in self.weights}
+        return {name: p for name, p in self.module.named_parameters() if id(p) not in own}
+
+    @property
+    def learning(self) -> dict[str, bool]:
+        """Which parameters of a `ParallelAttention` learn."""
+        flags = self._flags()
+        return {name: all(learns) for name, learns in flags.items()}
+
+    def put(self, module: nn.Module) -> None:
+        """Puts a module in its place."""
+        setattr(self.parent, self.path.rpartition(".")[2], module)
+
+    def check(self) -> None:
+        """Refuses what the family is not known to have.
+
+        Raises:
+            NotImplementedError: the module, its projections or parameters are of another kind than known, or
+                it has hooks, or its config asks for what is not honoured.
+            ValueError: it has gradients, which would be lost.
+        """
+        refused = self.family.refused(self.module)
+        if refused is not None:
+            raise NotImplementedError(f"{self.path} asks for {refused}, which is not honoured")
+        for name in (*self.family.qkv, self.family.out):
+            projection: Any = self.module.get_submodule(name)
+            kind = f"{type(projection).__module__}.{type(projection).__name__}"
+            if kind not in PROJECTIONS:
+                raise NotImplementedError(
+                    f"{self.path}.{name} is a {kind}; replace attention before it is wrapped or quantised"
+                )
+        for name, child in self.others:
+            if next(child.parameters(), None) is not None:
+                raise NotImplementedError(
+                    f"{self.path}.{name} ({type(child).__name__}) has weights of its own"
+                )
+        for name, parameter in self.module.named_parameters():
+            if type(parameter.data) is not torch.Tensor:
+                raise NotImplementedError(
+                    f"{self.path}.{name} is a {type(parameter.data).__name__}; replace attention before "
+                    "anything shards the model"
+                )
+            if parameter.grad is not None:
+                raise ValueError(
+                    f"{self.path}.{name} has a gradient, which would be lost; zero_grad() first"
+                )
+        hooks = [name for name in HOOKS for m in self.module.modules() if getattr(m, name)]
+        if hooks:
+            raise NotImplementedError(
+                f"{self.path} has {hooks[0][1:]}, which would not run any more"
+            )
+        mixed = [name for name, learns in self._flags().items() if len(set(learns)) > 1]
+        if mixed:
+            raise NotImplementedError(
+                f"some of {self.family.qkv} of {self.path} learn and some do not"
+            )
+
+    def _flags(self) -> dict[str, list[bool]]:
+        qkv: list[Any] = [self.module.get_submodule(name) for name in self.family.qkv]
+        out: list[Any] = [self.module.get_submodule(self.family.out)]
+        return {
+            f"{part}_{kind}": [
+                p.requires_grad for m in modules if (p := getattr(m, kind)) is not None
+            ]
+            for part, modules in (("qkv", qkv), ("out", out))
+            for kind in ("weight", "bias")
+        }
+
+
+def originals_of(model: nn.Module, inner: PreTrainedModel) -> list[Original]:
+    """The attention modules of a model, in order, checked.
+
+    Raises:
+        NotImplementedError: it has none that is known, or others besides; and as `Original.check`.
+        ValueError: the layout of a weight is not that of its config; and as `Original.check`.
+    """
+    known = {PREFIX + name: family for family in FAMILIES for name in family.classes}
+    modules = dict(model.named_modules())
+    found = {path: known[name] for path, m in modules.items() if (name := _class(m)) in known}
+    strange = [
+        f"{path} ({type(m).__name__})"
+        for path, m in modules.items()
+        if type(m).__name__.endswith(("Attention", "Attention2")) and path not in found
+    ]
+    if not found or strange:
+        classes = sorted(name.rpartition(".")[2] for f in FAMILIES for name in f.classes)
+        what = strange[0] if strange else type(inner).__name__
+        raise NotImplementedError(
+            f"the attention of {what} is not known to replace_attention; known are {', '.join(classes)}"
+        )
+    originals = [
+        Original(
+            path,
+            modules[path.rpartition(".")[0]],
+            modules[path],
+            family,
+            _layout(inner.config, path, modules[path], family),
+        )
+        for path, family in found.items()
+    ]
+    for original in originals:
+        original.check()
+    return originals
+
+
+def is_transposed(projection: nn.Module) -> bool:
+    """Whether its weight is `[in, out]`."""
+    return _class(projection) == CONV1D
+
+
+def _class(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__name__}"
+
+
+def _layout(config: Any, path: str, module: Any, family: Family) -> FusedQKV:
+    """The layout of a module's q, k and v; of separate ones as if they followed on one another."""
+    projections: list[Any] = [module.get_submodule(name) for name in family.qkv]
+    biases = [p.bias is not None for p in projections]
+    if len(projections) == 1:
+        layout = known_layout(config, f"{path}.{family.qkv[0]}.weight")
+        if layout.bias != biases[0]:
+            raise ValueError(
+                f"the config says bias={layout.bias} of {path}.{family.qkv[0]}, which has {biases[0]}"
+            )
+        return layout
+    if len(set(biases)) > 1:
+        raise NotImplementedError(f"some of {family.qkv} of {path} have a bias and some have none")
+    heads, kv = (p.out_features // module.head_dim for p in projections[:2])
+    return FusedQKV.contiguous(heads, module.head_dim, kv, bias=biases[0])
+
+
+def layouts(originals: list[Original]) -> Iterator[tuple[str, object]]:
+    """What ranks must have in common, to agree on."""
+    for original in originals:
+        shapes = {n: tuple(p.shape) for n, p in original.module.named_parameters()}
+        yield original.path, (original.qkv, shapes, original.learning)

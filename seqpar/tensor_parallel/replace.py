@@ -1,0 +1,244 @@
+"""`replace_attention`: the attention of a transformers model over tensor-parallel ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seqpar.comm import Group, agreed, all_gather
+from seqpar.integrations.transformers.checks import check_config, inner_model
+from seqpar.integrations.transformers.reference import Reference, refer
+from seqpar.integrations.transformers.registration import NAME, register
+from seqpar.integrations.transformers.rows import same_rows
+from seqpar.integrations.transformers.stand_in import Handover, handover_of
+from seqpar.integrations.transformers.trial import run_alone, try_out
+from seqpar.tensor_parallel.adapters.original import Original, layouts, originals_of
+from seqpar.tensor_parallel.adapters.replaced import ReplacedAttention
+
+COMPARED = 4096  # values of a model's output that ranks compare
+
+
+def replace_attention(model: nn.Module, tp: Group | None = None) -> ReplacedModel:
+    """Puts this package's attention in the place of a transformers model's own. All ranks must call.
+
+    The heads of every layer are shared by the ranks of `tp`; all else stays whole on each of them. Each rank
+    gives its own model, of the same weights. The model then attends by the plan of a call:
+    `SequenceParallel(model, seqpar.RingAttention(sp))`, where `sp` are the ranks that share the sequence.
+
+    It is run here on a few tokens as it was and as it is now. If a layer or the model returns something else,
+    everything is put back, and every rank is told.
+
+    The originals' weights are given up: the model's parameters are others then, so make optimizers later.
+
+    ALiBi is a straight line at every distance. Falcon rounds its own to the 8 bits of bfloat16: a staircase
+    round that line, beyond 256 positions or, where the number of heads is no power of two, from the first.
+
+    Args:
+        model: with its weights, whole on every rank; it may be wrapped.
+        tp: the ranks that share the heads; by default this one alone.
+
+    Raises:
+        NotImplementedError: an attention class is not known, or the model asks for what is not honoured, or
+            does not return the same.
+        ValueError: heads cannot be dealt to the ranks, weights are not loaded, or gradients would be lost.
+        RuntimeError: its attention was replaced before, or it is set up to attend over ranks.
+        DesyncError: ranks of tp differ in their model, or another rank raised one of the above.
+    """
+    tp = Group.alone() if tp is None else tp
+    with agreed(tp, "replace_attention") as claim:
+        inner = inner_model(model)
+        if handover_of(model) is not None or inner.config._attn_implementation == NAME:
+            raise RuntimeError(
+                f"{type(inner).__name__} attends over ranks already; restore() or switch it back first"
+            )
+        check_config(model, inner)
+        originals = originals_of(model, inner)
+        switches = {original.family.switches for original in originals}
+        handover = Handover(tp, switches=switches == {True})
+        for original in originals:  # that its heads can be dealt
+            ReplacedAttention(original, handover, device="meta")
+        claim |= {"model": type(inner).__name__, **dict(layouts(originals))}
+        register()
+    replaced = ReplacedModel(model, handover, originals)
+    with _noted([original.module for original in originals]) as own:
+        reference = refer(inner)
+    _check_ranks(tp, inner, reference)
+    replaced.replace()
+    try:
+        with agreed(tp, "replace_attention: trying out"):
+            try_out(inner, reference)
+        with _noted(replaced.stand_ins) as ours:
+            run_alone(inner, reference.first)
+        with agreed(tp, "replace_attention: comparing"):
+            _check_layers(originals, own, ours)
+    except BaseException:
+        replaced.restore()
+        raise
+    return replaced
+
+
+class ReplacedModel:
+    """A model whose attention was replaced. Made by `replace_attention`."""
+
+    def __init__(self, model: nn.Module, handover: Handover, originals: list[Original]) -> None:
+        self.model, self.tp = model, handover.group
+        self.stand_ins: list[ReplacedAttention] = []
+        self._inner, self._handover, self._originals = inner_model(model), handover, originals
+        self._names = tuple(model.state_dict())
+        self._before = self._inner.config._attn_implementation
+        self._hooks: list[Any] = []
+
+    def replace(self) -> None:
+        """Puts the stand-ins in place. All ranks must call."""
+        for original in self._originals:
+            stand_in = ReplacedAttention(original, self._handover)
+            stand_in.take(original)
+            original.put(stand_in)
+            self.stand_ins.append(stand_in)
+        inner, handover = self._inner, self._handover
+        self._hooks = [
+            inner.register_forward_pre_hook(handover.enter, with_kwargs=True),
+            inner.register_forward_hook(handover.leave, always_call=True),
+        ]
+
+    def restore(self) -> None:
+        """Puts the model's own attention back, with the weights as they are now. All ranks must call.
+
+        The parameters are those of before, so optimizers of now hold others; gradients are not kept.
+
+        Raises:
+            RuntimeError: that was done already.
+            ValueError: copies of a kv head differ between ranks; nothing is put back then.
+            DesyncError: another rank raised one of the above.
+        """
+        with agreed(self.tp, "restore"):
+            self._check_in_place()
+        if any(stand_in.layer.dealt.replicates for stand_in in self.stand_ins):
+            self._whole()
+        for original, stand_in in zip(self._originals, self.stand_ins, strict=True):
+            stand_in.give_back(original)
+            original.put(original.module)
+        for hook in self._hooks:
+            hook.remove()
+        self.stand_ins = []
+        if self._handover.switches:
+            self._inner.set_attn_implementation(self._before)
+        else:
+            self._inner.config._attn_implementation = self._before
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The model's state as it would save it itself: whole weights, its own names and order.
+
+        On every rank, attention as copies and the rest as it is. All ranks must call.
+
+        Raises:
+            RuntimeError: the model's own attention was put back.
+            ValueError: copies of a kv head differ between ranks.
+            DesyncError: another rank raised one of the above.
+        """
+        with agreed(self.tp, "state_dict"):
+            self._check_in_place()
+        state = self.model.state_dict() | self._whole()
+        return {name: state[name] for name in self._names}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes the state of the whole model, which every rank gives: of attention its share. All must call.
+
+        Raises:
+            ValueError: a name is missing or unexpected, or a shape is another. Nothing is written then.
+            RuntimeError: the model's own attention was put back.
+            DesyncError: another rank raised one of the above.
+        """
+        with agreed(self.tp, "load_state_dict"):
+            self._check_in_place()
+            missing = sorted(set(self._names) - set(state))
+            unexpected = sorted(set(state) - set(self._names))
+            if missing or unexpected:
+                raise ValueError(
+                    f"the state must have the names of the model; missing {missing}, unexpected {unexpected}"
+                )
+            shapes = {name: x.shape for name, x in self.model.state_dict().items()}
+            shapes |= self._shapes()
+            for name in self._names:
+                if tuple(state[name].shape) != tuple(shapes[name]):
+                    raise ValueError(
+                        f"{name} must be {tuple(shapes[name])}, got {tuple(state[name].shape)}"
+                    )
+        rest = dict(state)
+        for original, stand_in in zip(self._originals, self.stand_ins, strict=True):
+            layer, norms = stand_in.layer, original.kept
+            whole = {n: rest.pop(f"{original.path}.{n}") for n in layer.weights.shapes(layer)}
+            layer.load_whole({n: x.to(norms.get(n, layer.qkv_weight)) for n, x in whole.items()})
+        self.model.load_state_dict(rest, strict=False)
+
+    def _placed(self) -> Iterator[tuple[str, ReplacedAttention]]:
+        paths = (original.path for original in self._originals)
+        return zip(paths, self.stand_ins, strict=True)
+
+    def _whole(self) -> dict[str, Tensor]:
+        """The whole weights of attention, by their names in the model."""
+        return {
+            f"{path}.{name}": x
+            for path, stand_in in self._placed()
+            for name, x in stand_in.layer.whole_state().items()
+        }
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {
+            f"{path}.{name}": shape
+            for path, stand_in in self._placed()
+            for name, shape in stand_in.layer.weights.shapes(stand_in.layer).items()
+        }
+
+    def _check_in_place(self) -> None:
+        if not self.stand_ins:
+            raise RuntimeError(
+                f"the attention of {type(self._inner).__name__} was put back; replace it anew"
+            )
+
+
+@contextmanager
+def _noted(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
+    """The rows that each module returns when it is first called, in order of the modules."""
+    noted: dict[nn.Module, Tensor] = {}
+    rows: list[Tensor] = []
+
+    def note(module: nn.Module, _: object, output: Any) -> None:
+        noted.setdefault(module, output[0].detach()[0])
+
+    hooks = [module.register_forward_hook(note) for module in modules]
+    try:
+        yield rows
+    finally:
+        for hook in hooks:
+            hook.remove()
+    rows.extend(noted[module] for module in modules)
+
+
+def _check_layers(originals: list[Original], own: list[Tensor], ours: list[Tensor]) -> None:
+    """Refuses layers that return something else than their originals did."""
+    for original, x, y in zip(originals, own, ours, strict=True):
+        if not same_rows(x, y):
+            raise NotImplementedError(
+                f"{original.path} ({type(original.module).__name__}) returns other rows than what would "
+                f"stand in for it, off by {float((x - y).abs().max()):.2g}: its model was changed, or asks "
+                "for what is not known to replace_attention"
+            )
+
+
+def _check_ranks(tp: Group, inner: nn.Module, reference: Reference) -> None:
+    """Refuses ranks whose models have other weights."""
+    rows = [x[0].flatten(1) for x in reference.outputs.values() if isinstance(x, Tensor)]
+    mine = torch.cat(rows, 1)[:, :COMPARED].contiguous()
+    everyone = all_gather(mine, tp, [len(mine)] * tp.size, 0).chunk(tp.size)
+    with agreed(tp, "replace_attention: weights"):
+        for rank, theirs in enumerate(everyone):
+            if not same_rows(mine, theirs):
+                raise ValueError(
+                    f"{type(inner).__name__} returns something else on rank {rank} than on rank {tp.rank}; "
+                    "every rank needs the same weights"
+                )

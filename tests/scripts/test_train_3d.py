@@ -1,0 +1,38 @@
+"""The 3-D recipe: dp x sp x tp gives the losses and gradient norms of one process."""
+
+import pytest
+import torch
+import train_3d
+from training.text import load_text
+
+import seqpar
+
+SMALL = ["--steps", "3", "--length", "41", "--dim", "24", "--heads", "3", "--layers", "1"]
+SMALL += ["--dtype", "float64", "--clip", "0.5"]
+TEXT = torch.arange(3000).mul(7919).remainder(251).to(torch.uint8)
+
+
+def train(group, *options):
+    args = train_3d.parser().parse_args([*SMALL, *options])
+    mesh = train_3d.Mesh.of(args, "cpu")
+    assert mesh.sp.size * mesh.tp.size * args.dp == group.size
+    return train_3d.train(args, mesh, TEXT)
+
+
+def test_dp_x_sp_x_tp_equals_one_process(worlds):
+    want = train(seqpar.Group.alone())
+    for losses, norms in worlds.run(8, train, "--dp", "2", "--tp", "2", timeout=120):
+        assert losses == pytest.approx(want[0], rel=1e-11)
+        assert norms == pytest.approx(want[1], rel=1e-11)
+    assert want[0][2] < want[0][0]
+    assert max(want[1]) > 0.5  # so that some step was clipped
+
+
+def test_ranks_that_are_no_mesh_are_refused():
+    args = train_3d.parser().parse_args(["--dp", "2"])
+    with pytest.raises(ValueError, match=r"1 ranks must divide by dp \* tp = 2 \* 1"):
+        train_3d.Mesh.of(args, "cpu")
+
+
+def test_the_text_is_that_of_the_other_recipe():
+    assert train_3d.load_text is load_text

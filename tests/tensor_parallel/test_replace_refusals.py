@@ -1,0 +1,221 @@
+"""What cannot be replaced, or called, is refused on every rank, and leaves the model as it was."""
+
+import copy
+
+import peft
+import pytest
+import torch
+import transformers
+from hf.families import FAMILIES, batch_of
+from hf.fused import FUSED
+
+import seqpar
+from seqpar.integrations.transformers import SequenceParallel
+from seqpar.tensor_parallel import replace_attention
+
+# Of the names that transformers had before 5.23, which PEFT calls.
+pytestmark = pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")
+BATCH = batch_of(2, 13)
+
+
+def hooked():
+    model = FUSED["gpt2"].make()
+    model.transformer.h[1].attn.register_forward_hook(lambda *_: None)
+    return model
+
+
+def with_gradients():
+    model = FUSED["gpt2"].make()
+    model(**BATCH).loss.backward()
+    return model
+
+
+def with_lora():
+    config = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    return peft.get_peft_model(FUSED["gpt2"].make(), config)
+
+
+def partly_frozen():
+    model = FUSED["llama"].make()
+    model.model.layers[0].self_attn.k_proj.weight.requires_grad_(False)
+    return model
+
+
+def hollow():
+    with torch.device("meta"):
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1))
+
+
+REFUSED = {  # what is replaced -> what every rank says
+    "an unknown class": (
+        lambda: FAMILIES["bert"].make(), NotImplementedError,
+        r"layer.0.attention \(BertAttention\) is not known to replace_attention; known are BloomAtt",
+    ),
+    "no transformers model": (lambda: torch.nn.Linear(2, 2), TypeError, "a transformers model"),
+    "cross attention": (
+        lambda: FUSED["gpt2"].make(add_cross_attention=True), NotImplementedError, "cross attention",
+    ),
+    "slices of the output projection": (
+        lambda: FUSED["bloom"].make(pretraining_tp=2, slow_but_exact=True), NotImplementedError,
+        r"transformer.h.0.self_attention asks for the output projection in slices \(slow_but_exact",
+    ),
+    "adapters inside": (with_lora, NotImplementedError, r"c_attn is a peft\..*before it is wrapped"),
+    "hooks": (hooked, NotImplementedError, "h.1.attn has forward_hooks, which would not run"),
+    "gradients": (with_gradients, ValueError, "has a gradient, which would be lost; zero_grad"),
+    "partly frozen": (partly_frozen, NotImplementedError, "layers.0.self_attn learn and some do not"),
+    "no weights yet": (hollow, ValueError, "when its weights are loaded"),
+    "a rope that is none": (
+        lambda: FUSED["codegen"].make(rotary_dim=0), ValueError, "rotary takes a positive even dim",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("where", ["on every rank", "on one rank"])
+def test_what_cannot_be_replaced_is_refused_on_every_rank(name, where):
+    make, error, message = REFUSED[name]
+    models = [
+        make() if where == "on every rank" or r == 0 else FUSED["gpt2"].make() for r in (0, 1)
+    ]
+
+    def on_rank(group):
+        model = models[group.rank]
+        before = [*model.modules()]
+        with pytest.raises((error, seqpar.DesyncError), match=message) as caught:
+            replace_attention(model, tp=group)
+        assert [*model.modules()] == before
+        return caught.type is not seqpar.DesyncError
+
+    assert seqpar.simulate(2, on_rank) == [True, where == "on every rank"]
+
+
+def test_more_ranks_than_heads_are_refused():
+    def on_rank(group):
+        with pytest.raises(ValueError, match=r"4 query heads can be dealt to 1 ... 4 ranks, got 5"):
+            replace_attention(transformers.GPT2LMHeadModel(config), tp=group)
+
+    config = transformers.GPT2Config(n_layer=1, n_head=4, n_embd=16, vocab_size=64, n_positions=16)
+    seqpar.simulate(5, on_rank)
+
+
+def test_what_attends_over_ranks_already_is_refused():
+    made = FUSED["gpt2"].make()
+
+    def on_rank(group):
+        model = copy.deepcopy(made)
+        replaced = replace_attention(model, tp=group)
+        with pytest.raises(RuntimeError, match=r"attends over ranks already; restore\(\)"):
+            replace_attention(model, tp=group)
+        replaced.restore()
+        SequenceParallel(model, seqpar.RingAttention(seqpar.Group.alone()))
+        with pytest.raises(RuntimeError, match="attends over ranks already"):
+            replace_attention(model, tp=group)
+
+    seqpar.simulate(2, on_rank)
+
+
+def set_up(group, made):
+    grid, model = group.grid(ulysses=2), copy.deepcopy(made)
+    replaced = replace_attention(model, tp=grid.ulysses)
+    return model, replaced, SequenceParallel(model, seqpar.RingAttention(grid.ring)), grid
+
+
+CALLS = {  # what a model is called with besides or instead of its inputs -> what every rank says
+    "no plan": (lambda inputs: {"seqpar": None}, RuntimeError, "was called without a plan"),
+    "labels": (lambda inputs: {"labels": inputs.labels}, ValueError, "would shift the labels"),
+    "a cache": (
+        lambda inputs: {"past_key_values": transformers.DynamicCache()},
+        NotImplementedError, "cannot take past_key_values",
+    ),
+    "another mask": (
+        lambda inputs: {"attention_mask": inputs["attention_mask"].tril()},
+        ValueError, "another attention_mask than its plan|attention_mask is",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("where", ["on every rank", "on one rank"])
+@pytest.mark.parametrize("family", ["bloom", "gpt_neox"])
+def test_a_wrong_call_is_refused_on_every_rank(name, where, family):
+    change, error, message = CALLS[name]
+    made = FUSED[family].make()
+
+    def on_rank(group):
+        model, _, sp, _ = set_up(group, made)
+        inputs = sp.shard(BATCH)
+        if where == "on every rank" or group.rank == 3:
+            inputs = inputs | change(inputs)
+        with pytest.raises((error, seqpar.DesyncError), match=message):
+            model(**inputs)
+
+    seqpar.simulate(4, on_rank)
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_ranks_with_other_batches_are_refused_over_tp_and_over_sp(rank):
+    made = FUSED["bloom"].make()
+
+    def on_rank(group):
+        _, _, sp, _ = set_up(group, made)
+        batch = {n: x.clone() for n, x in BATCH.items()}
+        batch["input_ids"][0, 0] += group.rank == rank
+        with pytest.raises(seqpar.DesyncError, match=r"batch\['input_ids'\] is"):
+            sp.shard(batch)
+
+    seqpar.simulate(4, on_rank)
+
+
+def test_a_rank_that_shards_nothing_stops_all():
+    """A batch that one rank refuses: those that share its heads and those that share its rows hear of it."""
+    made = FUSED["bloom"].make()
+
+    def on_rank(group):
+        _, _, sp, _ = set_up(group, made)
+        batch = BATCH if group.rank != 1 else BATCH | {"attention_mask": torch.ones(2, 1, 13, 13)}
+        with pytest.raises((NotImplementedError, seqpar.DesyncError), match="got 4-D"):
+            sp.loss(batch)
+
+    seqpar.simulate(4, on_rank)
+
+
+def test_dropout_without_a_seed_is_refused_by_layer():
+    made = FUSED["bloom"].make(attention_dropout=0.1)
+
+    def on_rank(group):
+        _, _, sp, _ = set_up(group, made)
+        with pytest.raises(
+            ValueError, match=r"ReplacedAttention of layer 0: .*shard\(batch, seed="
+        ):
+            sp.loss(BATCH)
+
+    seqpar.simulate(4, on_rank)
+
+
+def test_models_that_are_not_set_up_do_not_attend():
+    model = FUSED["bloom"].make()
+    replaced = replace_attention(model)
+    with pytest.raises(RuntimeError, match=r"was replaced: set it up with SequenceParallel"):
+        model(**BATCH)
+    x = torch.zeros(1, 3, 48, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="is part of no call of its model"):
+        model.transformer.h[0].self_attention(x, x, alibi=None, attention_mask=None)
+    model.config._attn_implementation = "eager"
+    with pytest.raises(RuntimeError, match=r"put its own back with restore\(\)"):
+        model(**BATCH)
+    replaced.restore()
+    assert model(**BATCH).loss.isfinite()
+
+
+def test_a_copy_attends_too_and_apart():
+    """A copy has stand-ins of its own, whose gradients are its own."""
+    model = FUSED["codegen"].make()
+    replace_attention(model)
+    sp = SequenceParallel(model, seqpar.RingAttention(seqpar.Group.alone()))
+    want = sp.loss(BATCH)
+    other = copy.deepcopy(model)
+    inputs = sp.shard(BATCH)
+    torch.testing.assert_close(other(**inputs).logits, model(**inputs).logits, rtol=0, atol=0)
+    other(**inputs).logits.sum().backward()
+    assert all(p.grad is None for p in model.parameters())
+    assert want.isfinite()
