@@ -100,7 +100,7 @@ def main() -> None:
     add("--lora-rank", type=int, default=8)
     add("--targets", nargs="+", choices=ADAPTED, default=["q_proj", "v_proj"], help="of adapters")
     add("--sweep", type=int, nargs="+", default=[1, 8, 64, 512], help="tokens of forward passes")
-    add("--rounds", type=int, default=5)
+    add("--rounds", type=int, default=3)
     add(
         "--swap",
         choices=ADAPTED,
