@@ -60,6 +60,14 @@ def worlds():
     worlds.close()
 
 
+@pytest.fixture
+def eight_processes():
+    """Exactly eight, which nothing has used before."""
+    world = World(8)
+    yield world
+    world.close()
+
+
 @pytest.fixture(scope="session")
 def four_processes():
     """Exactly four, for what makes a device mesh of all processes."""

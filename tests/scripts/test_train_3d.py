@@ -19,9 +19,9 @@ def train(group, *options):
     return train_3d.train(args, mesh, TEXT)
 
 
-def test_dp_x_sp_x_tp_equals_one_process(worlds):
+def test_dp_x_sp_x_tp_equals_one_process(eight_processes):
     want = train(seqpar.Group.alone())
-    for losses, norms in worlds.run(8, train, "--dp", "2", "--tp", "2", timeout=120):
+    for losses, norms in eight_processes.run(train, "--dp", "2", "--tp", "2", timeout=240):
         assert losses == pytest.approx(want[0], rel=1e-11)
         assert norms == pytest.approx(want[1], rel=1e-11)
     assert want[0][2] < want[0][0]
