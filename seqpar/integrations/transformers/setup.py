@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from seqpar.comm import DesyncError, Group, agreed
+from seqpar.comm import Group, agreed
 from seqpar.data import IGNORE, Labels, fingerprint
 from seqpar.integrations.transformers.call import refuse
 from seqpar.integrations.transformers.checks import check_config, inner_model
@@ -97,6 +97,7 @@ class SequenceParallel:
                     self.inner.set_attn_implementation("eager" if before == NAME else before)
                 raise
             claim["findings"] = self.findings
+        _remove_guards(self.inner)  # of an earlier set-up, over other ranks perhaps
         self._hook = self.inner.register_forward_pre_hook(
             _Guard(self.group, self.tp), with_kwargs=True, prepend=True
         )
@@ -215,7 +216,7 @@ class _Guard:
         try:
             with agreed(self.tp, "a call of a model whose attention was replaced") as claim:
                 self._look(model, arguments(model, args, kwargs), claim)
-        except (DesyncError, MissingPlanError, NotImplementedError, ValueError) as error:
+        except Exception as error:  # any: the others would wait
             refuse(self.group, error)
 
     def _look(
@@ -239,6 +240,14 @@ class _Guard:
         if self.tp.size > 1:  # its ranks hold the same rows
             claim["plan"] = getattr(plan, "described", None)
             claim["attention_mask"] = fingerprint(mask) if isinstance(mask, Tensor) else mask
+            claim["arguments"] = sorted(n for n, x in given.items() if x is not None)
+
+
+def _remove_guards(model: nn.Module) -> None:
+    hooks = model._forward_pre_hooks
+    for number in [n for n, hook in hooks.items() if isinstance(hook, _Guard)]:
+        del hooks[number]
+        model._forward_pre_hooks_with_kwargs.pop(number, None)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
