@@ -1,6 +1,8 @@
 """What cannot be replaced, or called, is refused on every rank, and leaves the model as it was."""
 
 import copy
+import threading
+from contextlib import nullcontext
 
 import peft
 import pytest
@@ -10,7 +12,7 @@ from hf.families import FAMILIES, batch_of
 from hf.fused import FUSED
 
 import seqpar
-from seqpar.integrations.transformers import SequenceParallel
+from seqpar.integrations.transformers import SequenceParallel, setup
 from seqpar.tensor_parallel import replace_attention
 from seqpar.tensor_parallel.adapters.replaced import ReplacedAttention
 
@@ -274,6 +276,40 @@ def test_dropout_without_a_seed_is_refused_by_layer():
             ValueError, match=r"ReplacedAttention of layer 0: .*shard\(batch, seed="
         ):
             sp.loss(BATCH)
+
+    seqpar.simulate(4, on_rank)
+
+
+@pytest.mark.parametrize(("seeds", "drawn"), [((1, 1), True), ((1, 2), True), ((1, 2), False)])
+def test_dropout_outside_of_attention_draws_alike_over_tp(seeds, drawn, monkeypatch):
+    """Ranks are threads here, with one generator, so its states are made up: before and after a call."""
+    made, here = FUSED["bloom"].make().train(), threading.local()
+    monkeypatch.setattr(setup, "_random_state", lambda _: next(here.states))
+
+    def on_rank(group):
+        model = copy.deepcopy(made)
+        replace_attention(model, tp=group)
+        sp = SequenceParallel(model, seqpar.RingAttention(seqpar.Group.alone()))
+        seed = seeds[group.rank]
+        here.states = (torch.tensor([seed, draws]) for draws in (0, int(drawn)))
+        refused = drawn and len(set(seeds)) > 1
+        expect = pytest.raises(seqpar.DesyncError, match=r"torch.manual_seed alike over tp\) is")
+        with expect if refused else nullcontext():
+            assert sp.loss(BATCH).isfinite()
+
+    seqpar.simulate(2, on_rank)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "codegen"])
+def test_positions_beyond_a_table_are_refused_on_every_rank(name):
+    """One rank alone holds the last ones."""
+    made = FUSED[name].make()
+
+    def on_rank(group):
+        _, _, sp, _ = set_up(group, made)
+        with pytest.raises(ValueError, match="has a table of 64 positions, got position 64"):
+            sp.loss(batch_of(1, 65))
+        assert sp.loss(batch_of(1, 64)).isfinite()
 
     seqpar.simulate(4, on_rank)
 
