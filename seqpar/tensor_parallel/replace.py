@@ -66,18 +66,22 @@ def replace_attention(model: nn.Module, tp: Group | None = None) -> ReplacedMode
         claim |= {"model": type(inner).__name__, **dict(layouts(originals))}
         register()
     replaced = ReplacedModel(model, handover, originals)
-    with _noted([original.module for original in originals]) as own:
-        reference = refer(inner)
+    with agreed(tp, "replace_attention: as it was") as claim:
+        with _noted([original.module for original in originals]) as own:
+            reference = refer(inner)
+        tensors = {n: x for n, x in reference.outputs.items() if isinstance(x, Tensor)}
+        claim |= {n: (tuple(x.shape), x.dtype) for n, x in tensors.items()}
     _check_ranks(tp, inner, reference)
-    replaced.replace()
     try:
+        replaced.replace()
         with agreed(tp, "replace_attention: trying out"):
             try_out(inner, reference)
             with _noted(replaced.stand_ins) as ours:
                 run_alone(inner, reference.first)
             _check_layers(originals, own, ours)
     except BaseException:
-        replaced.restore()
+        if replaced.stand_ins:
+            replaced.restore()
         raise
     return replaced
 
@@ -120,8 +124,8 @@ class ReplacedModel:
             self._check_in_place()
         if any(stand_in.layer.dealt.replicates for stand_in in self.stand_ins):
             self._whole()
-        for original, stand_in in zip(self._originals, self.stand_ins, strict=True):
-            stand_in.give_back(original)
+        for original, stand_in in zip(self._originals, self.stand_ins, strict=False):
+            stand_in.give_back(original)  # fewer, where replacing failed half way
             original.put(original.module)
         for hook in self._hooks:
             hook.remove()

@@ -137,7 +137,9 @@ class WholeWeights:
             if shard.ndim == 2 and self.qkv.transposed:
                 shards = [x.T for x in shards]
             whole = self.qkv.merge(shards)
-            return [whole] if len(self.names.qkv) == 1 else list(self.qkv.split(whole))
+            if len(self.names.qkv) == 1:
+                return [whole]
+            return [x.clone() for x in self.qkv.split(whole)]  # each in a storage of its own
 
         state: dict[str, Tensor] = {}
         for name, x in zip(self.names.qkv, merged(layer.qkv_weight), strict=True):

@@ -1,6 +1,8 @@
 """What cannot be replaced, or called, is refused on every rank, and leaves the model as it was."""
 
 import copy
+import threading
+from contextlib import nullcontext
 
 import peft
 import pytest
@@ -10,8 +12,9 @@ from hf.families import FAMILIES, batch_of
 from hf.fused import FUSED
 
 import seqpar
-from seqpar.integrations.transformers import SequenceParallel
+from seqpar.integrations.transformers import SequenceParallel, setup
 from seqpar.tensor_parallel import replace_attention
+from seqpar.tensor_parallel.adapters.replaced import ReplacedAttention
 
 # Of the names that transformers had before 5.23, which PEFT calls.
 pytestmark = pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")
@@ -41,6 +44,26 @@ def partly_frozen():
     return model
 
 
+def shared():
+    model = FUSED["llama"].make()
+    model.model.layers[1].self_attn = model.model.layers[0].self_attn
+    return model
+
+
+def tied():
+    model = FUSED["llama"].make()
+    last = model.model.layers[1].self_attn
+    last.v_proj.weight = last.k_proj.weight
+    return model
+
+
+def in_two_types():
+    model = FUSED["gpt2"].make()
+    bias = model.transformer.h[1].attn.c_attn.bias
+    bias.data = bias.data.float()
+    return model
+
+
 def hollow():
     with torch.device("meta"):
         return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1))
@@ -63,6 +86,16 @@ REFUSED = {  # what is replaced -> what every rank says
     "hooks": (hooked, NotImplementedError, "h.1.attn has forward_hooks, which would not run"),
     "gradients": (with_gradients, ValueError, "has a gradient, which would be lost; zero_grad"),
     "partly frozen": (partly_frozen, NotImplementedError, "layers.0.self_attn learn and some do not"),
+    "attention that two layers share": (
+        shared, NotImplementedError,
+        r"layers.0.self_attn.q_proj.weight and model.layers.1.self_attn.q_proj.weight are one weight",
+    ),
+    "weights that are tied": (
+        tied, NotImplementedError, "layers.1.self_attn.v_proj.weight are one weight",
+    ),
+    "weights of two types": (
+        in_two_types, NotImplementedError, "projections of transformer.h.1.attn must be of one type",
+    ),
     "no weights yet": (hollow, ValueError, "when its weights are loaded"),
     "a rope that is none": (
         lambda: FUSED["codegen"].make(rotary_dim=0), ValueError, "rotary takes a positive even dim",
@@ -87,6 +120,46 @@ def test_what_cannot_be_replaced_is_refused_on_every_rank(name, where):
         return caught.type is not seqpar.DesyncError
 
     assert seqpar.simulate(2, on_rank) == [True, where == "on every rank"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda model: model.lm_head.to(torch.float16),
+            "same dtype|because of rank 1: RuntimeError",
+        ),
+        (lambda model: model.resize_token_embeddings(80), "logits is .* on rank 1"),
+    ],
+)
+def test_a_rank_whose_model_does_not_run_alike_stops_all(change, message):
+    made = FUSED["llama"].make()
+
+    def on_rank(group):
+        model = copy.deepcopy(made)
+        if group.rank == 1:
+            change(model)
+        with pytest.raises(RuntimeError, match=message):
+            replace_attention(model, tp=group)
+
+    seqpar.simulate(2, on_rank)
+
+
+def test_what_fails_half_way_is_put_back(monkeypatch):
+    model = FUSED["llama"].make()
+    modules, want = [*model.modules()], {n: x.clone() for n, x in model.state_dict().items()}
+    take = ReplacedAttention.take
+
+    def fail(self, original):
+        if "layers.1" in original.path:
+            raise MemoryError("no room")
+        take(self, original)
+
+    monkeypatch.setattr(ReplacedAttention, "take", fail)
+    with pytest.raises(MemoryError, match="no room"):
+        replace_attention(model)
+    assert [*model.modules()] == modules
+    assert all(torch.equal(x, want[n]) for n, x in model.state_dict().items())
 
 
 def test_more_ranks_than_heads_are_refused():
@@ -127,6 +200,10 @@ CALLS = {  # what a model is called with besides or instead of its inputs -> wha
         lambda inputs: {"past_key_values": transformers.DynamicCache()},
         NotImplementedError, "cannot take past_key_values",
     ),
+    "what attention does not know": (
+        lambda inputs: {"block_table": 1},
+        NotImplementedError, r"passes \['block_table'\] to its|arguments is ",
+    ),
     "another mask": (
         lambda inputs: {"attention_mask": inputs["attention_mask"].tril()},
         ValueError, "another attention_mask than its plan|attention_mask is",
@@ -147,6 +224,18 @@ def test_a_wrong_call_is_refused_on_every_rank(name, where):
             inputs = inputs | change(inputs)
         with pytest.raises((error, seqpar.DesyncError), match=message):
             model(**inputs)
+
+    seqpar.simulate(4, on_rank)
+
+
+def test_a_call_that_does_not_bind_on_one_rank_is_refused_on_all():
+    made = FUSED["llama"].make()
+
+    def on_rank(group):
+        model, _, sp, _ = set_up(group, made)
+        inputs, twice = sp.shard(BATCH), [torch.ones(1)] * (group.rank == 3)
+        with pytest.raises((TypeError, seqpar.DesyncError), match="multiple values"):
+            model(*twice, **inputs)
 
     seqpar.simulate(4, on_rank)
 
@@ -187,6 +276,40 @@ def test_dropout_without_a_seed_is_refused_by_layer():
             ValueError, match=r"ReplacedAttention of layer 0: .*shard\(batch, seed="
         ):
             sp.loss(BATCH)
+
+    seqpar.simulate(4, on_rank)
+
+
+@pytest.mark.parametrize(("seeds", "drawn"), [((1, 1), True), ((1, 2), True), ((1, 2), False)])
+def test_dropout_outside_of_attention_draws_alike_over_tp(seeds, drawn, monkeypatch):
+    """Ranks are threads here, with one generator, so its states are made up: before and after a call."""
+    made, here = FUSED["bloom"].make().train(), threading.local()
+    monkeypatch.setattr(setup, "_random_state", lambda _: next(here.states))
+
+    def on_rank(group):
+        model = copy.deepcopy(made)
+        replace_attention(model, tp=group)
+        sp = SequenceParallel(model, seqpar.RingAttention(seqpar.Group.alone()))
+        seed = seeds[group.rank]
+        here.states = (torch.tensor([seed, draws]) for draws in (0, int(drawn)))
+        refused = drawn and len(set(seeds)) > 1
+        expect = pytest.raises(seqpar.DesyncError, match=r"torch.manual_seed alike over tp\) is")
+        with expect if refused else nullcontext():
+            assert sp.loss(BATCH).isfinite()
+
+    seqpar.simulate(2, on_rank)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "codegen"])
+def test_positions_beyond_a_table_are_refused_on_every_rank(name):
+    """One rank alone holds the last ones."""
+    made = FUSED[name].make()
+
+    def on_rank(group):
+        _, _, sp, _ = set_up(group, made)
+        with pytest.raises(ValueError, match="has a table of 64 positions, got position 64"):
+            sp.loss(batch_of(1, 65))
+        assert sp.loss(batch_of(1, 64)).isfinite()
 
     seqpar.simulate(4, on_rank)
 

@@ -96,6 +96,33 @@ def test_the_state_is_that_of_the_whole_model_and_can_be_loaded(name, tp, sp):
     on_grid(name, tp, sp, check)
 
 
+def test_whole_weights_that_are_apart_have_storages_of_their_own():
+    """As files of safetensors want it."""
+
+    def check(model, replaced, _, __):
+        state = replaced.state_dict()
+        replaced.restore()
+        for weights in (state, dict(model.named_parameters())):
+            places = {x.untyped_storage().data_ptr() for x in weights.values()}
+            assert len(places) == len(weights)
+
+    on_grid("llama", 2, 1, check)
+
+
+def test_what_was_put_back_can_be_set_up_over_other_ranks():
+    made, batch = FUSED["llama"].make(), batch_of(2, 13)
+
+    def on_rank(group):
+        grid, model = group.grid(ulysses=2), copy.deepcopy(made)
+        replaced = replace_attention(model, tp=grid.ulysses)
+        first = SequenceParallel(model, seqpar.RingAttention(grid.ring)).loss(batch)
+        replaced.restore()
+        return first, SequenceParallel(model, seqpar.RingAttention(group)).loss(batch)
+
+    for first, second in seqpar.simulate(4, on_rank):
+        torch.testing.assert_close(first, second)
+
+
 def test_the_model_shows_what_is_in_it_and_holds_no_second_copy():
     def check(model, replaced, tp, _):
         text = str(model)

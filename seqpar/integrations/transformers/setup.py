@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from seqpar.comm import DesyncError, Group, agreed
+from seqpar.comm import Group, agreed
 from seqpar.data import IGNORE, Labels, fingerprint
 from seqpar.integrations.transformers.call import refuse
 from seqpar.integrations.transformers.checks import check_config, inner_model
@@ -97,9 +97,11 @@ class SequenceParallel:
                     self.inner.set_attn_implementation("eager" if before == NAME else before)
                 raise
             claim["findings"] = self.findings
-        self._hook = self.inner.register_forward_pre_hook(
-            _Guard(self.group, self.tp), with_kwargs=True, prepend=True
-        )
+        _remove_guards(self.inner)  # of an earlier set-up, over other ranks perhaps
+        guard = _Guard(self.group, self.tp)
+        self.inner.register_forward_pre_hook(guard, with_kwargs=True, prepend=True)
+        if self.tp.size > 1:
+            self.inner.register_forward_hook(_Draws(guard))
 
     def shard(
         self,
@@ -208,15 +210,19 @@ class _Guard:
 
     def __init__(self, group: Group, tp: Group) -> None:
         self.group, self.tp = group, tp
+        self.random: Tensor | None = None  # torch's state before the call, where it may draw
 
     def __call__(self, model: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> None:
+        self.random = None
         if model.config._attn_implementation != NAME:
             return  # switched back, to run on one device
         try:
             with agreed(self.tp, "a call of a model whose attention was replaced") as claim:
                 self._look(model, arguments(model, args, kwargs), claim)
-        except (DesyncError, MissingPlanError, NotImplementedError, ValueError) as error:
+        except Exception as error:  # any: the others would wait
             refuse(self.group, error)
+        if model.training and self.tp.size > 1:
+            self.random = _random_state(model.device)
 
     def _look(
         self, model: PreTrainedModel, given: dict[str, Any], claim: dict[str, object]
@@ -239,6 +245,38 @@ class _Guard:
         if self.tp.size > 1:  # its ranks hold the same rows
             claim["plan"] = getattr(plan, "described", None)
             claim["attention_mask"] = fingerprint(mask) if isinstance(mask, Tensor) else mask
+            claim["arguments"] = sorted(n for n, x in given.items() if x is not None)
+
+
+class _Draws:
+    """Refuses calls that drew from torch's generator, where ranks that hold the same rows drew apart."""
+
+    def __init__(self, guard: _Guard) -> None:
+        self.guard = guard
+
+    def __call__(self, model: PreTrainedModel, *_: object) -> None:
+        before, self.guard.random = self.guard.random, None
+        if before is None:
+            return
+        drawn = not torch.equal(before, _random_state(model.device))
+        words = "what dropout outside of attention draws from (torch.manual_seed alike over tp)"
+        with (
+            agreed(self.guard.group, "dropout"),
+            agreed(self.guard.tp, "dropout, over tp") as claim,
+        ):
+            claim[words] = fingerprint(before) if drawn else None
+
+
+def _random_state(device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    return torch.get_device_module(device).get_rng_state(device)
+
+
+def _remove_guards(model: nn.Module) -> None:
+    for hooks in (model._forward_pre_hooks, model._forward_hooks):
+        for number in [n for n, hook in hooks.items() if isinstance(hook, (_Guard, _Draws))]:
+            del hooks[number]
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from seqpar.comm import agreed
@@ -83,6 +83,7 @@ class Sharding:
                     "every rank needs a token, since layers of transformers do not take empty sequences; "
                     f"{layout} gives {layout.rows}"
                 )
+            self._check_table(rest.get("position_ids"), layout.length)
             check_scaling(self.model.config, rest.get("position_ids"), layout)
         mask = self._mask(arguments, seen, layout)
         plan = self.attend.plan(layout)
@@ -115,6 +116,17 @@ class Sharding:
         least, most = tokens.min().item(), tokens.max().item()
         if least < 0 or most >= size:
             raise ValueError(f"input_ids must be 0 ... {size - 1}, got {least} ... {most}")
+
+    def _check_table(self, positions: Tensor | None, length: int) -> None:
+        """Refuses positions that a table of the model does not have, as `_check_tokens` does tokens."""
+        size = getattr(self.model.config, "max_position_embeddings", None)
+        if size is None or not _has_table(self.model, size):
+            return
+        most = length - 1 if positions is None else int(positions.max())
+        if most >= size:
+            raise ValueError(
+                f"{type(self.model).__name__} has a table of {size} positions, got position {most}"
+            )
 
     def _labels(self, batch: Mapping[str, Any], labels: Labels | None) -> Labels | None:
         chosen = labels or self.labels
@@ -157,6 +169,23 @@ class Sharding:
             return torch.ones_like(positions)
         rank = self.attend.group.rank
         return shard_sequence(seen.to(positions), layout, rank)
+
+
+def _has_table(model: PreTrainedModel, size: int) -> bool:
+    """Whether positions are looked up in a table, of their number and at most two rows (OPT's) more."""
+    try:
+        tokens = model.get_input_embeddings()
+    except NotImplementedError:
+        tokens = None
+    for module in model.modules():
+        table = getattr(module, "embed_positions", None)  # CodeGen's is a tensor
+        if isinstance(table, Tensor) and len(table) == size:
+            return True
+        if module is tokens or not isinstance(module, nn.Embedding):
+            continue
+        if 0 <= module.num_embeddings - size <= 2:
+            return True
+    return False
 
 
 def _check_hidden_labels(

@@ -117,4 +117,5 @@ def handover_of(model: nn.Module) -> Handover | None:
 def arguments(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """What a call of a model gives it, by name."""
     given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-    return {**given, **given.pop("kwargs", {})}
+    rest = given.pop("kwargs", {})
+    return {**given, **rest}

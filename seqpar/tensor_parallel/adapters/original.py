@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,6 +112,11 @@ class Original:
                 raise ValueError(
                     f"{self.path}.{name} has a gradient, which would be lost; zero_grad() first"
                 )
+        kinds = {(p.dtype, p.device) for p in self.weights}
+        if len(kinds) > 1:
+            raise NotImplementedError(
+                f"the projections of {self.path} must be of one type on one device, got {kinds}"
+            )
         hooks = [name for name in HOOKS for m in self.module.modules() if getattr(m, name)]
         if hooks:
             raise NotImplementedError(
@@ -156,6 +161,7 @@ def originals_of(model: nn.Module, inner: PreTrainedModel) -> list[Original]:
         raise NotImplementedError(
             f"the attention of {what} is not known to replace_attention; known are {', '.join(classes)}"
         )
+    _check_shared(model, found)
     originals = [
         Original(
             path,
@@ -169,6 +175,18 @@ def originals_of(model: nn.Module, inner: PreTrainedModel) -> list[Original]:
     for original in originals:
         original.check()
     return originals
+
+
+def _check_shared(model: nn.Module, found: Iterable[str]) -> None:
+    """Refuses weights of attention that are weights of something else too: each would be cut by itself."""
+    places: dict[nn.Parameter, list[str]] = {}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        places.setdefault(parameter, []).append(path)
+    for paths in places.values():
+        if len(paths) > 1 and any(path.startswith(f"{own}.") for path in paths for own in found):
+            raise NotImplementedError(
+                f"{paths[0]} and {paths[1]} are one weight; shared attention cannot be replaced"
+            )
 
 
 def is_transposed(projection: nn.Module) -> bool:
