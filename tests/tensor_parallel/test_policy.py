@@ -1,15 +1,19 @@
 """Models under a policy equal one device: logits, loss, every gradient; whole weights are what they were."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 from hf.under_policy import FUSED, cut_step, farthest, sent, tiny, tokens, whole_step
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import seqpar
 from seqpar.tensor_parallel import (
+    Policy,
+    Rule,
     Sizes,
     apply_policy,
     clip_gradients,
@@ -191,6 +195,61 @@ def given_twice(group):
 
 def test_gradients_accumulate(world):
     assert max(world.run(given_twice, size=2)) < EXACT
+
+
+class Gated(nn.Module):
+    """A block whose norm reads the input before gate and up do."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.gate, self.up, self.down = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x):
+        y = self.norm(x)
+        return x + self.down(self.gate(y).relu() * self.up(y))
+
+
+class Experts(nn.Module):
+    """A layer with a list of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList([Gated(), Gated()])
+
+    def forward(self, x):
+        return self.experts[0](x) + self.experts[1](x)
+
+
+class Layers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Experts(), Experts()])
+
+    def forward(self, x):
+        return self.layers[1](self.layers[0](x))
+
+
+def block_differences(_):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, x = Layers().double(), torch.randn(2, 3, 8, dtype=torch.float64)
+    want = copy.deepcopy(model)
+    want(x).square().mean().backward()
+    rules = (
+        Rule(r".*(gate|up)\.(weight|bias)", "output"),
+        Rule(r".*down\.(weight|bias)", "input"),
+        Rule(r".*norm\.(weight|bias)", "replicate"),
+    )
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("tp", "data"))
+    apply_policy(model, Policy("mine", rules), mesh)
+    model(x.chunk(2)[mesh.get_local_rank("data")]).square().mean().backward()
+    gradients = whole_state(model, gradients=True)
+    return max(float((gradients[n] - p.grad).abs().max()) for n, p in want.named_parameters())
+
+
+def test_blocks_with_a_norm_and_lists_within_lists_equal_one_device(world):
+    assert max(world.run(block_differences)) < EXACT
 
 
 def beside_a_sharded_sequence(_, policy):
