@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import (
     DTensor,
     Placement,
@@ -211,6 +211,13 @@ def _layers(module: nn.Module) -> Iterator[nn.Module]:
             yield child
         else:
             yield from _layers(child)
+
+
+def reshard_weights(model: nn.Module) -> None:
+    """Lets go of what fully_shard gathered for a forward without a backward: parameters are shards again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def whole_tensor(x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import seqpar
+from seqpar import DesyncError
 from seqpar.tensor_parallel import (
     Policy,
     Rule,
@@ -18,6 +19,7 @@ from seqpar.tensor_parallel import (
     apply_policy,
     clip_gradients,
     contracted,
+    load_whole_state,
     megatron,
     megatron_volume,
     weights_volume,
@@ -250,6 +252,30 @@ def block_differences(_):
 
 def test_blocks_with_a_norm_and_lists_within_lists_equal_one_device(world):
     assert max(world.run(block_differences)) < EXACT
+
+
+def loaded_after_a_forward(group):
+    """What is left of whole weights that are loaded between a forward alone and a step."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("tp", "data"))
+    model, other = tiny("llama"), tiny("llama", initializer_range=0.1)
+    apply_policy(model, megatron(model), mesh)
+    with torch.no_grad():
+        model(tokens(), use_cache=False)
+    state = {name: p.detach() for name, p in other.named_parameters()}
+    short = dict(list(state.items())[1:]) if group.rank == 1 else state
+    with pytest.raises(ValueError if group.rank == 1 else DesyncError, match="missing"):
+        load_whole_state(model, short)
+    load_whole_state(model, state)
+    model(tokens(), use_cache=False).logits.square().mean().backward()
+    with torch.no_grad():
+        model(tokens(), use_cache=False)
+    assert whole_state(model, gradients=True).keys() == state.keys()
+    found = whole_state(model)
+    return max(float((found[name] - x).abs().max()) for name, x in state.items())
+
+
+def test_weights_over_two_axes_are_loaded_after_a_forward_too_and_refused_on_all_ranks(world):
+    assert world.run(loaded_after_a_forward) == [0.0] * 4
 
 
 def beside_a_sharded_sequence(_, policy):
