@@ -278,6 +278,29 @@ def test_weights_over_two_axes_are_loaded_after_a_forward_too_and_refused_on_all
     assert world.run(loaded_after_a_forward) == [0.0] * 4
 
 
+def loss_of_sharded_logits(group):
+    from seqpar.integrations.transformers import SequenceParallel
+
+    model = tiny("llama", vocab_size=50)
+    apply_policy(model, megatron(model, logits="sharded"), line(group))
+    sp = SequenceParallel(model, seqpar.RingAttention(seqpar.Group.alone()), tp=group)
+    batch = {"input_ids": tokens(), "labels": tokens() % 17}  # 16 is no class of the last rank's
+    with pytest.raises(ValueError, match=r"all 50 classes, got 1[76] of them.*token_losses"):
+        sp.loss(batch)
+
+    def on_one_rank(logits, labels):
+        if group.rank == 1:
+            raise ValueError("not me")
+        return logits.sum(-1) * labels
+
+    with pytest.raises(ValueError if group.rank == 1 else DesyncError, match="not me"):
+        sp.loss(batch, token_losses=on_one_rank)
+
+
+def test_a_loss_that_takes_a_part_of_the_logits_for_all_is_refused(world):
+    world.run(loss_of_sharded_logits, size=3)
+
+
 def beside_a_sharded_sequence(_, policy):
     """Rows over sp, weights over tp; the mean is over the 12 tokens that have a next one."""
     from seqpar.integrations.transformers import SequenceParallel
