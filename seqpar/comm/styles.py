@@ -48,8 +48,12 @@ def place(
             that the children's gradients are added before they are reduced, not after.
     """
     tied = _tied(model)
+    done: set[nn.Module] = set()  # one that is there under several names is cut once
     for path, cut in cuts.items():
         module = model.get_submodule(path)
+        if module in done:
+            continue
+        done.add(module)
         if cut.halves:
             _deal_halves(module, mesh.size())
         parallelize_module(module, mesh, _style(cut), src_data_rank=None)

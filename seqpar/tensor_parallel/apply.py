@@ -103,6 +103,12 @@ def _cuts(model: nn.Module, policy: Policy, rules: Mapping[str, Rule], size: int
             )
         if rule.split != "replicate" and module not in cuts:
             cuts[module] = _cut(model, module, policy, rule, size)
+    cut_as: dict[nn.Module, Cut] = {}
+    for path, cut in cuts.items():
+        if cut_as.setdefault(model.get_submodule(path), cut) != cut:
+            raise ValueError(
+                f"a module under several names must be cut the same way, got {cut} for {path}"
+            )
     return cuts
 
 

@@ -232,10 +232,12 @@ class Layers(nn.Module):
         return self.layers[1](self.layers[0](x))
 
 
-def block_differences(_):
+def block_differences(group, is_shared):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model, x = Layers().double(), torch.randn(2, 3, 8, dtype=torch.float64)
+    if is_shared:
+        model.layers[1] = model.layers[0]
     want = copy.deepcopy(model)
     want(x).square().mean().backward()
     rules = (
@@ -243,15 +245,23 @@ def block_differences(_):
         Rule(r".*down\.(weight|bias)", "input"),
         Rule(r".*norm\.(weight|bias)", "replicate"),
     )
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("tp", "data"))
+    if group.size == 2:
+        mesh, mine = line(group), x
+    else:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("tp", "data"))
+        mine = x.chunk(2)[mesh.get_local_rank("data")]
     apply_policy(model, Policy("mine", rules), mesh)
-    model(x.chunk(2)[mesh.get_local_rank("data")]).square().mean().backward()
+    model(mine).square().mean().backward()
     gradients = whole_state(model, gradients=True)
     return max(float((gradients[n] - p.grad).abs().max()) for n, p in want.named_parameters())
 
 
 def test_blocks_with_a_norm_and_lists_within_lists_equal_one_device(world):
-    assert max(world.run(block_differences)) < EXACT
+    assert max(world.run(block_differences, False)) < EXACT
+
+
+def test_a_layer_that_is_there_twice_is_cut_once(world):
+    assert max(world.run(block_differences, True, size=2)) < EXACT
 
 
 def loaded_after_a_forward(group):
