@@ -6,12 +6,12 @@ that models and attention see no DTensor. torch's own styles do nn.Linear and nn
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import (
     DTensor,
     Placement,
@@ -31,6 +31,7 @@ from seqpar.comm.cut import Cut, deal_halves
 from seqpar.comm.group import Group
 from seqpar.comm.width import Width
 
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # without a forward of their own
 _PLACEMENT: dict[str, Placement] = {"whole": Replicate(), "sharded": Shard(-1)}
 
 
@@ -47,8 +48,12 @@ def place(
             that the children's gradients are added before they are reduced, not after.
     """
     tied = _tied(model)
+    done: set[nn.Module] = set()  # one that is there under several names is cut once
     for path, cut in cuts.items():
         module = model.get_submodule(path)
+        if module in done:
+            continue
+        done.add(module)
         if cut.halves:
             _deal_halves(module, mesh.size())
         parallelize_module(module, mesh, _style(cut), src_data_rank=None)
@@ -195,13 +200,28 @@ def _set(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
 def shard_weights(model: nn.Module, mesh: DeviceMesh) -> None:
     """Spreads all weights over a 1-D mesh too, with torch's fully_shard: layer by layer, then the rest.
 
-    A layer is what is in an nn.ModuleList. Their ranks have other rows of the batch; gradients are averaged.
+    A layer is what is in an nn.ModuleList, with all that is in it. Their ranks have other rows of the batch;
+    gradients are averaged.
     """
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList):
-            for layer in module:
-                fully_shard(layer, mesh=mesh)
+    for layer in list(_layers(model)):
+        fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
+
+
+def _layers(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost modules that are in lists."""
+    for child in module.children():
+        if isinstance(module, nn.ModuleList) and not isinstance(child, _CONTAINERS):
+            yield child
+        else:
+            yield from _layers(child)
+
+
+def reshard_weights(model: nn.Module) -> None:
+    """Lets go of what fully_shard gathered for a forward without a backward: parameters are shards again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def whole_tensor(x: Tensor) -> Tensor:

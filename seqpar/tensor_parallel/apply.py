@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from seqpar.comm import Group, agreed
 from seqpar.comm.cut import Cut, ModuleKind
@@ -66,9 +67,9 @@ def apply_policy(model: nn.Module, policy: Policy, mesh: Any) -> None:
         cuts = _cuts(model, policy, rules, group.size)
         _check_tied(model, cuts)
         others |= claim
-        if any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
+        if any(map(_drops, model.modules())):
             claim["seed of dropout"] = torch.initial_seed()
-    shared = _shared_inputs(cuts)
+    shared = [path for path in _shared_inputs(cuts) if _reads_alone(model, path, cuts)]
     for path, rule in rules.items():
         module = path.rpartition(".")[0]
         if rule.split == "replicate" and _above(module) in shared and _is_linear(model, module):
@@ -102,6 +103,12 @@ def _cuts(model: nn.Module, policy: Policy, rules: Mapping[str, Rule], size: int
             )
         if rule.split != "replicate" and module not in cuts:
             cuts[module] = _cut(model, module, policy, rule, size)
+    cut_as: dict[nn.Module, Cut] = {}
+    for path, cut in cuts.items():
+        if cut_as.setdefault(model.get_submodule(path), cut) != cut:
+            raise ValueError(
+                f"a module under several names must be cut the same way, got {cut} for {path}"
+            )
     return cuts
 
 
@@ -190,6 +197,22 @@ def _shared_inputs(cuts: Mapping[str, Cut]) -> list[str]:
         if cut.kind == "linear" and cut.dim == 0 and cut.reads == "whole" and ".lora_B." not in path
     )
     return [path for path, count in readers.items() if count > 1]
+
+
+def _reads_alone(model: nn.Module, path: str, cuts: Mapping[str, Cut]) -> bool:
+    """Whether only the linear layers of a module meet its input: a plain weight would not take a DTensor."""
+    names = {name.rpartition(".")[0] for name, _ in model.get_submodule(path).named_parameters()}
+    inside = [f"{path}.{name}" for name in names]
+    return path != "" and all(
+        _above(p) == path and (_is_linear(model, p) or (p in cuts and cuts[p].per_head))
+        for p in inside
+    )
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether a module may draw: those that call dropout as a function hold its probability as a number."""
+    chances = [x for name, x in vars(module).items() if "drop" in name and isinstance(x, float)]
+    return any(p > 0 for p in chances) or (isinstance(module, _DropoutNd) and module.p > 0)
 
 
 def _above(path: str) -> str:

@@ -84,8 +84,9 @@ def _own_part(p: Any, tp: Group) -> Tensor:
         return whole if tp.rank == 0 else whole.flatten()[:0]
     if grad.device_mesh.mesh.flatten().tolist() != list(tp.transport.global_ranks):
         raise NotImplementedError(
-            f"a gradient {tuple(grad.shape)} is sharded over {grad.device_mesh}, not over the ranks of tp; "
-            "torch.nn.utils.clip_grad_norm_ knows such gradients"
+            f"a gradient {tuple(grad.shape)} is sharded over {grad.device_mesh}, not over the ranks of tp "
+            "alone; torch.nn.utils.clip_grad_norm_ serves gradients that are all on one mesh, for others "
+            "whole_state(model, gradients=True) gives the whole ones, whose norm may be taken"
         )
     (placement,) = p.placements
     if grad.placements != p.placements:

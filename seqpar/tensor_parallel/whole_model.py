@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -22,8 +23,9 @@ def whole_state(model: nn.Module, *, gradients: bool = False) -> dict[str, Tenso
     Args:
         gradients: the gradients instead; weights without one are left out.
     """
-    from seqpar.comm.styles import whole_tensor
+    from seqpar.comm.styles import reshard_weights, whole_tensor
 
+    reshard_weights(model)
     state = {}
     for path in weight_paths(model):
         parameter = model.get_parameter(path)
@@ -43,11 +45,16 @@ def load_whole_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         ValueError: a weight is missing, unexpected, or of another shape. Nothing is written then.
         DesyncError: another rank raised one of the above.
     """
+    from seqpar.comm.styles import reshard_weights
+
+    reshard_weights(model)
     paths = list(weight_paths(model))
     parameters: list[Any] = [model.get_parameter(path) for path in paths]
     meshes = [p.device_mesh for p in parameters if hasattr(p, "full_tensor")]
-    group = Group.of(meshes[0]) if meshes and meshes[0].ndim == 1 else Group.alone()
-    with agreed(group, "load_whole_state"):
+    largest: Any = max(meshes, key=lambda mesh: mesh.ndim, default=None)
+    with ExitStack() as axes:  # whoever refuses along one axis refuses along the others
+        for process_group in largest.get_all_groups() if meshes else ():
+            axes.enter_context(agreed(Group.of(process_group), "load_whole_state"))
         missing, unexpected = sorted(set(paths) - set(state)), sorted(set(state) - set(paths))
         if missing or unexpected:
             raise ValueError(

@@ -1,19 +1,25 @@
 """Models under a policy equal one device: logits, loss, every gradient; whole weights are what they were."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 from hf.under_policy import FUSED, cut_step, farthest, sent, tiny, tokens, whole_step
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import seqpar
+from seqpar import DesyncError
 from seqpar.tensor_parallel import (
+    Policy,
+    Rule,
     Sizes,
     apply_policy,
     clip_gradients,
     contracted,
+    load_whole_state,
     megatron,
     megatron_volume,
     weights_volume,
@@ -183,6 +189,118 @@ def given_twice(group):
 
 def test_gradients_accumulate(four_processes):
     assert max(four_processes.run(given_twice, size=2)) < EXACT
+
+
+class Gated(nn.Module):
+    """A block whose norm reads the input before gate and up do."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.gate, self.up, self.down = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x):
+        y = self.norm(x)
+        return x + self.down(self.gate(y).relu() * self.up(y))
+
+
+class Experts(nn.Module):
+    """A layer with a list of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList([Gated(), Gated()])
+
+    def forward(self, x):
+        return self.experts[0](x) + self.experts[1](x)
+
+
+class Layers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Experts(), Experts()])
+
+    def forward(self, x):
+        return self.layers[1](self.layers[0](x))
+
+
+def block_differences(group, is_shared):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, x = Layers().double(), torch.randn(2, 3, 8, dtype=torch.float64)
+    if is_shared:
+        model.layers[1] = model.layers[0]
+    want = copy.deepcopy(model)
+    want(x).square().mean().backward()
+    rules = (
+        Rule(r".*(gate|up)\.(weight|bias)", "output"),
+        Rule(r".*down\.(weight|bias)", "input"),
+        Rule(r".*norm\.(weight|bias)", "replicate"),
+    )
+    if group.size == 2:
+        mesh, mine = line(group), x
+    else:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("tp", "data"))
+        mine = x.chunk(2)[mesh.get_local_rank("data")]
+    apply_policy(model, Policy("mine", rules), mesh)
+    model(mine).square().mean().backward()
+    gradients = whole_state(model, gradients=True)
+    return max(float((gradients[n] - p.grad).abs().max()) for n, p in want.named_parameters())
+
+
+def test_blocks_with_a_norm_and_lists_within_lists_equal_one_device(world):
+    assert max(world.run(block_differences, False)) < EXACT
+
+
+def test_a_layer_that_is_there_twice_is_cut_once(world):
+    assert max(world.run(block_differences, True, size=2)) < EXACT
+
+
+def loaded_after_a_forward(group):
+    """What is left of whole weights that are loaded between a forward alone and a step."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("tp", "data"))
+    model, other = tiny("llama"), tiny("llama", initializer_range=0.1)
+    apply_policy(model, megatron(model), mesh)
+    with torch.no_grad():
+        model(tokens(), use_cache=False)
+    state = {name: p.detach() for name, p in other.named_parameters()}
+    short = dict(list(state.items())[1:]) if group.rank == 1 else state
+    with pytest.raises(ValueError if group.rank == 1 else DesyncError, match="missing"):
+        load_whole_state(model, short)
+    load_whole_state(model, state)
+    model(tokens(), use_cache=False).logits.square().mean().backward()
+    with torch.no_grad():
+        model(tokens(), use_cache=False)
+    assert whole_state(model, gradients=True).keys() == state.keys()
+    found = whole_state(model)
+    return max(float((found[name] - x).abs().max()) for name, x in state.items())
+
+
+def test_weights_over_two_axes_are_loaded_after_a_forward_too_and_refused_on_all_ranks(world):
+    assert world.run(loaded_after_a_forward) == [0.0] * 4
+
+
+def loss_of_sharded_logits(group):
+    from seqpar.integrations.transformers import SequenceParallel
+
+    model = tiny("llama", vocab_size=50)
+    apply_policy(model, megatron(model, logits="sharded"), line(group))
+    sp = SequenceParallel(model, seqpar.RingAttention(seqpar.Group.alone()), tp=group)
+    batch = {"input_ids": tokens(), "labels": tokens() % 17}  # 16 is no class of the last rank's
+    with pytest.raises(ValueError, match=r"all 50 classes, got 1[76] of them.*token_losses"):
+        sp.loss(batch)
+
+    def on_one_rank(logits, labels):
+        if group.rank == 1:
+            raise ValueError("not me")
+        return logits.sum(-1) * labels
+
+    with pytest.raises(ValueError if group.rank == 1 else DesyncError, match="not me"):
+        sp.loss(batch, token_losses=on_one_rank)
+
+
+def test_a_loss_that_takes_a_part_of_the_logits_for_all_is_refused(world):
+    world.run(loss_of_sharded_logits, size=3)
 
 
 def beside_a_sharded_sequence(_, policy):

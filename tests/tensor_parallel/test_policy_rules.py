@@ -159,9 +159,21 @@ def other_seeds(rank):
     return block, Policy("mine", (INTO, OUT))
 
 
+def other_seeds_of_a_function(rank):
+    """As Bloom's blocks: dropout is called, with a number that the module holds."""
+    block, _ = other_weights(0)
+    block.hidden_dropout = 0.1
+    torch.manual_seed(rank)
+    return block, Policy("mine", (INTO, OUT))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
-    [(other_weights, "weights is"), (other_seeds, "seed of dropout is 0 on rank 0, 1 on rank 1")],
+    [
+        (other_weights, "weights is"),
+        (other_seeds, "seed of dropout is 0 on rank 0, 1 on rank 1"),
+        (other_seeds_of_a_function, "seed of dropout is 0 on rank 0, 1 on rank 1"),
+    ],
 )
 def test_ranks_that_differ_are_told(worlds, make, message):
     assert worlds.run(2, refusal, make, DesyncError, message) == [True] * 2

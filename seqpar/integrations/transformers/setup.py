@@ -172,7 +172,8 @@ class SequenceParallel:
             options: of `shard`.
 
         Raises:
-            ValueError: the batch has no labels; and what `shard` does.
+            ValueError: the batch has no labels, or logits are sharded by vocabulary and token_losses is not
+                given; and what `shard` does.
             NotImplementedError: the model's own loss is not cross entropy of a token; and as `shard`.
         """
         with self._agreed("loss"):
@@ -182,7 +183,10 @@ class SequenceParallel:
         assert inputs.labels is not None, "they are in the batch"
         labels = inputs.labels.flatten().to(logits.device)
         everyone = everyone or self.group
-        with agreed(everyone, "loss: tokens"):  # a label out of range is one rank's alone
+        # A label out of range is one rank's alone, along either axis.
+        with agreed(everyone, "loss: tokens"), agreed(self.tp, "loss: tokens, over tp"):
+            if token_losses is None:
+                self._check_classes(logits)
             losses = (token_losses or _cross_entropy)(logits, labels)
         return mean_loss(
             losses, everyone, valid=labels != IGNORE, num_tokens=num_tokens, gradients=gradients
@@ -202,6 +206,14 @@ class SequenceParallel:
             raise NotImplementedError(
                 f"the loss of {type(self.inner).__name__} is not the cross entropy of each token; compute it "
                 "from model(**sp.shard(batch)) and reduce it with seqpar.mean_loss"
+            )
+
+    def _check_classes(self, logits: Tensor) -> None:
+        classes = getattr(self.inner.get_output_embeddings(), "out_features", logits.shape[-1])
+        if logits.shape[-1] != classes:
+            raise ValueError(
+                f"logits must have all {classes} classes, got {logits.shape[-1]} of them; where a policy "
+                "leaves them sharded, give token_losses=, such as vocabulary_cross_entropy with its group"
             )
 
 
