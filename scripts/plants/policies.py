@@ -9,7 +9,7 @@ EQUALS, RULES = f"{TESTS}/test_policy.py", f"{TESTS}/test_policy_rules.py"
 VOLUME, LOSS = f"{TESTS}/test_tp_volume.py", f"{TESTS}/test_vocabulary.py"
 POLICIES = [
     Plant("a reduction of its own for each of q, k and v", f"{FOLDER}/apply.py",
-          "    shared = _shared_inputs(cuts)\n", "    shared = []\n", EQUALS),
+          "if _reads_alone(model, path, cuts)]", "if False]", EQUALS),
     Plant("gate and up cut as if they were one", f"{COMM}/styles.py",
           "            _deal_halves(module, mesh.size())\n", "            pass\n", EQUALS),
     Plant("head and embedding learn apart", f"{COMM}/styles.py",
@@ -62,6 +62,8 @@ POLICIES = [
           "        _check_tied(model, cuts)\n", "", RULES),
     Plant("ranks with other weights", f"{FOLDER}/apply.py",
           'claim["weights"] = {path: _digest(model.get_parameter(path)) for path in rules}', "pass", RULES),
+    Plant("heads of all ranks drop as the first", f"{FOLDER}/apply.py",
+          "first_head = group.rank * number", "first_head = 0 * number", EQUALS),
     Plant("ranks that drop otherwise", f"{FOLDER}/apply.py",
           'claim["seed of dropout"] = torch.initial_seed()', "pass", RULES),
 ]  # fmt: skip

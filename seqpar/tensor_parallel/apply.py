@@ -74,7 +74,10 @@ def apply_policy(model: nn.Module, policy: Policy, mesh: Any) -> None:
         module = path.rpartition(".")[0]
         if rule.split == "replicate" and _above(module) in shared and _is_linear(model, module):
             cuts[module] = Cut("linear", None)
+    heads = _heads_here(model, rules, group.size)
     place(model, cuts, shared, axes[0])
+    for path, number in heads.items():  # for dropout, which counts heads as in the whole layer
+        model.get_submodule(path).first_head = group.rank * number  # type: ignore[assignment]
     for path, cut in cuts.items():
         if cut.halves:
             model.get_submodule(path).num_dealt = group.size  # type: ignore[assignment]
@@ -110,6 +113,18 @@ def _cuts(model: nn.Module, policy: Policy, rules: Mapping[str, Rule], size: int
                 f"a module under several names must be cut the same way, got {cut} for {path}"
             )
     return cuts
+
+
+def _heads_here(model: nn.Module, rules: Mapping[str, Rule], size: int) -> dict[str, int]:
+    """By attention module: how many query heads each rank has, where its heads are cut."""
+    heads: dict[str, int] = defaultdict(int)
+    for path, rule in rules.items():
+        if rule.unit is not None and rule.split == "output":
+            attention = _above(path.rpartition(".")[0])
+            unit: Any = getattr(model.get_submodule(attention), rule.unit)
+            here = len(model.get_parameter(path)) // unit // size
+            heads[attention] = max(heads[attention], here)  # k and v have no more of them
+    return heads
 
 
 def _cut(model: nn.Module, path: str, policy: Policy, rule: Rule, size: int) -> Cut:

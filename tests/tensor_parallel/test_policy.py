@@ -303,6 +303,28 @@ def test_a_loss_that_takes_a_part_of_the_logits_for_all_is_refused(world):
     world.run(loss_of_sharded_logits, size=3)
 
 
+def step_that_drops(group, policy):
+    """Loss and gradients of whole weights, one device's first."""
+    from seqpar.integrations.transformers import SequenceParallel
+
+    steps = []
+    for is_cut in (False, True):
+        model = tiny("llama", attention_dropout=0.5).train()
+        sp = SequenceParallel(model, seqpar.RingAttention(seqpar.Group.alone()), tp=group)
+        if is_cut:
+            apply_policy(model, POLICIES[policy](model), line(group))
+        loss = sp.loss({"input_ids": tokens(), "labels": tokens()}, seed=3)
+        loss.backward()
+        steps.append(whole_state(model, gradients=True) | {"loss": loss.detach()})
+    want, got = steps
+    return max(float((got[name] - x).abs().max()) for name, x in want.items())
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_attention_under_a_policy_drops_the_weights_that_one_device_drops(world, policy):
+    assert max(world.run(step_that_drops, policy, size=2)) < EXACT
+
+
 def beside_a_sharded_sequence(_, policy):
     """Rows over sp, weights over tp; the mean is over the 12 tokens that have a next one."""
     from seqpar.integrations.transformers import SequenceParallel

@@ -79,7 +79,9 @@ class Terms:
             alibi_slopes=terms.pop("alibi_slopes", None),
             sinks=terms.pop("s_aux", None),
         )
-        dropout, first_head = terms.pop("dropout", 0.0), terms.pop("first_head", 0)
+        dropout = terms.pop("dropout", 0.0)
+        # apply_policy says it of attention that it has cut
+        first_head = terms.pop("first_head", getattr(layer.module, "first_head", 0))
         if terms.pop("output_attentions", False):
             raise NotImplementedError(
                 "output_attentions: the weights of a sharded sequence are not stored; "
