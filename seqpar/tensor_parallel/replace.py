@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,7 @@ from seqpar.tensor_parallel.policy import weight_paths
 from seqpar.tensor_parallel.whole_model import whole_state, write_whole
 
 COMPARED = 4096  # values of a model's output that ranks compare
+SUMMED = 2**24  # bytes of a weight that are summed at a time
 
 
 def replace_attention(model: nn.Module, tp: Group | None = None) -> ReplacedModel:
@@ -250,3 +252,16 @@ def _check_ranks(tp: Group, inner: nn.Module, reference: Reference) -> None:
                     f"{type(inner).__name__} returns something else on rank {rank} than on rank {tp.rank}; "
                     "every rank needs the same weights"
                 )
+    with agreed(tp, "replace_attention: weights, to the bit") as claim:
+        # small differences do not show in a few rows, and copies of kv heads must be the same bits
+        claim["the sum of the bytes of every weight, as a hash,"] = _digest(inner)
+
+
+def _digest(model: nn.Module) -> str:
+    """A hash of the sums of the bytes of every parameter that is no shard."""
+    sums = []
+    for parameter in model.parameters():
+        if type(parameter.data) is torch.Tensor:
+            raw = parameter.detach().contiguous().view(-1).view(torch.uint8)
+            sums.append(sum(int(x.sum(dtype=torch.long)) for x in raw.split(SUMMED)))
+    return hashlib.blake2b(repr(sums).encode(), digest_size=8).hexdigest()

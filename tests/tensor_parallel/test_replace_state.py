@@ -209,6 +209,22 @@ def test_ranks_with_other_weights_are_refused():
     seqpar.simulate(3, on_rank)
 
 
+def test_ranks_with_one_other_bit_are_refused():
+    """Also in a weight that the few rows hardly show: its copies could not be merged any more."""
+    made = FUSED["llama"].make()
+
+    def on_rank(group):
+        model = copy.deepcopy(made)
+        weight = model.model.layers[1].self_attn.k_proj.weight.data
+        if group.rank == 1:
+            weight[0, 0] = torch.nextafter(weight[0, 0], 2 + weight[0, 0])
+        with pytest.raises(seqpar.DesyncError, match="bytes of every weight"):
+            replace_attention(model, tp=group)
+        assert "ReplacedAttention" not in str(model)
+
+    seqpar.simulate(3, on_rank)
+
+
 def test_what_transformers_saves_of_the_state_is_loaded_by_it(tmp_path):
     """The files are those of the model without replacement."""
 
