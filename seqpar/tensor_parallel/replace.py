@@ -143,12 +143,13 @@ class ReplacedModel:
         On every rank; what a policy has sharded is gathered. All ranks must call.
 
         Raises:
-            RuntimeError: the model's own attention was put back.
+            RuntimeError: the model's own attention was put back, or weights have other names than before.
             ValueError: copies of a kv head differ between ranks.
             DesyncError: another rank raised one of the above.
         """
         with agreed(self.tp, "state_dict"):
             self._check_in_place()
+            self._check_names()
         state = self.model.state_dict() | whole_state(self.model) | self._whole()
         return {name: state[name] for name in self._names}
 
@@ -157,11 +158,12 @@ class ReplacedModel:
 
         Raises:
             ValueError: a name is missing or unexpected, or a shape is another. Nothing is written then.
-            RuntimeError: the model's own attention was put back.
+            RuntimeError: the model's own attention was put back, or weights have other names than before.
             DesyncError: another rank raised one of the above.
         """
         with agreed(self.tp, "load_state_dict"):
             self._check_in_place()
+            self._check_names()
             missing = sorted(set(self._names) - set(state))
             unexpected = sorted(set(state) - set(self._names))
             if missing or unexpected:
@@ -208,6 +210,14 @@ class ReplacedModel:
         if not self.stand_ins:
             raise RuntimeError(
                 f"the attention of {type(self._inner).__name__} was put back; replace it anew"
+            )
+
+    def _check_names(self) -> None:
+        lost = set(self._names) - set(self.model.state_dict()) - set(self._shapes())
+        if lost:
+            raise RuntimeError(
+                f"{min(lost)} is not in the model any more; take out first what was put into it later, such "
+                "as adapters"
             )
 
 

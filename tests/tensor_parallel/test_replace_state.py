@@ -3,6 +3,7 @@
 import copy
 from dataclasses import replace
 
+import peft
 import pytest
 import torch
 import transformers
@@ -121,6 +122,16 @@ def test_what_was_put_back_can_be_set_up_over_other_ranks():
 
     for first, second in seqpar.simulate(4, on_rank):
         torch.testing.assert_close(first, second)
+
+
+@pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")  # which PEFT calls
+def test_states_of_models_with_adapters_are_refused_in_words():
+    model = FUSED["llama"].make()
+    replaced, state = replace_attention(model), bytes_of(model.state_dict())
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["up_proj"]))
+    for call in (replaced.state_dict, lambda: replaced.load_state_dict(state)):
+        with pytest.raises(RuntimeError, match=r"up_proj.weight is not in the model any more"):
+            call()
 
 
 def test_the_model_shows_what_is_in_it_and_holds_no_second_copy():
