@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,7 @@ from seqpar.tensor_parallel.policy import weight_paths
 from seqpar.tensor_parallel.whole_model import whole_state, write_whole
 
 COMPARED = 4096  # values of a model's output that ranks compare
+SUMMED = 2**24  # bytes of a weight that are summed at a time
 
 
 def replace_attention(model: nn.Module, tp: Group | None = None) -> ReplacedModel:
@@ -141,12 +143,13 @@ class ReplacedModel:
         On every rank; what a policy has sharded is gathered. All ranks must call.
 
         Raises:
-            RuntimeError: the model's own attention was put back.
+            RuntimeError: the model's own attention was put back, or weights have other names than before.
             ValueError: copies of a kv head differ between ranks.
             DesyncError: another rank raised one of the above.
         """
         with agreed(self.tp, "state_dict"):
             self._check_in_place()
+            self._check_names()
         state = self.model.state_dict() | whole_state(self.model) | self._whole()
         return {name: state[name] for name in self._names}
 
@@ -155,11 +158,12 @@ class ReplacedModel:
 
         Raises:
             ValueError: a name is missing or unexpected, or a shape is another. Nothing is written then.
-            RuntimeError: the model's own attention was put back.
+            RuntimeError: the model's own attention was put back, or weights have other names than before.
             DesyncError: another rank raised one of the above.
         """
         with agreed(self.tp, "load_state_dict"):
             self._check_in_place()
+            self._check_names()
             missing = sorted(set(self._names) - set(state))
             unexpected = sorted(set(state) - set(self._names))
             if missing or unexpected:
@@ -208,6 +212,14 @@ class ReplacedModel:
                 f"the attention of {type(self._inner).__name__} was put back; replace it anew"
             )
 
+    def _check_names(self) -> None:
+        lost = set(self._names) - set(self.model.state_dict()) - set(self._shapes())
+        if lost:
+            raise RuntimeError(
+                f"{min(lost)} is not in the model any more; take out first what was put into it later, such "
+                "as adapters"
+            )
+
 
 @contextmanager
 def _noted(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
@@ -250,3 +262,16 @@ def _check_ranks(tp: Group, inner: nn.Module, reference: Reference) -> None:
                     f"{type(inner).__name__} returns something else on rank {rank} than on rank {tp.rank}; "
                     "every rank needs the same weights"
                 )
+    with agreed(tp, "replace_attention: weights, to the bit") as claim:
+        # small differences do not show in a few rows, and copies of kv heads must be the same bits
+        claim["the sum of the bytes of every weight, as a hash,"] = _digest(inner)
+
+
+def _digest(model: nn.Module) -> str:
+    """A hash of the sums of the bytes of every parameter that is no shard."""
+    sums = []
+    for parameter in model.parameters():
+        if type(parameter.data) is torch.Tensor:
+            raw = parameter.detach().contiguous().view(-1).view(torch.uint8)
+            sums.append(sum(int(x.sum(dtype=torch.long)) for x in raw.split(SUMMED)))
+    return hashlib.blake2b(repr(sums).encode(), digest_size=8).hexdigest()

@@ -3,6 +3,7 @@
 import copy
 from dataclasses import replace
 
+import peft
 import pytest
 import torch
 import transformers
@@ -123,6 +124,16 @@ def test_what_was_put_back_can_be_set_up_over_other_ranks():
         torch.testing.assert_close(first, second)
 
 
+@pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")  # which PEFT calls
+def test_states_of_models_with_adapters_are_refused_in_words():
+    model = FUSED["llama"].make()
+    replaced, state = replace_attention(model), bytes_of(model.state_dict())
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["up_proj"]))
+    for call in (replaced.state_dict, lambda: replaced.load_state_dict(state)):
+        with pytest.raises(RuntimeError, match=r"up_proj.weight is not in the model any more"):
+            call()
+
+
 def test_the_model_shows_what_is_in_it_and_holds_no_second_copy():
     def check(model, replaced, tp, _):
         text = str(model)
@@ -203,6 +214,22 @@ def test_ranks_with_other_weights_are_refused():
         with pytest.raises(
             (ValueError, seqpar.DesyncError), match="every rank needs the same weights"
         ):
+            replace_attention(model, tp=group)
+        assert "ReplacedAttention" not in str(model)
+
+    seqpar.simulate(3, on_rank)
+
+
+def test_ranks_with_one_other_bit_are_refused():
+    """Also in a weight that the few rows hardly show: its copies could not be merged any more."""
+    made = FUSED["llama"].make()
+
+    def on_rank(group):
+        model = copy.deepcopy(made)
+        weight = model.model.layers[1].self_attn.k_proj.weight.data
+        if group.rank == 1:
+            weight[0, 0] = torch.nextafter(weight[0, 0], 2 + weight[0, 0])
+        with pytest.raises(seqpar.DesyncError, match="bytes of every weight"):
             replace_attention(model, tp=group)
         assert "ReplacedAttention" not in str(model)
 
