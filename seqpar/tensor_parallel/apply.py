@@ -25,7 +25,7 @@ def apply_policy(model: nn.Module, policy: Policy, mesh: Any) -> None:
     """Cuts the weights of `model` over the ranks of `mesh`, in place. All its ranks must call.
 
     Weights become DTensors, of which each rank keeps its part; between modules tensors stay plain. The
-    model must be the same on all ranks, and along the first axis so must what it is called with. Forward
+    model must be the same on all ranks, and along tp so must what it is called with. Forward
     and backward of every block then communicate; gradients are complete, on each rank for its part.
 
     Attention is replaced and `SequenceParallel` is set up before: they look at the model by running it. The
@@ -34,9 +34,10 @@ def apply_policy(model: nn.Module, policy: Policy, mesh: Any) -> None:
     Args:
         model: with its weights, whole on every rank.
         policy: such as `megatron(model)`.
-        mesh: a DeviceMesh of one axis; or of two, by whose second torch's fully_shard spreads the weights
-            too. Its ranks have other rows of the batch, and gradients are averaged over it, for
-            `seqpar.mean_loss(..., gradients="mean")`. Dropout must draw alike along the first axis only.
+        mesh: a DeviceMesh of one axis; or of two, one of them named "tp": by the other one torch's
+            fully_shard spreads the weights too. Its ranks have other rows of the batch, and gradients are
+            averaged over it, for `seqpar.mean_loss(..., gradients="mean")`. Dropout must draw alike along tp
+            only.
 
     Raises:
         ValueError: the rules do not fit the weights, heads or sizes do not divide by the ranks, or weights
@@ -50,11 +51,13 @@ def apply_policy(model: nn.Module, policy: Policy, mesh: Any) -> None:
 
     if not hasattr(mesh, "mesh_dim_names"):
         raise TypeError(f"a policy is applied to a DeviceMesh, got {type(mesh)}")
-    axes = [mesh] if mesh.ndim == 1 else [mesh[name] for name in mesh.mesh_dim_names or ()]
-    if len(axes) not in (1, 2):
+    names = mesh.mesh_dim_names or ()
+    if mesh.ndim > 2 or (mesh.ndim == 2 and "tp" not in names):
         raise ValueError(
-            f"a policy is applied to a mesh of one axis or of two that have names, got {mesh}"
+            f"a policy is applied to a mesh of one axis, or of two of which one is named tp, got {mesh}"
         )
+    tp_first = sorted(names, key=lambda name: name != "tp")
+    axes = [mesh] if mesh.ndim == 1 else [mesh[name] for name in tp_first]
     group = Group.of(axes[0])
     # Whoever refuses along one axis refuses along the other, so all ranks of the mesh do.
     with (

@@ -143,9 +143,9 @@ def test_adapters_of_peft_equal_one_device(four_processes, policy):
             assert backward.count(tokens().numel() * 24) == 4
 
 
-def replica_differences(_, name):
+def replica_differences(_, name, axes):
     model, want = tiny(name), whole_step(tiny(name), tokens(4))
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("tp", "data"))
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=axes)
     mine = tokens(4).chunk(2)[mesh.get_local_rank("data")]
     got = cut_step(model, mine, megatron(model), mesh)
     off = farthest(replace(got, loss=want.loss), want)
@@ -161,10 +161,13 @@ def replica_differences(_, name):
     return off, held, sum(p.numel() for p in tiny(name).parameters())
 
 
-@pytest.mark.parametrize("name", ["gemma", "qwen3"])
-def test_weights_over_a_second_axis_equal_one_device(four_processes, name):
+@pytest.mark.parametrize(
+    ("name", "axes"),
+    [("gemma", ("tp", "data")), ("qwen3", ("tp", "data")), ("gemma", ("data", "tp"))],
+)
+def test_weights_over_a_second_axis_equal_one_device(four_processes, name, axes):
     """Each rank has half of the rows, gradients are averaged; what each axis sends is the closed form."""
-    for off, held, everything in four_processes.run(replica_differences, name):
+    for off, held, everything in four_processes.run(replica_differences, name, axes):
         assert off.pop("weights") == 0
         assert max(off.values()) < EXACT, off
         assert held < 0.27 * everything  # norms of heads are halved only
@@ -248,12 +251,12 @@ def block_differences(group, is_shared):
     return max(float((gradients[n] - p.grad).abs().max()) for n, p in want.named_parameters())
 
 
-def test_blocks_with_a_norm_and_lists_within_lists_equal_one_device(world):
-    assert max(world.run(block_differences, False)) < EXACT
+def test_blocks_with_a_norm_and_lists_within_lists_equal_one_device(four_processes):
+    assert max(four_processes.run(block_differences, False)) < EXACT
 
 
-def test_a_layer_that_is_there_twice_is_cut_once(world):
-    assert max(world.run(block_differences, True, size=2)) < EXACT
+def test_a_layer_that_is_there_twice_is_cut_once(four_processes):
+    assert max(four_processes.run(block_differences, True, size=2)) < EXACT
 
 
 def loaded_after_a_forward(group):
@@ -276,8 +279,10 @@ def loaded_after_a_forward(group):
     return max(float((found[name] - x).abs().max()) for name, x in state.items())
 
 
-def test_weights_over_two_axes_are_loaded_after_a_forward_too_and_refused_on_all_ranks(world):
-    assert world.run(loaded_after_a_forward) == [0.0] * 4
+def test_weights_over_two_axes_are_loaded_after_a_forward_too_and_refused_on_all_ranks(
+    four_processes,
+):
+    assert four_processes.run(loaded_after_a_forward) == [0.0] * 4
 
 
 def loss_of_sharded_logits(group):
@@ -299,8 +304,8 @@ def loss_of_sharded_logits(group):
         sp.loss(batch, token_losses=on_one_rank)
 
 
-def test_a_loss_that_takes_a_part_of_the_logits_for_all_is_refused(world):
-    world.run(loss_of_sharded_logits, size=3)
+def test_a_loss_that_takes_a_part_of_the_logits_for_all_is_refused(four_processes):
+    four_processes.run(loss_of_sharded_logits, size=3)
 
 
 def step_that_drops(group, policy):
@@ -321,8 +326,8 @@ def step_that_drops(group, policy):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_attention_under_a_policy_drops_the_weights_that_one_device_drops(world, policy):
-    assert max(world.run(step_that_drops, policy, size=2)) < EXACT
+def test_attention_under_a_policy_drops_the_weights_that_one_device_drops(four_processes, policy):
+    assert max(four_processes.run(step_that_drops, policy, size=2)) < EXACT
 
 
 def beside_a_sharded_sequence(_, policy):
