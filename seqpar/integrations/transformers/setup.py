@@ -9,21 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from seqpar.comm import Group, agreed
 from seqpar.data import IGNORE, Labels, fingerprint
-from seqpar.integrations.transformers.call import refuse
 from seqpar.integrations.transformers.checks import check_config, inner_model
+from seqpar.integrations.transformers.guard import Guard
 from seqpar.integrations.transformers.inputs import Inputs
-from seqpar.integrations.transformers.registration import (
-    NAME,
-    MissingPlanError,
-    missing_plan,
-    register,
-)
+from seqpar.integrations.transformers.registration import NAME, register
 from seqpar.integrations.transformers.sharding import Sharding
-from seqpar.integrations.transformers.stand_in import StandIn, arguments, handover_of
+from seqpar.integrations.transformers.stand_in import StandIn, handover_of
 from seqpar.integrations.transformers.trial import try_out
 from seqpar.loss import Gradients, mean_loss
 from seqpar.module import _Attention
@@ -35,11 +29,6 @@ LABELS: dict[str | None, Labels] = {
     "ForMaskedLM": "own",
     "ForTokenClassification": "own",
 }
-
-
-REFUSED = (  # arguments that mean something else for a shard than for the whole
-    "past_key_values", "head_mask", "output_attentions", "output_router_logits", "logits_to_keep",
-)  # fmt: skip
 
 
 class SequenceParallel:
@@ -97,11 +86,7 @@ class SequenceParallel:
                     self.inner.set_attn_implementation("eager" if before == NAME else before)
                 raise
             claim["findings"] = self.findings
-        _remove_guards(self.inner)  # of an earlier set-up, over other ranks perhaps
-        guard = _Guard(self.group, self.tp)
-        self.inner.register_forward_pre_hook(guard, with_kwargs=True, prepend=True)
-        if self.tp.size > 1:
-            self.inner.register_forward_hook(_Draws(guard))
+        Guard(self.group, self.tp).watch(self.inner)
 
     def shard(
         self,
@@ -215,80 +200,6 @@ class SequenceParallel:
                 f"logits must have all {classes} classes, got {logits.shape[-1]} of them; where a policy "
                 "leaves them sharded, give token_losses=, such as vocabulary_cross_entropy with its group"
             )
-
-
-class _Guard:
-    """Looks at the arguments of every call of a model, before it runs; refuses on all ranks."""
-
-    def __init__(self, group: Group, tp: Group) -> None:
-        self.group, self.tp = group, tp
-        self.random: Tensor | None = None  # torch's state before the call, where it may draw
-
-    def __call__(self, model: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> None:
-        self.random = None
-        if model.config._attn_implementation != NAME:
-            return  # switched back, to run on one device
-        try:
-            with agreed(self.tp, "a call of a model whose attention was replaced") as claim:
-                self._look(model, arguments(model, args, kwargs), claim)
-        except Exception as error:  # any: the others would wait
-            refuse(self.group, error)
-        if model.training and self.tp.size > 1:
-            self.random = _random_state(model.device)
-
-    def _look(
-        self, model: PreTrainedModel, given: dict[str, Any], claim: dict[str, object]
-    ) -> None:
-        plan, mask = given.get("seqpar"), given.get("attention_mask")
-        if plan is None:
-            raise MissingPlanError(missing_plan(type(model).__name__))
-        if given.get("labels") is not None:
-            raise ValueError(
-                "the model would shift the labels of a shard and take the mean of this rank alone; use "
-                "sp.loss(batch), or inputs.labels of sp.shard(batch)"
-            )
-        for name in REFUSED:
-            value = given.get(name)
-            if isinstance(value, Tensor) or value not in (None, False, 0):
-                raise NotImplementedError(
-                    f"{type(model).__name__} cannot take {name} on a sharded sequence; "
-                    "set_attn_implementation('sdpa') runs it on one device"
-                )
-        if self.tp.size > 1:  # its ranks hold the same rows
-            claim["plan"] = getattr(plan, "described", None)
-            claim["attention_mask"] = fingerprint(mask) if isinstance(mask, Tensor) else mask
-            claim["arguments"] = sorted(n for n, x in given.items() if x is not None)
-
-
-class _Draws:
-    """Refuses calls that drew from torch's generator, where ranks that hold the same rows drew apart."""
-
-    def __init__(self, guard: _Guard) -> None:
-        self.guard = guard
-
-    def __call__(self, model: PreTrainedModel, *_: object) -> None:
-        before, self.guard.random = self.guard.random, None
-        if before is None:
-            return
-        drawn = not torch.equal(before, _random_state(model.device))
-        words = "what dropout outside of attention draws from (torch.manual_seed alike over tp)"
-        with (
-            agreed(self.guard.group, "dropout"),
-            agreed(self.guard.tp, "dropout, over tp") as claim,
-        ):
-            claim[words] = fingerprint(before) if drawn else None
-
-
-def _random_state(device: torch.device) -> Tensor:
-    if device.type == "cpu":
-        return torch.get_rng_state()
-    return torch.get_device_module(device).get_rng_state(device)
-
-
-def _remove_guards(model: nn.Module) -> None:
-    for hooks in (model._forward_pre_hooks, model._forward_hooks):
-        for number in [n for n, hook in hooks.items() if isinstance(hook, (_Guard, _Draws))]:
-            del hooks[number]
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
