@@ -12,7 +12,7 @@ from hf.families import FAMILIES, batch_of
 from hf.fused import FUSED
 
 import seqpar
-from seqpar.integrations.transformers import SequenceParallel, setup
+from seqpar.integrations.transformers import SequenceParallel, guard
 from seqpar.tensor_parallel import replace_attention
 from seqpar.tensor_parallel.adapters.replaced import ReplacedAttention
 
@@ -284,7 +284,7 @@ def test_dropout_without_a_seed_is_refused_by_layer():
 def test_dropout_outside_of_attention_draws_alike_over_tp(seeds, drawn, monkeypatch):
     """Ranks are threads here, with one generator, so its states are made up: before and after a call."""
     made, here = FUSED["bloom"].make().train(), threading.local()
-    monkeypatch.setattr(setup, "_random_state", lambda _: next(here.states))
+    monkeypatch.setattr(guard, "_random_state", lambda _: next(here.states))
 
     def on_rank(group):
         model = copy.deepcopy(made)

@@ -39,7 +39,7 @@ class Guard:
         if model.config._attn_implementation != NAME:
             return  # switched back, to run on one device
         try:
-            with agreed(self.tp, "a call of a model whose attention was replaced") as claim:
+            with agreed(self.tp, "a call, over tp") as claim:
                 self._look(model, arguments(model, args, kwargs), claim)
         except Exception as error:  # any: the others would wait
             refuse(self.group, error)
