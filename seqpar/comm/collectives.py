@@ -17,13 +17,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "scatter"]
+Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast"]
 
 
 def sent_fraction(kind: Kind, size: int) -> Fraction:
     """What each of `size` ranks sends in a ring, over the elements that it hands in.
 
-    For a broadcast and a scatter it is the mean over ranks, of the whole tensor.
+    For a broadcast it is the mean over ranks.
     """
     return {
         "all_reduce": Fraction(2 * (size - 1), size),
@@ -31,7 +31,6 @@ def sent_fraction(kind: Kind, size: int) -> Fraction:
         "reduce_scatter": Fraction(size - 1, size),
         "all_to_all": Fraction(size - 1, size),
         "broadcast": Fraction(size - 1, size),
-        "scatter": Fraction(size - 1, size),
     }[kind]
 
 
