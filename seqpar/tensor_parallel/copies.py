@@ -35,8 +35,8 @@ def settle_copies(model: nn.Module, *, tolerance: float = 1e-3) -> float:
 
 
 def _settle(layer: ParallelAttention, name: str, tolerance: float) -> float:
-    tp, dealt, d = layer.tp, layer.dealt, layer.qkv.head_dim
-    rows = [(dealt.num_q(r) + 2 * dealt.num_kv(r)) * d for r in range(tp.size)]
+    tp = layer.tp
+    rows = [sum(layer.qkv.sizes(layer.dealt, r)) for r in range(tp.size)]
     settled = []
     for parameter in (layer.qkv_weight, layer.qkv_bias):
         if parameter is not None:

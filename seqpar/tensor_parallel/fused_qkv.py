@@ -217,8 +217,9 @@ class FusedQKV:
         """
         dealt = self.deal(len(shards))
         for rank, x in enumerate(shards):
-            num_rows = sum(b - a for _, a, b in self.runs(dealt, rank)) * self.head_dim
-            self._check(x, num_rows, f"the shard of rank {rank} of {len(shards)}")
+            self._check(
+                x, sum(self.sizes(dealt, rank)), f"the shard of rank {rank} of {len(shards)}"
+            )
             if (first := self._kind(shards[0])) != (kind := self._kind(x)):
                 raise ValueError(
                     f"all shards must be alike, got {first} of rank 0, {kind} of rank {rank}"
@@ -253,6 +254,10 @@ class FusedQKV:
     def runs(self, dealt: HeadSplit, rank: int) -> list[tuple[Component, int, int]]:
         """The runs of heads (component, start, stop) that a rank's shard is made of, in order."""
         return [("q", *dealt.q[rank]), ("k", *dealt.kv[rank]), ("v", *dealt.kv[rank])]
+
+    def sizes(self, dealt: HeadSplit, rank: int) -> list[int]:
+        """How many rows of q, of k and of v a rank's shard has."""
+        return [(stop - start) * self.head_dim for _, start, stop in self.runs(dealt, rank)]
 
     def dim(self, x: Tensor) -> int:
         """The dimension of x that its rows are in."""

@@ -68,8 +68,7 @@ def _parts_of_layer(layer: Any) -> dict[int, Tensor]:
     copies = max(0, before - dealt.kv[rank][0]) * d
     for p in (layer.qkv_weight, layer.qkv_bias):
         if p is not None and p.grad is not None:
-            sizes = [n * d for n in (dealt.num_q(rank), dealt.num_kv(rank), dealt.num_kv(rank))]
-            q, k, v = p.grad.split(sizes)
+            q, k, v = p.grad.split(layer.qkv.sizes(dealt, rank))
             parts[id(p)] = torch.cat([q, k[copies:], v[copies:]])
     if layer.out_weight.grad is not None:
         parts[id(layer.out_weight)] = layer.out_weight.grad

@@ -96,8 +96,7 @@ class ParallelAttention(nn.Module):
             names or Names(), qkv, width, out_bias=out_bias, out_transposed=out_transposed
         )
         self._kv_places = _even_places(self.dealt, self.tp.rank)
-        num_q, num_kv = self.dealt.num_q(self.tp.rank), self.dealt.num_kv(self.tp.rank)
-        self._sizes = [n * qkv.head_dim for n in (num_q, num_kv, num_kv)]
+        self._sizes = qkv.sizes(self.dealt, self.tp.rank)
 
         def empty(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.full(shape, torch.nan, device=device, dtype=dtype))

@@ -19,6 +19,7 @@ from seqpar.integrations.transformers.stand_in import Handover, handover_of
 from seqpar.integrations.transformers.trial import run_alone, try_out
 from seqpar.tensor_parallel.adapters.original import Original, layouts, originals_of
 from seqpar.tensor_parallel.adapters.replaced import ReplacedAttention
+from seqpar.tensor_parallel.fits import check_state
 from seqpar.tensor_parallel.policy import weight_paths
 from seqpar.tensor_parallel.whole_model import whole_state, write_whole
 
@@ -164,19 +165,9 @@ class ReplacedModel:
         with agreed(self.tp, "load_state_dict"):
             self._check_in_place()
             self._check_names()
-            missing = sorted(set(self._names) - set(state))
-            unexpected = sorted(set(state) - set(self._names))
-            if missing or unexpected:
-                raise ValueError(
-                    f"the state must have the names of the model; missing {missing}, unexpected {unexpected}"
-                )
-            shapes = {name: x.shape for name, x in self.model.state_dict().items()}
+            shapes = {name: tuple(x.shape) for name, x in self.model.state_dict().items()}
             shapes |= self._shapes()
-            for name in self._names:
-                if tuple(state[name].shape) != tuple(shapes[name]):
-                    raise ValueError(
-                        f"{name} must be {tuple(shapes[name])}, got {tuple(state[name].shape)}"
-                    )
+            check_state(state, {name: shapes[name] for name in self._names})
         rest = dict(state)
         for original, stand_in in zip(self._originals, self.stand_ins, strict=True):
             layer, norms = stand_in.layer, original.kept

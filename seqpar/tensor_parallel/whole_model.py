@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from seqpar.comm import Group, agreed
 from seqpar.comm.cut import deal_halves, undeal_halves
+from seqpar.tensor_parallel.fits import check_state
 from seqpar.tensor_parallel.policy import weight_paths
 
 
@@ -55,14 +56,8 @@ def load_whole_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     with ExitStack() as axes:  # whoever refuses along one axis refuses along the others
         for process_group in largest.get_all_groups() if meshes else ():
             axes.enter_context(agreed(Group.of(process_group), "load_whole_state"))
-        missing, unexpected = sorted(set(paths) - set(state)), sorted(set(state) - set(paths))
-        if missing or unexpected:
-            raise ValueError(
-                f"the state must have the weights of the model; missing {missing}, unexpected {unexpected}"
-            )
-        for path, p in zip(paths, parameters, strict=True):
-            if p.shape != state[path].shape:
-                raise ValueError(f"{path} must be {tuple(p.shape)}, got {tuple(state[path].shape)}")
+        shapes = (tuple(p.shape) for p in parameters)
+        check_state(state, dict(zip(paths, shapes, strict=True)))
     write_whole(model, state)
 
 

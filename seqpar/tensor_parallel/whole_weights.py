@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from seqpar.comm import Group, all_gather
+from seqpar.tensor_parallel.fits import check_state
 from seqpar.tensor_parallel.fused_qkv import FusedQKV
 
 if TYPE_CHECKING:
@@ -90,15 +91,9 @@ class WholeWeights:
             ValueError: a weight is missing, unexpected, or of another shape or type.
         """
         shapes = self.shapes(layer)
-        missing, unexpected = sorted(set(shapes) - set(state)), sorted(set(state) - set(shapes))
-        if missing or unexpected:
-            raise ValueError(
-                f"the whole weights must be {sorted(shapes)}; missing {missing}, unexpected {unexpected}"
-            )
+        check_state(state, shapes)
         norms = dict(self._norms(layer))
-        for name, shape in shapes.items():
-            if tuple(state[name].shape) != shape:
-                raise ValueError(f"{name} must be {shape}, got {tuple(state[name].shape)}")
+        for name in shapes:
             dtype = norms[name].dtype if name in norms else layer.qkv_weight.dtype
             if state[name].dtype != dtype:
                 raise ValueError(
@@ -129,7 +124,7 @@ class WholeWeights:
     def whole(self, layer: ParallelAttention) -> dict[str, Tensor]:
         """The inverse of `shards`: copies, on every rank. All ranks of the layer's tp must call."""
         dealt, d = layer.dealt, self.qkv.head_dim
-        rows = [(dealt.num_q(r) + 2 * dealt.num_kv(r)) * d for r in range(layer.tp.size)]
+        rows = [sum(self.qkv.sizes(dealt, r)) for r in range(layer.tp.size)]
         columns = [dealt.num_q(r) * d for r in range(layer.tp.size)]
 
         def merged(shard: Tensor) -> list[Tensor]:
