@@ -8,6 +8,7 @@ import torch
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from seqpar.comm import Tape
+from seqpar_kernels.torch_internals import is_traced_here
 
 
 def keep_attention() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
@@ -18,8 +19,7 @@ def keep_attention() -> tuple[AbstractContextManager[object], AbstractContextMan
     the hybrid also q, k and v as they were traded, so that nothing is sent a second time. Serves every
     strategy, in `torch.compile` too. What attention gave must not be written to in place.
     """
-    # Of this thread, where torch.compiler.is_compiling() would tell of others: as torch's checkpoint asks.
-    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+    if is_traced_here():
         return create_selective_checkpoint_contexts([torch.ops.seqpar.sharded_attention.default])
     tape = Tape()
     return tape.record(), _Again(tape)

@@ -8,20 +8,19 @@ comes out besides the results, for backward to play from a `Tape`; autograd does
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._library.effects import EffectType
 
 from seqpar.comm import Grid, Group, Tape, once, silent
 from seqpar.layout import Layout, Mask
 from seqpar.strategies import HEAD_STRATEGIES, STRATEGIES, Plan, agree_on_call, check_call, resolve
-from seqpar_kernels import Dropout, Score
+from seqpar_kernels import Dropout, Score, torch_internals
+from seqpar_kernels.torch_ops import define
 
 # Tensors, then the plan. What may be a symbol while the compiler looks on is an argument of its own.
 _ARGUMENTS = (
@@ -99,9 +98,6 @@ def _plan(group: Group, slopes: Tensor | None, sinks: Tensor | None, *described:
     )
 
 
-@torch.library.custom_op(
-    "seqpar::sharded_attention", mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor[]"
-)
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -124,8 +120,7 @@ def _forward(
     return list(once(step))  # for checkpointing around compiled code
 
 
-@_forward.register_fake
-def _(
+def _forward_fake(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -134,6 +129,7 @@ def _(
     group: str,
     *args: Any,
 ) -> list[Tensor]:
+    torch_internals.parts(torch_internals.COMPILE)  # refused here where they are missing
     *described, learning, with_lse = args
     described[-3:-1] = 0.0, 0  # dropped or not, shapes are the same
     plan = _plan(silent(Group.named(group)), slopes, sinks, *described)
@@ -167,14 +163,9 @@ def _listed(
 
 
 def _same_storage(x: Tensor, y: Tensor) -> bool:
-    return x.untyped_storage()._cdata == y.untyped_storage()._cdata
+    return x.untyped_storage() is y.untyped_storage()
 
 
-@torch.library.custom_op(
-    "seqpar::sharded_attention_backward",
-    mutates_args=(),
-    schema=f"(Tensor?[] grads, Tensor[] kept, {_ARGUMENTS}) -> Tensor[]",
-)
 def _backward(
     grads: Sequence[Tensor | None],
     kept: Sequence[Tensor],
@@ -193,7 +184,7 @@ def _backward(
     xs, (slopes, sinks) = inputs[:3], inputs[3:]
     plan = _plan(Group.named(group), slopes, sinks, *described)
     plan = resolve(plan, q, v, with_lse=with_lse)
-    with _differentiating():
+    with torch_internals.differentiating():
         with Tape(kept).play():
             results = STRATEGIES[plan.strategy](*xs, plan, with_lse=with_lse)
         ends = results[: len(grads)]
@@ -208,8 +199,7 @@ def _backward(
     return given
 
 
-@_backward.register_fake
-def _(
+def _backward_fake(
     grads: Sequence[Tensor | None],  # noqa: ARG001
     kept: Sequence[Tensor],  # noqa: ARG001
     q: Tensor,
@@ -222,17 +212,6 @@ def _(
     inputs, learning = (q, k, v, slopes, sinks), args[-2]
     wanted = [x for x, learns in zip(inputs, learning, strict=True) if learns]
     return [x.new_empty(x.shape) for x in wanted if x is not None]
-
-
-@contextmanager
-def _differentiating() -> Iterator[None]:
-    """Autograd as outside of an op: torch turns it off inside."""
-    include = torch._C._dispatch_tls_local_include_set()
-    exclude = torch._C._dispatch_tls_local_exclude_set()
-    for name in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor"):
-        exclude = exclude.remove(getattr(torch._C.DispatchKey, name))
-    with torch._C._ForceDispatchKeyGuard(include, exclude), torch.enable_grad():
-        yield
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -268,8 +247,20 @@ def _differentiate(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     )
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
-
-# Ranks must send in one order: the compiler may neither swap these ops nor leave one out.
-for _op in (_forward, _backward):
-    _op.register_effect(EffectType.ORDERED)
+# Ranks must send in one order: compilers may neither swap these ops nor leave one out.
+define(
+    "sharded_attention",
+    f"({_ARGUMENTS}) -> Tensor[]",
+    _forward,
+    fake=_forward_fake,
+    save=_save,
+    differentiate=_differentiate,
+    sends=True,
+)
+define(
+    "sharded_attention_backward",
+    f"(Tensor?[] grads, Tensor[] kept, {_ARGUMENTS}) -> Tensor[]",
+    _backward,
+    fake=_backward_fake,
+    sends=True,
+)

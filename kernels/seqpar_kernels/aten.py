@@ -17,9 +17,9 @@ from seqpar_kernels.block import Block, Gradients, Rows
 from seqpar_kernels.partial import Partial
 from seqpar_kernels.rectangles import CAUSAL, FULL, Rectangle, cut, rectangles, strips
 from seqpar_kernels.reference import visibility
+from seqpar_kernels.torch_internals import CPU_FLASH, attention_ops
 
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_forward, _backward = attention_ops(CPU_FLASH)
 
 # Columns per call of the backward op, for which dk, dv and a block of keys stay in cache. Milliseconds
 # at 256, 384, 512, 1024 columns and uncut. float32, 4 heads of 64, one thread: N = 2048 causal 88, 86,

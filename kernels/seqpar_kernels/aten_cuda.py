@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from seqpar_kernels.torch_internals import CUDA_FLASH, attention_ops
 from seqpar_kernels.windows import Adapter, Window
 
-_forward = torch.ops.aten._flash_attention_forward.default
-_backward = torch.ops.aten._flash_attention_backward.default
+_forward, _backward = attention_ops(CUDA_FLASH)
 
 
 def _forward_op(

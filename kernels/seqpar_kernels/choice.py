@@ -19,6 +19,7 @@ from torch import Tensor
 from seqpar_kernels.documents import Documents
 from seqpar_kernels.dropout import Dropout
 from seqpar_kernels.score import Score
+from seqpar_kernels.torch_internals import CPU_FLASH, CUDA_FLASH, CUDNN, missing
 
 Implementation = Literal["reference", "aten", "triton", "flash_attn", "cudnn"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
@@ -116,9 +117,11 @@ def _reference(request: Request) -> str | None:  # noqa: ARG001 - it can do ever
 
 
 def _aten(request: Request) -> str | None:
-    missing = "has no softcap" if request.softcap else _lacks(request)
-    if request.device.type == "cpu" or missing:
-        return missing
+    lacking = "has no softcap" if request.softcap else _lacks(request)
+    on_cuda = request.device.type != "cpu"
+    lacking = lacking or _absent(CUDA_FLASH if on_cuda else CPU_FLASH)
+    if lacking or not on_cuda:
+        return lacking
     if request.device.type == "cuda" and not torch.backends.cuda.is_flash_attention_available():
         return "has no FlashAttention in this build of torch"
     return _flash(request)
@@ -139,7 +142,8 @@ def _cudnn(request: Request) -> str | None:
         return "has no cuDNN in this build of torch"
     if max(request.d, request.vd) > 128:
         return f"has no head dim above 128, got {_widths(request)}"
-    return _aten(request) if request.device.type == "cuda" else _flash(request)
+    lacking = _aten(request) if request.device.type == "cuda" else _flash(request)
+    return lacking or _absent(CUDNN)
 
 
 def _triton(request: Request) -> str | None:
@@ -181,6 +185,11 @@ def _lacks(request: Request) -> str | None:
         (request.alibi, "does not add ALiBi on global positions"),
         (request.dropout, "cannot drop weights by their global position"),
     )
+
+
+def _absent(use: str) -> str | None:
+    reason = missing(use)
+    return reason and f"cannot be served: {reason}"
 
 
 def _widths(request: Request) -> str:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from seqpar_kernels import aten_cuda
+from seqpar_kernels.torch_internals import CUDNN, attention_ops
 from seqpar_kernels.windows import Adapter, Window
 
-_forward = torch.ops.aten._scaled_dot_product_cudnn_attention.default
-_backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
+_forward, _backward = attention_ops(CUDNN)
 
 
 def _forward_op(

@@ -21,6 +21,7 @@ from seqpar_kernels.documents import Documents
 from seqpar_kernels.dropout import Dropout
 from seqpar_kernels.partial import Partial, accumulation_dtype
 from seqpar_kernels.score import Score, sink_gradient, sum_rows
+from seqpar_kernels.torch_ops import define
 
 # Tensors first; what follows describes the block. Ops take no dataclasses.
 _BLOCK = (
@@ -116,11 +117,6 @@ def _block(
     )
 
 
-@torch.library.custom_op(
-    "seqpar::attention_forward",
-    mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, {_BLOCK}) -> (Tensor, Tensor)",
-)
 def _forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     *described, lse_learns, implementation = args
     block = _block(*described)
@@ -132,20 +128,11 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tenso
     return finish(running, q.dtype, block.score.sinks, implementation=implementation)
 
 
-@_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG001
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
     return out, q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype))
 
 
-@torch.library.custom_op(
-    "seqpar::attention_backward",
-    mutates_args=(),
-    schema=(
-        "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-        f"bool slopes_learn, bool sinks_learn, {_BLOCK}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-    ),
-)
 def _backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -177,8 +164,7 @@ def _backward(
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dslopes, dsinks
 
 
-@_backward.register_fake
-def _(
+def _backward_fake(
     dout: Tensor,  # noqa: ARG001
     dlse: Tensor | None,  # noqa: ARG001
     q: Tensor,
@@ -245,4 +231,18 @@ class _Recalled(torch.autograd.Function):
         return *_differentiate(ctx, *grad_outputs), None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+define(
+    "attention_forward",
+    f"(Tensor q, Tensor k, Tensor v, {_BLOCK}) -> (Tensor, Tensor)",
+    _forward,
+    fake=_forward_fake,
+    save=_save,
+    differentiate=_differentiate,
+)
+define(
+    "attention_backward",
+    "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"bool slopes_learn, bool sinks_learn, {_BLOCK}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    fake=_backward_fake,
+)

@@ -12,10 +12,16 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from seqpar_kernels.torch_internals import (
+    COLLECTIVES,
+    DispatchMode,
+    argument_names,
+    parts,
+    process_group_named,
+)
 
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast"]
 
@@ -48,7 +54,7 @@ class Collective:
         return self.elements * sent_fraction(self.kind, len(self.ranks))
 
 
-class Collectives(TorchDispatchMode):
+class Collectives(DispatchMode):
     """Counts the collectives that are called inside of it, in order. Nests; sees backward.
 
     Groups of one rank send nothing and are left out.
@@ -58,6 +64,7 @@ class Collectives(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
+        parts(COLLECTIVES)  # refused here where they are missing
         super().__init__()
         self.calls: list[Collective] = []
 
@@ -93,13 +100,13 @@ class Collectives(TorchDispatchMode):
         return func(*args, **given)
 
     def _count(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        name = func._schema.name
+        name = func.name()
         if name in _SILENT:
             return
         if name not in _KNOWN:
             raise NotImplementedError(f"{name} cannot be counted; its volume is not known here")
         kind, tensors = _KNOWN[name]
-        named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+        named = dict(zip(argument_names(func), args, strict=False)) | kwargs
         group = named.get("process_group")
         group = _group(named["group_name"]) if group is None else _unboxed(group)
         ranks = tuple(dist.get_process_group_ranks(group))
@@ -111,7 +118,7 @@ class Collectives(TorchDispatchMode):
 def _group(name: Any) -> dist.ProcessGroup:
     if isinstance(name, dist.ProcessGroup):
         return name
-    return torch._C._distributed_c10d._resolve_process_group(name)
+    return process_group_named(name)
 
 
 def _unboxed(group: Any) -> dist.ProcessGroup:

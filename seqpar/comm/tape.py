@@ -14,6 +14,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from seqpar_kernels.torch_internals import version
+
 Results = tuple[Tensor, ...]
 Mode = Literal["record", "play", "outline"]
 
@@ -27,7 +29,7 @@ class Tape:
 
     def __init__(self, tensors: Sequence[Tensor] = ()) -> None:
         self._tensors = list(tensors)
-        self._versions = [x._version for x in tensors]
+        self._versions = [version(x) for x in tensors]
         self._counts: list[int] = []  # by step
         self._calls: list[object] = []
         self._next = self._step = self._call = 0
@@ -80,7 +82,7 @@ class Tape:
         kept = [x.detach() for x in results]  # shares the version, not the graph
         self._counts.append(len(kept))
         self._tensors += kept
-        self._versions += [0 if x.is_inference() else x._version for x in kept]
+        self._versions += [version(x) for x in kept]
 
     def take(self, num: int | None = None) -> Results:
         """The results of the next step.
@@ -105,9 +107,9 @@ class Tape:
             _CURRENT.reset(token)
 
     def _one(self) -> Tensor:
-        x, version = self._tensors[self._next], self._versions[self._next]
+        x, before = self._tensors[self._next], self._versions[self._next]
         self._next += 1
-        if x._version != version:
+        if version(x) != before:
             raise RuntimeError(
                 "what attention gave has been written to in place, so it cannot be kept for backward; "
                 "use an out-of-place operation on the output of attention"

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_map
 
 from seqpar.comm.group import Group
 from seqpar.comm.reduce import all_reduce, replicate
+from seqpar_kernels.torch_internals import without_subclass
 
 _T = torch.Tensor
 
@@ -41,18 +41,18 @@ class Width(torch.Tensor):
         NotImplementedError: another function of it is asked for, which might need whole rows.
     """
 
-    _group: Group
+    group: Group
 
     @staticmethod
     def of(x: Tensor, group: Group) -> Width:
         """A view of x, differentiable."""
         rows = x.as_subclass(Width)
-        rows._group = group
+        rows.group = group
         return rows
 
     def plain(self) -> Tensor:
         """The part as a plain tensor."""
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_subclass():
             return self.as_subclass(torch.Tensor)
 
     @classmethod
@@ -71,8 +71,9 @@ class Width(torch.Tensor):
                 "norm over a sharded width must be written with means over the last dimension, as "
                 "transformers' RMS norms are"
             )
-        group = next(x._group for x in (*args, *given.values()) if isinstance(x, Width))
-        args, given = tree_map(_part, (args, given))
+        group = next(x.group for x in (*args, *given.values()) if isinstance(x, Width))
+        args = tuple(map(_part, args))
+        given = {name: _part(x) for name, x in given.items()}
         if func in _MEANS:
             return _mean(group, *args, **given)
         result = func(*args, **given)

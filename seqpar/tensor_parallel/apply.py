@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from seqpar.comm import Group, agreed
 from seqpar.comm.cut import Cut, ModuleKind
@@ -18,6 +17,9 @@ from seqpar.tensor_parallel.vocabulary import vocabulary_range
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+_DROPOUTS = (
+    nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
+)  # fmt: skip
 _ADAPTER = re.compile(r"(?:\.base_layer|\.lora_[AB]\.\w+)$")
 
 
@@ -230,7 +232,7 @@ def _reads_alone(model: nn.Module, path: str, cuts: Mapping[str, Cut]) -> bool:
 def _drops(module: nn.Module) -> bool:
     """Whether a module may draw: those that call dropout as a function hold its probability as a number."""
     chances = [x for name, x in vars(module).items() if "drop" in name and isinstance(x, float)]
-    return any(p > 0 for p in chances) or (isinstance(module, _DropoutNd) and module.p > 0)
+    return any(p > 0 for p in chances) or (isinstance(module, _DROPOUTS) and module.p > 0)
 
 
 def _above(path: str) -> str:

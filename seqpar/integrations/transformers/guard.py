@@ -13,6 +13,7 @@ from seqpar.data import fingerprint
 from seqpar.integrations.transformers.call import refuse
 from seqpar.integrations.transformers.registration import NAME, MissingPlanError, missing_plan
 from seqpar.integrations.transformers.stand_in import arguments
+from seqpar_kernels.torch_internals import forward_hooks
 
 REFUSED = (  # arguments that mean something else for a shard than for the whole
     "past_key_values", "head_mask", "output_attentions", "output_router_logits", "logits_to_keep",
@@ -97,6 +98,6 @@ def _random_state(device: torch.device) -> Tensor:
 
 
 def _remove(model: nn.Module) -> None:
-    for hooks in (model._forward_pre_hooks, model._forward_hooks):
+    for hooks in forward_hooks(model):
         for number in [n for n, hook in hooks.items() if isinstance(hook, (Guard, Draws))]:
             del hooks[number]

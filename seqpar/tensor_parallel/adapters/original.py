@@ -14,13 +14,13 @@ from seqpar.tensor_parallel.adapters.families import FAMILIES
 from seqpar.tensor_parallel.adapters.family import Family
 from seqpar.tensor_parallel.fused_qkv import FusedQKV
 from seqpar.tensor_parallel.known_models import known_layout
+from seqpar_kernels.torch_internals import hooks_on
 
 PREFIX = "transformers.models."
 CONV1D = "transformers.pytorch_utils.Conv1D"  # its weight is [in, out]
 PROJECTIONS = {
     "torch.nn.modules.linear.Linear", f"{PREFIX}falcon.modeling_falcon.FalconLinear", CONV1D,
 }  # fmt: skip
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,11 +117,9 @@ class Original:
             raise NotImplementedError(
                 f"the projections of {self.path} must be of one type on one device, got {kinds}"
             )
-        hooks = [name for name in HOOKS for m in self.module.modules() if getattr(m, name)]
+        hooks = [kind for m in self.module.modules() for kind in hooks_on(m)]
         if hooks:
-            raise NotImplementedError(
-                f"{self.path} has {hooks[0][1:]}, which would not run any more"
-            )
+            raise NotImplementedError(f"{self.path} has {hooks[0]}, which would not run any more")
         mixed = [name for name, learns in self._flags().items() if len(set(learns)) > 1]
         if mixed:
             raise NotImplementedError(

@@ -36,9 +36,9 @@ class ReplacedAttention(StandIn):
         family, module = original.family, original.module
         self.code = type(module).__module__
         self.__dict__ |= {n: x for n, x in vars(module).items() if not n.startswith("_")}
+        saved = module.state_dict().keys()
         for name, buffer in module.named_buffers(recurse=False):
-            kept = name not in module._non_persistent_buffers_set
-            self.register_buffer(name, buffer, persistent=kept)
+            self.register_buffer(name, buffer, persistent=name in saved)
         for name, child in original.others:
             self.add_module(name, child)
         q_norm, k_norm = original.norms
@@ -102,7 +102,7 @@ class ReplacedAttention(StandIn):
         for name, parameter in original.module.named_parameters():
             parameter.data = state[name]
         for name, buffer in self.named_buffers(recurse=False):
-            original.module._buffers[name] = buffer
+            setattr(original.module, name, buffer)
         original.module.training = self.training
 
     def extra_repr(self) -> str:
