@@ -20,6 +20,12 @@ WINDOW = 5
 ALTERNATING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 UNDROPPED = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 NORMS = ("norm.weight",)
+GPT = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+GPT |= {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+DBRX = {"vocab_size": VOCABULARY, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}
+DBRX |= {"attn_config": {"kv_n_heads": 2, "clip_qkv": 0.6, "rope_theta": 1e4}}
+DBRX |= {"ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 2, "moe_top_k": 1}}
+RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,7 @@ class Family:
         options: of the config.
         labels: what a row of it predicts.
         float32: how parameters end whose gradients the model itself adds in float32.
+        since: the first release of transformers that computes its attention through the interface.
     """
 
     model: str
@@ -38,6 +45,12 @@ class Family:
     options: dict[str, Any]
     labels: Labels = "next"
     float32: tuple[str, ...] = ()
+    since: tuple[int, int] = (5, 17)
+
+    @property
+    def is_served(self) -> bool:
+        """Whether the installed transformers computes its attention through the interface."""
+        return self.since <= RELEASE
 
     def make(
         self, dtype: torch.dtype = torch.float64, *, spread: float = 0.2, **changes: Any
@@ -89,6 +102,18 @@ FAMILIES = {
         "own",
     ),
 }  # fmt: skip
+
+# With attention of another make, which the interface took in one by one.
+LATER = {
+    "persimmon": Family("PersimmonForCausalLM", "PersimmonConfig", SIZES),
+    "dbrx": Family("DbrxForCausalLM", "DbrxConfig", DBRX),
+    "gpt_bigcode": Family("GPTBigCodeForCausalLM", "GPTBigCodeConfig", GPT),
+    "gptj": Family("GPTJForCausalLM", "GPTJConfig", GPT | {"rotary_dim": 4}, since=(5, 24)),
+    "codegen": Family(
+        "CodeGenForCausalLM", "CodeGenConfig", GPT | {"rotary_dim": 4}, since=(5, 24)
+    ),
+}
+SERVED = FAMILIES | {name: family for name, family in LATER.items() if family.is_served}
 
 
 def tokens(batch: int, length: int) -> torch.Tensor:

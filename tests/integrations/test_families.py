@@ -1,11 +1,11 @@
-"""Models of eight families on sharded sequences equal one device: logits, loss, every gradient."""
+"""Models of many families on sharded sequences equal one device: logits, loss, every gradient."""
 
 import os
 from functools import cache
 
 import pytest
 import torch
-from hf.families import FAMILIES, batch_of
+from hf.families import FAMILIES, SERVED, batch_of
 from hf.step import differences, on_rank, one_device
 
 import seqpar
@@ -22,7 +22,7 @@ def check(got, want, family, **options):
 @cache
 def case(name):
     """A family, its model, a batch and what one device makes of it."""
-    family = FAMILIES[name]
+    family = SERVED[name]
     model, batch = family.make(), batch_of(2, LENGTH)
     return family, model, batch, one_device(model, batch, family.labels)
 
@@ -36,7 +36,7 @@ THOROUGH = FAMILIES if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else ("
 
 @pytest.mark.parametrize(
     ("name", "size", "strategy"),
-    [(n, *c) for n in FAMILIES for c in (COMBINATIONS if n in THOROUGH else EVERYWHERE)],
+    [(n, *c) for n in SERVED for c in (COMBINATIONS if n in THOROUGH else EVERYWHERE)],
 )
 def test_equals_one_device(name, size, strategy):
     """The whole product runs nightly and in `scripts/check_transformers.py`."""
@@ -45,7 +45,7 @@ def test_equals_one_device(name, size, strategy):
         check(got, want, family)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SERVED)
 def test_one_rank_equals_one_device(name):
     family, model, batch, want = case(name)
     check(on_rank(seqpar.Group.alone(), model, batch), want, family)
@@ -65,7 +65,7 @@ def test_other_strategies_and_layouts_equal_one_device(size, strategy, options):
         check(got, want, family)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SERVED)
 def test_what_judges_is_what_transformers_computes(name):
     """Eager attention takes its softmax in float32: 1e-5 is what it can say."""
     family, model, batch, want = case(name)

@@ -16,7 +16,7 @@ from seqpar.integrations.transformers.stand_in import arguments
 from seqpar_kernels.torch_internals import forward_hooks
 
 REFUSED = (  # arguments that mean something else for a shard than for the whole
-    "past_key_values", "head_mask", "output_attentions", "output_router_logits", "logits_to_keep",
+    "past_key_values", "cache", "head_mask", "output_attentions", "output_router_logits", "logits_to_keep",
 )  # fmt: skip
 
 

@@ -71,7 +71,9 @@ def pattern_mask(
     for (causal, window), form in known.items():
         if _same(mask_function, form):
             return Pattern(causal, window, hidden)
-    return Pattern(unknown=f"made of {_names(mask_function)}")
+    names = _names(mask_function)
+    packed = " for texts that position_ids pack" if "packed_sequence_mask" in names else ""
+    return Pattern(unknown=f"made of {names}{packed}")
 
 
 def as_bytes(attention_mask: Tensor) -> bytes | None:

@@ -1,4 +1,4 @@
-"""The attention classes that can be replaced, read in transformers 5.23.
+"""The attention classes that can be replaced, read in transformers 5.17 to 5.24.
 
 Their layouts of fused weights are `known_layout`'s. Scales and probabilities are read from a module at every
 call, so that what is changed later counts.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -85,10 +86,20 @@ def _falcon_dropout(m: Any) -> float:
     return m.attention_dropout.p if m.config.alibi else 0.0  # it drops none beside rotary
 
 
-def _codegen_angles(_: Rotary, m: Any, given: Given) -> Angles:
+def _has_own_table(m: Any) -> bool:
+    """Whether CodeGen's module holds the table of its rotary, as before transformers 5.24."""
+    return hasattr(m, "embed_positions")
+
+
+def _codegen_angles_before(_: Rotary, m: Any, given: Given) -> Angles:
     at = given["position_ids"]
     m.embed_positions = m.embed_positions.to(at.device)
     sin, cos = m.embed_positions[at].chunk(2, -1)
+    return cos, sin
+
+
+def _codegen_angles(_: Rotary, __: Any, given: Given) -> Angles:
+    sin, cos = given["position_embeddings"]  # the other way round than elsewhere
     return cos, sin
 
 
@@ -104,6 +115,16 @@ _FALCON = Family(
     slopes=_falcon_slopes,
     takes=("alibi", "attention_mask"),
     switches=False,
+)  # fmt: skip
+
+_CODEGEN = Family(
+    ("codegen.modeling_codegen.CodeGenAttention",), ("qkv_proj",), "out_proj",
+    when=lambda m: not _has_own_table(m),
+    rotary=lambda m: Rotary(m.rotary_dim, interleaved=True),
+    angles=_codegen_angles,
+    finish=_residual_dropout,
+    refused=_codegen_refused,
+    takes=("position_embeddings", "attention_mask"),
 )  # fmt: skip
 
 FAMILIES: tuple[Family, ...] = (
@@ -127,14 +148,13 @@ FAMILIES: tuple[Family, ...] = (
         switches=False,
     ),
     _FALCON,
-    Family(
-        ("codegen.modeling_codegen.CodeGenAttention",), ("qkv_proj",), "out_proj",
+    _CODEGEN,
+    replace(
+        _CODEGEN,
+        when=_has_own_table,
         terms=lambda m: {"scaling": 1 / m.scale_attn},
         dropout=lambda m: m.attn_dropout.p,
-        rotary=lambda m: Rotary(m.rotary_dim, interleaved=True),
-        angles=_codegen_angles,
-        finish=_residual_dropout,
-        refused=_codegen_refused,
+        angles=_codegen_angles_before,
         takes=("layer_past", "attention_mask"),
         switches=False,
     ),

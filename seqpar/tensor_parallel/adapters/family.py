@@ -29,6 +29,7 @@ class Family:
         classes: their names, after `transformers.models.`; classes derived from them are others.
         qkv: the projections of q, k and v, one or three.
         out: the output projection.
+        when: which modules of these classes: a class may change from release to release.
         norms: of q and k, over the last dimension of heads.
         terms: what the class passes to its attention function, in the words of transformers.
         dropout: of its weights in training.
@@ -45,6 +46,7 @@ class Family:
     classes: tuple[str, ...]
     qkv: tuple[str, ...]
     out: str
+    when: Callable[[Any], bool] = lambda m: True  # noqa: ARG005
     norms: tuple[str, str] | None = None
     terms: Callable[[Any], dict[str, Any]] = lambda m: {"scaling": m.scaling}
     dropout: Callable[[Any], float] = lambda m: m.attention_dropout

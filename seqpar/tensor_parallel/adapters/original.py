@@ -145,16 +145,16 @@ def originals_of(model: nn.Module, inner: PreTrainedModel) -> list[Original]:
         NotImplementedError: it has none that is known, or others besides; and as `Original.check`.
         ValueError: the layout of a weight is not that of its config; and as `Original.check`.
     """
-    known = {PREFIX + name: family for family in FAMILIES for name in family.classes}
     modules = dict(model.named_modules())
-    found = {path: known[name] for path, m in modules.items() if (name := _class(m)) in known}
+    families = {path: _family(m) for path, m in modules.items()}
+    found = {path: family for path, family in families.items() if family is not None}
     strange = [
         f"{path} ({type(m).__name__})"
         for path, m in modules.items()
         if type(m).__name__.endswith(("Attention", "Attention2")) and path not in found
     ]
     if not found or strange:
-        classes = sorted(name.rpartition(".")[2] for f in FAMILIES for name in f.classes)
+        classes = sorted({name.rpartition(".")[2] for f in FAMILIES for name in f.classes})
         what = strange[0] if strange else type(inner).__name__
         raise NotImplementedError(
             f"the attention of {what} is not known to replace_attention; known are {', '.join(classes)}"
@@ -173,6 +173,13 @@ def originals_of(model: nn.Module, inner: PreTrainedModel) -> list[Original]:
     for original in originals:
         original.check()
     return originals
+
+
+def _family(module: nn.Module) -> Family | None:
+    """The family of an attention module, if it is one that is known."""
+    name = _class(module)
+    known = (f for f in FAMILIES if any(name == PREFIX + c for c in f.classes))
+    return next((f for f in known if f.when(module)), None)
 
 
 def _check_shared(model: nn.Module, found: Iterable[str]) -> None:
