@@ -55,8 +55,9 @@ class Plan:
 
     group: Group
     layout: Layout
-    mask: Mask = Mask()
-    score: Score = Score()
+    # None becomes Mask() and Score(): torch 2.11 compiles no function whose defaults are objects.
+    mask: Mask = None  # type: ignore[assignment]
+    score: Score = None  # type: ignore[assignment]
     strategy: Strategy = "ring"
     implementation: Implementation | None = None
     dropout: Dropout | None = None
@@ -67,6 +68,9 @@ class Plan:
     first_head: int = 0
 
     def __post_init__(self) -> None:
+        for name, kind in (("mask", Mask), ("score", Score)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, kind())
         if self.invariant is None:
             exact = self.implementation in (None, "reference", "triton")
             object.__setattr__(self, "invariant", self.strategy == "ulysses" and exact)

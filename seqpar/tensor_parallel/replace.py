@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from seqpar.comm import Group, agreed, all_gather
 from seqpar.integrations.transformers.checks import check_config, inner_model
+from seqpar.integrations.transformers.internals import attention_name, name_attention
 from seqpar.integrations.transformers.reference import Reference, refer
 from seqpar.integrations.transformers.registration import NAME, register
 from seqpar.integrations.transformers.rows import same_rows
@@ -56,7 +57,7 @@ def replace_attention(model: nn.Module, tp: Group | None = None) -> ReplacedMode
     tp = Group.alone() if tp is None else tp
     with agreed(tp, "replace_attention") as claim:
         inner = inner_model(model)
-        if handover_of(model) is not None or inner.config._attn_implementation == NAME:
+        if handover_of(model) is not None or attention_name(inner.config) == NAME:
             raise RuntimeError(
                 f"{type(inner).__name__} attends over ranks already; restore() or switch it back first"
             )
@@ -97,7 +98,7 @@ class ReplacedModel:
         self.stand_ins: list[ReplacedAttention] = []
         self._inner, self._handover, self._originals = inner_model(model), handover, originals
         self._names = tuple(model.state_dict())
-        self._before = self._inner.config._attn_implementation
+        self._before = attention_name(self._inner.config)
         self._hooks: list[Any] = []
 
     def replace(self) -> None:
@@ -136,7 +137,7 @@ class ReplacedModel:
         if self._handover.switches:
             self._inner.set_attn_implementation(self._before)
         else:
-            self._inner.config._attn_implementation = self._before
+            name_attention(self._inner.config, self._before)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The model's state as it would save it itself: whole weights, its own names and order.

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from seqpar.comm import Group, agreed
 from seqpar.data import fingerprint
 from seqpar.integrations.transformers.call import refuse
+from seqpar.integrations.transformers.internals import attention_name
 from seqpar.integrations.transformers.registration import NAME, MissingPlanError, missing_plan
 from seqpar.integrations.transformers.stand_in import arguments
 from seqpar_kernels.torch_internals import forward_hooks
@@ -37,7 +38,7 @@ class Guard:
     def __call__(self, model: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> None:
         """A forward pre-hook. All ranks of group and tp must call."""
         self.random = None
-        if model.config._attn_implementation != NAME:
+        if attention_name(model.config) != NAME:
             return  # switched back, to run on one device
         try:
             with agreed(self.tp, "a call, over tp") as claim:

@@ -13,7 +13,8 @@ from types import FunctionType
 from typing import Any
 
 from torch import Tensor
-from transformers import masking_utils
+
+from seqpar.integrations.transformers.internals import mask_forms
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,7 @@ def pattern_mask(
             shape = tuple(attention_mask.shape)
             return Pattern(unknown=f"an attention_mask {shape} for {q_length} rows")
         hidden = as_bytes(attention_mask)
-    known = _forms(local_size)
-    for (causal, window), form in known.items():
+    for (causal, window), form in mask_forms(local_size).items():
         if _same(mask_function, form):
             return Pattern(causal, window, hidden)
     names = _names(mask_function)
@@ -80,24 +80,6 @@ def as_bytes(attention_mask: Tensor) -> bytes | None:
     """A padding mask as something to compare; `None` if it hides nothing."""
     seen = attention_mask.bool()
     return None if bool(seen.all()) else bytes(seen.cpu().flatten().tolist())
-
-
-def _forms(local_size: int | None) -> dict[tuple[bool, int | None], Callable[..., Any]]:
-    """The masks that have a pattern, made by the functions of transformers that models call too.
-
-    Two-sided windows include the distance `local_size`, one-sided ones do not:
-    `abs(q - kv) <= local_size` and `kv > q - local_size`.
-    """
-    make = masking_utils
-    if local_size is None:
-        return {
-            (True, None): make.causal_mask_function,
-            (False, None): make.bidirectional_mask_function,
-        }
-    return {
-        (True, local_size): make.sliding_window_causal_mask_function(local_size),
-        (False, local_size + 1): make.sliding_window_bidirectional_mask_function(local_size),
-    }
 
 
 def _same(one: object, other: object) -> bool:

@@ -15,6 +15,7 @@ from seqpar.data import IGNORE, Labels, fingerprint
 from seqpar.integrations.transformers.checks import check_config, inner_model
 from seqpar.integrations.transformers.guard import Guard
 from seqpar.integrations.transformers.inputs import Inputs
+from seqpar.integrations.transformers.internals import attention_name
 from seqpar.integrations.transformers.registration import NAME, register
 from seqpar.integrations.transformers.sharding import Sharding
 from seqpar.integrations.transformers.stand_in import StandIn, handover_of
@@ -78,7 +79,7 @@ class SequenceParallel:
             check_config(model, self.inner)
             register()
         with self._agreed("SequenceParallel: trying out") as claim:
-            before = self.inner.config._attn_implementation
+            before = attention_name(self.inner.config)
             try:
                 self.findings = try_out(self.inner)
             except BaseException:

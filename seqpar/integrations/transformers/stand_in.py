@@ -17,6 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
 from seqpar.comm import Group
+from seqpar.integrations.transformers.internals import attention_name
 from seqpar.integrations.transformers.patterns import Pattern
 from seqpar.integrations.transformers.registration import NAME, Attends, MissingPlanError
 
@@ -55,7 +56,7 @@ class Handover:
             MissingPlanError: the model is called without a plan.
         """
         plan = arguments(model, args, kwargs).get("seqpar")
-        if plan is None or model.config._attn_implementation != NAME:
+        if plan is None or attention_name(model.config) != NAME:
             raise MissingPlanError(
                 f"the attention of {type(model).__name__} was replaced: set it up with SequenceParallel and "
                 "call it with model(**sp.shard(batch)), or put its own back with restore()"

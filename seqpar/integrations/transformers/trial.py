@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from seqpar.comm import Group, agreed
 from seqpar.integrations.transformers.call import Call
 from seqpar.integrations.transformers.documents import RowGroup
+from seqpar.integrations.transformers.internals import attention_name, name_attention
 from seqpar.integrations.transformers.patterns import as_bytes
 from seqpar.integrations.transformers.reference import (
     PACKED_AT,
@@ -113,10 +114,10 @@ def run_alone(inner: PreTrainedModel, first: int) -> Any:
 def _switch(inner: PreTrainedModel, handover: Handover | None) -> None:
     """Has the model make the masks of seqpar and, where it attends by itself, use its attention function."""
     if handover is not None and not handover.switches:
-        inner.config._attn_implementation = NAME  # for its masks; nothing else looks at it any more
+        name_attention(inner.config, NAME)  # for its masks; nothing else looks at it any more
         return
     inner.set_attn_implementation(NAME)
-    if inner.config._attn_implementation != NAME:
+    if attention_name(inner.config) != NAME:
         raise NotImplementedError(_own_attention(inner))
 
 

@@ -1,0 +1,66 @@
+"""What this project uses of transformers that it does not document; no other module names such a part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import transformers
+from transformers import masking_utils
+
+TESTED = "5.17 to 5.24"
+MASKS = (
+    "causal_mask_function", "bidirectional_mask_function", "sliding_window_causal_mask_function",
+    "sliding_window_bidirectional_mask_function",
+)  # fmt: skip
+
+
+def attention_name(config: Any) -> str:
+    """The name of the attention implementation that a model of this config uses.
+
+    Raises:
+        NotImplementedError: this release keeps it elsewhere.
+    """
+    try:
+        return config._attn_implementation
+    except AttributeError:
+        raise NotImplementedError(_lacks("config._attn_implementation")) from None
+
+
+def name_attention(config: Any, name: str) -> None:
+    """Has a model make the masks of an implementation, where the model itself cannot be switched."""
+    attention_name(config)
+    config._attn_implementation = name
+
+
+def mask_forms(
+    local_size: int | None,
+) -> dict[tuple[bool, int | None], Callable[..., Any]]:
+    """By (causal, window) as `seqpar.Mask` has them, the functions that models make such masks of.
+
+    Two-sided windows include the distance `local_size`, one-sided ones do not:
+    `abs(q - kv) <= local_size` and `kv > q - local_size`.
+
+    Raises:
+        NotImplementedError: this release has other functions.
+    """
+    absent = [name for name in MASKS if not hasattr(masking_utils, name)]
+    if absent:
+        raise NotImplementedError(_lacks(f"masking_utils.{absent[0]}"))
+    make = masking_utils
+    if local_size is None:
+        return {
+            (True, None): make.causal_mask_function,
+            (False, None): make.bidirectional_mask_function,
+        }
+    return {
+        (True, local_size): make.sliding_window_causal_mask_function(local_size),
+        (False, local_size + 1): make.sliding_window_bidirectional_mask_function(local_size),
+    }
+
+
+def _lacks(part: str) -> str:
+    return (
+        f"seqpar needs {part} of transformers, which {transformers.__version__} does not have; tested are "
+        f"transformers {TESTED}"
+    )
