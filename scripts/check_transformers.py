@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from hf.families import FAMILIES, batch_of
+from hf.families import SERVED, batch_of
 from hf.step import differences, on_rank, one_device
 from rich.console import Console
 from rich.progress import Progress
@@ -35,7 +35,7 @@ def check(
     console = Console(stderr=True, quiet=group.rank > 0)
     with Progress(console=console) as progress:
         for name in progress.track(names, description="families"):
-            family = FAMILIES[name]
+            family = SERVED[name]
             model, batch = family.make(), batch_of(2, length)
             want = one_device(model, batch, family.labels)
             for strategy in strategies:
@@ -66,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--families", nargs="+", choices=SERVED, default=list(SERVED))
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
     parser.add_argument("--length", type=int, default=37, help="tokens of a sequence")
     parser.add_argument("--json", type=Path, help="rank 0 writes the records here")
