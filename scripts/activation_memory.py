@@ -23,9 +23,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import progress
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -182,13 +182,10 @@ def study(
         for name in strategies
         if name not in ("mesh", "hybrid") or (p > 2 and p % 2 == 0)
     ]
-    # No refreshing thread: it would compete with the ranks for the cores.
-    with Progress(console=Console(stderr=True), auto_refresh=False) as quiet:
-        rows = []
-        for job, p in quiet.track(jobs, description="measuring"):
-            quiet.refresh()
-            rows.append(compare(job, p, exact=exact, repeats=repeats))
-    return rows
+    tracked = progress.track(
+        jobs, "peak memory", name=lambda j: f"{j[0].strategy}, P={j[1]}, N={j[0].length}"
+    )
+    return [compare(job, p, exact=exact, repeats=repeats) for job, p in tracked]
 
 
 def failures(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -17,10 +17,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import progress
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from seqpar import Group
@@ -68,20 +68,14 @@ def cases(dtypes: list[str], strategies: list[Strategy]) -> Iterator[tuple[str, 
                 )  # fmt: skip
 
 
-def check(
-    group: Group, dtypes: list[str], strategies: list[Strategy], console: Console
-) -> list[dict[str, Any]]:
+def check(group: Group, dtypes: list[str], strategies: list[Strategy]) -> list[dict[str, Any]]:
     """Runs all cases; one record per strategy, layout, mask and dtype, with its worst case."""
     everything = list(cases(dtypes, strategies))
     mine: list[Errors] = []
-    # No refreshing thread: it would compete with the ranks for the cores.
-    with Progress(console=console, auto_refresh=False, disable=group.rank > 0) as progress:
-        for n, (strategy, _, case) in enumerate(
-            progress.track(everything, description=f"P={group.size}")
-        ):
-            mine.append(errors_on_rank(group, case, strategy))
-            if n % 16 == 0:
-                progress.refresh()
+    for strategy, _, case in progress.track(
+        everything, f"equivalence, P={group.size}", shown=group.rank == 0
+    ):
+        mine.append(errors_on_rank(group, case, strategy))
     by_rank: list[Any] = group.transport.gather_objects(mine)
     records: dict[tuple[str, str, str, str], dict[str, Any]] = {}
     for (strategy, mask, case), *errors in zip(everything, *by_rank, strict=True):
@@ -138,7 +132,7 @@ def main() -> None:
         raise SystemExit("start me with: torchrun --nproc-per-node P scripts/check_equivalence.py")
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
-    records = check(Group.of(), args.dtype, args.strategy, Console(stderr=True))
+    records = check(Group.of(), args.dtype, args.strategy)
     failed = [r for r in records if r["failures"]]
     if rank == 0:
         show(records, size, Console(width=120))

@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import progress
 import torch
 import torch.distributed as dist
 from hf.families import batch_of
@@ -21,7 +22,6 @@ from hf.fused import FUSED, exactly
 from hf.sharded import sharded_step
 from hf.step import differences, one_device
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch.distributed.device_mesh import init_device_mesh
 from transformers.utils import logging
@@ -35,9 +35,8 @@ def check(tp: int, names: list[str], strategy: str, length: int) -> list[dict[st
     """One record for each family: the largest differences of any rank."""
     group, records = Group.of(), []
     mesh = init_device_mesh("cpu", (group.size // tp, tp), mesh_dim_names=("sp", "tp"))
-    console = Console(stderr=True, quiet=group.rank > 0)
-    with Progress(console=console) as progress, exactly():
-        for name in progress.track(names, description="families"):
+    with exactly():
+        for name in progress.track(names, "families", name=str, shown=group.rank == 0):
             family = FUSED[name]
             model, batch = family.make(), batch_of(2, length)
             want = one_device(model, batch, family.labels, "eager")

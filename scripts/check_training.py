@@ -18,8 +18,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import progress
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 TRAIN = Path(__file__).with_name("train_bytes.py")
@@ -69,17 +69,15 @@ def study(ranks: list[int], steps: int, options: list[str]) -> list[dict[str, An
     fewer = max((n for n in ranks if n < most), default=most)
     rows: list[dict[str, Any]] = []
     one: dict[str, Any] = {}
-    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    todo = ways(ranks)
     with (
-        Progress(*columns, console=Console(stderr=True), refresh_per_second=1) as progress,
+        progress.steps("training", len(todo) + 2, ticking=True) as runs,
         tempfile.TemporaryDirectory() as name,
     ):
         folder = Path(name)
-        todo = ways(ranks)
-        task = progress.add_task("", total=len(todo) + 2)
 
         def add(what: str, size: int, extra: list[str], first: int = 0) -> None:
-            progress.update(task, description=f"P={size} {what}")
+            runs.begin(f"P={size} {what}".rstrip())
             run = launch(size, options + extra, folder)
             one.update(one or run)
             rows.append({
@@ -88,14 +86,15 @@ def study(ranks: list[int], steps: int, options: list[str]) -> list[dict[str, An
                 "grad_norm": difference(run["grad_norms"], one["grad_norms"][first:]),
                 "peak_bytes": run["peak_bytes"],
             })  # fmt: skip
-            progress.advance(task)
+            runs.done()
 
         for what, size, extra in todo:
             add(what, size, extra)
         half = steps // 2
         saving = ["--checkpoint", str(folder / "checkpoint")]
+        runs.begin(f"P={most} until step {half}")
         launch(most, [*options, *saving, "--steps", str(half)], folder)
-        progress.advance(task)
+        runs.done()
         what = f"resumed at step {half} of P={most}"
         add(what, fewer, [*saving, "--resume"], first=half)
     return rows

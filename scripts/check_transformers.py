@@ -13,12 +13,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import progress
 import torch
 import torch.distributed as dist
 from hf.families import SERVED, batch_of
 from hf.step import differences, on_rank, one_device
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from seqpar import Group
@@ -32,20 +32,18 @@ def check(
 ) -> list[dict[str, Any]]:
     """One record for each family and strategy: the largest differences of any rank."""
     records = []
-    console = Console(stderr=True, quiet=group.rank > 0)
-    with Progress(console=console) as progress:
-        for name in progress.track(names, description="families"):
-            family = SERVED[name]
-            model, batch = family.make(), batch_of(2, length)
-            want = one_device(model, batch, family.labels)
-            for strategy in strategies:
-                got = on_rank(group, model, batch, strategy)
-                found = differences(got, want, family.float32)
-                worst = torch.tensor(list(found.values()), dtype=torch.float64)
-                group.all_reduce_(worst, "max")
-                record = dict(zip(found, worst.tolist(), strict=True))
-                is_right = all(record[n] <= ALLOWED[n] for n in ALLOWED)
-                records.append({"family": name, "strategy": strategy, "right": is_right} | record)
+    for name in progress.track(names, "families", name=str, shown=group.rank == 0):
+        family = SERVED[name]
+        model, batch = family.make(), batch_of(2, length)
+        want = one_device(model, batch, family.labels)
+        for strategy in strategies:
+            got = on_rank(group, model, batch, strategy)
+            found = differences(got, want, family.float32)
+            worst = torch.tensor(list(found.values()), dtype=torch.float64)
+            group.all_reduce_(worst, "max")
+            record = dict(zip(found, worst.tolist(), strict=True))
+            is_right = all(record[n] <= ALLOWED[n] for n in ALLOWED)
+            records.append({"family": name, "strategy": strategy, "right": is_right} | record)
     return records
 
 

@@ -21,9 +21,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import progress
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -123,20 +123,20 @@ def study(
     """A row for every strategy, number of ranks and mode, each in a fresh world."""
     jobs = [(name, size, mode) for name in strategies for size in ranks for mode in MODES]
     rows = []
-    with Progress(console=Console(stderr=True), auto_refresh=False) as bar:
-        for name, size, mode in bar.track(jobs, description="measuring"):
-            bar.refresh()
-            with ProcessWorld(size) as world:
-                found: list[Measured] = world.run(measure, setting, name, mode, timeout=600.0)
-            rows.append(
-                {
-                    "strategy": name, "ranks": size, "mode": mode,
-                    "peak_bytes": max(m.peak_bytes for m in found),
-                    "seconds": max(m.seconds for m in found),
-                    "forward_bytes": max(m.forward_bytes for m in found),
-                    "backward_bytes": max(m.backward_bytes for m in found),
-                }
-            )  # fmt: skip
+    for name, size, mode in progress.track(
+        jobs, "checkpointing", name=lambda job: f"{job[0]}, P={job[1]}, {job[2]}"
+    ):
+        with ProcessWorld(size) as world:
+            found: list[Measured] = world.run(measure, setting, name, mode, timeout=600.0)
+        rows.append(
+            {
+                "strategy": name, "ranks": size, "mode": mode,
+                "peak_bytes": max(m.peak_bytes for m in found),
+                "seconds": max(m.seconds for m in found),
+                "forward_bytes": max(m.forward_bytes for m in found),
+                "backward_bytes": max(m.backward_bytes for m in found),
+            }
+        )  # fmt: skip
     return rows
 
 

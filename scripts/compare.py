@@ -16,10 +16,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import progress
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from seqpar import Group, Mask, Plan
@@ -90,10 +90,7 @@ def compare(setting: dict[str, Any], ranks: int, threads: int, rounds: int) -> d
     volumes: dict[str, list[tuple[Volume, Volume]]] = {}
     label = f"N={setting['length']} {setting['dtype']}"
     with ProcessWorld(1, num_threads=threads) as one, ProcessWorld(ranks) as many:
-        # No refreshing thread: it would compete with the ranks for the cores.
-        quiet = Progress(console=Console(stderr=True), auto_refresh=False)
-        for n in quiet.track(range(rounds + 1), description=label):
-            quiet.refresh()
+        for n in progress.track(range(rounds + 1), f"rounds, {label}"):
             seconds = {"one device": one.run(one_device_step, setting)[0]}
             for name in contenders:
                 steps = many.run(rank_step, setting, name)

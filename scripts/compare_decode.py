@@ -21,10 +21,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import progress
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from seqpar import Group, KVCache, zigzag
@@ -75,19 +75,17 @@ def one_device_tokens(_: Group, setting: dict[str, Any]) -> list[float]:
     return times[WARMUP:]
 
 
-def measure(setting: dict[str, Any], ranks: list[int], rounds: int, bar: Progress) -> list[Any]:
+def measure(setting: dict[str, Any], ranks: list[int], rounds: int) -> list[Any]:
     """A row for one device and for each number of ranks, the rounds of all in turns."""
     worlds = {size: ProcessWorld(size) for size in (1, *ranks)}
     one: list[float] = []
     found: dict[int, list[list[dict[str, Any]]]] = {size: [] for size in ranks}
-    task = bar.add_task(f"N={setting['length']}", total=rounds * (1 + len(ranks)))
     try:
-        for _ in range(rounds):
-            one += worlds[1].run(one_device_tokens, setting, timeout=600)[0]
-            bar.update(task, advance=1, refresh=True)
-            for size in ranks:
+        for size in progress.track([None, *ranks] * rounds, f"decoding, N={setting['length']}"):
+            if size is None:
+                one += worlds[1].run(one_device_tokens, setting, timeout=600)[0]
+            else:
                 found[size].append(worlds[size].run(rank_tokens, setting, timeout=600))
-                bar.update(task, advance=1, refresh=True)
     finally:
         for world in worlds.values():
             world.close()
@@ -146,10 +144,8 @@ def main() -> None:
     setting = {name: getattr(args, name) for name in ("heads", "d", "batch", "tokens")}
     setting["dtype"] = getattr(torch, args.dtype)
     rows = []
-    # No refreshing thread: it would compete with the ranks for the cores.
-    with Progress(console=Console(stderr=True), auto_refresh=False) as bar:
-        for length in args.lengths:
-            rows += measure(setting | {"length": length}, args.ranks, args.rounds, bar)
+    for length in args.lengths:
+        rows += measure(setting | {"length": length}, args.ranks, args.rounds)
     table = Table(
         "N",
         "P",

@@ -26,6 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import progress
 import torch
 from policies.measure import counts, held, results, times
 from policies.model import ADAPTED, Setting
@@ -34,7 +35,6 @@ from policies.projection import count_projections
 from policies.records import TOLERANCE, failures, row, sheets, spent
 from policies.ways import Way
 from rich.console import Console
-from rich.progress import Progress
 
 from seqpar import Group
 from seqpar.testing import ProcessWorld
@@ -49,12 +49,11 @@ def quietly(group: Group, do: Callable[..., Any], *args: Any) -> Any:
         return do(group, *args)
 
 
-def compare(args: argparse.Namespace, setting: Setting, bar: Progress) -> dict[str, Any]:
+def compare(args: argparse.Namespace, setting: Setting) -> dict[str, Any]:
     """Rows for one process and every policy on every number of ranks."""
     alone = Way("one process")
     more = [Way("Megatron", swap=args.swap)] if args.swap else []
     places = [(1, alone)] + [(size, way) for size in args.ranks for way in Way.all(size) + more]
-    task = bar.add_task("policies", total=(1 + args.rounds) * len(places) + len(args.ranks))
     worlds = {size: ProcessWorld(size) for size in args.ranks}
 
     def run(size: int, do: Callable[..., Any], *given: Any) -> list[Any]:
@@ -64,20 +63,16 @@ def compare(args: argparse.Namespace, setting: Setting, bar: Progress) -> dict[s
     try:
         want = run(1, results, setting, alone)[0]
         rows = []
-        for size, way in places:
+        for size, way in progress.track(places, "results"):
             found = [run(size, do, setting, way) for do in (results, counts, held)]
             rows.append(row(way, found[0], want, *found[1:]))
-            bar.update(task, advance=1, refresh=True)
         projections = []
-        for size in args.ranks:
+        for size in progress.track(args.ranks, "projections"):
             on_ranks = run(size, count_projections)
             projections += [{"ranks": size, **p} for rank in on_ranks for p in rank]
-            bar.update(task, advance=1, refresh=True)
         rounds: list[list[Any]] = [[] for _ in places]
-        for _ in range(args.rounds):
-            for place, (size, way) in zip(rounds, places, strict=True):
-                place.append(run(size, times, setting, way, args.sweep))
-                bar.update(task, advance=1, refresh=True)
+        for n, (size, way) in progress.track([*enumerate(places)] * args.rounds, "times"):
+            rounds[n].append(run(size, times, setting, way, args.sweep))
     finally:
         for world in worlds.values():
             world.close()
@@ -123,9 +118,7 @@ def main() -> None:
     if min(*args.sweep, args.rounds) < 1:
         parser.error("sweep and rounds must be positive")
 
-    # No refreshing thread: it would compete with the ranks for the cores.
-    with Progress(console=Console(stderr=True), auto_refresh=False) as bar:
-        found = compare(args, setting, bar)
+    found = compare(args, setting)
     result = {
         "date": datetime.now(UTC).date().isoformat(), "python": platform.python_version(),
         "torch": torch.__version__, "transformers": version("transformers"),

@@ -21,17 +21,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import progress
 import torch
 import triton
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
@@ -221,16 +221,12 @@ def judge(outcome: Outcome) -> None:
 def compile_all(cases: list[Case], jobs: int) -> list[Outcome]:
     """Compiles the cases in several processes."""
     outcomes = []
-    with (
-        ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool,
-        Progress(console=Console(stderr=True)) as progress,
-    ):
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         groups = group_masks(cases)
-        bar = progress.add_task("compiling", total=len(groups))
-        futures: list[Future[dict[str, Any]]] = []
-        for case, _ in groups:
-            futures.append(pool.submit(compile_case, case))
-            futures[-1].add_done_callback(lambda _: progress.advance(bar))
+        futures = [pool.submit(compile_case, case) for case, _ in groups]
+        with progress.steps("compiling", len(groups)) as kernels:
+            for _ in as_completed(futures):
+                kernels.done()
         for (case, masks), future in zip(groups, futures, strict=True):
             limit = TARGETS[case.target][1]
             outcomes.append(Outcome(case, masks, shared_limit_bytes=limit, **future.result()))

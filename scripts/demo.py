@@ -20,10 +20,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import progress
 import torch
 from demo_report import write_page
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import seqpar
@@ -131,16 +131,13 @@ def main() -> None:
     options = ["--long", str(args.long), "--steps", str(args.steps)]
     options += ["--text", str(args.text.resolve())] if args.text else []
 
-    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     records: dict[str, Any] = {}
     runs = []
-    with Progress(*columns, console=Console(stderr=True), refresh_per_second=1) as progress:
-        task = progress.add_task("", total=len(args.ranks))
-        for ranks in args.ranks:
-            progress.update(task, description=f"ring and ulysses, P={ranks}")
-            records = launch(ranks, options) | records
-            runs += [records.pop(strategy) for strategy in ("ring", "ulysses")]
-            progress.advance(task)
+    for ranks in progress.track(
+        args.ranks, "demo", name=lambda p: f"ring and ulysses, P={p}", ticking=True
+    ):
+        records = launch(ranks, options) | records
+        runs += [records.pop(strategy) for strategy in ("ring", "ulysses")]
     for run in runs:
         run["loss_difference"] = loss_difference(run, runs[0])
     report = {

@@ -26,8 +26,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import progress
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 TRAIN = Path(__file__).with_name("train_bytes.py")
@@ -92,23 +92,22 @@ def longest(
 def study(args: argparse.Namespace, options: list[str]) -> list[dict[str, Any]]:
     """A row for each number of ranks."""
     rows = []
-    # No refreshing thread: it would compete with the ranks for the cores.
-    with Progress(console=Console(stderr=True), auto_refresh=False) as bar:
-        task = bar.add_task("", total=None)
+    with progress.steps("longest context", len(args.ranks)) as worlds:
         for ranks in args.ranks:
 
             def measure(length: int, ranks: int = ranks) -> dict[str, float]:
-                bar.update(task, description=f"P={ranks}, length {length}", refresh=True)
+                worlds.begin(f"P={ranks}, length {length}")
                 started = time.perf_counter()
                 point = train(length, ranks, options)
                 point["run_seconds"] = time.perf_counter() - started
-                bar.console.print(f"P={ranks}: {json.dumps(point)}")
+                worlds.say(f"P={ranks}: {json.dumps(point)}")
                 return point
 
             lengths = [n * ranks for n in args.lengths]
             multiple = args.multiple_of * ranks
             found = longest(measure, lengths, args.memory_mib * MIB, multiple)
             rows.append({"ranks": ranks} | found)
+            worlds.done()
     first = rows[0]["longest"]["length"]
     for row in rows:
         row["times"] = row["longest"]["length"] / first

@@ -27,10 +27,10 @@ from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
+import progress
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
@@ -180,12 +180,11 @@ def study(
         notes.append(f"{STORED}: left out, a parabola takes three lengths")
     jobs = [(*s, n) for s in subjects for n in (small if s[0] == STORED else lengths)]
     points: dict[tuple[str, int], list[tuple[int, int]]] = {s: [] for s in subjects}
-    # No refreshing thread: it would compete with the ranks for the cores.
-    with Progress(console=Console(stderr=True), auto_refresh=False) as quiet:
-        for subject, p, length in quiet.track(jobs, description="measuring"):
-            quiet.refresh()
-            peaks = [measure(subject, length, p, setting) for _ in range(repeats)]
-            points[subject, p].append((length, int(statistics.median(peaks))))
+    for subject, p, length in progress.track(
+        jobs, "peak memory", name=lambda job: f"{job[0]}, P={job[1]}, N={job[2]}"
+    ):
+        peaks = [measure(subject, length, p, setting) for _ in range(repeats)]
+        points[subject, p].append((length, int(statistics.median(peaks))))
     series = []
     for (subject, p), measured in points.items():
         fitted = fit(measured, 2 if subject == STORED else 1)

@@ -24,7 +24,6 @@ import torch
 from bench.bits import measure_bits
 from bench.errors import METRICS, measure_errors
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from seqpar.doctor import versions
@@ -153,9 +152,8 @@ def main() -> None:
 
     torch.set_num_threads(1)
     case = Case(args.length, args.heads, args.kv_heads, args.d, args.d, dtype=torch.bfloat16)
-    with Progress(console=Console(stderr=True)) as progress:
-        errors_found = measure_errors(case, sorted({1, *args.ranks}), progress)
-        bits_found = measure_bits(args.bits_length, args.bits_ranks, progress)
+    errors_found = measure_errors(case, sorted({1, *args.ranks}))
+    bits_found = measure_bits(args.bits_length, args.bits_ranks)
     console = Console(width=140)
     show_errors(errors_found, console)
     show_bits(bits_found, console)

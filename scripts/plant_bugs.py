@@ -17,13 +17,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+import progress
 from plants.attention import ATTENTION
 from plants.plant import Plant
 from plants.policies import POLICIES
 from plants.replaced import REPLACED
 from plants.tensor_parallel import TENSOR_PARALLEL
-from rich.console import Console
-from rich.progress import track
 
 ROOT = Path(__file__).parents[1]
 PATIENCE_SECONDS = 300
@@ -107,7 +106,7 @@ def main() -> None:
     table += "|---|---|---|---|\n"
     print(table, end="", flush=True)
     unnoticed = []
-    for plant in track(plants, description="plants", console=Console(stderr=True)):
+    for plant in progress.track(plants, "plants", name=lambda plant: plant.name):
         by_test, by_check = noticed(plant)
         row = f"| {plant.name} | `{plant.file}` | `{by_test}` | {by_check[:100]} |\n"
         print(row, end="", flush=True)

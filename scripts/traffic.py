@@ -22,12 +22,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import progress
 import torch
 from bench.grids import grids
 from bench.volumes import SETTINGS, least, volumes
 from bench.windows import plot, windowed
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from seqpar.strategies import Shape
@@ -182,23 +182,20 @@ def main() -> None:
         "torch": torch.__version__, "command": " ".join(["traffic.py", *sys.argv[1:]]),
         "length": args.length, "d": args.d, "dtype": args.dtype,
     }  # fmt: skip
-    with Progress(console=Console(stderr=True)) as progress:
-        for part in args.parts:
-            if part == "windowed":
-                result[part] = windowed(
-                    args.rows, args.window, sorted(args.windowed_ranks), args.rounds, progress
-                )
-                continue
-            result[part] = []
-            all_ranks = args.ranks[:1] if part == "volumes" else args.ranks
-            for ranks, shape in progress.track(
-                [(p, s) for s in shapes for p in all_ranks], description=part
-            ):
-                if part == "grids":
-                    result[part].append(grids(ranks, args.length, shape))
-                else:
-                    made = volumes if part == "volumes" else least
-                    result[part] += made(ranks, args.length, shape)
+    for part in args.parts:
+        if part == "windowed":
+            result[part] = windowed(
+                args.rows, args.window, sorted(args.windowed_ranks), args.rounds
+            )
+            continue
+        result[part] = []
+        all_ranks = args.ranks[:1] if part == "volumes" else args.ranks
+        for ranks, shape in progress.track([(p, s) for s in shapes for p in all_ranks], part):
+            if part == "grids":
+                result[part].append(grids(ranks, args.length, shape))
+            else:
+                made = volumes if part == "volumes" else least
+                result[part] += made(ranks, args.length, shape)
     result["failures"] = failures(result)
     show(result, Console())
     if args.json:

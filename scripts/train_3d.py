@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import progress
 import torch
 import torch.distributed as dist
-from rich.progress import track
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from training.recipe import Recipe
 from training.text import batch_at, load_text, standard_library
@@ -104,16 +104,18 @@ def train(
     recipe = Recipe(length=args.length, batch=args.batch, seed=args.seed)
     losses, norms = [], []
     is_first = not dist.is_initialized() or dist.get_rank() == 0
-    for step in track(range(args.steps), description="steps", disable=not is_first):
-        batch = batch_at(text, recipe, step)
-        mine = {name: x.chunk(args.dp)[mesh.replica] for name, x in batch.items()}
-        loss = sp.loss(mine, everyone=mesh.everyone)
-        loss.backward()
-        seqpar.sum_gradients(model.parameters(), mesh.everyone)
-        norms.append(clip_gradients(model, mesh.tp, args.clip))
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    with progress.steps("training", args.steps, shown=is_first) as told:
+        for step in range(args.steps):
+            batch = batch_at(text, recipe, step)
+            mine = {name: x.chunk(args.dp)[mesh.replica] for name, x in batch.items()}
+            loss = sp.loss(mine, everyone=mesh.everyone)
+            loss.backward()
+            seqpar.sum_gradients(model.parameters(), mesh.everyone)
+            norms.append(clip_gradients(model, mesh.tp, args.clip))
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            told.done(f"loss {losses[-1]:.4f}, gradient norm {norms[-1]:.3g}")
     return losses, norms
 
 

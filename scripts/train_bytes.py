@@ -23,10 +23,9 @@ import warnings
 from dataclasses import asdict, fields
 from pathlib import Path
 
+import progress
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 from training.loop import train
 from training.recipe import Recipe
@@ -44,10 +43,7 @@ def run(args: argparse.Namespace, group: Group, recipe: Recipe, text: Tensor) ->
     """Trains, and on rank 0 shows progress and writes the results."""
     records: list[StepRecord] = []
     metrics: MetricsFile | None = None
-    # No refreshing thread: it would compete with the ranks for the cores.
-    console = Console(stderr=True)
-    with Progress(console=console, auto_refresh=False, disable=group.rank > 0) as bar:
-        task = bar.add_task("loss", total=recipe.steps)
+    with progress.steps("training", recipe.steps, shown=group.rank == 0) as told:
 
         def on_step(record: StepRecord) -> None:
             nonlocal metrics
@@ -55,8 +51,7 @@ def run(args: argparse.Namespace, group: Group, recipe: Recipe, text: Tensor) ->
             if args.metrics and group.rank == 0:
                 metrics = metrics or MetricsFile(args.metrics, record.step)
                 metrics.write(record)
-            shown = f"loss {record.loss:.4f}, {record.tokens_per_second:.0f} tokens/s"
-            bar.update(task, completed=record.step + 1, description=shown, refresh=True)
+            told.done(record.text, number=record.step + 1)
 
         saving = {n: getattr(args, n) for n in ("checkpoint", "save_every", "resume", "fsdp")}
         losses = train(group, recipe, text, **saving, on_step=on_step)

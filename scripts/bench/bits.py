@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import progress
 import torch
-from rich.progress import Progress
 from torch import Tensor
 
 from bench.worlds import STRATEGIES, run
@@ -57,10 +57,10 @@ def claims(length: int) -> list[Claim]:
     return found
 
 
-def measure_bits(length: int, ranks: Sequence[int], progress: Progress) -> list[dict[str, Any]]:
+def measure_bits(length: int, ranks: Sequence[int]) -> list[dict[str, Any]]:
     """One record per claim: for each P how many elements of each result differ, and by how much."""
     records = []
-    for claim in progress.track(claims(length), description="bits"):
+    for claim in progress.track(claims(length), "bits"):
         one = run(1, claim.case, claim.strategy, claim.implementation)
         differences = {}
         for size in ranks:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from rich.progress import Progress
+import progress
 
 from bench.rings16 import ROUNDING, rounding_ring
 from bench.worlds import STRATEGIES, Results, run
@@ -38,7 +38,7 @@ def errors(got: Results, exact: Results) -> dict[str, dict[str, float]]:
     }
 
 
-def measure_errors(case: Case, ranks: Sequence[int], progress: Progress) -> list[dict[str, Any]]:
+def measure_errors(case: Case, ranks: Sequence[int]) -> list[dict[str, Any]]:
     """One record per strategy (or emulated ring), implementation and P."""
     seen = oracle.visible(case.length, case.causal, None)
     q, k, v, dout = (x.double() for x in case.tensors())
@@ -51,7 +51,7 @@ def measure_errors(case: Case, ranks: Sequence[int], progress: Progress) -> list
     ]
     records = []
     everything = [(*subject, size) for subject in subjects for size in ranks]
-    for name, how, size in progress.track(everything, description="errors"):
+    for name, how, size in progress.track(everything, "errors"):
         if name in ROUNDING:
             kind = "zigzag"
             layout = replace(case, kind=kind).layout(size)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import progress
 import torch
-from rich.progress import Progress
 
 from seqpar import Group, Mask, Plan, attention, simulate
 from seqpar.layout import LAYOUTS, visible_count
@@ -54,9 +54,7 @@ def windowed_point(name: str, ranks: int, length: int, window: int, rounds: int)
     }  # fmt: skip
 
 
-def windowed(
-    rows: int, window: int, all_ranks: Sequence[int], rounds: int, progress: Progress
-) -> dict[str, Any]:
+def windowed(rows: int, window: int, all_ranks: Sequence[int], rounds: int) -> dict[str, Any]:
     """Two series: so many rows on each of more and more ranks, and the same lengths on one number of them."""
     fixed = all_ranks[(len(all_ranks) - 1) // 2]
     places = [
@@ -68,13 +66,11 @@ def windowed(
         for ranks, length in pairs
         for name in MASKS
     ]
-    task = progress.add_task("windowed", total=len(places))
     windowed_point(next(iter(MASKS)), 2, 64, window, 1)  # warms up
     points = []
-    for series, ranks, length, name in places:
+    for series, ranks, length, name in progress.track(places, "windowed"):
         many = rounds if MASKS[name][2] else 1  # the full ring is long enough
         points.append({"series": series, **windowed_point(name, ranks, length, window, many)})
-        progress.advance(task)
     return {"rows": rows, "window": window, "fixed_ranks": fixed, "rounds": rounds,
             "heads": HEADS_WITH_WINDOW, "d": D_WITH_WINDOW, "dtype": "float32", "points": points}  # fmt: skip
 

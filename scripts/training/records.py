@@ -1,4 +1,4 @@
-"""What a run tells about its steps: metrics in JSON lines, and a line of progress."""
+"""What a run tells about its steps: metrics in JSON lines, and the text of a log."""
 
 from __future__ import annotations
 
@@ -33,6 +33,12 @@ class StepRecord:
     seconds: float
     tokens_per_second: float
     peak_bytes: int | None
+
+    @property
+    def text(self) -> str:
+        """What a log tells of it."""
+        rate = f"{self.tokens_per_second:.0f} tokens/s"
+        return f"loss {self.loss:.4f}, gradient norm {self.grad_norm:.3g}, {rate}"
 
 
 OnStep = Callable[[StepRecord], None]
