@@ -37,6 +37,9 @@ class Group:
     # What compiled code calls it, since torch's ops take no objects; another one for every group.
     name: str = field(default_factory=lambda: f"group {next(_numbers)}", repr=False)
 
+    # What has been logged of its calls, not to be logged again.
+    told: set[str] = field(default_factory=set, repr=False)
+
     def __post_init__(self) -> None:
         _LIVE[self.name] = self
 

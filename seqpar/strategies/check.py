@@ -10,11 +10,14 @@ from torch import Tensor
 
 from seqpar.comm import Grid, Group, agreed
 from seqpar.layout import Layout, Mask, check_rows, check_size
+from seqpar.strategies.announce import announce, is_heard
 from seqpar.strategies.invariance import check_invariance, invariant_implementation
 from seqpar.strategies.plan import GRID_STRATEGIES, HEAD_STRATEGIES, STRATEGY_NAMES, Plan
+from seqpar.strategies.volume import Shape
 from seqpar_kernels import Dropout, Implementation, Request, Score, choose, tile_border
 
 VERSION = "0.1.0"
+LEARNED = {"slopes": "alibi_slopes", "sinks": "sinks"}
 
 
 def agree_on_call(
@@ -49,6 +52,9 @@ def agree_on_call(
         resolved = check_call(q, k, v, plan, with_lse=with_lse)
         claim |= _claim(q, k, v, resolved, with_lse, learning)
     plan.group.transport.prepare(q.device)
+    if operation == "attention" and is_heard(plan.group):
+        learn = {f"{name}_learn": bool(claim[f"{key} learn"]) for name, key in LEARNED.items()}
+        announce(resolved, Shape.of(q, k, v, with_lse=with_lse, **learn), q.device)
     return resolved
 
 

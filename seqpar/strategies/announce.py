@@ -1,0 +1,86 @@
+"""`announce`: says once at INFO, to the logger "seqpar", what a call has chosen and what it sends."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from seqpar.comm import Group
+from seqpar.layout import Layout, Mask
+from seqpar.strategies.plan import Plan
+from seqpar.strategies.volume import Shape
+
+LOGGER = logging.getLogger("seqpar")
+LOGGER.addHandler(logging.NullHandler())  # what is heard is the program's to say
+
+MOST = 100  # lines of a group: every batch may have a length of its own
+
+
+def is_heard(group: Group) -> bool:
+    """Whether this rank is to announce: the first of several, where somebody listens."""
+    return LOGGER.isEnabledFor(logging.INFO) and group.rank == 0 and group.size > 1
+
+
+def announce(plan: Plan, shape: Shape, device: torch.device) -> None:
+    """A line about a call whose implementation is chosen, if its group has not had that line.
+
+    Boundaries of documents, seeds of dropout and where a layout is cut are not in it: they may be new in
+    every step.
+    """
+    group, text = plan.group, _described(plan, shape, device)
+    if text in group.told or len(group.told) == MOST:
+        return
+    group.told.add(text)
+    from seqpar.strategies import VOLUMES  # which imports what imports this
+
+    sent = VOLUMES[plan.strategy](plan, group.rank, shape)
+    forward, backward = (_size(count.bytes) for count in (sent.forward, sent.backward))
+    LOGGER.info("%s; rank 0 sends %s forward, %s backward", text, forward, backward)
+    if len(group.told) == MOST:
+        LOGGER.info("%d kinds of calls have been told; others of this group will not be", MOST)
+
+
+def _described(plan: Plan, shape: Shape, device: torch.device) -> str:
+    """All that a line tells but for the bytes."""
+    score, grid = plan.score, plan.grid
+    dtype = str(shape.dtype).removeprefix("torch.")
+    widths = f"{shape.d}" if shape.vd == shape.d else f"{shape.d}, {shape.vd} of values"
+    parts = [
+        _laid_out(plan.layout),
+        f"keys {_laid_out(plan.keys)}" if plan.kv_layout not in (None, plan.layout) else "",
+        _visible(plan.mask),
+        f"batch {shape.batch}",
+        f"{shape.hq} heads ({shape.hkv} of keys) of width {widths}",
+        _learning("ALiBi slopes", shape.slopes_learn) if score.alibi_slopes is not None else "",
+        f"softcap {score.softcap:g}" if score.softcap is not None else "",
+        _learning("sinks", shape.sinks_learn) if score.sinks is not None else "",
+        f"dropout {plan.drops.p:g}" if plan.drops else "",
+        f"{plan.head_chunks} chunks of heads" if plan.head_chunks > 1 else "",
+        "invariant bits" if plan.invariant else "",
+        "with lse" if shape.with_lse else "",
+        f"{plan.implementation or 'stored scores'} in {dtype} on {device.type}",
+    ]
+    ranks = f"{plan.group.size} ranks"
+    if grid is not None:
+        ranks += f", {len(grid.members)} (ring) x {len(grid.members[0])} (ulysses)"
+    return f"{plan.strategy} attention over {ranks}: " + ", ".join(filter(None, parts))
+
+
+def _laid_out(layout: Layout) -> str:
+    return f"{layout.kind} {layout.length} positions"
+
+
+def _learning(name: str, learns: bool) -> str:
+    return f"{name} that learn" if learns else name
+
+
+def _visible(mask: Mask) -> str:
+    """The mask in words."""
+    seen = "causal" if mask.causal else "full"
+    window = f" window {mask.window}" if mask.window is not None else ""
+    return seen + window + (" documents" if mask.documents is not None else "")
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e6 else f"{num_bytes} bytes"
