@@ -20,11 +20,12 @@ import tempfile
 import time
 import tomllib
 from datetime import date
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-RANGED = ("torch", "triton", "transformers", "peft", "einops", "jaxtyping")
+RANGED = ("torch", "triton", "transformers", "peft", "einops", "jaxtyping", "numpy")
 SETS = ("oldest", "newest", "oldest-transformers")
 # What touches the insides of others: kernels, ops, compilation, checkpointing, models, tensor parallel.
 TESTS = (
@@ -38,9 +39,9 @@ OF_TRANSFORMERS = ("tests/integrations", "tests/tensor_parallel/test_replace_cal
 def lower_ends(pyproject: dict[str, Any]) -> dict[str, str]:
     """By package, the version that its range in pyproject.toml starts with."""
     project = pyproject["project"]
-    wanted = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    extras = project["optional-dependencies"].values()
     found = {}
-    for requirement in wanted:
+    for requirement in chain(project["dependencies"], *extras):
         match = re.match(r"([\w-]+)>=([\d.]+)", requirement)
         if match and match[1] in RANGED:
             found[match[1]] = match[2]
@@ -75,18 +76,28 @@ def make_environment(folder: Path, python: str, held: list[str]) -> Path:
 
 def versions(inside: Path) -> dict[str, str]:
     """What is installed there."""
-    code = (
-        "import json, platform; from importlib.metadata import version, packages_distributions as d; "
-        f"there = {{n for names in d().values() for n in names}}; names = {RANGED!r}; "
-        "print(json.dumps({'python': platform.python_version()} | {n: version(n) for n in names if n in there}))"
+    listed = [inside, "-m", "pip", "list", "--format", "json", "--disable-pip-version-check"]
+    asked = [inside, "-c", "import platform; print(platform.python_version())"]
+    packages, python = (
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        for command in (listed, asked)
     )
-    done = subprocess.run([inside, "-c", code], check=True, capture_output=True, text=True)
-    return json.loads(done.stdout)
+    found = {package["name"]: package["version"] for package in json.loads(packages)}
+    return {"python": python.strip()} | {n: found[n] for n in RANGED if n in found}
 
 
 def run_tests(inside: Path, tests: list[str], workers: int) -> dict[str, Any]:
     """How many passed, failed and were skipped, and which failed."""
-    command = [inside, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--show-capture=no", "--tb=line"]
+    command = [
+        inside,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--show-capture=no",
+        "--tb=line",
+    ]
     command += ["-n", str(workers), "--dist", "worksteal", *tests]
     start = time.monotonic()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CI": "true"}
@@ -112,7 +123,9 @@ def main() -> None:
     parser.add_argument("--python", default=sys.executable, help="that the environment is made of")
     parser.add_argument("--folder", type=Path, help="of the environment; by default .versions/SET")
     parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 8))
-    parser.add_argument("--tests", nargs="+", help="by default those that touch what is inside others")
+    parser.add_argument(
+        "--tests", nargs="+", help="by default those that touch what is inside others"
+    )
     parser.add_argument("--json", type=Path, help="write versions and counts here")
     args = parser.parse_args()
 

@@ -18,6 +18,7 @@ from seqpar_kernels.aten import BACKWARD_COLUMNS, BACKWARD_COLUMNS_ELSE
 from seqpar_kernels.rectangles import cut, rectangles, strips
 
 KEYS_OF_A_TILE = 512
+PACKED_ROWS = 64  # of queries a thread, from which k and v are worth a copy; with 32 none is made
 ROWS_OF_A_TILE = ((768, 256), (192, 64), (0, 32))  # (from so many query rows, rows)
 
 
@@ -72,6 +73,11 @@ def _length(s: slice) -> int:
     return int(s.stop - s.start)
 
 
+def _has_amx() -> bool:
+    """Whether this CPU multiplies bfloat16 in tiles."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+
+
 class _Op:
     """Bytes of what the op is given, gives back and works with."""
 
@@ -117,6 +123,11 @@ class _Op:
         return most
 
     @property
+    def _packs(self) -> bool:
+        """Whether forward makes copies of k and v in the order that AMX wants, and transposes a tile."""
+        return self._shape.dtype == torch.bfloat16 and _has_amx()
+
+    @property
     def _batch(self) -> int:
         return 1 if self._is_grouped else self._shape.batch
 
@@ -129,4 +140,9 @@ class _Op:
             size = 2 * height * width * (self._wide + half)
         else:
             size = height * ((width + 2 + self._width) * self._wide + width * half)
-        return torch.get_num_threads() * size
+        num_threads = torch.get_num_threads()
+        if not backward and self._packs and call.rows >= PACKED_ROWS * num_threads:
+            row = self._width * self._item
+            size += width * row
+            return num_threads * size + 2 * self._batch * self._shape.hq * call.cols * row
+        return num_threads * size
