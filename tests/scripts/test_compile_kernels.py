@@ -40,7 +40,7 @@ def test_the_table_compiles_for_nvidia_and_amd_without_spills(start):
 @pytest.mark.parametrize(
     ("tiles", "problems"),
     [
-        pytest.param((128, 128, 8, 4), ["bytes of shared memory", "spills"], id="too large"),
+        pytest.param((128, 128, 4, 4), ["bytes of shared memory", "spills"], id="too large"),
         pytest.param((48, 64, 4, 2), ["does not compile"], id="not a power of two"),
     ],
 )
