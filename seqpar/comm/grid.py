@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from seqpar.comm.group import Group
+from seqpar.comm.objects import gather_objects, gather_tensors
 from seqpar.comm.transport import Message, Pending, ReduceOp, Transport
 
 if TYPE_CHECKING:
@@ -142,26 +142,9 @@ class _View:
         return self._whole.exchange(primitive, sends, receives)
 
     def all_reduce(self, x: Tensor, op: ReduceOp) -> None:
-        everyone = self._gather("all_reduce", x, [x] * self.size)
+        everyone = gather_tensors(self, "all_reduce", x, [x] * self.size)
         stacked = torch.stack(everyone)
         x.copy_(stacked.sum(0, dtype=x.dtype) if op == "sum" else stacked.amax(0))
 
     def gather_objects(self, item: object) -> list[object]:
-        device = self.control_device
-        raw = torch.frombuffer(bytearray(pickle.dumps(item)), dtype=torch.uint8).to(device)
-        count = torch.tensor([raw.numel()], device=device)
-        counts = self._gather("gather_objects", count, [count] * self.size)
-        shapes = [raw.new_empty(int(n)) for n in counts]
-        everyone = self._gather("gather_objects", raw, shapes)
-        return [cast("object", pickle.loads(bytes(x.tolist()))) for x in everyone]
-
-    def _gather(self, primitive: str, x: Tensor, shapes: Sequence[Tensor]) -> list[Tensor]:
-        """Every rank's tensor, in order; `shapes` says how they look."""
-        others = [r for r in range(self.size) if r != self.rank]
-        everyone = [
-            x.clone() if r == self.rank else torch.empty_like(s) for r, s in enumerate(shapes)
-        ]
-        self.exchange(
-            primitive, [(r, x) for r in others], [(r, everyone[r]) for r in others]
-        ).wait()
-        return everyone
+        return gather_objects(self, item)

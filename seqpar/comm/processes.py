@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from seqpar.comm.objects import gather_objects
 from seqpar.comm.transport import Message, ReduceOp
 
 if TYPE_CHECKING:
@@ -100,10 +101,7 @@ class ProcessTransport:
 
     def gather_objects(self, item: object) -> list[object]:
         """Every rank's object."""
-        items: list[object] = [None] * self.size
-        with _explained("gather_objects", self.rank):
-            dist.all_gather_object(items, item, group=self._group)
-        return items
+        return gather_objects(self, item)
 
 
 class _ProcessPending:

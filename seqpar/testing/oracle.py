@@ -99,23 +99,24 @@ def distance(s: Tensor, terms: Terms) -> Tensor:
 
 def kept(p: Tensor, terms: Terms) -> Tensor:
     """Which weights `[b hq s s]` dropout keeps: Philox 4x32-7 of (column, row, head, batch)."""
-    import numpy as np  # 64-bit words, which torch cannot multiply
-
     assert terms.dropout is not None
     chance, seed = terms.dropout
-    row, col = (x.numpy().astype(np.uint64) for x in _positions(p, terms))
-    batch, head = np.arange(p.shape[0], dtype=np.uint64), np.arange(p.shape[1], dtype=np.uint64)
-    words = np.broadcast_arrays(
-        col, row[:, None], head[:, None, None] + np.uint64(terms.head), batch[:, None, None, None]
+    row, col = (x.long() for x in _positions(p, terms))
+    batch, head = torch.arange(p.shape[0]), torch.arange(p.shape[1])
+    c = torch.broadcast_tensors(
+        col, row[:, None], head[:, None, None] + terms.head, batch[:, None, None, None]
     )
-    low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
-    c = [w & low for w in words]
-    keys = [np.uint64(seed) & low, np.uint64(seed) >> half]
+    low = 0xFFFFFFFF
+    keys = [seed & low, seed >> 32]
     for _ in range(7):
-        one, two = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
-        c = [(two >> half) ^ c[1] ^ keys[0], two & low, (one >> half) ^ c[3] ^ keys[1], one & low]
-        keys = [(keys[0] + np.uint64(0x9E3779B9)) & low, (keys[1] + np.uint64(0xBB67AE85)) & low]
-    return torch.from_numpy(c[0].astype(np.int64) >= round(chance * 2**32))
+        # int64 wraps round at 2**64, so the masks find both words of an unsigned product.
+        one, two = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
+        c = [
+            ((two >> 32) & low) ^ c[1] ^ keys[0], two & low,
+            ((one >> 32) & low) ^ c[3] ^ keys[1], one & low,
+        ]  # fmt: skip
+        keys = [(keys[0] + 0x9E3779B9) & low, (keys[1] + 0xBB67AE85) & low]
+    return c[0] >= round(chance * 2**32)
 
 
 def with_gradients(

@@ -1,0 +1,40 @@
+"""Every rank's object or tensor, point to point. torch's gathering of objects needs numpy."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from seqpar.comm.transport import Transport
+
+
+def gather_objects(transport: Transport, item: object) -> list[object]:
+    """Every rank's small object, by rank. All ranks must call."""
+    device = transport.control_device
+    raw = torch.frombuffer(bytearray(pickle.dumps(item)), dtype=torch.uint8).to(device)
+    count = torch.tensor([raw.numel()], device=device)
+    counts = gather_tensors(transport, "gather_objects", count, [count] * transport.size)
+    shapes = [raw.new_empty(int(n)) for n in counts]
+    everyone = gather_tensors(transport, "gather_objects", raw, shapes)
+    return [cast("object", pickle.loads(bytes(x.tolist()))) for x in everyone]
+
+
+def gather_tensors(
+    transport: Transport, primitive: str, x: Tensor, shapes: Sequence[Tensor]
+) -> list[Tensor]:
+    """Every rank's tensor, by rank. All ranks must call.
+
+    Args:
+        primitive: what the messages are called.
+        shapes: a tensor that looks like each rank's.
+    """
+    rank = transport.rank
+    others = [r for r in range(transport.size) if r != rank]
+    everyone = [x.clone() if r == rank else torch.empty_like(s) for r, s in enumerate(shapes)]
+    sends, receives = ([(r, x) for r in others], [(r, everyone[r]) for r in others])
+    transport.exchange(primitive, sends, receives).wait()
+    return everyone
