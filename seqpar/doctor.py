@@ -165,7 +165,7 @@ def described(machine: Machine) -> Iterator[str]:
 def told(check: Check) -> str:
     """The check in a line of text, with one more for each failure."""
     share = "" if check.share is None else f", largest error {check.share:.2g} of what is allowed"
-    line = f"{check.world:<24}{check.strategy:<9}{check.dtype:<10}"
+    line = f"{check.world:<24}{check.strategy:<22}{check.dtype:<10}"
     if not check.failures:
         return f"{line}ok{share}, {check.seconds:.1f} s"
     return "\n    ".join([f"{line}FAILED", *check.failures])
