@@ -7,8 +7,14 @@ of q and k, `vd` width of v. Tensors are `[b s h d]`, lse is `[b s h]`, natural 
 
 import os
 
+from seqpar.requires import require, require_dependencies
+
+require_dependencies()
+
 if os.environ.get("SEQPAR_CHECK_SHAPES") == "1":  # for tests, and inherited by the ranks they start
     from jaxtyping import install_import_hook
+
+    require("beartype", by="SEQPAR_CHECK_SHAPES=1")
 
     # Not what users call (Score, Dropout, attention, ...): that refuses by itself, and on all ranks.
     # Not the Triton kernels: their interpreter wants the functions as they were written.

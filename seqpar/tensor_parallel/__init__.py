@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from seqpar.requires import require
 from seqpar.tensor_parallel.apply import apply_policy
 from seqpar.tensor_parallel.check_layout import check_layout, check_split
 from seqpar.tensor_parallel.copies import settle_copies
@@ -62,6 +63,7 @@ __all__ = [
 def __getattr__(name: str) -> object:
     """What needs transformers, imported when it is asked for."""
     if name in ("ReplacedModel", "replace_attention"):
+        require("transformers", by=f"seqpar.tensor_parallel.{name}", extra="transformers")
         from seqpar.tensor_parallel import replace
 
         return getattr(replace, name)

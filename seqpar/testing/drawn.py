@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from seqpar.requires import require
+
+require("hypothesis", by="seqpar.testing.drawn")
+
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st

@@ -4,6 +4,10 @@ Nothing is patched. Two names are registered with transformers, an attention fun
 what they need travels with every call as one keyword argument of the model, `seqpar=`.
 """
 
+from seqpar.requires import require
+
+require("transformers", by="seqpar.integrations.transformers", extra="transformers")
+
 from seqpar.integrations.transformers.inputs import Inputs
 from seqpar.integrations.transformers.setup import SequenceParallel
 
