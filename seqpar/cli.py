@@ -1,4 +1,4 @@
-"""The `seqpar` command: parses arguments and prints; what is said is made in `seqpar.doctor`."""
+"""The `seqpar` command: parses arguments and prints; what `doctor` says is made in `seqpar.doctor`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from seqpar import __version__, doctor
+from seqpar.commands import bench, check
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--json", type=Path, metavar="PATH", help="also write everything here")
     command.add_argument("--no-selfcheck", action="store_true", help="start no ranks")
     command.set_defaults(run=_doctor)
+    check.add_to(commands)
+    bench.add_to(commands)
     args = parser.parse_args(arguments)
     return args.run(args)
 

@@ -8,6 +8,7 @@ from seqpar.testing.case import NAMES, Case
 from seqpar.testing.equivalence import Errors, errors_on_rank
 from seqpar.testing.memory import PeakMemory
 from seqpar.testing.step import Step, run_step
+from seqpar.testing.torchrun import TorchrunWorld
 from seqpar.testing.worlds import ProcessWorld, WorldError
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "PeakMemory",
     "ProcessWorld",
     "Step",
+    "TorchrunWorld",
     "WorldError",
     "errors_on_rank",
     "run_step",

@@ -1,0 +1,1 @@
+"""What the `seqpar` command does besides `doctor`: `check` and `bench`, in plain text."""
