@@ -19,7 +19,7 @@ if [ "$(cat .venv/seqpar-stamp 2>/dev/null)" != "$stamp" ]; then
     [ -x .venv/bin/python ] || "$python" -m venv .venv
     # Without build isolation, which would build with the newest hatchling and not the locked one.
     pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint scripts/lock.txt)
-    "${pip[@]}" hatchling editables
+    "${pip[@]}" hatchling hatch-fancy-pypi-readme editables
     "${pip[@]}" --no-build-isolation --editable '.[dev]'
     echo "$stamp" > .venv/seqpar-stamp
 fi

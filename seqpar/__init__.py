@@ -52,7 +52,7 @@ from seqpar.module import (
 from seqpar.multihead import MultiheadAttention
 from seqpar.packing import packed_documents
 from seqpar.strategies import Plan
-from seqpar.strategies.check import VERSION
+from seqpar.version import VERSION
 from seqpar_kernels import Dropout, Score
 
 __version__ = VERSION

@@ -14,9 +14,9 @@ from seqpar.strategies.announce import announce, is_heard
 from seqpar.strategies.invariance import check_invariance, invariant_implementation
 from seqpar.strategies.plan import GRID_STRATEGIES, HEAD_STRATEGIES, STRATEGY_NAMES, Plan
 from seqpar.strategies.volume import Shape
+from seqpar.version import VERSION
 from seqpar_kernels import Dropout, Implementation, Request, Score, choose, tile_border
 
-VERSION = "0.1.0"
 LEARNED = {"slopes": "alibi_slopes", "sinks": "sinks"}
 
 
