@@ -130,7 +130,7 @@ def main() -> None:
     args = parser.parse_args()
 
     lows = lower_ends(tomllib.loads((ROOT / "pyproject.toml").read_text()))
-    locked = (ROOT / "scripts" / "constraints.txt").read_text().splitlines()
+    locked = (ROOT / "scripts" / "lock.txt").read_text().splitlines()
     folder = args.folder or ROOT / ".versions" / args.set
     inside = make_environment(folder, args.python, constraints(args.set, lows, locked))
     found = versions(inside)
