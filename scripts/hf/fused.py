@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -75,6 +75,15 @@ FUSED = {
 }  # fmt: skip
 
 
+def _bloom_in_float64(lines: Callable[[Any], Any]) -> tuple[Any, str, Any]:
+    """What to patch of Bloom: releases after 5.17 have its slopes in a function of their own."""
+    slopes = getattr(modeling_bloom, "_get_alibi_slopes", None)
+    if slopes is None:
+        build = modeling_bloom.build_alibi_tensor
+        return modeling_bloom, "build_alibi_tensor", lines(build)
+    return modeling_bloom, "_get_alibi_slopes", lambda *given: slopes(*given).double()
+
+
 @contextmanager
 def exactly() -> Iterator[None]:
     """Models of float64 go without their steps in float32 and bfloat16, so that they can judge to 1e-11."""
@@ -87,17 +96,16 @@ def exactly() -> Iterator[None]:
         same = x.dtype == torch.float64 and args == (torch.float32,)
         return x if same else to(x, *args, **kwargs)
 
-    def falcon_line(seen: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
-        alibi = falcon(torch.ones(1, 2, dtype=torch.long), num_heads, torch.float64)
-        places = ((seen.cumsum(-1) - 1) * seen)[:, None, :]
-        alibi = (alibi[:, 0, 1] - alibi[:, 0, 0])[:, None] * places
-        return alibi.reshape(-1, 1, seen.shape[1]).to(dtype)
+    def lines(build: Any) -> Any:
+        def line(seen: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
+            alibi = build(torch.ones(1, 2, dtype=torch.long), num_heads, torch.float64)
+            places = ((seen.cumsum(-1) - 1) * seen)[:, None, :]
+            alibi = (alibi[:, 0, 1] - alibi[:, 0, 0])[:, None] * places
+            return alibi.reshape(-1, 1, seen.shape[1]).to(dtype)
 
-    mpt, bloom, falcon = (
-        modeling_mpt.build_mpt_alibi_tensor,
-        modeling_bloom._get_alibi_slopes,
-        modeling_falcon.build_alibi_tensor,
-    )
+        return line
+
+    mpt = modeling_mpt.build_mpt_alibi_tensor
 
     def mpt_line(num_heads: int, length: int, bias: int = 8, device: Any = None) -> Tensor:
         step = mpt(num_heads, 2, bias, device).double()
@@ -110,8 +118,10 @@ def exactly() -> Iterator[None]:
             torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else as_float(x)
         ),
         patch.object(modeling_mpt, "build_mpt_alibi_tensor", mpt_line),
-        patch.object(modeling_bloom, "_get_alibi_slopes", lambda *a: bloom(*a).double()),
-        patch.object(modeling_falcon, "build_alibi_tensor", falcon_line),
+        patch.object(*_bloom_in_float64(lines)),
+        patch.object(
+            modeling_falcon, "build_alibi_tensor", lines(modeling_falcon.build_alibi_tensor)
+        ),
     ):
         yield
 

@@ -137,10 +137,11 @@ def test_adapters_of_peft_equal_one_device(four_processes, policy):
         assert num_gradients == 2 * 7 * 2
         assert off.pop("weights") == 0
         assert max(off.values()) < EXACT, off
-        if (
-            policy == "megatron"
-        ):  # the layers' inputs once a block, but for the first; A's outputs; the head's
-            assert backward.count(tokens().numel() * 24) == 4
+        if policy == "megatron":
+            # The layers' inputs once a block, but for the first; A's outputs; the head's. torch 2.11 sums
+            # each of them twice.
+            once = torch.__version__ >= "2.13"
+            assert backward.count(tokens().numel() * 24) == (4 if once else 8)
 
 
 def replica_differences(_, name, axes):
