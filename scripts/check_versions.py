@@ -16,7 +16,6 @@ import platform
 import re
 import subprocess
 import sys
-import tempfile
 import time
 import tomllib
 from datetime import date
@@ -57,21 +56,19 @@ def constraints(name: str, lows: dict[str, str], locked: list[str]) -> list[str]
         return [f"{package}=={version}" for package, version in lows.items()]
     if name == "newest":
         return []
-    own = re.compile(r"transformers==|huggingface-hub==|tokenizers==")
-    kept = [line for line in locked if not own.match(line)]
+    kept = [line for line in locked if not line.startswith("transformers==")]
     return [*kept, f"transformers=={lows['transformers']}"]
 
 
 def make_environment(folder: Path, python: str, held: list[str]) -> Path:
-    """The Python of a new environment with this package for development."""
-    subprocess.run([python, "-m", "venv", "--clear", folder], check=True)
-    inside = folder / "bin" / "python"
-    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
-        file.write("\n".join(held))
-        file.flush()
-        install = [inside, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*install, "-c", file.name, "-e", f"{ROOT}[dev]"], check=True)
-    return inside
+    """The Python of an environment with this package for development, made as `.venv` is."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    constraint = folder.with_suffix(".txt")
+    constraint.write_text("".join(f"{line}\n" for line in held))
+    settings = {"PYTHON": python, "SEQPAR_VENV": str(folder), "SEQPAR_CONSTRAINT": str(constraint)}
+    command = ["bash", "-c", "source scripts/setup.sh"]
+    subprocess.run(command, cwd=ROOT, env=os.environ | settings, check=True)
+    return folder / "bin" / "python"
 
 
 def versions(inside: Path) -> dict[str, str]:
