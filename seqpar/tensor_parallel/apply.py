@@ -46,7 +46,7 @@ def apply_policy(model: nn.Module, policy: Policy, mesh: Any) -> None:
             that are tied would be cut differently; the model has a policy already. Nothing has been changed.
         NotImplementedError: a module of this kind cannot be cut as its rule says.
         DesyncError: ranks have different models or policies, or another rank raised.
-        TypeError: mesh is no DeviceMesh.
+        TypeError: mesh is no DeviceMesh, or policy no Policy but, say, `megatron` itself.
         RuntimeError: torch.distributed is not initialised.
     """
     from seqpar.comm.styles import place, shard_weights  # which import all of DTensor
@@ -66,6 +66,12 @@ def apply_policy(model: nn.Module, policy: Policy, mesh: Any) -> None:
         agreed(Group.of(axes[-1]) if len(axes) > 1 else Group.alone(), "apply_policy") as others,
         agreed(group, "apply_policy") as claim,
     ):
+        if not isinstance(policy, Policy):
+            given = getattr(policy, "__name__", policy)
+            raise TypeError(
+                f"a model is cut by a Policy, such as megatron(model), got {given} of type "
+                f"{type(policy).__name__}; call it with the model if it makes one"
+            )
         claim["policy"] = policy
         rules = policy.assign(model)
         claim["weights"] = {path: _digest(model.get_parameter(path)) for path in rules}

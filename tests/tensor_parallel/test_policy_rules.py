@@ -125,9 +125,14 @@ def norm_by_output(_):
     return Block(), Policy("mine", (Rule(r"(into|out)\.(weight|bias)", "width"),))
 
 
+def no_policy(_):
+    return tiny("llama"), megatron
+
+
 @pytest.mark.parametrize(
     ("make", "kind", "message"),
     [
+        (no_policy, TypeError, r"by a Policy, such as megatron\(model\), got megatron of type function"),
         (grouped, ValueError, r"k_proj has 4 heads of 6.*3 ranks.*replace_attention"),
         (narrow, ValueError, r"gate_proj has 32 features by output, which 3 ranks"),
         (few_words, ValueError, r"vocabulary of 4 leaves some of 3 ranks without a class"),
