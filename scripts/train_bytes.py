@@ -111,8 +111,7 @@ def main() -> None:
     try:
         recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
         for path in filter(None, (args.json, args.metrics, args.checkpoint)):
-            if not path.parent.is_dir():
-                raise ValueError(f"there is no folder {path.parent} for {path}")
+            path.parent.mkdir(parents=True, exist_ok=True)
         if args.checkpoint:
             args.checkpoint.mkdir(exist_ok=True)
         text = load_text(args.data or standard_library(), args.max_bytes).to(device)
