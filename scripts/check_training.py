@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 TRAIN = Path(__file__).with_name("train_bytes.py")
+RESUMED = "resumed"
 Run = tuple[str, int, list[str]]  # (what is special, ranks, options of train_bytes.py)
 
 
@@ -62,16 +63,24 @@ def difference(got: list[float], expected: list[float]) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(got, expected, strict=True))
 
 
-def study(ranks: list[int], steps: int, options: list[str]) -> list[dict[str, Any]]:
-    """A row for every way: how far its losses and gradient norms are from those of one process."""
+def study(
+    ranks: list[int], steps: int, options: list[str], only: list[str] | None = None
+) -> list[dict[str, Any]]:
+    """A row for every way: how far its losses and gradient norms are from those of one process.
+
+    Args:
+        only: names of ways; one process is run anyway.
+    """
     options = ["--steps", str(steps), *options]
     most = max(ranks)
     fewer = max((n for n in ranks if n < most), default=most)
     rows: list[dict[str, Any]] = []
     one: dict[str, Any] = {}
-    todo = ways(ranks)
+    first, *others = ways(ranks)
+    todo = [first, *(way for way in others if only is None or way[0] in only)]
+    resumes = only is None or RESUMED in only
     with (
-        progress.steps("training", len(todo) + 2, ticking=True) as runs,
+        progress.steps("training", len(todo) + 2 * resumes, ticking=True) as runs,
         tempfile.TemporaryDirectory() as name,
     ):
         folder = Path(name)
@@ -90,12 +99,14 @@ def study(ranks: list[int], steps: int, options: list[str]) -> list[dict[str, An
 
         for what, size, extra in todo:
             add(what, size, extra)
+        if not resumes:
+            return rows
         half = steps // 2
         saving = ["--checkpoint", str(folder / "checkpoint")]
         runs.begin(f"P={most} until step {half}")
         launch(most, [*options, *saving, "--steps", str(half)], folder)
         runs.done()
-        what = f"resumed at step {half} of P={most}"
+        what = f"{RESUMED} at step {half} of P={most}"
         add(what, fewer, [*saving, "--resume"], first=half)
     return rows
 
@@ -122,9 +133,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--length", type=int, default=500, help="bytes of a sequence")
     parser.add_argument("--tolerance", type=float, default=1e-5, help="relative, of each loss")
+    parser.add_argument(
+        "--only", nargs="+", metavar="WAY", help=f"beside one process, such as FSDP or {RESUMED}"
+    )
     parser.add_argument("--json", type=Path, help="write the rows here")
     args = parser.parse_args()
-    rows = study(args.ranks, args.steps, ["--length", str(args.length)])
+    names = [RESUMED, *(what for what, *_ in ways(args.ranks) if what)]
+    if unknown := set(args.only or ()) - set(names):
+        parser.error(f"--only takes some of {names}, got {sorted(unknown)}")
+    rows = study(args.ranks, args.steps, ["--length", str(args.length)], args.only)
     show(rows, Console(width=110))
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))

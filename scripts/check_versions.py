@@ -56,7 +56,12 @@ def constraints(name: str, lows: dict[str, str], locked: list[str]) -> list[str]
         return [f"{package}=={version}" for package, version in lows.items()]
     if name == "newest":
         return []
-    kept = [line for line in locked if not line.startswith("transformers==")]
+    freed = (
+        "transformers==",
+        "huggingface-hub==",
+        "tokenizers==",
+    )  # what it has ranges of its own for
+    kept = [line for line in locked if not line.startswith(freed)]
     return [*kept, f"transformers=={lows['transformers']}"]
 
 

@@ -1,11 +1,58 @@
 """The scripts as their users start them, small."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "scripts"
+TINY_ROWS = ["--dim", 32, "--heads", 2, "--kv-heads", 2, "--batch", 512, "--checkpointing", "none"]
+SMALLEST = {  # script: options, ranks under torchrun, what it prints
+    "check_tensor_parallel": (["--families", "llama", "--length", 9], 2, "1 families, 0 failures"),
+    "check_training": (
+        ["--ranks", 2, "--steps", 2, "--length", 16, "--only", "resumed"],
+        None, "resumed at step 1 of P=2",
+    ),
+    "check_transformers": (
+        ["--families", "llama", "--strategies", "ring", "--length", 9], 2, "1 cases, 0 failures",
+    ),
+    "checkpointing": (
+        ["--length", 64, "--layers", 1, "--dim", 32, "--ranks", 2, "--strategies", "ring"],
+        None, "keep attention",
+    ),
+    "longest_context": (
+        ["--ranks", 1, "--lengths", 16, 48, "--multiple-of", 8, "--memory-mib", 1024, "--", *TINY_ROWS],
+        None, "longest sequence within 1024 MiB per rank",
+    ),
+    "plant_bugs": (
+        ["--only", "labels sharded before they are shifted"],
+        None, "::test_labels_are_shifted_before_they_are_sharded` | - |",
+    ),
+    "train_3d": (
+        ["--tp", 2, "--steps", 1, "--length", 32, "--dim", 48, "--layers", 1], 2, "1 steps, loss 5.",
+    ),
+}  # fmt: skip
+ELSEWHERE = {  # script: the test that runs it, small, and looks at what it writes
+    "activation_memory": "scripts/test_activation_memory.py",
+    "bench_kernels": "scripts/test_bench_kernels.py",  # without a GPU: it refuses, and its parts run
+    "check_equivalence": "scripts/test_scripts.py",
+    "compare": "scripts/test_scripts.py",
+    "compare_decode": "decode/test_scripts.py",
+    "compare_tp_policies": "scripts/test_compare_tp_policies.py",
+    "compile_kernels": "scripts/test_compile_kernels.py",
+    "doctor": "cli/test_doctor.py",
+    "draw_fused_layouts": "tensor_parallel/test_fused_page.py",
+    "draw_policies": "scripts/test_compare_tp_policies.py",
+    "generate": "decode/test_scripts.py",
+    "memory_scaling": "scripts/test_scripts.py",
+    "numerics": "scripts/test_numerics.py",
+    "traffic": "scripts/test_traffic.py",
+    "train_bytes": "training/test_commands.py",
+}
 
 
 def start(script, *options, ranks=None):
@@ -48,3 +95,29 @@ def test_every_script_explains_itself():
             done = start(script.name, "--help")
             assert done.returncode == 0, done.stderr
             assert script.name == "demo_rank.py" or "Example" in done.stdout, script.name
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_runs_at_its_smallest_size(monkeypatch, name):
+    options, ranks, printed = SMALLEST[name]
+    monkeypatch.setenv("SEQPAR_CHECK_SHAPES", "0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    done = start(f"{name}.py", *options, ranks=ranks)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert printed in done.stdout
+
+
+def test_every_script_of_the_readme_is_run():
+    """A new script is in the table of the README, and here or in the test that is named."""
+    table = (ROOT / "README.md").read_text("utf-8").split("\n## Scripts\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `(.*?(?:scripts/(\w+)\.py|seqpar (\w+)).*?)` \|", table, re.MULTILINE)
+    commands = {script or command: row for row, script, command in rows}
+    assert len(rows) == table.count("\n| `")
+    assert sorted(commands) == sorted([*SMALLEST, *ELSEWHERE])
+    files = {path.stem for path in SCRIPTS.glob("*.py") if not path.stem.startswith("demo")}
+    assert files == set(commands) - {"doctor"}
+    for name, (_, ranks, _) in SMALLEST.items():
+        assert commands[name].startswith("torchrun") == (ranks is not None), name
+    for name, test in ELSEWHERE.items():
+        body = (ROOT / "tests" / test).read_text("utf-8").replace(f'"{name}": "{test}"', "")
+        assert re.search(rf"\b{name}\b", body), f"{test} does not run {name}"
