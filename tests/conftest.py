@@ -1,6 +1,7 @@
 """Shape checks on, one thread per rank, the same examples on every run in CI, one world of processes."""
 
 import os
+from contextlib import ExitStack, closing
 
 os.environ["SEQPAR_CHECK_SHAPES"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -61,11 +62,16 @@ def worlds():
 
 
 @pytest.fixture
-def eight_processes():
+def unused_processes():
+    """Makes a world of exactly so many, which nothing has used before."""
+    with ExitStack() as stack:
+        yield lambda size: stack.enter_context(closing(World(size)))
+
+
+@pytest.fixture
+def eight_processes(unused_processes):
     """Exactly eight, which nothing has used before."""
-    world = World(8)
-    yield world
-    world.close()
+    return unused_processes(8)
 
 
 @pytest.fixture(scope="session")

@@ -2,20 +2,17 @@
 
 import json
 import sys
-from pathlib import Path
 
 import compare_tp_policies
 import draw_policies
 import pytest
-import torch
 from policies.crossover import POLICIES as DRAWN
 from policies.crossover import ratio
 from policies.measure import JOBS
-from policies.model import gemma_like
 from policies.projection import all_projections
 from policies.records import failures
 
-from seqpar.tensor_parallel import Sizes, megatron
+from seqpar.tensor_parallel import Sizes
 
 POLICIES = ["one process", "Megatron", "contracted", "sharded weights", "Megatron, o_proj swapped"]
 
@@ -101,21 +98,6 @@ def test_tokens_at_which_sharded_weights_send_as_much_are_those_of_the_page():
     for name, tokens in (("Megatron", 33792), ("contracted", 4608)):
         volume = DRAWN[name][1](Sizes(tokens, D, **layer, vocabulary=256_000), 8)
         assert sum(volume.sent("layers")) == 3 * weights * 7 / 8
-
-
-def test_the_policy_of_the_page_is_megatron():
-    page = (Path(__file__).parents[2] / "docs" / "tp-policies.md").read_text()
-    code = page.split("## Your own")[1].split("```python\n")[1].split("```")[0]
-    names = {}
-    exec(code, names)
-    model = gemma_like(compare_tp_policies.QUICK, torch.float32)
-    ours = names["policy"].assign(model)
-    for path, rule in megatron(model).assign(model).items():
-        assert (ours[path].split, ours[path].forms, ours[path].unit) == (
-            rule.split,
-            rule.forms,
-            rule.unit,
-        )
 
 
 def test_both_pictures_are_drawn(monkeypatch, tmp_path):

@@ -1,0 +1,1 @@
+"""Runs the code of README and docs: `blocks` reads marks, `ranks` runs Python, `settings` gives names."""

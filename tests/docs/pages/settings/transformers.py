@@ -1,0 +1,28 @@
+"""What the blocks of docs/transformers.md need."""
+
+from tempfile import TemporaryDirectory
+
+import torch
+from hf.families import FAMILIES, batch_of
+from hf.fused import FUSED
+from transformers import AutoModelForCausalLM
+
+from pages.models import saved
+from seqpar.integrations.transformers import SequenceParallel
+
+
+def use():
+    with TemporaryDirectory() as path:
+        FAMILIES["llama"].make(torch.float32).save_pretrained(path)
+        names = {"path": path, "batch": batch_of(2, 13)}
+        yield names
+    assert names["loss"].isfinite()
+
+
+def replaced_attention():
+    """The imports of the first block are the reader's."""
+    with saved(FUSED["bloom"].make(torch.float32)) as path:
+        names = {"path": path, "tp_size": 2, "batch": batch_of(2, 13)}
+        names.update(AutoModelForCausalLM=AutoModelForCausalLM, SequenceParallel=SequenceParallel)
+        yield names
+    assert names["loss"].isfinite()
