@@ -1,7 +1,9 @@
-"""Pins every package that setup.sh installs, in scripts/lock.txt: python scripts/lock.py [--check].
+"""Pins every package that setup.sh installs, in scripts/lock.txt.
 
 The pins are constraints: pip installs what torch's build asks for, at these versions, so that a CPU
 build brings no CUDA packages. --check resolves them anew from PyPI, for machines that are not here.
+
+Example: python scripts/lock.py --check
 """
 
 import argparse
@@ -32,7 +34,9 @@ TORCH_REQUIRES = "# torch for Linux requires "
 
 def main() -> None:
     """Writes the pins unless asked to check only; checks them."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--check", action="store_true", help="write nothing, resolve what is there")
     required = torch_requires()
     if not parser.parse_args().check:

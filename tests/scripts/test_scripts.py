@@ -39,14 +39,16 @@ SMALLEST = {  # script: options, ranks under torchrun, what it prints
 ELSEWHERE = {  # script: the test that runs it, small, and looks at what it writes
     "activation_memory": "scripts/test_activation_memory.py",
     "bench_kernels": "scripts/test_bench_kernels.py",  # without a GPU: it refuses, and its parts run
-    "check_equivalence": "scripts/test_scripts.py",
-    "compare": "scripts/test_scripts.py",
+    "bench": "packaging/test_fresh.py",
+    "check": "cli/test_check.py",
+    "check_versions": "packaging/test_versions.py",
     "compare_decode": "decode/test_scripts.py",
     "compare_tp_policies": "scripts/test_compare_tp_policies.py",
     "compile_kernels": "scripts/test_compile_kernels.py",
     "doctor": "cli/test_doctor.py",
     "draw_fused_layouts": "tensor_parallel/test_fused_page.py",
     "draw_policies": "scripts/test_compare_tp_policies.py",
+    "lock": "packaging/test_lock.py",
     "generate": "decode/test_scripts.py",
     "memory_scaling": "scripts/test_scripts.py",
     "numerics": "scripts/test_numerics.py",
@@ -109,13 +111,19 @@ def test_runs_at_its_smallest_size(monkeypatch, name):
 
 def test_every_script_of_the_readme_is_run():
     """A new script is in the table of the README, and here or in the test that is named."""
-    table = (ROOT / "README.md").read_text("utf-8").split("\n## Scripts\n")[1].split("\n## ")[0]
+    table = (
+        (ROOT / "README.md")
+        .read_text("utf-8")
+        .split("\n## Commands and scripts\n")[1]
+        .split("\n## ")[0]
+    )
     rows = re.findall(r"^\| `(.*?(?:scripts/(\w+)\.py|seqpar (\w+)).*?)` \|", table, re.MULTILINE)
     commands = {script or command: row for row, script, command in rows}
     assert len(rows) == table.count("\n| `")
     assert sorted(commands) == sorted([*SMALLEST, *ELSEWHERE])
     files = {path.stem for path in SCRIPTS.glob("*.py") if not path.stem.startswith("demo")}
-    assert files == set(commands) - {"doctor"}
+    same = {"check_equivalence": "check", "compare": "bench"}  # from a checkout
+    assert files - set(same) == set(commands) - {"doctor", *same.values()}
     for name, (_, ranks, _) in SMALLEST.items():
         assert commands[name].startswith("torchrun") == (ranks is not None), name
     for name, test in ELSEWHERE.items():
