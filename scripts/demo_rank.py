@@ -6,16 +6,24 @@ import argparse
 import json
 import statistics
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from memory_scaling import Setting, give_back_freed
+from torch import Tensor, nn
 from train_bytes import Recipe, load_text, standard_library, train
+from training.model import ByteLM
+from training.ranks import Ranks
+from training.text import batch_at
 
-from seqpar import Group, Mask, Plan
+import seqpar
+from seqpar import Group, Layout, Mask, Plan
+from seqpar.data import IGNORE
 from seqpar.layout import LAYOUTS
 from seqpar.testing import NAMES, Budget, PeakMemory, Step, run_step
 from seqpar.testing.budget import max_error
@@ -23,6 +31,8 @@ from seqpar.testing.oracle import Terms, visible
 
 HEADS, KV_HEADS, WIDTH = 8, 4, 64
 LAYOUT_OF = {"ring": "zigzag", "ulysses": "contiguous"}
+ONE_DEVICE = "one device"
+GLIBC_LIMIT_BYTES = 32 * 2**20  # which glibc raises its threshold to by itself, at most
 
 
 def read_text(
@@ -82,41 +92,61 @@ def one_device_step(text: Tensor) -> float:
     return time.perf_counter() - start
 
 
-def one_device(text: Tensor, rounds: int) -> dict[str, Any]:
-    """The record of torch's own attention on the whole text, with one thread as every rank has."""
-    one_device_step(text[:64])
+class OneDevice(nn.Module):
+    """torch's own causal attention, called as the modules of this package are."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:  # noqa: ARG002
+        """`[b s hq d]` of the whole sequence."""
+        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)
+        return out.transpose(1, 2)
+
+
+def training_step(group: Group, subject: str, text: Tensor, length: int) -> dict[str, Any]:
+    """Loss, gradient norm and peak growth of memory of one step on a sequence."""
+    recipe = Recipe(length=length, batch=1)
+    if subject != ONE_DEVICE:
+        recipe = replace(recipe, strategy=subject, layout=LAYOUT_OF[subject])
+    ranks = Ranks.of(group, recipe)
+    model = ByteLM(recipe, OneDevice if subject == ONE_DEVICE else lambda: ranks.attention(recipe))
     with PeakMemory() as peak:
-        one_device_step(text)
-    seconds = statistics.median(one_device_step(text) for _ in range(rounds))
-    return {"peak_bytes": peak.bytes, "seconds": seconds}
+        batch, layout = seqpar.shard_batch(batch_at(text, recipe, 0), group, recipe.layout)
+        losses = model(batch["input_ids"], batch["labels"], batch["position_ids"], layout)
+        loss = seqpar.mean_loss(losses, group, valid=batch["labels"].flatten() != IGNORE)
+        loss.backward()
+        seqpar.sum_gradients(model.parameters(), group)
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return {"peak_bytes": peak.bytes, "loss": loss.item(), "gradient_norm": norm.item()}
 
 
-def peak_bytes(group: Group, strategy: str, text: Tensor) -> int:
-    """Peak growth of this rank's memory over one step, its own tensors included."""
-    text_step(group, strategy, text[: 8 * group.size])  # threads, buffers of the transport
+def memory(group: Group, subject: str, text: Tensor, length: int) -> dict[str, Any]:
+    """What a rank holds at its peak, the busiest counts: in attention alone, and in a training step."""
+    attend = one_device_step if subject == ONE_DEVICE else partial(text_step, group, subject)
+    attend(text[: 8 * group.size])  # threads, buffers of the transport
     with PeakMemory() as peak:
-        text_step(group, strategy, text)
-    return peak.bytes
+        attend(text[:length])
+    training_step(group, subject, text, 8 * group.size)
+    step = training_step(group, subject, text, length)
+    everyone: list[Any] = group.transport.gather_objects((peak.bytes, step["peak_bytes"]))
+    alone, whole = (max(peaks) for peaks in zip(*everyone, strict=True))
+    return {"peak_bytes": alone, "step": step | {"peak_bytes": whole}}
 
 
-def measure(
-    group: Group, strategy: str, peak: int, args: argparse.Namespace, text: Tensor
-) -> dict[str, Any]:
+def measure(group: Group, strategy: str, args: argparse.Namespace, text: Tensor) -> dict[str, Any]:
     """The record of one strategy. All ranks must call."""
     long, short = text[: args.long], text[: args.short]
     steps = [text_step(group, strategy, long) for _ in range(args.rounds)]
     seconds = statistics.median(step.seconds for step in steps)
-    mine = (peak, seconds, steps[-1].sent, steps[-1].formula)
+    mine = (seconds, steps[-1].sent, steps[-1].formula)
     everyone: list[Any] = group.transport.gather_objects(mine)
     recipe = Recipe(strategy=strategy, layout=LAYOUT_OF[strategy], steps=args.steps)
     return {
         "strategy": strategy,
         "layout": LAYOUT_OF[strategy],
         "ranks": group.size,
-        "peak_bytes": max(e[0] for e in everyone),
-        "seconds": max(e[1] for e in everyone),
-        "sent_bytes": [e[2].forward.bytes + e[2].backward.bytes for e in everyone],
-        "formula_bytes": [e[3].forward.bytes + e[3].backward.bytes for e in everyone],
+        "seconds": max(e[0] for e in everyone),
+        "sent_bytes": [e[1].forward.bytes + e[1].backward.bytes for e in everyone],
+        "formula_bytes": [e[2].forward.bytes + e[2].backward.bytes for e in everyone],
         "equality": {
             name: equality(group, strategy, short, getattr(torch, name))
             for name in ("float64", "float32", "bfloat16")
@@ -128,7 +158,7 @@ def measure(
 def main() -> None:
     """Measures under torchrun; rank 0 writes the records."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--long", type=int, default=4096, help="tokens to time")
+    parser.add_argument("--long", type=int, default=8192, help="tokens to time and hold")
     parser.add_argument("--short", type=int, default=500, help="tokens to compare with float64")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=24, help="of training")
@@ -139,12 +169,16 @@ def main() -> None:
     text = load_text([args.text] if args.text else standard_library(), 2_000_000)
     dist.init_process_group("gloo")
     group = Group.of()
-    record: dict[str, Any] = {}
+    subjects = [ONE_DEVICE] * (group.size == 1) + list(LAYOUT_OF)
+    # Memory first, while little has been allocated; giving it back would slow down what is timed.
+    give_back_freed(Setting().mmap_threshold_bytes)
+    record = {subject: memory(group, subject, text, args.long) for subject in subjects}
+    give_back_freed(GLIBC_LIMIT_BYTES)
+    for strategy in LAYOUT_OF:
+        record[strategy] |= measure(group, strategy, args, text)
     if group.size == 1:
-        record["one device"] = one_device(text[: args.long], args.rounds)
-    # Memory first, while little has been allocated.
-    peaks = {strategy: peak_bytes(group, strategy, text[: args.long]) for strategy in LAYOUT_OF}
-    record |= {s: measure(group, s, peak, args, text) for s, peak in peaks.items()}
+        rounds = [one_device_step(text[: args.long]) for _ in range(args.rounds)]
+        record[ONE_DEVICE]["seconds"] = statistics.median(rounds)
     if group.rank == 0:
         args.json.write_text(json.dumps(record))
     dist.destroy_process_group()

@@ -45,7 +45,7 @@ STORED_LIMIT_BYTES = 4 * 2**30  # lengths for which stored scores would need mor
 WARM_UP_ROWS = 8  # of a rank
 VERIFY_FACTOR = 4  # `--verify` goes no further than this times the longest measured length
 VERIFY_TOLERANCE = 0.15  # lines were 4 to 8 % too high at 32768, fitted up to 8192
-M_MMAP_THRESHOLD = -3  # of mallopt, see malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt, see malloc.h
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,20 @@ def step(group: Group, subject: str, length: int, setting: Setting) -> None:
     torch.autograd.grad(attend(*leaves), leaves, dout)
 
 
+def give_back_freed(threshold_bytes: int) -> None:
+    """From now on, freed tensors of this size or more go back to the system at once, and no others.
+
+    In a process that has allocated little: what its heap has grown to, it may use again and keep.
+    """
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, threshold_bytes)
+    libc.mallopt(M_TRIM_THRESHOLD, 2 * threshold_bytes)  # as glibc does when it moves the other
+
+
 def step_bytes(group: Group, subject: str, length: int, setting: Setting) -> int:
     """Peak growth of this process in bytes over one step."""
     if setting.mmap_threshold_bytes:
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, setting.mmap_threshold_bytes)
+        give_back_freed(setting.mmap_threshold_bytes)
     step(group, subject, WARM_UP_ROWS * group.size, setting)
     with PeakMemory() as peak:
         step(group, subject, length, setting)

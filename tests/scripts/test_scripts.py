@@ -47,6 +47,7 @@ ELSEWHERE = {  # script: the test that runs it, small, and looks at what it writ
     "compile_kernels": "scripts/test_compile_kernels.py",
     "doctor": "cli/test_doctor.py",
     "draw_fused_layouts": "tensor_parallel/test_fused_page.py",
+    "draw_modules": "scripts/test_draw_modules.py",
     "draw_policies": "scripts/test_compare_tp_policies.py",
     "lock": "packaging/test_lock.py",
     "generate": "decode/test_scripts.py",
@@ -93,10 +94,9 @@ def test_memory_scaling_measures_and_plots(tmp_path):
 
 def test_every_script_explains_itself():
     for script in sorted(SCRIPTS.glob("*.py")):
-        if script.name != "demo_report.py":
-            done = start(script.name, "--help")
-            assert done.returncode == 0, done.stderr
-            assert script.name == "demo_rank.py" or "Example" in done.stdout, script.name
+        done = start(script.name, "--help")
+        assert done.returncode == 0, done.stderr
+        assert script.name == "demo_rank.py" or "Example" in done.stdout, script.name
 
 
 @pytest.mark.parametrize("name", SMALLEST)
@@ -111,12 +111,8 @@ def test_runs_at_its_smallest_size(monkeypatch, name):
 
 def test_every_script_of_the_readme_is_run():
     """A new script is in the table of the README, and here or in the test that is named."""
-    table = (
-        (ROOT / "README.md")
-        .read_text("utf-8")
-        .split("\n## Commands and scripts\n")[1]
-        .split("\n## ")[0]
-    )
+    page = (ROOT / "README.md").read_text("utf-8")
+    table = page.split("\n## Commands and scripts\n")[1].split("\n## ")[0]
     rows = re.findall(r"^\| `(.*?(?:scripts/(\w+)\.py|seqpar (\w+)).*?)` \|", table, re.MULTILINE)
     commands = {script or command: row for row, script, command in rows}
     assert len(rows) == table.count("\n| `")

@@ -1,0 +1,1 @@
+"""The page that demo.py writes: its figures, its words, its style."""
