@@ -18,8 +18,8 @@ SECTIONS = {
         """A training step of a small transformer: forward, loss, backward, gradients summed. Counted is how
         far the resident memory of the busiest rank grows at its peak. Imports, weights and a first short
         step come before, and do not count. One device runs the same model with torch's own attention, and
-        its loss and gradient norm are the same. Attention alone is in the table at the end. It also holds the blocks
-        under way and float32 sums, so with few ranks it may need more than one device.""",
+        its loss and gradient norm are the same. Attention alone is in the table at the end. It also
+        holds the blocks under way and float32 sums, so with few ranks it may need more than one device.""",
     ),
     "Same losses for every P and both modules": (
         figures.losses,

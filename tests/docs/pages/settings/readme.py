@@ -24,7 +24,7 @@ def training():
     """The block's claim: loss and gradients are what one device has."""
     model = AttentionModel()
     whole, ids = copy.deepcopy(model), torch.randint(16, (2, 13))
-    names = {"model": model, "ids": ids}
+    names = {"model": model, "ids": ids, "group": seqpar.Group.of()}
     yield names
     alone = seqpar.contiguous(13, 1)
     logits = whole(ids, torch.arange(13).expand(2, -1), alone, seqpar.Group.alone())
