@@ -19,6 +19,7 @@ from pathlib import Path
 
 import progress
 from plants.attention import ATTENTION
+from plants.libraries import LIBRARIES
 from plants.plant import Plant
 from plants.policies import POLICIES
 from plants.replaced import REPLACED
@@ -35,10 +36,11 @@ NOT_CHECKED = {
     "seqpar/comm/tape.py",
     "seqpar/strategies/check.py",
     "kernels/seqpar_kernels/custom_ops.py",
+    "kernels/seqpar_kernels/torch_ops.py",
 }  # check_equivalence.py is blind to these
 
 
-PLANTS = [*ATTENTION, *TENSOR_PARALLEL, *POLICIES, *REPLACED]
+PLANTS = [*ATTENTION, *LIBRARIES, *TENSOR_PARALLEL, *POLICIES, *REPLACED]
 
 
 def planted(plant: Plant, folder: Path) -> None:

@@ -16,8 +16,6 @@ REPLACED = [
           "slopes[: self.layer.dealt.num_q(self.layer.tp.rank)]", EQUAL),
     Plant("replaced: clip forgotten", f"{ADAPTERS}/replaced.py",
           "clip=family.clip(module),", "clip=None,", EQUAL),
-    Plant("replaced: rows counted here", f"{ADAPTERS}/families.py",
-          'at = given["position_ids"]', 'at = torch.arange(given["position_ids"].shape[1])[None]', EQUAL),
     Plant("replaced: the residual left out", f"{ADAPTERS}/families.py",
           ' + given["residual"]', "", EQUAL),
     Plant("replaced: Falcon drops no weights", f"{ADAPTERS}/families.py",
