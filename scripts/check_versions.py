@@ -79,13 +79,15 @@ def make_environment(folder: Path, python: str, held: list[str]) -> Path:
 def versions(inside: Path) -> dict[str, str]:
     """What is installed there."""
     listed = [inside, "-m", "pip", "list", "--format", "json", "--disable-pip-version-check"]
-    asked = [inside, "-c", "import platform; print(platform.python_version())"]
-    packages, python = (
-        subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        for command in (listed, asked)
-    )
-    found = {package["name"]: package["version"] for package in json.loads(packages)}
-    return {"python": python.strip()} | {n: found[n] for n in RANGED if n in found}
+    done = subprocess.run(listed, check=True, capture_output=True, text=True)
+    found = {package["name"]: package["version"] for package in json.loads(done.stdout)}
+    return {"python": python_version(inside)} | {n: found[n] for n in RANGED if n in found}
+
+
+def python_version(python: Path) -> str:
+    """The version of an interpreter."""
+    asked = [python, "-c", "import platform; print(platform.python_version())"]
+    return subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def run_tests(inside: Path, tests: list[str], workers: int) -> dict[str, Any]:
@@ -135,7 +137,9 @@ def main() -> None:
     locked = (ROOT / "scripts" / "lock.txt").read_text().splitlines()
     folder = args.folder or ROOT / ".versions" / args.set
     inside = make_environment(folder, args.python, constraints(args.set, lows, locked))
-    found = versions(inside)
+    found, asked = versions(inside), python_version(Path(args.python))
+    if found["python"] != asked:
+        raise SystemExit(f"{folder} has Python {found['python']}, not {asked}; remove it first")
     print("  ".join(f"{name} {version}" for name, version in found.items()), flush=True)
     of_set = OF_TRANSFORMERS if args.set == "oldest-transformers" else TESTS
     result = run_tests(inside, args.tests or list(of_set), args.workers)

@@ -1,7 +1,7 @@
 """Pins every package that setup.sh installs, in scripts/lock.txt.
 
 The pins are constraints: pip installs what torch's build asks for, at these versions, so that a CPU
-build brings no CUDA packages. --check resolves them anew from PyPI, for machines that are not here.
+build brings no CUDA packages. --check resolves them anew from PyPI, for other platforms.
 
 Example: python scripts/lock.py --check
 """
@@ -22,7 +22,7 @@ LOCK = ROOT / "scripts" / "lock.txt"
 HELD = {"torch": "2.13.0", "transformers": "5.24.0"}
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 PLATFORMS = ("x86_64-manylinux_2_28", "aarch64-manylinux_2_28", "aarch64-apple-darwin")
-# Neither wheels on this machine's disk nor other indexes are looked at.
+# Neither a local folder of wheels nor another index is looked at.
 KEPT = {"PIP_CERT", "PIP_DEFAULT_TIMEOUT", "PIP_PROXY", "UV_CACHE_DIR"}
 PYPI_ALONE = {
     k: v for k, v in os.environ.items() if k in KEPT or (k[:3] != "UV_" and k[:4] != "PIP_")
@@ -74,7 +74,7 @@ def resolved(platform: str, python: str) -> str:
 
 
 def uv(*options: str, text: str = "") -> subprocess.CompletedProcess[str]:
-    """Resolves the development requirements from PyPI alone, whatever this machine's settings."""
+    """Resolves the development requirements from PyPI alone, whatever pip and uv are set to."""
     command = [sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml", "--extra=dev"]
     command += ["--quiet", "--no-header", "--no-config", *options]
     return subprocess.run(

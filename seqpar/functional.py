@@ -69,7 +69,7 @@ def cast_by_autocast(*xs: Tensor) -> tuple[Tensor, ...]:
     if not all(isinstance(x, Tensor) for x in xs):
         return xs  # to be refused on all ranks
     kind = xs[0].device.type
-    # The one kind without autocast; torch.amp.is_autocast_available cannot be compiled by torch 2.11.
+    # Tensors without content have none; torch.amp.is_autocast_available cannot be compiled by torch 2.11.
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return xs
     dtype = torch.get_autocast_dtype(kind)

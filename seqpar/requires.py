@@ -46,6 +46,7 @@ def require_dependencies() -> None:
 def is_within(version: str, bounds: str) -> bool:
     """Whether a version is in a range such as ">=2.11,<3", by the numbers it begins with."""
     for bound in filter(None, bounds.split(",")):
+        assert re.match(r">=\d|<\d", bound), f"{bounds} must be made of >= and < alone"
         release, end = _release(version), _release(bound.lstrip("<>="))
         length = max(len(release), len(end))
         release, end = (x + (0,) * (length - len(x)) for x in (release, end))

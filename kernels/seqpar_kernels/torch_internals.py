@@ -1,7 +1,8 @@
 """What this project uses of torch that torch does not document; no other module names such a part.
 
 Every use lists the parts that it needs. Where torch lacks one, that use is refused in a sentence when it is
-asked for; `import seqpar` never fails for it.
+asked for; `import seqpar` never fails for it. What every torch has had for years is only listed, so that the
+tests look for it: VERSIONS, HOOKS, BUFFERS and RELOADING.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ PLAIN_VIEW = "a norm over a sharded width"
 COLLECTIVES = "counting the collectives of others"
 VERSIONS = "keeping what attention gave"
 HOOKS = "looking at the hooks of a module"
+BUFFERS = "telling which buffers are saved"
+RELOADING = "defining an op anew"
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -58,9 +61,12 @@ PARTS: dict[str, tuple[str, ...]] = {
     ),
     VERSIONS: ("Tensor._version",),
     HOOKS: tuple(f"nn.Module.{name}" for name in _HOOKS),
+    BUFFERS: ("nn.Module._non_persistent_buffers_set",),
+    RELOADING: ("library.Library._destroy", "_disable_dynamo"),
 }
 
 
+@cache  # as it is when it is first asked: an op that compilers may move then stays so
 def missing(use: str) -> str | None:
     """What a use lacks in this torch, as a sentence, or `None`."""
     absent = ", ".join(f"torch.{path}" for path in PARTS[use] if _found(path) is None)
@@ -85,8 +91,8 @@ def parts(use: str) -> tuple[Any, ...]:
 def _found(path: str) -> Any:
     found: Any = torch
     for name in path.split("."):
-        if found is nn.Module and name in _HOOKS:  # annotated there, and made for each module
-            return name if name in nn.Module.__annotations__ else None
+        if found is nn.Module:  # annotated there, and made for each module
+            return nn.Module.__annotations__.get(name)
         found = getattr(found, name, None)
     return found
 
@@ -101,6 +107,24 @@ def attention_ops(use: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
         parts(use)  # raises
 
     return absent, absent
+
+
+def library_of(op: str) -> torch.library.Library:
+    """A library to define one op of the namespace seqpar in.
+
+    That of an earlier import ends: modules are imported anew in notebooks and in the tests of others.
+    """
+    kept = vars(torch.ops.seqpar).setdefault("libraries", {})
+    if op in kept:
+        kept.pop(op)._destroy()
+    kept[op] = torch.library.Library("seqpar", "FRAGMENT")
+    return kept[op]
+
+
+def without_dynamo(run: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, into which Dynamo does not look. Calling it imports Dynamo."""
+    hide = _found("_disable_dynamo")
+    return run if hide is None else hide(run)
 
 
 def keep_order(op: str, library: torch.library.Library) -> None:
@@ -154,6 +178,11 @@ def version(x: Tensor) -> int:
 def forward_hooks(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
     """The hooks before and after a module's forward, by number; taking one out removes it."""
     return module._forward_pre_hooks, module._forward_hooks
+
+
+def is_saved(module: nn.Module, buffer: str) -> bool:
+    """Whether a buffer of a module is part of its state."""
+    return buffer not in module._non_persistent_buffers_set
 
 
 def hooks_on(module: nn.Module) -> list[str]:

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import wraps
 from typing import Any
 
 import torch
 
-from seqpar_kernels.torch_internals import keep_order
-
-_LIBRARY = torch.library.Library("seqpar", "FRAGMENT")  # an op ends with its library
+from seqpar_kernels.torch_internals import keep_order, library_of, without_dynamo
 
 
 def define(
@@ -39,24 +37,24 @@ def define(
         differentiate: its gradient; an op without one refuses to be differentiated.
         sends: whether ranks exchange messages inside, so that compilers must keep the order of calls.
     """
-    qualified = f"seqpar::{name}"
-    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, _not_traced(run), "CompositeExplicitAutograd")
-    torch.library.register_fake(qualified, fake, lib=_LIBRARY)
+    qualified, library = f"seqpar::{name}", library_of(name)
+    library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, _not_traced(run), "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, fake, lib=library)
     torch.library.register_autograd(
-        qualified, differentiate or _refuse(name), setup_context=save, lib=_LIBRARY
+        qualified, differentiate or _refuse(name), setup_context=save, lib=library
     )
     if sends:
-        keep_order(qualified, _LIBRARY)
+        keep_order(qualified, library)
 
 
 def _not_traced(run: Callable[..., Any]) -> Callable[..., Any]:
     """The same function, into which Dynamo does not look when an op is called between two graphs."""
-    disabled = cache(lambda: torch.compiler.disable(run))
+    disabled = without_dynamo(run)
 
     @wraps(run)
     def called(*args: Any) -> Any:
-        return disabled()(*args) if "torch._dynamo" in sys.modules else run(*args)
+        return (disabled if "torch._dynamo" in sys.modules else run)(*args)
 
     return called
 

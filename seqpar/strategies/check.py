@@ -51,10 +51,10 @@ def agree_on_call(
     with agreed(plan.group, operation) as claim:
         resolved = check_call(q, k, v, plan, with_lse=with_lse)
         claim |= _claim(q, k, v, resolved, with_lse, learning)
+        if operation == "attention" and is_heard(plan.group):
+            learn = {f"{name}_learn": bool(claim[f"{key} learn"]) for name, key in LEARNED.items()}
+            announce(resolved, Shape.of(q, k, v, with_lse=with_lse, **learn), q.device)
     plan.group.transport.prepare(q.device)
-    if operation == "attention" and is_heard(plan.group):
-        learn = {f"{name}_learn": bool(claim[f"{key} learn"]) for name, key in LEARNED.items()}
-        announce(resolved, Shape.of(q, k, v, with_lse=with_lse, **learn), q.device)
     return resolved
 
 

@@ -26,6 +26,9 @@ GRID_STRATEGIES = ("mesh", "hybrid")
 HEAD_STRATEGIES = ("ulysses", "hybrid")
 
 
+_DEFAULT = "default"
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """A frozen description of sharded attention.
@@ -55,9 +58,9 @@ class Plan:
 
     group: Group
     layout: Layout
-    # None becomes Mask() and Score(): torch 2.11 compiles no function whose defaults are objects.
-    mask: Mask = None  # type: ignore[assignment]
-    score: Score = None  # type: ignore[assignment]
+    # Mask() and Score(): torch 2.11 compiles no function whose defaults are objects.
+    mask: Mask = _DEFAULT  # type: ignore[assignment]
+    score: Score = _DEFAULT  # type: ignore[assignment]
     strategy: Strategy = "ring"
     implementation: Implementation | None = None
     dropout: Dropout | None = None
@@ -69,7 +72,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         for name, kind in (("mask", Mask), ("score", Score)):
-            if getattr(self, name) is None:
+            if isinstance(value := getattr(self, name), str) and value == _DEFAULT:
                 object.__setattr__(self, name, kind())
         if self.invariant is None:
             exact = self.implementation in (None, "reference", "triton")

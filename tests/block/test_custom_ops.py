@@ -1,5 +1,7 @@
 """The two torch ops: what the compiler is told of them is what they do."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -177,3 +179,63 @@ def test_selective_checkpointing_keeps_the_result(monkeypatch):
         (dq,) = torch.autograd.grad(out.sum(), q)
         assert len(runs) == expected
         torch.testing.assert_close(dq, torch.autograd.grad(layer(q).sum(), q)[0])
+
+
+AGAIN = """
+import sys
+import torch
+import seqpar
+
+x = torch.randn(1, 6, 2, 4, requires_grad=True)
+plan = lambda s: s.Plan(s.Group.alone(), s.zigzag(6, 1), s.Mask(causal=True))
+first = seqpar.attention(x, x, x, plan(seqpar))
+for name in [n for n in sys.modules if n.partition(".")[0] in ("seqpar", "seqpar_kernels")]:
+    del sys.modules[name]
+import seqpar as again
+
+assert again is not seqpar
+second = again.attention(x, x, x, plan(again))
+assert torch.equal(first, second)
+second.sum().backward()
+"""
+
+
+def test_the_package_can_be_imported_anew():
+    """As notebooks and the tests of others do: an op is defined once, and the last one counts."""
+    done = subprocess.run(
+        [sys.executable, "-c", AGAIN], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+BETWEEN_GRAPHS = """
+import warnings
+import torch
+from seqpar_kernels import Band, Block, Score, attention
+
+warnings.simplefilter("error")
+block = Block(Band(None, 0), Score(0.4))
+
+
+class Layer(torch.nn.Module):
+    def forward(self, x):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+            torch._dynamo.graph_break()
+            return attention(x, x, x, block)[0] + 1
+
+
+x = torch.randn(1, 6, 2, 4, requires_grad=True)
+layer = Layer()
+out = torch.compile(layer, backend="eager")(x)
+assert torch.equal(out, layer(x))
+out.sum().backward()
+print(sorted(torch._dynamo.utils.counters["frames"].items()))
+"""
+
+
+def test_dynamo_does_not_look_into_an_op_that_is_called_between_two_graphs():
+    """It warned of a cache that it might trace wrongly, which is an error here."""
+    done = subprocess.run(
+        [sys.executable, "-c", BETWEEN_GRAPHS], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -24,11 +24,16 @@ def without(monkeypatch):
 
     def lacking(use):
         monkeypatch.setitem(PARTS, use, (*PARTS[use], "_C._no_such_part"))
-        parts.cache_clear()
+        forget()
 
     yield lacking
     monkeypatch.undo()
+    forget()
+
+
+def forget():
     parts.cache_clear()
+    missing.cache_clear()
 
 
 def test_an_attention_that_is_not_there_is_passed_over_and_says_why(without):

@@ -6,6 +6,9 @@ import tomllib
 import pytest
 from check_versions import RANGED, ROOT, constraints, lower_ends, run_tests
 
+from seqpar.integrations.transformers import internals
+from seqpar_kernels import torch_internals
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 LOCKED = [
     "torch==2.13.0",
@@ -23,6 +26,20 @@ def test_every_package_whose_insides_are_used_has_a_range_that_starts_and_ends()
     for name in set(RANGED) - {"numpy"}:  # which only tests and Triton's interpreter use
         (line,) = {line for line in wanted if line.startswith(f"{name}>=")}
         assert f">={lows[name]},<" in line
+
+
+def test_what_errors_call_tested_is_what_is_declared():
+    """2.11 to 2.15 is >=2.11,<2.16."""
+    declared = "\n".join(
+        [
+            *PROJECT["project"]["dependencies"],
+            *PROJECT["project"]["optional-dependencies"]["transformers"],
+        ]
+    )
+    for package, tested in (("torch", torch_internals.TESTED), ("transformers", internals.TESTED)):
+        oldest, newest = tested.split(" to ")
+        major, minor = newest.split(".")
+        assert f"{package}>={oldest},<{major}.{int(minor) + 1}" in declared
 
 
 def test_a_range_without_a_lower_end_is_an_error():

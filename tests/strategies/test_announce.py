@@ -141,3 +141,23 @@ def test_compiled_calls_are_told_without_a_break_of_the_graph(heard):
     torch._dynamo.reset()
     (line,) = heard()
     assert line.endswith("rank 0 sends {} bytes forward, {} bytes backward".format(*sent[0]))
+
+
+def test_a_log_that_fails_on_one_rank_is_an_error_on_all():
+    """It is one rank that writes, before which all agree: no rank may be left to wait for it."""
+
+    def refuse(_):
+        raise OSError("the disk is full")
+
+    def fn(group):
+        with pytest.raises((OSError, seqpar.DesyncError), match="the disk is full"):
+            call(group, causal(group))
+
+    announce.LOGGER.addFilter(refuse)
+    level = announce.LOGGER.level
+    announce.LOGGER.setLevel(logging.INFO)
+    try:
+        simulate(3, fn)
+    finally:
+        announce.LOGGER.setLevel(level)
+        announce.LOGGER.removeFilter(refuse)

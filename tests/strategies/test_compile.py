@@ -278,6 +278,25 @@ def test_the_op_passes_the_checks_of_torch():
     simulate(1, fn)
 
 
+@pytest.mark.parametrize("length", [3, 11])
+@pytest.mark.parametrize("name", MODULES)
+def test_the_op_gives_back_neither_an_argument_nor_a_tensor_twice(name, length):
+    """What compilers take for granted of an op; torch does not look when it is called."""
+    from seqpar import compiled
+
+    def fn(group):
+        layout = seqpar.striped(length, group.size)
+        x = torch.randn(1, layout.rows[group.rank], 4, 4, dtype=torch.float64)
+        arguments = x, x.cos(), x.sin(), None, None
+        plan = compiled._described(MODULES[name](group).plan(layout))
+        learning = [True, True, True, False, False]
+        kept = torch.ops.seqpar.sharded_attention(*arguments, *plan, learning, False)
+        places = [y.untyped_storage() for y in (*arguments[:3], *kept) if y.numel()]
+        return len(places) == len({id(place) for place in places})
+
+    assert all(simulate(2, fn))
+
+
 def test_calls_that_do_not_depend_on_each_other_keep_their_order():
     """Ranks whose compilers order messages differently would take one call's rows for the other's."""
     from functorch.compile import make_boxed_func

@@ -12,6 +12,7 @@ from seqpar.integrations.transformers.terms import Layer
 from seqpar.tensor_parallel.adapters.original import Original, is_transposed
 from seqpar.tensor_parallel.layer import ParallelAttention
 from seqpar.tensor_parallel.whole_weights import Names
+from seqpar_kernels.torch_internals import is_saved
 
 ELSEWHERE = frozenset({  # arguments that are used here, or that the plan knows for the whole sequence
     "seqpar", "attention_mask", "position_embeddings", "residual", "alibi", "position_bias",
@@ -36,9 +37,8 @@ class ReplacedAttention(StandIn):
         family, module = original.family, original.module
         self.code = type(module).__module__
         self.__dict__ |= {n: x for n, x in vars(module).items() if not n.startswith("_")}
-        saved = module.state_dict().keys()
         for name, buffer in module.named_buffers(recurse=False):
-            self.register_buffer(name, buffer, persistent=name in saved)
+            self.register_buffer(name, buffer, persistent=is_saved(module, name))
         for name, child in original.others:
             self.add_module(name, child)
         q_norm, k_norm = original.norms
