@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 import traceback
 from pathlib import Path
@@ -24,6 +23,7 @@ from training import checkpoint as checkpoints
 from training.model import ByteLM
 from training.ranks import Ranks
 from training.recipe import ATTENTIONS, GRIDS, Recipe
+from training.start import start
 
 import seqpar
 from seqpar import Group, KVCache, Layout
@@ -112,7 +112,7 @@ def make(group: Group, recipe: Recipe) -> ByteLM:
     return ByteLM(recipe, lambda: ranks.attention(recipe))
 
 
-def run(args: argparse.Namespace, group: Group, device: str) -> None:
+def run(args: argparse.Namespace, group: Group, device: torch.device) -> None:
     """Generates, and on rank 0 prints the text."""
     with agreed(group, "load"):
         model = load(group, args.checkpoint, args.strategy).to(device)
@@ -143,15 +143,10 @@ def main() -> None:
     parser.add_argument("--layout", default="zigzag", choices=LAYOUTS, help="of the prompt")
     parser.add_argument("--json", type=Path, help="write bytes and seconds here")
     args = parser.parse_args()
-    has_launcher, device = "RANK" in os.environ, "cuda" if torch.cuda.is_available() else "cpu"
     try:
         if args.tokens < 0:
             raise ValueError(f"tokens must not be negative, got {args.tokens}")
-        if has_launcher and device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        if has_launcher:
-            dist.init_process_group("nccl" if device == "cuda" else "gloo")
-        run(args, Group.of() if has_launcher else Group.alone(), device)
+        run(args, *start())
     except (ValueError, OSError, seqpar.DesyncError) as error:
         # The frames hold the group; while it lives, gloo's threads do, and may abort Python's exit.
         traceback.clear_frames(error.__traceback__)

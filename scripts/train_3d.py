@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from training.recipe import Recipe
+from training.start import start
 from training.text import batch_at, load_text, standard_library
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
 
@@ -150,16 +150,11 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Trains, prints the losses, and writes them on rank 0."""
     args = parser().parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    has_launcher = "RANK" in os.environ
     try:
-        if has_launcher:
-            if device == "cuda":
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        group, device = start()
         text = load_text(standard_library(), 1_000_000).to(device)
-        losses, norms = train(args, Mesh.of(args, device), text)
-        if not has_launcher or dist.get_rank() == 0:
+        losses, norms = train(args, Mesh.of(args, device.type), text)
+        if group.rank == 0:
             print(f"{args.steps} steps, loss {losses[0]:.6f} -> {losses[-1]:.6f}")
             if args.json:
                 args.json.write_text(json.dumps({"losses": losses, "norms": norms}, indent=1))

@@ -17,19 +17,18 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import traceback
 import warnings
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import progress
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from training.loop import train
 from training.recipe import Recipe
 from training.records import MetricsFile, StepRecord
+from training.start import start
 from training.text import load_text, standard_library
 
 import seqpar
@@ -107,19 +106,15 @@ def main() -> None:
     args = parser().parse_args()
     # Checkpoints of replicated parameters are written by one rank alone, and that is meant.
     warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninit")
-    has_launcher, device = "RANK" in os.environ, "cuda" if torch.cuda.is_available() else "cpu"
     try:
         recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
         for path in filter(None, (args.json, args.metrics, args.checkpoint)):
             path.parent.mkdir(parents=True, exist_ok=True)
         if args.checkpoint:
             args.checkpoint.mkdir(exist_ok=True)
-        text = load_text(args.data or standard_library(), args.max_bytes).to(device)
-        if has_launcher and device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        if has_launcher:
-            dist.init_process_group("nccl" if device == "cuda" else "gloo")
-        run(args, Group.of() if has_launcher else Group.alone(), recipe, text)
+        text = load_text(args.data or standard_library(), args.max_bytes)
+        group, device = start()
+        run(args, group, recipe, text.to(device))
     except (
         ValueError, NotImplementedError, OSError, FloatingPointError, seqpar.DesyncError,
     ) as error:  # fmt: skip
