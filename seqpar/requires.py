@@ -78,8 +78,10 @@ def _requirements() -> Iterator[tuple[str, str, bool]]:
     for line in lines:
         found = REQUIREMENT.match(line)
         assert found is not None, line
-        name, supported, marker = found.groups()
-        yield name, supported.replace(" ", ""), not marker
+        name, bounds, marker = found.groups()
+        # The lower bound first: metadata sorts them by their signs.
+        supported = ",".join(sorted(bounds.replace(" ", "").split(","), reverse=True))
+        yield name, supported, not marker
 
 
 def _release(version: str) -> tuple[int, ...]:
