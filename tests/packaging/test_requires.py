@@ -58,7 +58,7 @@ def test_a_dependency_may_be_newer_than_was_tested_but_not_older(installed):
 @pytest.mark.parametrize("version", ["5.16.1", "6.0.0", "6.0.0rc1", "4.57.0"])
 def test_what_is_optional_must_be_within_both_ends(installed, version):
     installed["transformers"] = version
-    says = rf"^x needs transformers<6,>=5.17, got transformers {version}: pip install 'seqpar.trans"
+    says = rf"^x needs transformers>=5.17,<6, got transformers {version}: pip install 'seqpar.trans"
     with pytest.raises(ImportError, match=says):
         needs_transformers()
 
