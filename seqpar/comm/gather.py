@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from seqpar.comm.group import Group
+from seqpar_kernels import accumulation_dtype
 
 
 def all_gather(x: Tensor, group: Group, rows: Sequence[int], dim: int) -> Tensor:
@@ -87,7 +88,7 @@ def _scatter_sum(x: Tensor, group: Group, rows: tuple[int, ...], dim: int) -> Te
         [(r, shares[r]) for r in group.others],
         [(r, arriving[r]) for r in group.others],
     ).wait()
-    wide = torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else x.dtype
+    wide = accumulation_dtype(x.dtype) if x.is_floating_point() else x.dtype
     total = torch.zeros_like(mine, dtype=wide)
     for share in arriving:
         total += share

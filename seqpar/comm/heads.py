@@ -17,6 +17,7 @@ from torch import Tensor
 
 from seqpar.comm.flight import Finish, Flight
 from seqpar.comm.group import Group
+from seqpar_kernels import accumulation_dtype
 
 Ranges = tuple[tuple[int, int], ...]  # by rank: the heads (start, stop) it takes
 Places = tuple[
@@ -121,7 +122,7 @@ class _Serve(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         dtype = grad_outputs[0].dtype
-        dx = grad_outputs[0].new_zeros(ctx.shape, dtype=torch.promote_types(dtype, torch.float32))
+        dx = grad_outputs[0].new_zeros(ctx.shape, dtype=accumulation_dtype(dtype))
         for (heads, g), dy in zip(ctx.runs, grad_outputs, strict=True):
             for share in dy.split(1, dim=2) if g > 1 else (dy,):
                 dx[:, :, heads] += share
@@ -191,7 +192,7 @@ def _to_rows(ys: Sequence[Tensor], trade: HeadTrade) -> Finish:
         for n, mine in enumerate(own):
             shape = batch, trade.rows(n)[rank], trade.num_heads[n], mine.shape[3]
             adds = trade.sums(n)
-            wide = torch.promote_types(mine.dtype, torch.float32)
+            wide = accumulation_dtype(mine.dtype)
             x = mine.new_zeros(shape, dtype=wide) if adds else mine.new_empty(shape)
             for r in range(trade.group.size):
                 heads = x[:, :, trade.takes(n, r)]
@@ -207,7 +208,7 @@ def _fold(x: Tensor, group: int) -> Tensor:
     if group == 1:
         return x
     first, *others = x.unflatten(2, (-1, group)).unbind(3)
-    total = first.to(torch.promote_types(x.dtype, torch.float32), copy=True)
+    total = first.to(accumulation_dtype(x.dtype), copy=True)
     for other in others:
         total += other
     return total.to(x.dtype)
