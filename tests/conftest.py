@@ -8,9 +8,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 if not torch.cuda.is_available():  # Triton kernels then run in Python; read when triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+if torch.backends.cuda.is_built() and not torch.cuda.is_available():
+    # Without a GPU, a CUDA build of torch 2.11 crashes where threads went backward before this first time.
+    with FakeTensorMode():
+        pass
 
 from hypothesis import Phase, settings
 

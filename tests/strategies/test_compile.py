@@ -23,14 +23,8 @@ MODULES = {
 COUNTERS = torch._dynamo.utils.counters
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread_first():
-    """Two threads that are the first to compile crash torch 2.11 where it finds no GPU."""
-    torch.compile(torch.sin, backend="aot_eager")(torch.zeros(1))
-
-
 @pytest.fixture(autouse=True)
-def _afresh(_one_thread_first):
+def _afresh():
     torch._dynamo.reset()
     COUNTERS.clear()
     yield
