@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.bloom import modeling_bloom
 from transformers.models.falcon import modeling_falcon
+from transformers.models.gpt_bigcode import modeling_gpt_bigcode  # noqa: F401 - which compiles softmax as it is
 from transformers.models.mpt import modeling_mpt
 
 import seqpar
@@ -69,7 +70,11 @@ FUSED = {
     "llama": _causal("Llama", GROUPED | {"attention_bias": True}),
     "qwen3": _causal("Qwen3", GROUPED),
     "qwen2": _causal("Qwen2", {n: x for n, x in GROUPED.items() if n != "head_dim"}),
-    "gemma2": _causal("Gemma2", GROUPED | ALTERNATING | {"attn_logit_softcapping": 5.0}),
+    # Eager, because transformers 5.17 leaves the softcap out under sdpa.
+    "gemma2": _causal(
+        "Gemma2", GROUPED | ALTERNATING
+        | {"attn_logit_softcapping": 5.0, "attn_implementation": "eager"},
+    ),
     "gemma": _causal("Gemma", GROUPED),
     "mistral": _causal("Mistral", GROUPED | {"sliding_window": 5}),
 }  # fmt: skip
@@ -88,9 +93,15 @@ def _bloom_in_float64(lines: Callable[[Any], Any]) -> tuple[Any, str, Any]:
 def exactly() -> Iterator[None]:
     """Models of float64 go without their steps in float32 and bfloat16, so that they can judge to 1e-11."""
     softmax, to, as_float = F.softmax, torch.Tensor.to, torch.Tensor.float
+    product = torch.Tensor.__matmul__
 
     def wide_softmax(x: Tensor, dim: int, dtype: Any = None, **rest: Any) -> Tensor:
         return softmax(x, dim, dtype=None if x.dtype == torch.float64 else dtype, **rest)
+
+    def wide_product(x: Tensor, y: Tensor) -> Tensor:
+        """Of frequencies that stayed float64 and positions that did not, in transformers 5.17."""
+        is_wide = torch.float64 in (x.dtype, y.dtype)
+        return product(x.double(), y.double()) if is_wide else product(x, y)
 
     def stays(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         same = x.dtype == torch.float64 and args == (torch.float32,)
@@ -114,6 +125,7 @@ def exactly() -> Iterator[None]:
     with (
         patch.object(F, "softmax", wide_softmax),
         patch.object(torch.Tensor, "to", stays),
+        patch.object(torch.Tensor, "__matmul__", wide_product),
         patch.object(
             torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else as_float(x)
         ),
