@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from seqpar.comm import Group, agreed, all_reduce, all_reduce_
+from seqpar_kernels import accumulation_dtype
 
 Gradients = Literal["sum", "mean"]
 
@@ -57,7 +58,7 @@ def mean_loss(
         claim["num_tokens"] = "a tensor" if isinstance(num_tokens, Tensor) else num_tokens
         _check_valid(valid, token_losses)
         _check_options(num_tokens, gradients)
-    wide = torch.promote_types(token_losses.dtype, torch.float32)
+    wide = accumulation_dtype(token_losses.dtype)
     counted = token_losses if valid is None else token_losses.masked_fill(~valid, 0.0)
     if num_tokens is None:
         count = _count([token_losses if valid is None else valid], token_losses.device)
@@ -136,7 +137,7 @@ def sum_gradients(parameters: Iterable[Tensor], group: Group) -> None:
         if num_ranks:
             grad = _placed(torch.zeros_like(p) if p.grad is None else p.grad, p)
             here = grad.to_local() if hasattr(grad, "to_local") else grad
-            wide = here.to(torch.promote_types(p.dtype, torch.float32)).contiguous()
+            wide = here.to(accumulation_dtype(p.dtype)).contiguous()
             all_reduce_(wide, group)
             if here is grad:
                 p.grad = wide.to(p.dtype)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from seqpar.comm import Group
 from seqpar.layout.heads import HeadSplit
+from seqpar_kernels import accumulation_dtype
 
 
 def share_heads(
@@ -81,7 +82,7 @@ def _add_copies_(x: Tensor, group: Group, dealt: HeadSplit) -> None:
     sends = [(peer, own[:, heads].contiguous()) for peer, heads in sharers.items()]
     arriving = {peer: torch.empty_like(sent) for peer, sent in sends}
     group.exchange("share_heads", sends, list(arriving.items())).wait()
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = accumulation_dtype(x.dtype)
     total = torch.zeros_like(own, dtype=wide)
     for peer in sorted([*arriving, group.rank]):
         if peer == group.rank:

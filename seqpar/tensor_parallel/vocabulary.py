@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from seqpar.comm import Group, agreed, all_reduce
+from seqpar_kernels import accumulation_dtype
 
 
 def vocabulary_cross_entropy(
@@ -44,7 +45,7 @@ def vocabulary_cross_entropy(
         start, stop = vocabulary_range(vocabulary, group.rank, group.size)
         is_valid = labels != ignore_index
         claim["labels"] = _check(logits, labels, stop - start, vocabulary, is_valid)
-    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    x = logits.to(accumulation_dtype(logits.dtype))
     peak = x.detach().amax(-1)
     group.all_reduce_(peak, "max")
     is_mine = is_valid & (labels >= start) & (labels < stop)

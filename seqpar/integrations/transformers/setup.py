@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,6 +21,7 @@ from seqpar.integrations.transformers.stand_in import StandIn, handover_of
 from seqpar.integrations.transformers.trial import try_out
 from seqpar.loss import Gradients, mean_loss
 from seqpar.module import _Attention
+from seqpar_kernels import accumulation_dtype
 
 TokenLosses = Callable[[Tensor, Tensor], Tensor]
 LABELS: dict[str | None, Labels] = {
@@ -204,7 +204,7 @@ class SequenceParallel:
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide = logits.to(accumulation_dtype(logits.dtype))
     return F.cross_entropy(wide, labels, reduction="none", ignore_index=IGNORE)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from seqpar.integrations.transformers.stand_in import Handover, StandIn
@@ -12,6 +11,7 @@ from seqpar.integrations.transformers.terms import Layer
 from seqpar.tensor_parallel.adapters.original import Original, is_transposed
 from seqpar.tensor_parallel.layer import ParallelAttention
 from seqpar.tensor_parallel.whole_weights import Names
+from seqpar_kernels import accumulation_dtype
 from seqpar_kernels.torch_internals import is_saved
 
 ELSEWHERE = frozenset({  # arguments that are used here, or that the plan knows for the whole sequence
@@ -83,7 +83,7 @@ class ReplacedAttention(StandIn):
     def _slopes_here(self, q: Tensor) -> Tensor | None:
         if self._slopes is None:
             return None
-        dtype = torch.promote_types(q.dtype, torch.float32)
+        dtype = accumulation_dtype(q.dtype)
         return self._slopes.to(q.device, dtype)
 
     def take(self, original: Original) -> None:
