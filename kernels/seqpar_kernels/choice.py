@@ -20,6 +20,7 @@ from seqpar_kernels.documents import Documents
 from seqpar_kernels.dropout import Dropout
 from seqpar_kernels.score import Score
 from seqpar_kernels.torch_internals import CPU_FLASH, CUDA_FLASH, CUDNN, missing
+from seqpar_kernels.watching import watcher
 
 Implementation = Literal["reference", "aten", "triton", "flash_attn", "cudnn"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
@@ -75,6 +76,8 @@ def choose(request: Request, requested: Implementation | None = None) -> Impleme
         raise ValueError(
             f"implementation must be one of {IMPLEMENTATIONS} or None, got {requested!r}"
         )
+    if watcher() is not None:  # tensors have no device then
+        return requested or "reference"
     if request.dtype not in DTYPES:
         raise NotImplementedError(f"attention is computed in one of {DTYPES}, got {request.dtype}")
     able = (name for name in preference(request.device) if refusal(name, request) is None)

@@ -17,7 +17,7 @@ from torch import Tensor
 from seqpar_kernels.band import Band
 from seqpar_kernels.documents import Documents
 from seqpar_kernels.dropout import Dropout
-from seqpar_kernels.partial import accumulation_dtype
+from seqpar_kernels.partial import accumulation_dtype, without_autocast
 from seqpar_kernels.score import Score
 
 
@@ -135,5 +135,5 @@ def _grouped(y: Tensor, hkv: int) -> Float[Tensor, "b g ri w"]:
 def _matmul(x: Tensor, y: Tensor) -> Tensor:
     """The product in the type of sums, whatever autocast would make of it."""
     wide = accumulation_dtype(x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         return x.to(wide) @ y.to(wide)

@@ -15,8 +15,10 @@ from torch import Tensor
 from seqpar_kernels import aten, aten_cuda, cudnn, flash_attn, reference
 from seqpar_kernels.block import Block, Gradients, Rows
 from seqpar_kernels.choice import Implementation, Request, choose, fuses
-from seqpar_kernels.partial import Partial
+from seqpar_kernels.partial import Partial, without_autocast
+from seqpar_kernels.rectangles import documents
 from seqpar_kernels.tuning import KERNELS, tiles_for
+from seqpar_kernels.watching import Direction, Unlaunched, watcher
 from seqpar_kernels.windows import Adapter
 
 
@@ -45,7 +47,8 @@ def attend(
     """
     if _nothing_to_do(q, k, block):
         return
-    with torch.autocast(q.device.type, enabled=False):
+    _tell("forward", q, k, block)
+    with without_autocast(q.device):
         _chosen(q, v, block, implementation).forward(q, k, v, block, into)
 
 
@@ -76,7 +79,8 @@ def attend_backward(
         raise ValueError("dk and dv come together: give both to add to, or None for both")
     if _nothing_to_do(rows.q, k, block):
         return
-    with torch.autocast(rows.q.device.type, enabled=False):
+    _tell("backward", rows.q, k, block)
+    with without_autocast(rows.q.device):
         chosen = _chosen(rows.q, v, block, implementation, lse_learns=rows.lse_learns)
         chosen.backward(rows, k, v, block, into, dslopes)
 
@@ -119,7 +123,7 @@ def _chosen(
     implementation: Implementation | None,
     *,
     lse_learns: bool = False,
-) -> ModuleType | Adapter:
+) -> ModuleType | Adapter | Unlaunched:
     """What has the `forward` and the `backward` of the implementation."""
     request = Request.of(q, v, block.score, block.dropout, block.documents, lse=lse_learns)
     name = choose(request, implementation)
@@ -129,8 +133,22 @@ def _chosen(
         return triton_attention
     if name == "aten":
         return aten_cuda.ADAPTER if q.device.type == "cuda" else aten
+    if watcher() is not None and name != "reference":
+        return Unlaunched()
     adapters = {"flash_attn": flash_attn.ADAPTER, "cudnn": cudnn.ADAPTER}
     return adapters.get(name, reference)
+
+
+def _tell(direction: Direction, q: Tensor, k: Tensor, block: Block) -> None:
+    """Tells of a block that is to be computed, in a dry run."""
+    told = watcher()
+    if told is None:
+        return
+    (b, i, hq, _), j, visible = q.shape, k.shape[1], 0
+    for rows, cols in documents(block, i, j):
+        band = block.band.at(rows.start, cols.start)
+        visible += band.count(rows.stop - rows.start, cols.stop - cols.start)
+    told.block(direction, i, j, b * hq * visible)
 
 
 def _nothing_to_do(q: Tensor, k: Tensor, block: Block) -> bool:

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from seqpar_kernels.choice import Implementation, fuses
+from seqpar_kernels.partial import without_autocast
 
 
 def add_sums_(
@@ -69,7 +70,7 @@ def add_dot_(
 
         triton_softmax.add_dot_(x, y, into)
         return
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         into.add_(torch.einsum("abcw,abcw->abc", x.to(into.dtype), y.to(into.dtype)))
 
 

@@ -7,7 +7,7 @@ tests look for it: VERSIONS, HOOKS, BUFFERS and RELOADING.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import Any
@@ -24,6 +24,8 @@ COMPILE = "attention in compiled code"
 KEEP_COMPILED = "keep_attention in compiled code"
 PLAIN_VIEW = "a norm over a sharded width"
 COLLECTIVES = "counting the collectives of others"
+ALLOCATIONS = "measuring what an op allocates"
+DRY_RUNS = "a dry run"
 VERSIONS = "keeping what attention gave"
 HOOKS = "looking at the hooks of a module"
 BUFFERS = "telling which buffers are saved"
@@ -59,6 +61,8 @@ PARTS: dict[str, tuple[str, ...]] = {
         "utils._python_dispatch.TorchDispatchMode",
         "distributed.distributed_c10d._resolve_process_group",
     ),
+    ALLOCATIONS: ("_C._profiler._EventType.Allocation",),
+    DRY_RUNS: ("utils._python_dispatch.TorchDispatchMode",),
     VERSIONS: ("Tensor._version",),
     HOOKS: tuple(f"nn.Module.{name}" for name in _HOOKS),
     BUFFERS: ("nn.Module._non_persistent_buffers_set",),
@@ -165,6 +169,21 @@ def process_group_named(name: str) -> Any:
 def argument_names(op: Any) -> list[str]:
     """The names of an operator's arguments, in order."""
     return [argument.name for argument in op._schema.arguments]
+
+
+def allocated(profiled: torch.profiler.profile) -> list[tuple[str, int]]:
+    """(the outermost `record_function` around it, bytes more or less) of what CPU tensors took, in order."""
+    (allocation,) = parts(ALLOCATIONS)
+    kineto: Any = profiled.profiler.kineto_results  # type: ignore[union-attr]
+
+    def changes(events: Iterable[Any], phase: str) -> Iterator[tuple[int, int, str]]:
+        for event in events:
+            if event.tag == allocation:
+                yield event.start_time_ns, event.extra_fields.alloc_size, phase
+            yield from changes(event.children, phase or event.name)
+
+    found = sorted(changes(kineto.experimental_event_tree(), ""))
+    return [(phase, size) for _, size, phase in found]
 
 
 DispatchMode: Any = _found("utils._python_dispatch.TorchDispatchMode") or object

@@ -16,6 +16,10 @@ import torch
 from seqpar_kernels.torch_internals import keep_order, library_of, without_dynamo
 
 
+# What the ops of this namespace do, by their names, for who looks into them.
+RUNS: dict[str, Callable[..., Any]] = {}
+
+
 def define(
     name: str,
     schema: str,
@@ -38,6 +42,7 @@ def define(
         sends: whether ranks exchange messages inside, so that compilers must keep the order of calls.
     """
     qualified, library = f"seqpar::{name}", library_of(name)
+    RUNS[qualified] = run
     library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     library.impl(name, _not_traced(run), "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=library)

@@ -42,14 +42,14 @@ def forward(
     limits = block.row_limits(q.shape[1], k.shape[1], q.device)
     assert into.m.stride() == into.l.stride(), "m and l are made together"
     assert _is_row_contiguous(into.acc), "acc is written row by row"
-    with launching(q):
-        forward_kernel[(num_tiles * packs,)](
-            q, k, v, into.acc, into.m, into.l, _given(limits, q), _given(_slopes(block), q),
-            *_strides(q, k, v, into.acc, into.m),
-            q.shape[1], k.shape[1], q.shape[2], packs, num_tiles, _section(k, v, packs),
-            *_runtime(block, q, k),
-            PACK=pack, **_walk_columns(block, q, k, tiles), **_constants(block, tiles, q, k, v),
-        )  # fmt: skip
+    launch(
+        forward_kernel, num_tiles * packs, q,
+        q, k, v, into.acc, into.m, into.l, _given(limits, q), _given(_slopes(block), q),
+        *_strides(q, k, v, into.acc, into.m),
+        q.shape[1], k.shape[1], q.shape[2], packs, num_tiles, _section(k, v, packs),
+        *_runtime(block, q, k),
+        PACK=pack, **_walk_columns(block, q, k, tiles), **_constants(block, tiles, q, k, v),
+    )  # fmt: skip
 
 
 def backward(
@@ -86,14 +86,14 @@ def _launch_dq(
     num_tiles, packs = triton.cdiv(i * pack, tiles.rows), b * hq // pack
     limits = block.row_limits(i, k.shape[1], q.device)
     by_row = _given(dslopes, delta)
-    with launching(q):
-        dq_kernel[(num_tiles * packs,)](
-            *inputs, dq, by_row, _given(limits, q), _given(_slopes(block), q),
-            *_strides(*inputs, dq, by_row),
-            i, k.shape[1], hq, packs, num_tiles, _section(k, v, packs), *_runtime(block, q, k),
-            PACK=pack, LEARNS=dslopes is not None, **_walk_columns(block, q, k, tiles),
-            **_constants(block, tiles, q, k, v, dout),
-        )  # fmt: skip
+    launch(
+        dq_kernel, num_tiles * packs, q,
+        *inputs, dq, by_row, _given(limits, q), _given(_slopes(block), q),
+        *_strides(*inputs, dq, by_row),
+        i, k.shape[1], hq, packs, num_tiles, _section(k, v, packs), *_runtime(block, q, k),
+        PACK=pack, LEARNS=dslopes is not None, **_walk_columns(block, q, k, tiles),
+        **_constants(block, tiles, q, k, v, dout),
+    )  # fmt: skip
 
 
 def _launch_dkdv(
@@ -103,13 +103,13 @@ def _launch_dkdv(
     (b, i, *_), hkv = q.shape, k.shape[2]
     num_tiles, heads = triton.cdiv(k.shape[1], tiles.cols), b * hkv
     limits = block.col_limits(i, k.shape[1], q.device)
-    with launching(q):
-        dkdv_kernel[(num_tiles * heads,)](
-            *inputs, dk, dv, _given(limits, q), _given(_slopes(block), q),
-            *_strides(*inputs, dk, dv),
-            i, k.shape[1], hkv, heads, num_tiles, _section(q, dout, heads), *_runtime(block, q, k),
-            **_walk_rows(block, q, k, tiles), **_constants(block, tiles, q, k, v, dout),
-        )  # fmt: skip
+    launch(
+        dkdv_kernel, num_tiles * heads, q,
+        *inputs, dk, dv, _given(limits, q), _given(_slopes(block), q),
+        *_strides(*inputs, dk, dv),
+        i, k.shape[1], hkv, heads, num_tiles, _section(q, dout, heads), *_runtime(block, q, k),
+        **_walk_rows(block, q, k, tiles), **_constants(block, tiles, q, k, v, dout),
+    )  # fmt: skip
 
 
 def _constants(
@@ -228,8 +228,16 @@ def _is_row_contiguous(x: Tensor) -> bool:
     return x.stride(-1) == 1 or x.shape[-1] == 1
 
 
-def launching(q: Tensor) -> AbstractContextManager[Any]:
+def launch(kernel: Any, num_programs: int, on: Tensor, *args: Any, **constants: Any) -> None:
+    """Launches a kernel on the device of a tensor; in a dry run, nothing."""
+    if on.device.type == "meta":
+        return
+    with _launching(on.device):
+        kernel[(num_programs,)](*args, **constants)
+
+
+def _launching(device: torch.device) -> AbstractContextManager[Any]:
     """What a launch on this device needs around it."""
-    if q.device.type == "cuda":
-        return torch.cuda.device(q.device)
+    if device.type == "cuda":
+        return torch.cuda.device(device)
     return _INTERPRETER if interprets() else nullcontext()

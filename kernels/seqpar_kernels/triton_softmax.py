@@ -14,7 +14,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from seqpar_kernels.triton_attention import launching
+from seqpar_kernels.triton_attention import launch
 from seqpar_kernels.triton_terms import LOG2E
 
 ELEMENTS = 4096  # of a tile of rows; not tuned
@@ -265,15 +265,8 @@ def _launch(kernel, leading, rows, tensors, strided, sizes, **constants) -> None
         "columns are contiguous"
     )
     strides = [s for x in strided for s in x.stride()[:3]]
-    with launching(tensors[0]):
-        kernel[(triton.cdiv(a * b * c, rows),)](
-            *tensors,
-            a * b * c,
-            b,
-            c,
-            *sizes,
-            *strides,
-            ROWS=rows,
-            enable_fp_fusion=True,
-            **constants,
-        )
+    launch(
+        kernel, triton.cdiv(a * b * c, rows), tensors[0],
+        *tensors, a * b * c, b, c, *sizes, *strides,
+        ROWS=rows, enable_fp_fusion=True, **constants,
+    )  # fmt: skip

@@ -62,7 +62,7 @@ TABLE: dict[tuple[str, str, int], tuple[Tiles, Tiles, Tiles]] = {
 
 def family(device: torch.device) -> str:
     """The family whose tiles a device uses. Consumer chips have the shared memory of sm_86."""
-    if device.type == "cpu":
+    if device.type in ("cpu", "meta"):
         return "cpu"
     if torch.version.hip is not None:
         return "gfx942"

@@ -5,7 +5,7 @@ from seqpar.comm.combine import combine, combine_elements
 from seqpar.comm.flight import Flight
 from seqpar.comm.gather import all_gather, reduce_scatter
 from seqpar.comm.grid import Grid
-from seqpar.comm.group import Group, silent
+from seqpar.comm.group import Group
 from seqpar.comm.heads import (
     HeadTrade,
     Places,
@@ -20,9 +20,11 @@ from seqpar.comm.parcel import Parcel
 from seqpar.comm.pieces import Delivery, HomeSum, Piece, gather_pass, send_home
 from seqpar.comm.reduce import all_reduce, all_reduce_, replicate
 from seqpar.comm.ring import RingSum, Trip, ring_pass
+from seqpar.comm.silent import Listener, silent
 from seqpar.comm.tape import Tape, current_tape, once, plays
 from seqpar.comm.threads import simulate
 from seqpar.comm.traffic import Count, Traffic
+from seqpar.comm.transport import Message
 
 __all__ = [
     "Count",
@@ -33,6 +35,8 @@ __all__ = [
     "Group",
     "HeadTrade",
     "HomeSum",
+    "Listener",
+    "Message",
     "Parcel",
     "Piece",
     "Places",

@@ -132,37 +132,6 @@ class Group:
 _LIVE: WeakValueDictionary[str, Group] = WeakValueDictionary()
 
 
-def silent(group: Group) -> Group:
-    """A group of the same rank and size that sends nothing and brings nothing: to learn shapes from."""
-    return Group(_Silent(group.rank, group.size))
-
-
-class _Silent:
-    """A transport whose messages are not sent and do not arrive."""
-
-    control_device = torch.device("cpu")
-
-    def __init__(self, rank: int, size: int) -> None:
-        self.rank, self.size, self.global_ranks = rank, size, list(range(size))
-
-    def exchange(
-        self,
-        primitive: str,  # noqa: ARG002
-        sends: Sequence[Message],  # noqa: ARG002
-        receives: Sequence[Message],  # noqa: ARG002
-    ) -> Pending:
-        return _Done()
-
-    def prepare(self, device: torch.device) -> None:
-        """Nothing to prepare."""
-
-    def all_reduce(self, x: Tensor, op: ReduceOp) -> None:
-        """Adds nothing."""
-
-    def gather_objects(self, item: object) -> list[object]:
-        return [item] * self.size
-
-
 class _Alone:
     """The transport of a group of one."""
 
