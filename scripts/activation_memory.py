@@ -1,4 +1,4 @@
-"""Compares the peak memory of a rank with the formula of its strategy; exits 1 if they differ by > 5 %.
+"""Compares the peak memory of a rank with a dry run of its plan; exits 1 if they differ by > 5 %.
 
 Forward and backward of causal attention over zigzag shards. Measured is the growth of the resident
 memory of each process at its peak, in fresh processes and after a shorter step that starts threads
@@ -6,8 +6,8 @@ and connections and makes kernels, with dout made between forward and backward. 
 back to the system at once (see memory_scaling.py), so what is measured is what tensors need, plus
 what Python and torch touch for the first time. `--exact` takes the profiler's record of allocations
 instead: the same on every run. A receive buffer takes no memory before its message comes, so where
-ranks wait for each other a peak may be lower than the formula: the highest of `--repeats` counts.
-The rank whose measured peak is furthest from its formula is shown. Linux with glibc only.
+ranks wait for each other a peak may be lower than it says: the highest of `--repeats` counts.
+The rank whose measured peak is furthest from it is shown. Linux with glibc only.
 
 Example: python scripts/activation_memory.py --lengths 16384 --ranks 2 4 --json memory.json
 """
@@ -18,7 +18,7 @@ import argparse
 import ctypes
 import json
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from seqpar import Group, Mask, Plan, attention
 from seqpar.layout import LAYOUTS
-from seqpar.strategies import Shape, resolve
-from seqpar.strategies.memory import Memory, memory
+from seqpar.strategies import Shape, dry_run, resolve
+from seqpar.strategies.dry_run import Held
 from seqpar.testing import PeakMemory, ProcessWorld
+from seqpar_kernels.torch_internals import allocated
 
 STRATEGIES = ("ring", "ulysses", "allgather", "mesh", "hybrid")
 TOLERANCE = 0.05
@@ -61,6 +62,7 @@ class Setting:
     window: int | None = None
     implementation: Any = None
     invariant: bool | None = None
+    head_chunks: int = 1
 
     def plan(self, group: Group) -> Plan:
         """With its implementation not resolved. Grids have two ulysses ranks, or columns."""
@@ -68,7 +70,7 @@ class Setting:
         return Plan(
             group, LAYOUTS[self.layout](self.length, group.size), Mask(self.causal, self.window),
             strategy=self.strategy, grid=grid, implementation=self.implementation,  # type: ignore[arg-type]
-            invariant=self.invariant,
+            invariant=self.invariant, head_chunks=self.head_chunks,
         )  # fmt: skip
 
     @property
@@ -102,11 +104,11 @@ def step(group: Group, setting: Setting) -> None:
         torch.autograd.grad(out, (q, k, v), torch.randn(b, rows, hq, vd, dtype=dtype))
 
 
-def formula(group: Group, setting: Setting) -> Memory:
-    """What this rank's strategy says."""
+def derived(group: Group, setting: Setting) -> Held:
+    """What a dry run of this rank says."""
     plan, shape = setting.plan(group), setting.shape
     q, v = (torch.empty(0, 0, 0, w, dtype=shape.dtype) for w in (shape.d, shape.vd))
-    return memory(resolve(plan, q, v), group.rank, shape)
+    return dry_run.held(resolve(plan, q, v), shape, group.rank)
 
 
 def resident_bytes(group: Group, setting: Setting) -> int:
@@ -120,48 +122,37 @@ def resident_bytes(group: Group, setting: Setting) -> int:
 
 def allocated_bytes(group: Group, setting: Setting) -> Allocated:
     """From the profiler's record of what was allocated on CPU and freed."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step(group, setting)
-    result = profiler.profiler.kineto_results  # type: ignore[union-attr]
-    changes = sorted(_changes(result.experimental_event_tree(), ""))
     now, peaks, kept = 0, {"forward": 0, "backward": 0}, 0
-    for _, size, phase in changes:
+    for phase, size in allocated(profiled):
         now += size
-        if phase:
+        if phase in peaks:
             peaks[phase] = max(peaks[phase], now)
         if phase == "forward":
             kept = now
     return Allocated(peaks["forward"], kept, peaks["backward"])
 
 
-def _changes(events: Iterable[Any], phase: str) -> Iterable[tuple[int, int, str]]:
-    """(when, bytes more or less, phase) of all events and what they called."""
-    for event in events:
-        if event.tag == torch._C._profiler._EventType.Allocation:
-            yield event.start_time_ns, event.extra_fields.alloc_size, phase
-        name = event.name if event.name in ("forward", "backward") else ""
-        yield from _changes(event.children, phase or name)
-
-
 def compare(setting: Setting, ranks: int, *, exact: bool, repeats: int) -> dict[str, Any]:
-    """Formula and measurement of the rank for which they differ most, in fresh processes."""
+    """Dry run and measurement of the rank for which they differ most, in fresh processes."""
     measured = [0] * ranks
     for _ in range(1 if exact else repeats):
         with ProcessWorld(ranks) as world:
-            formulas: list[Memory] = world.run(formula, setting)
+            dry_runs: list[Held] = world.run(derived, setting)
             if exact:
                 found = world.run(allocated_bytes, setting, timeout=600.0)
                 peaks = [max(x.forward, x.backward) for x in found]
             else:
                 peaks = world.run(resident_bytes, setting, timeout=600.0)
         measured = [max(pair) for pair in zip(measured, peaks, strict=True)]
-    ratios = [m / f.peak_bytes for m, f in zip(measured, formulas, strict=True)]
+    ratios = [m / d.peak for m, d in zip(measured, dry_runs, strict=True)]
     worst = max(range(ranks), key=lambda rank: abs(ratios[rank] - 1))
     return {
         "strategy": setting.strategy, "ranks": ranks, "length": setting.length,
-        "dtype": setting.dtype, "rank": worst, "formula_bytes": formulas[worst].peak_bytes,
+        "dtype": setting.dtype, "rank": worst, "derived_bytes": dry_runs[worst].peak,
         "measured_bytes": measured[worst], "ratio": ratios[worst], "ratios": ratios,
-        "kept_bytes": formulas[worst].kept_bytes, "terms": formulas[worst].backward,
+        "kept_bytes": dry_runs[worst].kept,
     }  # fmt: skip
 
 
@@ -189,10 +180,10 @@ def study(
 
 
 def failures(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The rows in which formula and measurement differ too much."""
+    """The rows in which dry run and measurement differ too much."""
     return [
         f"{row['strategy']}, P = {row['ranks']}, N = {row['length']}: measured {row['ratio']:.3f} of "
-        f"the formula on rank {row['rank']}"
+        f"the dry run on rank {row['rank']}"
         for row in rows
         if abs(row["ratio"] - 1) > TOLERANCE
     ]
@@ -205,12 +196,12 @@ def show(rows: Sequence[dict[str, Any]], setting: Setting, console: Console) -> 
         f"heads of {setting.d}, {setting.kv_heads} of keys"
     )
     table.add_column("strategy")
-    for name in ("P", "N", "formula MB", "measured MB", "ratio", "rank"):
+    for name in ("P", "N", "derived MB", "measured MB", "ratio", "rank"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
             row["strategy"], str(row["ranks"]), str(row["length"]),
-            f"{row['formula_bytes'] / 1e6:.1f}", f"{row['measured_bytes'] / 1e6:.1f}",
+            f"{row['derived_bytes'] / 1e6:.1f}", f"{row['measured_bytes'] / 1e6:.1f}",
             f"{row['ratio']:.3f}", str(row["rank"]),
         )  # fmt: skip
     console.print(table)

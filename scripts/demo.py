@@ -1,7 +1,7 @@
 """The main job on real text: Ring and Ulysses for P = 1 ... 4, held to one device, side by side.
 
 For each number of ranks and each strategy, under torchrun: largest errors against float64, bytes
-counted and by formula, time, what a training step holds at its peak, and a small language model
+counted and by a dry run, time, what a training step holds at its peak, and a small language model
 trained on the text.
 Writes report/index.html and report/report.json, and fails when anything does not agree.
 
@@ -62,8 +62,8 @@ def problems(runs: list[dict[str, Any]], one_device: dict[str, Any]) -> list[str
     found = []
     for run in runs:
         label = f"{run['strategy']} at P={run['ranks']}"
-        if run["sent_bytes"] != run["formula_bytes"]:
-            found.append(f"{label}: sent {run['sent_bytes']}, formula {run['formula_bytes']}")
+        if run["sent_bytes"] != run["derived_bytes"]:
+            found.append(f"{label}: sent {run['sent_bytes']}, by a dry run {run['derived_bytes']}")
         for dtype, e in run["equality"].items():
             found += [
                 f"{label}: {name} in {dtype} off by {e['errors'][name]:.3g}, allowed {e['allowed'][name]:.3g}"
@@ -90,7 +90,7 @@ def show(report: dict[str, Any], console: Console) -> None:
         "float64 error",
         "float32 error",
         "sent MB",
-        "formula MB",
+        "dry-run MB",
         "step MB/rank",
         "ms",
         "loss diff.",
@@ -112,7 +112,7 @@ def show(report: dict[str, Any], console: Console) -> None:
         worst = {d: max(e["errors"].values()) for d, e in run["equality"].items()}
         table.add_row(
             run["strategy"], str(run["ranks"]), f"{worst['float64']:.1e}", f"{worst['float32']:.1e}",
-            f"{sum(run['sent_bytes']) / 1e6:.3f}", f"{sum(run['formula_bytes']) / 1e6:.3f}",
+            f"{sum(run['sent_bytes']) / 1e6:.3f}", f"{sum(run['derived_bytes']) / 1e6:.3f}",
             f"{run['step']['peak_bytes'] / 1e6:.1f}", f"{1e3 * run['seconds']:.0f}",
             f"{run['loss_difference']:.1e}",
         )  # fmt: skip

@@ -7,27 +7,67 @@ comes out besides the results, for backward to play from a `Tape`; autograd does
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Sequence
-from dataclasses import replace
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from seqpar.comm import Grid, Group, Tape, once, silent
-from seqpar.layout import Layout, Mask
-from seqpar.strategies import HEAD_STRATEGIES, STRATEGIES, Plan, agree_on_call, check_call, resolve
-from seqpar_kernels import Dropout, Score, torch_internals
+from seqpar.comm import Group, Tape, once, silent
+from seqpar.strategies import STRATEGIES, Plan, agree_on_call, check_call, resolve
+from seqpar.strategies.options import SCHEMA, read, written
+from seqpar_kernels import TENSORS, torch_internals
 from seqpar_kernels.torch_ops import define
 
-# Tensors, then the plan. What may be a symbol while the compiler looks on is an argument of its own.
+# Tensors, then what else a call is made of, see `options`.
 _ARGUMENTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? alibi_slopes, Tensor? sinks, str group, str plan, "
-    "bool causal, int? window, int[]? documents, float? scale, float? softcap, float dropout, "
-    "SymInt seed, int head_chunks, bool[] learning, bool with_lse"
+    f"Tensor q, Tensor k, Tensor v, {', '.join(f'Tensor? {name}' for name in TENSORS)}, "
+    f"str group, {SCHEMA}, bool[] learning, bool with_lse"
 )
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of the op, by name. The plan has its tensors."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    plan: Plan
+    learning: tuple[bool, ...]
+    with_lse: bool
+
+    @staticmethod
+    def of(args: Sequence[Any], group: Callable[[str], Group]) -> _Call:
+        """The call of the op's arguments.
+
+        Args:
+            group: that of a name.
+        """
+        q, k, v, *rest = args
+        tensors = dict(zip(TENSORS, rest, strict=False))
+        name, *values, learning, with_lse = rest[len(TENSORS) :]
+        plan = read(group(name), iter(values))
+        plan = replace(plan, score=plan.score.with_tensors(tensors))
+        return _Call(q, k, v, plan, tuple(learning), with_lse)
+
+    @property
+    def num_results(self) -> int:
+        """How many results there are: some strategies give lse though nobody asked."""
+        return 2 if self.with_lse or not STRATEGIES[self.plan.strategy].trades_heads else 1
+
+    @property
+    def trades(self) -> bool:
+        """Whether ranks exchange rows for heads, which are then all that backward looks at."""
+        grid = self.plan.grid
+        size = self.plan.group.size if grid is None else grid.shape[1]
+        return STRATEGIES[self.plan.strategy].trades_heads and size > 1
+
+    def attend(self, plan: Plan) -> Sequence[Tensor | None]:
+        """(out, lse if there is one)."""
+        attend = STRATEGIES[plan.strategy].attend
+        return attend(self.q, self.k, self.v, plan, with_lse=self.with_lse)
 
 
 def is_traced() -> bool:
@@ -39,121 +79,60 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, with_lse: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """(out, lse if asked for) as the strategies give them, as one op of the graph that is being compiled."""
-    score = plan.score
-    learned = (q, k, v, score.alibi_slopes, score.sinks)
-    learning = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in learned]
-    results = torch.ops.seqpar.sharded_attention(*learned, *_described(plan), learning, with_lse)
+    tensors = [getattr(plan.score, name) for name in TENSORS]
+    inputs = (q, k, v, *tensors)
+    learning = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs]
+    results = torch.ops.seqpar.sharded_attention(
+        *inputs, plan.group.name, *written(plan), learning, with_lse
+    )
     if not with_lse:
         return results[0], None
     out, lse = results[:2]
     return out, lse.reshape(out.shape[:3])
 
 
-def _num_results(strategy: str, *, with_lse: bool) -> int:
-    """How many results a strategy has: some give lse though nobody asked."""
-    return 2 if with_lse or strategy not in HEAD_STRATEGIES else 1
-
-
-def _described(plan: Plan) -> tuple[Any, ...]:
-    """The plan but for its tensors, as the ops take it. Traced, so it makes no object."""
-    score, mask, drop = plan.score, plan.mask, plan.dropout
-    keys = "None" if plan.kv_layout is None else repr(plan.kv_layout.code)
-    grid = "None" if plan.grid is None else plan.grid.code
-    text = (
-        f"({plan.strategy!r}, {plan.implementation!r}, {plan.invariant!r}, {plan.layout.code!r}, "
-        f"{keys}, {grid}, {plan.first_head})"
-    )
-    documents = None if mask.documents is None else list(mask.documents)
-    p, seed = (0.0, 0) if drop is None else (drop.p, drop.seed)
-    return (
-        plan.group.name, text, mask.causal, mask.window, documents, score.scale, score.softcap, p,
-        seed, plan.head_chunks,
-    )  # fmt: skip
-
-
-@lru_cache(maxsize=256)
-def _decoded(text: str) -> tuple[Any, ...]:
-    strategy, implementation, invariant, layout, keys, grid, first = ast.literal_eval(text)
-    keys = None if keys is None else Layout.decoded(keys)
-    return strategy, implementation, invariant, Layout.decoded(layout), keys, grid, first
-
-
-def _plan(group: Group, slopes: Tensor | None, sinks: Tensor | None, *described: Any) -> Plan:
-    """The plan that was `_described`, but for the name of its group."""
-    text, causal, window, documents, scale, softcap, p, seed, head_chunks = described
-    strategy, implementation, invariant, layout, keys, grid, first = _decoded(text)
-    return Plan(
-        group,
-        layout,
-        Mask(causal, window, documents),
-        Score(scale, softcap, slopes, sinks),
-        strategy,
-        implementation,
-        Dropout(p, seed) if p else None,
-        keys,
-        invariant,
-        None if grid is None else Grid(group, grid),
-        head_chunks,
-        first,
-    )
-
-
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    slopes: Tensor | None,
-    sinks: Tensor | None,
-    group: str,
-    *args: Any,
-) -> list[Tensor]:
-    *described, learning, with_lse = args
-    plan = _plan(Group.named(group), slopes, sinks, *described)
+def _forward(*args: Any) -> list[Tensor]:
+    call = _Call.of(args, Group.named)
 
     def step() -> tuple[Tensor, ...]:
-        agreed = agree_on_call(q, k, v, plan, with_lse=with_lse, learning=tuple(learning))
+        agreed = agree_on_call(
+            call.q, call.k, call.v, call.plan, with_lse=call.with_lse, learning=call.learning
+        )
         tape = Tape()
         with torch.no_grad(), tape.record():
-            results = STRATEGIES[agreed.strategy](q, k, v, agreed, with_lse=with_lse)
-        return tuple(_listed(tape, results, (q, k, v), keeps=any(learning)))
+            results = call.attend(agreed)
+        return tuple(_listed(tape, results, call))
 
     return list(once(step))  # for checkpointing around compiled code
 
 
-def _forward_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    slopes: Tensor | None,
-    sinks: Tensor | None,
-    group: str,
-    *args: Any,
-) -> list[Tensor]:
+def _forward_fake(*args: Any) -> list[Tensor]:
     torch_internals.parts(torch_internals.COMPILE)  # refused here where they are missing
-    *described, learning, with_lse = args
-    described[-3:-1] = 0.0, 0  # dropped or not, shapes are the same
-    real = Group.named(group)
-    plan = _plan(silent(real.rank, real.size), slopes, sinks, *described)
+    call = _Call.of(args, _silent)
+    q, k, v = call.q, call.k, call.v
     try:
-        plan = check_call(q, k, v, plan, with_lse=with_lse)
+        plan = check_call(q, k, v, call.plan, with_lse=call.with_lse).outline()
     except (TypeError, ValueError, NotImplementedError):
         # Not here, where this rank is alone: when it runs, the op is refused on all ranks.
-        num = _num_results(plan.strategy, with_lse=with_lse)
-        return [q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1])][:num]
-    if plan.strategy.startswith("materialised"):
-        plan = replace(plan, implementation="reference")  # whose steps know tensors without content
+        return [q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1])][
+            : call.num_results
+        ]
     tape = Tape()
     with torch.no_grad(), tape.outline():
-        results = STRATEGIES[plan.strategy](q, k, v, plan, with_lse=with_lse)
-    return _listed(tape, results, (q, k, v), keeps=any(learning))
+        results = call.attend(plan)
+    return _listed(tape, results, call)
 
 
-def _listed(
-    tape: Tape, results: Sequence[Tensor | None], inputs: Sequence[Tensor], *, keeps: bool
-) -> list[Tensor]:
+def _silent(name: str) -> Group:
+    real = Group.named(name)
+    return silent(real.rank, real.size)
+
+
+def _listed(tape: Tape, results: Sequence[Tensor | None], call: _Call) -> list[Tensor]:
     """The results, then what else is kept for backward, if anything; no tensor twice, and no input."""
+    inputs = call.q, call.k, call.v
     ends = [x for x in results if x is not None]
-    kept = tape.tensors if keeps else []
+    kept = tape.tensors if any(call.learning) else []
     if kept and all(map(_same_storage, kept[-len(ends) :], ends)):
         kept, ends = kept[: -len(ends)], kept[-len(ends) :]
     listed: list[Tensor] = []
@@ -167,29 +146,18 @@ def _same_storage(x: Tensor, y: Tensor) -> bool:
     return x.untyped_storage() is y.untyped_storage()
 
 
-def _backward(
-    grads: Sequence[Tensor | None],
-    kept: Sequence[Tensor],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    slopes: Tensor | None,
-    sinks: Tensor | None,
-    group: str,
-    *args: Any,
-) -> list[Tensor]:
-    *described, learning, with_lse = args
-    inputs = [None if x is None else x.detach() for x in (q, k, v, slopes, sinks)]
-    wanted = [x for x, learns in zip(inputs, learning, strict=True) if learns]
-    leaves = [x.requires_grad_() for x in wanted if x is not None]
-    xs, (slopes, sinks) = inputs[:3], inputs[3:]
-    plan = _plan(Group.named(group), slopes, sinks, *described)
-    plan = resolve(plan, q, v, with_lse=with_lse)
+def _backward(grads: Sequence[Tensor | None], kept: Sequence[Tensor], *args: Any) -> list[Tensor]:
+    num = 3 + len(TENSORS)
+    inputs: list[Any] = [None if x is None else x.detach() for x in args[:num]]
+    call = _Call.of((*inputs, *args[num:]), Group.named)
+    learning = zip(inputs, call.learning, strict=True)
+    leaves: list[Tensor] = [x.requires_grad_() for x, learns in learning if learns]
+    plan = resolve(call.plan, call.q, call.v, with_lse=call.with_lse)
     with torch_internals.differentiating():
         with Tape(kept).play():
-            results = STRATEGIES[plan.strategy](*xs, plan, with_lse=with_lse)
-        ends = results[: len(grads)]
-        pairs = [(x, dx) for x, dx in zip(ends, grads, strict=True) if dx is not None]
+            results = call.attend(plan)
+        ends = zip(results[: len(grads)], grads, strict=True)
+        pairs = [(x, dx) for x, dx in ends if x is not None and dx is not None]
         outs, douts = [x for x, _ in pairs], [dx.reshape(x.shape) for x, dx in pairs]
         found = torch.autograd.grad(outs, leaves, douts, allow_unused=True)
     given: list[Tensor] = []
@@ -203,48 +171,39 @@ def _backward(
 def _backward_fake(
     grads: Sequence[Tensor | None],  # noqa: ARG001
     kept: Sequence[Tensor],  # noqa: ARG001
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    slopes: Tensor | None,
-    sinks: Tensor | None,
     *args: Any,
 ) -> list[Tensor]:
-    inputs, learning = (q, k, v, slopes, sinks), args[-2]
-    wanted = [x for x, learns in zip(inputs, learning, strict=True) if learns]
+    learning = args[-2]
+    wanted = [x for x, learns in zip(args, learning, strict=False) if learns]
     return [x.new_empty(x.shape) for x in wanted if x is not None]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    q, k, v, slopes, sinks, *ctx.call = inputs
-    text, with_lse = ctx.call[1], ctx.call[-1]
-    strategy, *_, layout, _, grid, _ = _decoded(text)
-    num_results = _num_results(strategy, with_lse=with_lse)
-    ctx.num_learning = 1 + with_lse  # an lse that nobody asked for has no gradient
+    num = 3 + len(TENSORS)
+    call, ctx.rest = _Call.of(inputs, _silent), inputs[num:]
+    ctx.num_learning = 1 + call.with_lse  # an lse that nobody asked for has no gradient
     ctx.mark_non_differentiable(*output[ctx.num_learning :])
-    # Heads that were traded are all that backward looks at; of its own rows it needs the shape.
-    num_trading = layout.size if grid is None else len(grid[0])
-    ctx.traded = strategy in HEAD_STRATEGIES and num_trading > 1
-    ctx.shapes = [x.shape for x in (q, k, v)]
-    own = () if ctx.traded else (q, k, v)
-    kept = *output[num_results:], *output[:num_results]  # in the order of the tape
-    ctx.save_for_backward(slopes, sinks, *own, *kept)
+    # Of own rows that were traded backward needs the shape alone.
+    ctx.traded, ctx.shapes = call.trades, [x.shape for x in inputs[:3]]
+    own = () if ctx.traded else inputs[:3]
+    kept = *output[call.num_results :], *output[: call.num_results]  # in the order of the tape
+    ctx.save_for_backward(*inputs[3:num], *own, *kept)
 
 
 def _differentiate(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    slopes, sinks, *tensors = ctx.saved_tensors
+    learned, tensors = ctx.saved_tensors[: len(TENSORS)], ctx.saved_tensors[len(TENSORS) :]
     if ctx.traded:
         own = [tensors[0].new_empty(()).expand(shape) for shape in ctx.shapes]
         kept = tensors
     else:
         own, kept = tensors[:3], tensors[3:]
     found = torch.ops.seqpar.sharded_attention_backward(
-        list(grads[: ctx.num_learning]), kept, *own, slopes, sinks, *ctx.call
+        list(grads[: ctx.num_learning]), kept, *own, *learned, *ctx.rest
     )
-    there = iter(found)
+    there, learning = iter(found), ctx.rest[-2]
     return (
-        *(next(there) if learns else None for learns in ctx.call[-2]),
-        *(None for _ in ctx.call),
+        *(next(there) if learns else None for learns in learning),
+        *(None for _ in ctx.rest),
     )
 
 

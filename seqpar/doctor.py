@@ -19,7 +19,7 @@ import torch
 
 from seqpar import __version__
 from seqpar.comm import simulate
-from seqpar.strategies import STRATEGY_NAMES, Strategy
+from seqpar.strategies import STRATEGIES
 from seqpar.testing import Case, Errors, ProcessWorld, errors_on_rank
 from seqpar_kernels import DTYPES, IMPLEMENTATIONS, Request, choose, preference, refusal
 
@@ -216,10 +216,8 @@ def _summary(held: Iterable[tuple[str, str]]) -> Iterator[str]:
         yield " in ".join(part for part in (what, when) if part)
 
 
-def _checks(
-    world: str, errors_by_rank: Callable[[Case, Strategy], list[Errors]]
-) -> Iterator[Check]:
-    for strategy in STRATEGY_NAMES:
+def _checks(world: str, errors_by_rank: Callable[[Case, str], list[Errors]]) -> Iterator[Check]:
+    for strategy in STRATEGIES:
         for dtype in CHECKED_DTYPES:
             start, share = time.perf_counter(), None
             try:
@@ -242,7 +240,7 @@ class _Processes:
     def __init__(self) -> None:
         self._world: ProcessWorld | None = None
 
-    def errors(self, case: Case, strategy: Strategy) -> list[Errors]:
+    def errors(self, case: Case, strategy: str) -> list[Errors]:
         if self._world is None or not self._world.is_alive:
             self._world = ProcessWorld(2)
         return self._world.run(errors_on_rank, case, strategy)

@@ -11,6 +11,7 @@ from torch import Tensor
 from seqpar import compiled
 from seqpar.comm import current_tape
 from seqpar.strategies import STRATEGIES, Plan, agree_on_call, resolve
+from seqpar.strategies.options import told_of
 
 
 def attention(
@@ -38,7 +39,7 @@ def attention(
     if compiled.is_traced():
         return compiled.attention(q, k, v, plan)[0]
     plan = _agreed(q, k, v, plan)
-    out, _ = STRATEGIES[plan.strategy](q, k, v, plan)
+    out, _ = STRATEGIES[plan.strategy].attend(q, k, v, plan)
     return out
 
 
@@ -59,7 +60,7 @@ def attention_with_lse(
         assert lse is not None, "it was asked for"
         return out, lse
     plan = _agreed(q, k, v, plan, with_lse=True)
-    out, lse = STRATEGIES[plan.strategy](q, k, v, plan, with_lse=True)
+    out, lse = STRATEGIES[plan.strategy].attend(q, k, v, plan, with_lse=True)
     assert lse is not None, "it was asked for"
     return out, lse
 
@@ -89,12 +90,9 @@ def _agreed(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, with_lse: bool = Fal
     return agreed
 
 
-def _call(plan: Plan, with_lse: bool) -> tuple[object, ...]:
+def _call(plan: Plan, with_lse: bool) -> object:
     """What must be the same when a call is recomputed; its tensors are autograd's to watch."""
-    options = plan.strategy, plan.implementation, plan.invariant, plan.head_chunks, with_lse
-    score = plan.score.scale, plan.score.softcap
-    where = plan.layout, plan.kv_layout, plan.first_head
-    return *options, *where, plan.mask, score, plan.dropout
+    return told_of(plan) | {"with_lse": with_lse}
 
 
 def merge(

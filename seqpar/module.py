@@ -10,15 +10,10 @@ from torch import Tensor, nn
 from seqpar.comm import Grid, Group
 from seqpar.functional import attention
 from seqpar.layout import Layout, Mask
-from seqpar.strategies import Plan, Strategy, agree_on_call, attention_weights
+from seqpar.strategies import Plan, agree_on_call, attention_weights
 from seqpar_kernels import Dropout, Implementation, Score
 
 Shard = Literal["rows", "columns", "depth"]
-SHARDS: dict[Shard, Strategy] = {
-    "rows": "materialised_rows",
-    "columns": "materialised_columns",
-    "depth": "materialised_depth",
-}
 
 
 class _Attention(nn.Module):
@@ -35,7 +30,7 @@ class _Attention(nn.Module):
         invariant: whether results must be the same bits for any number of ranks; see `seqpar.Plan`.
     """
 
-    strategy: Strategy
+    strategy: str
     grid: Grid | None = None
     head_chunks: int = 1
 
@@ -159,7 +154,7 @@ class MaterialisedAttention(_Attention):
         if shard not in get_args(Shard):
             raise ValueError(f"shard must be one of {get_args(Shard)}, got {shard!r}")
         super().__init__(group, **options)
-        self.strategy = SHARDS[shard]
+        self.strategy = f"materialised_{shard}"
 
     def weights(
         self,

@@ -13,6 +13,7 @@ from seqpar_kernels.choice import (
     Implementation,
     Request,
     choose,
+    needs_out,
     preference,
     refusal,
 )
@@ -21,11 +22,21 @@ from seqpar_kernels.dispatch import attend, attend_backward, finish, tile_border
 from seqpar_kernels.documents import Documents
 from seqpar_kernels.dropout import Dropout
 from seqpar_kernels.partial import Partial, accumulation_dtype
-from seqpar_kernels.score import Score, sink_gradient, sink_gradient_rows, sum_rows
+from seqpar_kernels.score import (
+    BY_BLOCKS,
+    TENSORS,
+    Score,
+    finished_gradients,
+    sink_gradient,
+    sink_gradient_rows,
+    sum_rows,
+)
 
 __all__ = [
+    "BY_BLOCKS",
     "DTYPES",
     "IMPLEMENTATIONS",
+    "TENSORS",
     "Band",
     "Block",
     "Documents",
@@ -43,6 +54,8 @@ __all__ = [
     "attention_with_lse",
     "choose",
     "finish",
+    "finished_gradients",
+    "needs_out",
     "preference",
     "recalled",
     "refusal",

@@ -101,6 +101,11 @@ def refusal(name: Implementation, request: Request) -> str | None:
     return _REFUSALS[name](request)
 
 
+def needs_out(implementation: Implementation | None) -> bool:
+    """Whether its backward derives delta from `out`, which rows then have to bring."""
+    return implementation not in ("reference", "triton")
+
+
 def fuses(x: Tensor, implementation: Implementation | None) -> bool:
     """Whether what surrounds the attention of x (delta, finishing, row softmax) runs in Triton."""
     if implementation == "triton":

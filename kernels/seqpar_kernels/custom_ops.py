@@ -20,13 +20,14 @@ from seqpar_kernels.dispatch import attend, attend_backward, finish
 from seqpar_kernels.documents import Documents
 from seqpar_kernels.dropout import Dropout
 from seqpar_kernels.partial import Partial, accumulation_dtype
-from seqpar_kernels.score import Score, sink_gradient, sum_rows
+from seqpar_kernels.score import BY_BLOCKS, TENSORS, Score, finished_gradients, sum_rows
 from seqpar_kernels.torch_ops import define
 
 # Tensors first; what follows describes the block. Ops take no dataclasses.
 _BLOCK = (
-    "Tensor? alibi_slopes, Tensor? sinks, int? lower, int? upper, float scale, float? softcap, "
-    "int[4] place, float dropout, int seed, int[]? documents, bool lse_learns, str? implementation"
+    f"{', '.join(f'Tensor? {name}' for name in TENSORS)}, int? lower, int? upper, "
+    "float scale, float? softcap, int[4] place, float dropout, int seed, int[]? documents, "
+    "bool lse_learns, str? implementation"
 )
 
 
@@ -85,29 +86,21 @@ def _described(block: Block) -> tuple[Any, ...]:
     """The block as the ops take it."""
     score, drop = block.score, block.dropout
     return (
-        score.alibi_slopes, score.sinks, block.band.lower, block.band.upper,
+        *(getattr(score, name) for name in TENSORS), block.band.lower, block.band.upper,
         score.factor, score.softcap, [block.row, block.col, block.step, block.head],
         drop.p if drop else 0.0, drop.seed if drop else 0,
         list(block.documents.bounds) if block.documents else None,
     )  # fmt: skip
 
 
-def _block(
-    slopes: Tensor | None,
-    sinks: Tensor | None,
-    lower: int | None,
-    upper: int | None,
-    scale: float,
-    softcap: float | None,
-    place: Sequence[int],
-    dropout: float,
-    seed: int,
-    documents: Sequence[int] | None,
-) -> Block:
+def _block(*described: Any) -> Block:
+    """The block that was `_described`."""
+    tensors = dict(zip(TENSORS, described, strict=False))
+    lower, upper, scale, softcap, place, dropout, seed, documents = described[len(TENSORS) :]
     row, col, step, head = place
     return Block(
         Band(lower, upper),
-        Score(scale, softcap, slopes, sinks),
+        Score(scale, softcap, **tensors),
         row=row,
         col=col,
         step=step,
@@ -125,7 +118,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tenso
     implementation = choose(asked, implementation)
     running = Partial.identity(q, v.shape[-1])
     attend(q, k, v, block, into=running, implementation=implementation)
-    return finish(running, q.dtype, block.score.sinks, implementation=implementation)
+    return finish(running, q.dtype, block.score, implementation=implementation)
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG001
@@ -141,27 +134,22 @@ def _backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    slopes_learn: bool,
-    sinks_learn: bool,
+    learn: Sequence[bool],
     *args: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     *described, _, implementation = args
     block = _block(*described)
+    score, wanted = block.score, [n for n, learns in zip(TENSORS, learn, strict=True) if learns]
     rows = Rows.of(q, out, dout, lse, dlse, implementation=implementation)
     dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v))
-    by_row = torch.zeros_like(lse) if slopes_learn else None
+    by_row = {name: torch.zeros_like(lse) for name in wanted if name in BY_BLOCKS}
     attend_backward(
-        rows, k, v, block, into=(dq, dk, dv), dslopes=by_row, implementation=implementation
+        rows, k, v, block, into=(dq, dk, dv), learned=by_row, implementation=implementation
     )
-    dslopes, dsinks = lse.new_empty(0), lse.new_empty(0)
-    if by_row is not None:
-        assert block.score.alibi_slopes is not None
-        dslopes = sum_rows(by_row).to(block.score.alibi_slopes.dtype)
-    if sinks_learn:
-        assert block.score.sinks is not None
-        dsinks = sink_gradient(block.score.sinks, lse, rows.delta)
+    by_row |= finished_gradients(score, lse, rows.delta, wanted)
+    learned = [sum_rows(by_row[name]).to(score.tensors[name].dtype) for name in wanted]
     # An op may not give back one tensor twice, nor what it was given.
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dslopes, dsinks
+    return [dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *learned]
 
 
 def _backward_fake(
@@ -171,45 +159,32 @@ def _backward_fake(
     k: Tensor,
     v: Tensor,
     out: Tensor,  # noqa: ARG001
-    lse: Tensor,
-    slopes_learn: bool,
-    sinks_learn: bool,
+    lse: Tensor,  # noqa: ARG001
+    learn: Sequence[bool],
     *args: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    slopes, sinks = args[:2]
-    return (
-        *(x.new_empty(x.shape) for x in (q, k, v)),
-        slopes.new_empty(slopes.shape) if slopes_learn else lse.new_empty(0),
-        sinks.new_empty(sinks.shape) if sinks_learn else lse.new_empty(0),
-    )  # type: ignore[return-value]
+) -> list[Tensor]:
+    learned = [x for x, learns in zip(args, learn, strict=False) if learns]
+    return [x.new_empty(x.shape) for x in (q, k, v, *learned)]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, slopes, sinks, *ctx.described = inputs
+    q, k, v, *rest = inputs
+    tensors, ctx.described = rest[: len(TENSORS)], rest[len(TENSORS) :]
     out, lse = output
     ctx.lse_learns = ctx.described[-2]
     if not ctx.lse_learns:
         ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, slopes, sinks, out, lse)
+    ctx.save_for_backward(q, k, v, out, lse, *tensors)
 
 
 def _differentiate(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, slopes, sinks, out, lse = ctx.saved_tensors
-    learn = ctx.needs_input_grad[3:5]
+    q, k, v, out, lse, *tensors = ctx.saved_tensors
+    learn = list(ctx.needs_input_grad[3 : 3 + len(TENSORS)])
     dq, dk, dv, *learned = torch.ops.seqpar.attention_backward(
-        dout,
-        dlse if ctx.lse_learns else None,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        *learn,
-        slopes,
-        sinks,
-        *ctx.described,
+        dout, dlse if ctx.lse_learns else None, q, k, v, out, lse, learn, *tensors, *ctx.described
     )
-    gradients = (x if wanted else None for x, wanted in zip(learned, learn, strict=True))
+    there = iter(learned)
+    gradients = (next(there) if learns else None for learns in learn)
     return dq, dk, dv, *gradients, *(None for _ in ctx.described)
 
 
@@ -242,7 +217,7 @@ define(
 define(
     "attention_backward",
     "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"bool slopes_learn, bool sinks_learn, {_BLOCK}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"bool[] learn, {_BLOCK}) -> Tensor[]",
     _backward,
     fake=_backward_fake,
 )

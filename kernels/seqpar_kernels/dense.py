@@ -6,6 +6,7 @@ progressions. Matrices are `[b hq i j]`, in float32 or wider. The softmax over t
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import product
 
@@ -89,9 +90,13 @@ def product_gradient_(
     return ds if bend is None else ds.mul_(bend)
 
 
-def slope_gradient(ds: Float[Tensor, "b hq i j"], cells: Cells) -> Float[Tensor, "b hq i"]:
-    """What each row of the matrix adds to the gradient of its head's ALiBi slope."""
-    return -(ds * cells.distance(ds.dtype)).sum(-1)
+def learned_gradients(
+    ds: Float[Tensor, "b hq i j"], cells: Cells, wanted: Collection[str]
+) -> dict[str, Float[Tensor, "b hq i"]]:
+    """What each row of the matrix adds to the gradients of those tensors of the score that scores know."""
+    if "alibi_slopes" not in wanted:
+        return {}
+    return {"alibi_slopes": -(ds * cells.distance(ds.dtype)).sum(-1)}
 
 
 def dropped(x: Float[Tensor, "b hq i j"], cells: Cells) -> Float[Tensor, "b hq i j"]:

@@ -6,6 +6,7 @@ Every strategy calls these and nothing else; here an implementation is chosen an
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from types import ModuleType
 
 import torch
@@ -17,6 +18,7 @@ from seqpar_kernels.block import Block, Gradients, Rows
 from seqpar_kernels.choice import Implementation, Request, choose, fuses
 from seqpar_kernels.partial import Partial, without_autocast
 from seqpar_kernels.rectangles import documents
+from seqpar_kernels.score import Score
 from seqpar_kernels.tuning import KERNELS, tiles_for
 from seqpar_kernels.watching import Direction, Unlaunched, watcher
 from seqpar_kernels.windows import Adapter
@@ -59,7 +61,7 @@ def attend_backward(
     block: Block,
     *,
     into: Gradients,
-    dslopes: Float[Tensor, "b i hq"] | None = None,
+    learned: Mapping[str, Float[Tensor, "b i hq"]] | None = None,
     implementation: Implementation | None = None,
 ) -> None:
     """Adds the block's share of (dq, dk, dv) to `into`, in place.
@@ -68,7 +70,7 @@ def attend_backward(
         rows: the query rows with lse and delta over *all* their keys, not just this block's.
         into: dq `[b i hq d]`, dk `[b j hkv d]`, dv `[b j hkv vd]`, float32 or wider. dq may be `None`, or
             both dk and dv: not wanted, and not computed by kernels that can leave it out.
-        dslopes: where the ALiBi slopes learn: each row's share of their gradient is added to it.
+        learned: by name, what each row's share of the gradient of a term of the score is added to.
 
     Raises:
         ValueError: hq is not a multiple of hkv, or just one of dk and dv is wanted.
@@ -82,17 +84,22 @@ def attend_backward(
     _tell("backward", rows.q, k, block)
     with without_autocast(rows.q.device):
         chosen = _chosen(rows.q, v, block, implementation, lse_learns=rows.lse_learns)
-        chosen.backward(rows, k, v, block, into, dslopes)
+        chosen.backward(rows, k, v, block, into, (learned or {}).get("alibi_slopes"))
 
 
 def finish(
     running: Partial,
     dtype: torch.dtype,
-    sinks: Float[Tensor, "h"] | None = None,
+    score: Score,
     *,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Tensor, "b i hq vd"], Float[Tensor, "b i hq"]]:
-    """Normalises: (out in `dtype`, lse). The partial is used up. See `Partial.finish`."""
+    """Normalises: (out in `dtype`, lse). The partial is used up. See `Partial.finish`.
+
+    Args:
+        score: with the terms that join a row once, not with each of its blocks.
+    """
+    sinks = score.sinks
     if fuses(running.acc, implementation):
         from seqpar_kernels import triton_softmax
 

@@ -87,9 +87,7 @@ def backward(
                 _add((p * kept).mT @ dout_t, dv[:, cols])
 
 
-def _walk(
-    block: Block, q: Tensor, k: Tensor
-) -> Iterator[tuple[slice, list[tuple[slice, Block]]]]:
+def _walk(block: Block, q: Tensor, k: Tensor) -> Iterator[tuple[slice, list[tuple[slice, Block]]]]:
     """The rows of each tile, with (cols, tile) of those in which some row is inside the band.
 
     In a dry run one tile tells of all, since each takes the same memory.

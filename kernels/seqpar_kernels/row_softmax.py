@@ -13,6 +13,7 @@ from torch import Tensor
 
 from seqpar_kernels.choice import Implementation, fuses
 from seqpar_kernels.partial import without_autocast
+from seqpar_kernels.score import Score
 
 
 def add_sums_(
@@ -37,6 +38,20 @@ def add_sums_(
     origin = torch.where(top == -torch.inf, 0.0, top)
     l.mul_(torch.exp(m - origin)).add_(torch.exp(s.to(m.dtype) - origin.unsqueeze(-1)).sum(-1))
     m.copy_(top)
+
+
+def join_(
+    score: Score,
+    s: Float[Tensor, "a hq c j"],
+    m: Float[Tensor, "a hq c"],
+    l: Float[Tensor, "a hq c"],
+    *,
+    implementation: Implementation | None = None,
+) -> None:
+    """Continues the maximum and sum of each row with the terms that join it once, in place."""
+    if score.sinks is not None:
+        columns = score.sinks.to(s.dtype)[:, None, None].expand(*s.shape[:3], 1)
+        add_sums_(columns, m, l, implementation=implementation)
 
 
 def weights(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -67,12 +68,44 @@ class Score:
     def of_heads(self, start: int, num_heads: int) -> Score:
         """The same terms for a range of the query heads."""
         heads = slice(start, start + num_heads)
-        slopes, sinks = self.alibi_slopes, self.sinks
-        return replace(
-            self,
-            alibi_slopes=None if slopes is None else slopes[heads],
-            sinks=None if sinks is None else sinks[heads],
-        )
+        return self.with_tensors({name: x[heads] for name, x in self.tensors.items()})
+
+    @property
+    def tensors(self) -> dict[str, Float[Tensor, "hq"]]:
+        """The terms that are tensors, which may learn, by name."""
+        return {name: x for name in TENSORS if (x := getattr(self, name)) is not None}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor | None]) -> Score:
+        """The same terms with other tensors, by name."""
+        return replace(self, **tensors)  # type: ignore[arg-type]
+
+    def without_tensors(self) -> Score:
+        """The other terms alone, for what must not keep tensors alive."""
+        return self.with_tensors(dict.fromkeys(TENSORS))
+
+    def told(self, learns: Collection[str]) -> list[str]:
+        """The terms in words.
+
+        Args:
+            learns: the tensors that get gradients, by name.
+        """
+        words = []
+        for name, text in (("alibi_slopes", "ALiBi slopes"), ("sinks", "sinks")):
+            if getattr(self, name) is not None:
+                words.append(f"{text} that learn" if name in learns else text)
+        if self.softcap is not None:
+            words.insert(self.alibi_slopes is not None, f"softcap {self.softcap:g}")
+        return words
+
+    @property
+    def bends(self) -> bool:
+        """Whether the derivative of a score by scale * q.k differs from 1, and has to be kept with it."""
+        return self.softcap is not None
+
+    @property
+    def needs_positions(self) -> bool:
+        """Whether a score depends on where its row and column are, besides the band."""
+        return self.alibi_slopes is not None
 
     @property
     def factor(self) -> float:
@@ -84,6 +117,22 @@ class Score:
     def is_plain(self) -> bool:
         """Whether the score is scale * q.k and nothing else."""
         return self.softcap is None and self.alibi_slopes is None
+
+
+TENSORS = ("alibi_slopes", "sinks")  # the fields of `Score` that are tensors `[hq]`
+BY_BLOCKS = ("alibi_slopes",)  # of which each block gives a share of the gradient
+
+
+def finished_gradients(
+    score: Score,
+    lse: Float[Tensor, "b i hq"],
+    delta: Float[Tensor, "b i hq"],
+    wanted: Collection[str],
+) -> dict[str, Float[Tensor, "b i hq"]]:
+    """Each row's share of the gradients of those tensors of a score that join in `finish`, by name."""
+    if score.sinks is None or "sinks" not in wanted:
+        return {}
+    return {"sinks": sink_gradient_rows(score.sinks, lse, delta)}
 
 
 def sink_gradient(

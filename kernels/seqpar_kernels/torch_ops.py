@@ -15,7 +15,6 @@ import torch
 
 from seqpar_kernels.torch_internals import keep_order, library_of, without_dynamo
 
-
 # What the ops of this namespace do, by their names, for who looks into them.
 RUNS: dict[str, Callable[..., Any]] = {}
 

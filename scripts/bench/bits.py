@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from bench.worlds import STRATEGIES, run
-from seqpar.strategies import Strategy
 from seqpar.testing import Case
 from seqpar_kernels import Implementation
 
@@ -28,7 +27,7 @@ class Claim:
         promised: whether they must be the same.
     """
 
-    strategy: Strategy
+    strategy: str
     case: Case
     implementation: Implementation | None
     promised: bool

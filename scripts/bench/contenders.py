@@ -120,7 +120,7 @@ class Ranks:
                     q[:, rows], k_o[:, cols], v_o[:, cols], block,
                     into=running[rows], implementation=self._implementation,
                 )  # fmt: skip
-        self._saved[rank] = finish(running, q.dtype, implementation=self._implementation)
+        self._saved[rank] = finish(running, q.dtype, Score(), implementation=self._implementation)
 
     def _backward(self, rank: int) -> None:
         q, _, _, dout = self._shards[rank]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.routes import Way, formula, summary
+from bench.routes import Way, derived, summary
 from seqpar import Mask
 from seqpar.layout import LAYOUTS
 from seqpar.strategies import Shape
@@ -20,7 +20,7 @@ def best_grid(ranks: int, length: int, shape: Shape) -> int:
     some = columns(ranks)[1:] or [1]
     layout = LAYOUTS["contiguous"](length, ranks)
     return min(
-        some, key=lambda c: summary(formula(Way("mesh", c), ranks, layout, Mask(), shape))["step_bytes"]
+        some, key=lambda c: summary(derived(Way("mesh", c), ranks, layout, Mask(), shape))["step_bytes"]
     )  # fmt: skip
 
 
@@ -29,7 +29,7 @@ def grids(ranks: int, length: int, shape: Shape) -> dict[str, Any]:
     layout = LAYOUTS["contiguous"](length, ranks)
 
     def sent(way: Way) -> dict[str, float]:
-        return summary(formula(way, ranks, layout, Mask(), shape))
+        return summary(derived(way, ranks, layout, Mask(), shape))
 
     others = {name: sent(Way(name)) for name in ("ring", "allgather")}  # type: ignore[arg-type]
     rows = []

@@ -57,7 +57,7 @@ def rounding_ring(
                 q[rank][:, rows], k[owner][:, cols], v[owner][:, cols], block,
                 into=running[rows], implementation=implementation,
             )  # fmt: skip
-        block_out, block_lse = finish(running, dtype, implementation=implementation)
+        block_out, block_lse = finish(running, dtype, Score(), implementation=implementation)
         if rank not in out:
             out[rank], lse[rank] = block_out.to(kept), block_lse
             continue

@@ -1,6 +1,6 @@
-"""What a strategy sends, by its published formula and counted in a small step.
+"""What a strategy sends, by a dry run and counted in a small step.
 
-Formulas are asked of every rank of an in-process world; nothing is sent there.
+In a dry run nothing is sent.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from seqpar import Group, Mask, Plan, simulate
+from seqpar.comm import silent
 from seqpar.layout import LAYOUTS, Layout
-from seqpar.strategies import VOLUMES, Shape, Strategy, Volume
+from seqpar.strategies import Shape, Volume, dry_run
 from seqpar.testing import run_step
 
 COUNTED_ROWS, COUNTED_D = 4, 16  # of a rank and of a head where bytes are counted
@@ -24,7 +25,7 @@ TILE_ROWS = 64  # of a rank, where bits must not depend on the number of ranks
 class Way:
     """A strategy, on a grid of so many columns (the mesh) or Ulysses ranks (the hybrid)."""
 
-    strategy: Strategy
+    strategy: str
     columns: int = 0
     invariant: bool = False
 
@@ -42,21 +43,16 @@ class Way:
         )  # fmt: skip
 
 
-def groups(ranks: int) -> list[Group]:
-    """The groups of a world, to ask formulas with."""
-    return simulate(ranks, lambda group: group)
-
-
-def formula(way: Way, ranks: int, layout: Layout, mask: Mask, shape: Shape) -> list[Volume]:
+def derived(way: Way, ranks: int, layout: Layout, mask: Mask, shape: Shape) -> list[Volume]:
     """What ranks send; all, or one that stands for all where pieces are many and everything is even."""
     stands_for_all = mask == Mask() and len(set(layout.rows)) == 1
-    some = groups(ranks)[: 1 if stands_for_all and way.strategy in ("allgather", "mesh") else None]
-    volume = VOLUMES[way.strategy]
-    return [volume(way.plan(group, layout, mask), group.rank, shape) for group in some]
+    plan = way.plan(silent(0, ranks), layout, mask)
+    some = range(1 if stands_for_all and way.strategy in ("allgather", "mesh") else ranks)
+    return [dry_run.sent(plan, shape, rank) for rank in some]
 
 
 def counts_agree(way: Way, ranks: int, kind: str, mask: Mask, heads: tuple[int, int]) -> bool:
-    """Whether a small step sends what the formula says, on every rank."""
+    """Whether a small step sends what the dry run says, on every rank."""
 
     def step(group: Group) -> bool:
         rows = TILE_ROWS if way.invariant else COUNTED_ROWS
@@ -65,7 +61,7 @@ def counts_agree(way: Way, ranks: int, kind: str, mask: Mask, heads: tuple[int, 
             torch.randn(1, rows, heads[n], COUNTED_D).to(torch.bfloat16) for n in (0, 1, 1, 0)
         )
         done = run_step(q, k, v, dout, way.plan(group, layout, mask))
-        return done.sent == done.formula
+        return done.sent == done.derived
 
     return all(simulate(ranks, step))
 

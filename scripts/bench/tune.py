@@ -47,7 +47,7 @@ class Launch:
         q, k, v = self._rows.q, self._k, self._v
         running = Partial.identity(q, v.shape[-1])
         triton_attention.forward(q, k, v, self._block, running, tiles=self._tiles[0])
-        out, _ = finish(running, q.dtype, implementation="triton")
+        out, _ = finish(running, q.dtype, Score(), implementation="triton")
         self._results = out, *self._results[1:]
 
     def _backward(self) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from bench.grids import best_grid, columns
-from bench.routes import Way, counts_agree, formula, summary
+from bench.routes import Way, counts_agree, derived, summary
 from bench.textbook import textbook
 from seqpar import Mask
 from seqpar.layout import LAYOUTS
-from seqpar.strategies import STRATEGY_NAMES, Shape
+from seqpar.strategies import STRATEGIES, Shape
 
 SETTINGS = [(Mask(), "contiguous"), *((Mask(causal=True), kind) for kind in LAYOUTS)]
 ZIGZAG_RANKS = 16  # `least` with a causal mask stops here: pieces of 64 ranks take minutes to list
@@ -18,17 +18,17 @@ ZIGZAG_RANKS = 16  # `least` with a causal mask stops here: pieces of 64 ranks t
 def volumes(ranks: int, length: int, shape: Shape) -> list[dict[str, Any]]:
     """Every strategy, for a full mask and a causal one under every layout."""
     sized = {"mesh": best_grid(ranks, length, shape), "hybrid": (columns(ranks)[1:] or [1])[0]}
-    ways = [Way(name, sized.get(name, 0)) for name in STRATEGY_NAMES]
+    ways = [Way(name, sized.get(name, 0)) for name in STRATEGIES]
     in_order = [Way(name, invariant=True) for name in ("ring", "ulysses", "allgather")]  # type: ignore[arg-type]
     rows = []
     for mask, kind in SETTINGS:
         for way in ways + (in_order if mask.causal and kind == "contiguous" else []):
-            found = summary(formula(way, ranks, LAYOUTS[kind](length, ranks), mask, shape))
+            found = summary(derived(way, ranks, LAYOUTS[kind](length, ranks), mask, shape))
             base = textbook(way, ranks, length, shape)
             row = {
                 "strategy": way.strategy, "name": way.name(ranks), "ranks": ranks, "causal": mask.causal,
                 "layout": kind, "heads": [shape.hq, shape.hkv], **found,
-                "counted_is_formula": counts_agree(way, ranks, kind, mask, (shape.hq, shape.hkv)),
+                "counted_is_derived": counts_agree(way, ranks, kind, mask, (shape.hq, shape.hkv)),
             }  # fmt: skip
             if base is not None:
                 whole = sum(base) or 1.0
@@ -55,7 +55,7 @@ def least(ranks: int, length: int, shape: Shape) -> list[dict[str, Any]]:
         ways += [Way("hybrid", c) for c in inner]
         best: dict[str, dict[str, Any]] = {}
         for way in ways:
-            found = summary(formula(way, ranks, LAYOUTS[kind](length, ranks), mask, shape))
+            found = summary(derived(way, ranks, LAYOUTS[kind](length, ranks), mask, shape))
             row = {"strategy": way.strategy, "name": way.name(ranks), **found}
             before = best.get(way.strategy)
             if before is None or row["step_busiest_bytes"] < before["step_busiest_bytes"]:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from seqpar import Group, simulate
-from seqpar.strategies import GRID_STRATEGIES, Strategy
+from seqpar.strategies import STRATEGIES as ALL
 from seqpar.testing import NAMES, Case, run_step
 from seqpar_kernels import Implementation
 
-STRATEGIES: dict[Strategy, str] = {  # with the layout it likes best under a causal mask
+STRATEGIES: dict[str, str] = {  # with the layout it likes best under a causal mask
     "ring": "zigzag",
     "ulysses": "contiguous",
     "allgather": "zigzag",
@@ -24,11 +24,9 @@ STRATEGIES: dict[Strategy, str] = {  # with the layout it likes best under a cau
 Results = tuple[Tensor, ...]
 
 
-def run(
-    size: int, case: Case, strategy: Strategy, implementation: Implementation | None
-) -> Results:
+def run(size: int, case: Case, strategy: str, implementation: Implementation | None) -> Results:
     """(out, dq, dk, dv) of a number of ranks in the order of positions, then the learned, summed."""
-    if strategy in GRID_STRATEGIES:
+    if ALL[strategy].needs_grid:
         degree = max(n for n in range(1, isqrt(size) + 1) if size % n == 0)
         divisors = [n for n in range(1, size + 1) if size % n == 0]
         case = replace(case, degree=divisors.index(degree))

@@ -89,11 +89,11 @@ def costs(report: Report) -> list[Figure]:
     for n, strategy in enumerate(COLOURS):
         runs = [r for r in report["runs"] if r["strategy"] == strategy]
         x = np.arange(len(ranks)) + (n - 0.5) * 0.36
-        formula, counted = (
-            [max(r[name]) / 1e6 for r in runs] for name in ("formula_bytes", "sent_bytes")
+        derived, counted = (
+            [max(r[name]) / 1e6 for r in runs] for name in ("derived_bytes", "sent_bytes")
         )
         sent.bar(
-            x, formula, width=0.34, color=COLOURS[strategy], alpha=0.35, label=f"{strategy}, formula"
+            x, derived, width=0.34, color=COLOURS[strategy], alpha=0.35, label=f"{strategy}, dry run"
         )  # fmt: skip
         sent.plot(
             x, counted, ls="", color=COLOURS[strategy], marker=MARKERS[strategy], label=f"{strategy}, counted"

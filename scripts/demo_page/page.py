@@ -35,8 +35,8 @@ SECTIONS = {
     ),
     "What it costs": (
         figures.costs,
-        """Bytes are counted message by message, and drawn over the closed formula. Each rank has one thread
-        of this machine. With more ranks than cores, times cannot fall.""",
+        """Bytes are counted message by message, and drawn over what a dry run of the plan says. Each rank has
+        one thread of this machine. With more ranks than cores, times cannot fall.""",
     ),
     "Who computes what": (
         lambda _: figures.ownership(),
@@ -79,17 +79,17 @@ def cards(report: Report) -> list[tuple[str, str]]:
         (f"{one:.0f} → {split:.0f} MB", f"peak of a training step: one device, and a rank of P = {most}"),
         (f"{error:.0e}", "largest float64 difference from dense attention, output and gradients"),
         (f"{loss:.0e}", f"largest relative difference of {len(runs[0]['losses'])} losses from P = 1"),
-        (f"{off} bytes", "difference between what was sent and the closed formula"),
+        (f"{off} bytes", "difference between what was sent and the dry run"),
     ]  # fmt: skip
 
 
 def _pairs(run: dict[str, Any]) -> zip[tuple[int, int]]:
-    return zip(run["sent_bytes"], run["formula_bytes"], strict=True)
+    return zip(run["sent_bytes"], run["derived_bytes"], strict=True)
 
 
 def table(report: Report) -> str:
     """All numbers, a row for each strategy and P, one device first."""
-    names = ["", "layout", "P", "step, peak MB", "attention alone, peak MB", "ms", "sent MB", "formula MB",
+    names = ["", "layout", "P", "step, peak MB", "attention alone, peak MB", "ms", "sent MB", "dry-run MB",
              *(f"{n}, float32" for n in NAMES), "loss difference"]  # fmt: skip
     one = report["one_device"]
     rows = [["one device", "", "", *_measured(one), *[""] * (len(names) - 6)]]
@@ -97,7 +97,7 @@ def table(report: Report) -> str:
         found = run["equality"]["float32"]["errors"]
         rows.append([
             run["strategy"], run["layout"], str(run["ranks"]), *_measured(run),
-            f"{sum(run['sent_bytes']) / 1e6:.3f}", f"{sum(run['formula_bytes']) / 1e6:.3f}",
+            f"{sum(run['sent_bytes']) / 1e6:.3f}", f"{sum(run['derived_bytes']) / 1e6:.3f}",
             *(f"{found[n]:.1e}" for n in NAMES), f"{run['loss_difference']:.1e}",
         ])  # fmt: skip
     head = "".join(f"<th>{name}</th>" for name in names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -63,6 +64,11 @@ class Grid:
                 "made of the flattened mesh"
             )
         return Grid(group, tuple(tuple(place[r] for r in row) for row in ranks.tolist()))
+
+    @staticmethod
+    def decoded(code: str, group: Group) -> Grid:
+        """The grid of a `code`, of the ranks of a group."""
+        return Grid(group, ast.literal_eval(code))
 
     def index_of(self, rank: int) -> tuple[int, int]:
         """The ring index and the ulysses index of a rank of the group."""

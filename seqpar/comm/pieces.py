@@ -81,17 +81,6 @@ class Delivery:
         due = ((r, p) for r in range(self.size) if r != self.rank for p in self.due(n, r))
         return [(r, p) for r, p in due if p.owner == self.rank and self.wants(r, p)]
 
-    @property
-    def gathered_rows(self) -> int:
-        """How many rows this rank sends in a `gather_pass`."""
-        return sum(p.length for n in range(self.num_chunks) for _, p in self.sent(n))
-
-    @property
-    def returned_rows(self) -> int:
-        """How many rows this rank sends home for a `HomeSum`."""
-        received = (p for n in range(self.num_chunks) for p, _ in self.received(n))
-        return sum(p.length for p in received if p.owner != self.rank)
-
 
 def gather_pass(
     block: Block, delivery: Delivery, group: Group, *, primitive: str = "gather"

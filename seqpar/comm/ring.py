@@ -65,25 +65,6 @@ class Trip:
         """Whether anybody else wants this rank's block."""
         return any(self.visits(rank, self.rank) for rank in range(self.size))
 
-    @property
-    def passed_rows(self) -> int:
-        """How many rows this rank sends in a `ring_pass`."""
-        total = 0
-        for step in range(self.size - 1):
-            owner = self.at(-step)
-            holds = step == 0 or self.visits(self.rank, owner)
-            if holds and self.visits(self.at(1), owner):
-                total += self.rows[owner]
-            if self.goes_far(step):
-                total += self.rows[self.rank]
-        return total
-
-    def summed_rows(self, *, in_order: bool) -> int:
-        """How many rows this rank sends for a `RingSum`."""
-        seen = [owner for owner in range(self.size) if self.visits(self.rank, owner)]
-        begins = in_order and self.visits(self.at(1), self.rank)
-        return sum(self.rows[owner] for owner in seen) + begins * self.rows[self.rank]
-
 
 def ring_pass(
     block: Block, trip: Trip, group: Group, *, primitive: str = "ring_pass"

@@ -14,7 +14,7 @@ import torch
 
 from seqpar.commands.arguments import DTYPE_BY_NAME, positive
 from seqpar.commands.equivalence import Record, Run, compare
-from seqpar.strategies import STRATEGY_NAMES
+from seqpar.strategies import STRATEGIES
 from seqpar.testing import NAMES, ProcessWorld, TorchrunWorld, WorldError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ DESCRIPTION = """\
 Checks, over real processes, that every strategy equals one-device attention, gradients included.
 
 Strategy x layout x mask x dtype x head counts, with lengths that do and do not divide; each compared
-with dense float64 attention, and the bytes each rank sent with the formula. Prints a line for every
+with dense float64 attention, and the bytes each rank sent with a dry run. Prints a line for every
 combination, with its largest error as a share of what is allowed, and exits with 1 when anything is off,
 naming the case. Ring and Ulysses, which the others are made of, get every case, the others a third of
 them.
@@ -50,9 +50,7 @@ def add_to(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         "--ranks", type=positive, metavar="P", help=f"processes to start, by default {RANKS}"
     )
     parser.add_argument("--dtype", nargs="+", choices=DTYPE_BY_NAME, default=list(DTYPE_BY_NAME))
-    parser.add_argument(
-        "--strategy", nargs="+", choices=STRATEGY_NAMES, default=list(STRATEGY_NAMES)
-    )
+    parser.add_argument("--strategy", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the records here")
     parser.set_defaults(run=partial(_run, parser))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 from seqpar.commands.steps import (
     Setting,
@@ -14,7 +13,7 @@ from seqpar.commands.steps import (
     rank_memory,
     rank_step,
 )
-from seqpar.strategies import Strategy, Volume
+from seqpar.strategies import Volume
 from seqpar.testing import ProcessWorld
 
 ONE_DEVICE = "one device"
@@ -31,7 +30,7 @@ class Row:
     ratio: float
     ratio_of_best: float
     sent_bytes: int
-    formula_bytes: int
+    derived_bytes: int
     peak_bytes: int | None
     seconds: list[float]
 
@@ -50,16 +49,16 @@ def contest(
     rows = []
     for name, seconds in times.items():
         ratios = [a / b for a, b in zip(seconds, times[ONE_DEVICE], strict=True)]
-        sent, formula = volumes.get(name, (0, 0))
+        sent, derived = volumes.get(name, (0, 0))
         rows.append(
             Row(
                 name,
-                setting.layouts.get(cast("Strategy", name), ""),
+                setting.layouts.get(name, ""),
                 statistics.median(seconds),
                 statistics.median(ratios),
                 min(seconds) / min(times[ONE_DEVICE]),
                 sent,
-                formula,
+                derived,
                 _peak(setting, name, ranks, threads),
                 seconds,
             )
@@ -74,7 +73,7 @@ def _rounds(
     rounds: int,
     say: Callable[[str], None],
 ) -> tuple[dict[str, list[float]], dict[str, tuple[int, int]]]:
-    """Seconds of every round by name; bytes sent by strategy, counted and by the formula."""
+    """Seconds of every round by name; bytes sent by strategy, counted and by a dry run."""
     times: dict[str, list[float]] = {name: [] for name in (ONE_DEVICE, *setting.layouts)}
     volumes: dict[str, tuple[int, int]] = {}
     for n in range(rounds + 1):

@@ -14,7 +14,6 @@ from typing import Any
 from seqpar import Group
 from seqpar.commands.arguments import DTYPE_BY_NAME
 from seqpar.layout import LAYOUTS
-from seqpar.strategies import Strategy
 from seqpar.testing import NAMES, Case, Errors, errors_on_rank
 
 MASKS: dict[str, dict[str, Any]] = {
@@ -36,8 +35,8 @@ HEADS = ((4, 4), (6, 2), (3, 1))
 LENGTHS = {"float64": (96, 97, 1)}  # else only the length that nothing divides
 THOROUGH = ("ring", "ulysses")
 
-Key = tuple[Strategy, str, str, str]  # strategy, layout, mask, dtype
-Run = Callable[[Callable[..., list[Errors]], Strategy, list[Case]], list[list[Errors]]]
+Key = tuple[str, str, str, str]  # strategy, layout, mask, dtype
+Run = Callable[[Callable[..., list[Errors]], str, list[Case]], list[list[Errors]]]
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Record:
     `worst` is by result the largest error of all cases and ranks, as a share of what is allowed.
     """
 
-    strategy: Strategy
+    strategy: str
     layout: str
     mask: str
     dtype: str
@@ -56,7 +55,7 @@ class Record:
     worst: dict[str, float]
 
 
-def compare(run: Run, dtypes: Sequence[str], strategies: Sequence[Strategy]) -> Iterator[Record]:
+def compare(run: Run, dtypes: Sequence[str], strategies: Sequence[str]) -> Iterator[Record]:
     """Runs all cases; one record after the other.
 
     Args:
@@ -68,12 +67,12 @@ def compare(run: Run, dtypes: Sequence[str], strategies: Sequence[Strategy]) -> 
         yield _record(key, cases, run(errors_of, key[0], cases))
 
 
-def errors_of(group: Group, strategy: Strategy, cases: list[Case]) -> list[Errors]:
+def errors_of(group: Group, strategy: str, cases: list[Case]) -> list[Errors]:
     """The errors of each case on this rank. All ranks must call."""
     return [errors_on_rank(group, case, strategy) for case in cases]
 
 
-def _cases(strategy: Strategy, dtypes: Sequence[str]) -> Iterator[tuple[Key, Case]]:
+def _cases(strategy: str, dtypes: Sequence[str]) -> Iterator[tuple[Key, Case]]:
     for n, sizes in enumerate(product(LAYOUTS, MASKS, dtypes, HEADS)):
         kind, mask_name, dtype, (hq, hkv) = sizes
         for m, length in enumerate(LENGTHS.get(dtype, (97,))):

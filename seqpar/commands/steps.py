@@ -13,7 +13,7 @@ from torch import Tensor
 
 from seqpar import Group, Mask, Plan
 from seqpar.layout import LAYOUTS, Layout
-from seqpar.strategies import GRID_STRATEGIES, Strategy, Volume
+from seqpar.strategies import STRATEGIES, Volume
 from seqpar.testing import PeakMemory, run_step
 
 
@@ -26,7 +26,7 @@ class Setting:
     d: int
     dtype: torch.dtype
     causal: bool
-    layouts: dict[Strategy, str]
+    layouts: dict[str, str]
 
 
 def one_device_step(_: Group, setting: Setting) -> float:
@@ -40,12 +40,12 @@ def one_device_step(_: Group, setting: Setting) -> float:
     return time.perf_counter() - start
 
 
-def rank_step(group: Group, setting: Setting, strategy: Strategy) -> tuple[float, Volume, Volume]:
-    """Seconds of forward and backward on this rank, what it sent, and what the formula says."""
+def rank_step(group: Group, setting: Setting, strategy: str) -> tuple[float, Volume, Volume]:
+    """Seconds of forward and backward on this rank, what it sent, and what a dry run says."""
     plan = _plan(group, setting, strategy)
     q, k, v, dout = _rank_tensors(plan.layout, group.rank, setting)
     step = run_step(q, k, v, dout, plan)
-    return step.seconds, step.sent, step.formula
+    return step.seconds, step.sent, step.derived
 
 
 def one_device_memory(group: Group, setting: Setting) -> int | None:
@@ -54,7 +54,7 @@ def one_device_memory(group: Group, setting: Setting) -> int | None:
     return _peak(lambda: one_device_step(group, setting))
 
 
-def rank_memory(group: Group, setting: Setting, strategy: Strategy) -> int | None:
+def rank_memory(group: Group, setting: Setting, strategy: str) -> int | None:
     """Peak growth in bytes over one step, the rank's own q, k, v, dout and gradients included."""
     small = replace(setting, length=8 * group.size)
     rank_step(group, small, strategy)  # threads, buffers of gloo
@@ -71,10 +71,10 @@ def _peak(step: Callable[[], object]) -> int | None:
     return peak.bytes
 
 
-def _plan(group: Group, setting: Setting, strategy: Strategy) -> Plan:
+def _plan(group: Group, setting: Setting, strategy: str) -> Plan:
     layout = LAYOUTS[setting.layouts[strategy]](setting.length, group.size)
     grid = None
-    if strategy in GRID_STRATEGIES:  # as square as can be
+    if STRATEGIES[strategy].needs_grid:  # as square as can be
         divisors = [n for n in range(1, group.size + 1) if group.size % n == 0]
         grid = group.grid(ulysses=divisors[(len(divisors) - 1) // 2])
     return Plan(group, layout, Mask(causal=setting.causal), strategy=strategy, grid=grid)

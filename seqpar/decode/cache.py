@@ -19,6 +19,7 @@ from seqpar.decode.parts import merged, part_of
 from seqpar.decode.rows import Grown, Held, deal
 from seqpar.decode.visible import continued, packed
 from seqpar.layout import Layout, Mask
+from seqpar.strategies.options import told
 from seqpar_kernels import Implementation, Request, Score, choose
 
 
@@ -67,14 +68,9 @@ class KVCache:
             request = Request.of(k, v, self._score, documents=packed(self._mask))
             self.implementation = choose(request, implementation)
             claim |= {
-                "layout": layout,
-                "spans": hash(layout.spans),
-                "mask": mask,
-                "scale": self._score.scale,
-                "softcap": self._score.softcap,
-                "alibi_slopes": score.alibi_slopes is not None,
-                "sinks": score.sinks is not None,
-                "implementation": self.implementation,
+                **told(
+                    layout=layout, mask=mask, score=self._score, implementation=self.implementation
+                ),
                 "batch": k.shape[0],
                 "kv heads": k.shape[2],
                 "widths (d, vd)": (k.shape[3], v.shape[3]),
@@ -205,10 +201,12 @@ class KVCache:
             return q.new_empty(b, 0, hq, self._prefill.v.shape[3])
         held, score = (self._prefill, self._grown.held), self._score
         part = part_of(q, self.length - t, held, self._mask, score, self.implementation)
-        sinks = None if score.sinks is None else score.sinks.expand(b, t, hq).flatten()
+        by_row = score.with_tensors(
+            {n: x.expand(b, t, hq).flatten() for n, x in score.tensors.items()}
+        )
 
         def merge(parts: Tensor, rows: slice) -> Tensor:
-            mine = None if sinks is None else sinks[rows]
+            mine = by_row.of_heads(rows.start, rows.stop - rows.start)
             return merged(parts, q.dtype, mine, self.implementation)
 
         return combine(part, self.group, merge).unflatten(0, (b, t, hq))

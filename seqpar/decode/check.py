@@ -58,9 +58,8 @@ def check_queries(q: Tensor, length: int, held: Held, score: Score) -> None:
         raise ValueError(
             f"queries are the last positions of the {length} in the cache, got {t}; append first"
         )
-    for name in ("alibi_slopes", "sinks"):
-        x = getattr(score, name)
-        if x is not None and (x.shape[0] != hq or x.device != q.device):
+    for name, x in score.tensors.items():
+        if x.shape[0] != hq or x.device != q.device:
             raise ValueError(
                 f"{name} must have one entry for each of the {hq} query heads, on {q.device}, "
                 f"got {tuple(x.shape)} on {x.device}"
@@ -78,9 +77,8 @@ def _check_tensors(named: dict[str, Tensor], score: Score) -> None:
     first = next(iter(named.values()))
     for x in named.values():
         _check_like(x, first)
-    learned = {"alibi_slopes": score.alibi_slopes, "sinks": score.sinks}
-    for name, learns in {**named, **learned}.items():
-        if learns is not None and learns.requires_grad and torch.is_grad_enabled():
+    for name, learns in {**named, **score.tensors}.items():
+        if learns.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"a cache has no gradients, and {name} requires one; decode under torch.no_grad()"
             )

@@ -60,21 +60,25 @@ def part_of(
     sums = of_all.acc, of_all.m, of_all.l
     unfolded = (x.unflatten(1, (t, -1)).transpose(2, 3).flatten(2, 3) for x in sums)
     running.absorb_(Partial(*unfolded))
-    out, lse = finish(running, accumulation_dtype(q.dtype), implementation=implementation)
+    out, lse = finish(running, accumulation_dtype(q.dtype), Score(), implementation=implementation)
     return torch.cat((out, lse.unsqueeze(-1)), dim=-1).flatten(0, 2)
 
 
 def merged(
     parts: Float[Tensor, "size i vd1"],
     dtype: torch.dtype,
-    sinks: Float[Tensor, "i"] | None,
+    score: Score,
     implementation: Implementation,
 ) -> Float[Tensor, "i vd"]:
-    """The out of rows of which each rank has `part_of`, in rank order; the sinks join here, once."""
+    """The out of rows of which each rank has `part_of`, in rank order.
+
+    Args:
+        score: whose tensors, one entry for each row here, join the rows once.
+    """
     out, lse = parts[..., :-1], parts[..., -1]
     # To the kernels every row is a head of one row.
     running = Partial.identity(out[:1, None], out.shape[2])
     for out_r, lse_r in zip(out, lse, strict=True):
         total = (lse_r > -torch.inf).to(lse_r.dtype)
         running.absorb_(Partial(out_r[None, None], lse_r[None, None], total[None, None]))
-    return finish(running, dtype, sinks, implementation=implementation)[0][0, 0]
+    return finish(running, dtype, score, implementation=implementation)[0][0, 0]

@@ -44,7 +44,7 @@ def seen(rows: Span, spans: tuple[Span, ...], mask: Mask, score: Score) -> Seen:
     Args:
         rows: of step 1, at least one.
         mask: `continued`.
-        score: resolved. With ALiBi all blocks need positions.
+        score: resolved.
     """
     found = Seen()
     some, every = _reach(rows, mask)
@@ -52,7 +52,7 @@ def seen(rows: Span, spans: tuple[Span, ...], mask: Mask, score: Score) -> Seen:
         cols, inside = _cut(at, span, some)
         if inside.length == 0:
             continue
-        if score.alibi_slopes is not None or _cut(at, span, every)[1] != inside:
+        if score.needs_positions or _cut(at, span, every)[1] != inside:
             found.by_some += _apart(rows, cols, inside, mask, score)
         elif found.by_all and found.by_all[-1].stop == cols.start:
             found.by_all[-1] = slice(found.by_all[-1].start, cols.stop)
@@ -75,11 +75,13 @@ def _reach(rows: Span, mask: Mask) -> tuple[range, range]:
     """The positions that some of the rows see, and those that all of them see."""
     first, last = rows.start, rows.start + rows.length - 1
     (first_doc, first_end), (last_doc, last_end) = (_document(p, mask) for p in (first, last))
-    if mask.window is not None:
-        first_doc = max(first_doc, first - mask.window + 1)
-        last_doc = max(last_doc, last - mask.window + 1)
-    ahead = 1 if mask.causal else mask.window
-    if ahead is not None:
+    band = mask.band(
+        Span(0, 1), Span(0, 1)
+    )  # of any position, as it is told of columns relative to it
+    if band.lower is not None:
+        first_doc, last_doc = max(first_doc, first + band.lower), max(last_doc, last + band.lower)
+    if band.upper is not None:
+        ahead = band.upper + 1
         first_end, last_end = min(first_end, first + ahead), min(last_end, last + ahead)
     return range(first_doc, last_end), range(last_doc, first_end)
 

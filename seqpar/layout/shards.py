@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Protocol
 
@@ -59,10 +60,16 @@ class Layout:
             raise ValueError(f"spans of one step must hold each of {self.length} positions once")
 
     @staticmethod
+    @lru_cache(maxsize=256)
     def decoded(code: str) -> Layout:
         """The layout of a `code`."""
         kind, length, size, spans = ast.literal_eval(code)
         return Layout(kind, length, size, tuple(tuple(Span(*x) for x in s) for s in spans))
+
+    @property
+    def fingerprint(self) -> int:
+        """A number that tells layouts of other spans apart, the same in every process."""
+        return hash(self.spans)  # of integers alone
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -99,6 +106,13 @@ class Layout:
             for spans in self.spans
             for span in spans
         )
+
+    @property
+    def is_in_order(self) -> bool:
+        """Whether each rank holds one run of consecutive positions, or none, in the order of ranks."""
+        spans = [s for s in self.spans if s]
+        starts = [s[0].start for s in spans]
+        return starts == sorted(starts) and all(len(s) == 1 and s[0].step == 1 for s in spans)
 
     def permutation(self) -> Int[Tensor, "s"]:
         """The positions of rank 0, then of rank 1, ...: `x[permutation]` is x as the ranks hold it."""

@@ -1,7 +1,14 @@
 """All-gather: every rank gathers the keys and values that its rows see, chunk by chunk.
 
-It is the mesh of one column. In order (`plan.invariant`) chunks are runs of positions: keys are walked
-downwards as one device does and, for dk and dv, queries upwards, gathered in place of a reduce-scatter.
+It is the mesh of one column. Three ranks meet the keys in turns, so that all links are in use::
+
+              chunk 0   chunk 1   chunk 2
+    rank 0    keys 0    keys 2    keys 1
+    rank 1    keys 1    keys 0    keys 2        k_c, v_c [b slk hkv w], of which two are held at a time
+    rank 2    keys 2    keys 1    keys 0
+
+In order (`plan.invariant`) chunks are runs of positions, the same for all ranks. Keys are walked downwards,
+as one device does. For dk and dv queries are then walked upwards, gathered in place of a reduce-scatter.
 """
 
 from __future__ import annotations
@@ -15,16 +22,11 @@ from torch import Tensor
 
 from seqpar.comm import Delivery, Grid, Piece, gather_pass
 from seqpar.layout import Layout, held
-from seqpar.strategies.blockwise import (
-    Gradients,
-    Route,
-    Visit,
-    blockwise_attention,
-    learned_elements,
-)
+from seqpar.strategies.loop import Meeting, Route, Sums, attend_by
 from seqpar.strategies.mesh import MeshRoute, spans_of
 from seqpar.strategies.plan import Plan, Spans
-from seqpar.strategies.volume import Shape, Volume
+from seqpar.strategies.strategy import Order, Strategy
+from seqpar.strategies.travel import row_message, rows_of
 from seqpar_kernels import Partial, Rows
 
 
@@ -40,18 +42,7 @@ def allgather_attention(
     route: Route = MeshRoute(plan, column(plan))
     if plan.invariant:
         route = InOrderRoute(plan)
-    return blockwise_attention(q, k, v, plan, route, plan.score.resolve(q.shape[-1]), 0)
-
-
-def allgather_volume(plan: Plan, rank: int, shape: Shape) -> Volume:
-    """What `rank` sends: to every rank that sees them, its k and v, for even shards (P-1)/P N 2hk elements.
-
-    Backward the same again, and the sums of dk and dv in float32 or wider for the keys it gathered. In
-    order, instead of the sums, (P-1)/P N (2hq + 2nq): q, dout and, in float32, lse and delta.
-    """
-    if not plan.invariant:
-        return MeshRoute(plan, column(plan), rank).volume(shape)
-    return InOrderRoute(plan, rank).volume(shape)
+    return attend_by(route, q, k, v, plan, plan.score.resolve(q.shape[-1]))
 
 
 def column(plan: Plan) -> Grid:
@@ -62,9 +53,8 @@ def column(plan: Plan) -> Grid:
 class InOrderRoute:
     """Own rows; keys from the last to the first, whoever holds them."""
 
-    def __init__(self, plan: Plan, rank: int | None = None) -> None:
-        self._plan = plan
-        self._rank = plan.group.rank if rank is None else rank
+    def __init__(self, plan: Plan) -> None:
+        self._plan, self._rank = plan, plan.group.rank
         rows, keys = plan.layout.spans, plan.keys.spans
         size, by_key, by_row = plan.layout.size, runs(plan.keys), runs(plan.layout)
         self._keys = Delivery(
@@ -75,11 +65,6 @@ class InOrderRoute:
             self._rank, size, len(by_row), lambda n, _: by_row[n],
             cache(lambda peer, p: plan.sees(spans_of([p], rows), keys[peer])),
         )  # fmt: skip
-
-    @property
-    def deliveries(self) -> tuple[Delivery, Delivery]:
-        """Of query rows and of keys."""
-        return self._queries, self._keys
 
     def rows(self, q: Tensor) -> tuple[Spans, Tensor]:
         """This rank's own."""
@@ -95,32 +80,22 @@ class InOrderRoute:
         """Nobody else worked on these rows."""
         return running
 
-    def visits(self, mine: Rows, k: Tensor, v: Tensor, into: Gradients) -> Iterator[Visit]:
+    def meetings(self, mine: Rows, k: Tensor, v: Tensor, into: Sums) -> Iterator[Meeting]:
         """Own rows meet the keys downwards; then own keys meet the queries upwards."""
         plan = self._plan
         own, own_keys = plan.layout.spans[self._rank], plan.keys.spans[self._rank]
         into.dq = into.zeros(mine.q)
         for cols, k_c, v_c in self.columns(k, v):
-            yield Visit(own, cols, mine, k_c, v_c, into.dq, None, None, into.dslopes)
+            yield Meeting(own, cols, mine, k_c, v_c, into.dq, None, None, into.learned)
             del k_c, v_c  # or the last ones live on while queries are walked
         into.dk, into.dv = into.zeros(k), into.zeros(v)
-        travelling = mine.q, mine.dout, mine.lse, mine.delta
-        for pieces, (q, dout, lse, delta) in gather_pass(travelling, self._queries, plan.group):
-            rows = Rows(q, dout, dout, lse, delta, mine.lse_learns)
-            spans = spans_of(pieces, plan.layout.spans)
-            yield Visit(spans, own_keys, rows, k, v, None, into.dk, into.dv, None)
-
-    def volume(self, shape: Shape) -> Volume:
-        """What the rank sends."""
-        keys = shape.count(self._keys.gathered_rows * shape.kv)
-        rows = self._queries.gathered_rows
-        learned = learned_elements(self._plan, self._rank, shape.num_learned, shape.hq)
-        backward = (
-            keys
-            + shape.count(rows * shape.hq * (shape.d + shape.vd))
-            + shape.count(rows * shape.hq * 2 + learned, wide=True)
-        )
-        return Volume(keys, backward)
+        travelling = row_message(mine, plan.implementation)
+        for pieces, message in gather_pass(travelling, self._queries, plan.group):
+            rows, spans = (
+                rows_of(message, lse_learns=mine.lse_learns),
+                spans_of(pieces, plan.layout.spans),
+            )
+            yield Meeting(spans, own_keys, rows, k, v, None, into.dk, into.dv, {})
 
 
 def runs(layout: Layout) -> list[tuple[Piece, ...]]:
@@ -136,3 +111,6 @@ def runs(layout: Layout) -> list[tuple[Piece, ...]]:
                 shift = at.start - span.start
                 cut[n].append((first, Piece(owner, first + shift, stop + shift)))
     return [tuple(p for _, p in sorted(x, key=lambda pair: pair[0])) for x in cut]
+
+
+ALLGATHER = Strategy("allgather", allgather_attention, order=Order())

@@ -8,8 +8,9 @@ import torch
 
 from seqpar.comm import Group
 from seqpar.layout import Layout, Mask
+from seqpar.strategies import dry_run
 from seqpar.strategies.plan import Plan
-from seqpar.strategies.volume import Shape
+from seqpar.strategies.shape import Shape
 
 LOGGER = logging.getLogger("seqpar")
 LOGGER.addHandler(logging.NullHandler())  # what is heard is the program's to say
@@ -32,9 +33,7 @@ def announce(plan: Plan, shape: Shape, device: torch.device) -> None:
     if text in group.told or len(group.told) == MOST:
         return
     group.told.add(text)
-    from seqpar.strategies import VOLUMES  # which imports what imports this
-
-    sent = VOLUMES[plan.strategy](plan, group.rank, shape)
+    sent = dry_run.sent(plan, shape, group.rank)
     forward, backward = (_size(count.bytes) for count in (sent.forward, sent.backward))
     LOGGER.info("%s; rank 0 sends %s forward, %s backward", text, forward, backward)
     if len(group.told) == MOST:
@@ -52,9 +51,7 @@ def _described(plan: Plan, shape: Shape, device: torch.device) -> str:
         _visible(plan.mask),
         f"batch {shape.batch}",
         f"{shape.hq} heads ({shape.hkv} of keys) of width {widths}",
-        _learning("ALiBi slopes", shape.slopes_learn) if score.alibi_slopes is not None else "",
-        f"softcap {score.softcap:g}" if score.softcap is not None else "",
-        _learning("sinks", shape.sinks_learn) if score.sinks is not None else "",
+        *score.told(shape.learns),
         f"dropout {plan.drops.p:g}" if plan.drops else "",
         f"{plan.head_chunks} chunks of heads" if plan.head_chunks > 1 else "",
         "invariant bits" if plan.invariant else "",
@@ -69,10 +66,6 @@ def _described(plan: Plan, shape: Shape, device: torch.device) -> str:
 
 def _laid_out(layout: Layout) -> str:
     return f"{layout.kind} {layout.length} positions"
-
-
-def _learning(name: str, learns: bool) -> str:
-    return f"{name} that learn" if learns else name
 
 
 def _visible(mask: Mask) -> str:

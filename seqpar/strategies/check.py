@@ -11,13 +11,13 @@ from torch import Tensor
 from seqpar.comm import Grid, Group, agreed
 from seqpar.layout import Layout, Mask, check_rows, check_size
 from seqpar.strategies.announce import announce, is_heard
-from seqpar.strategies.invariance import check_invariance, invariant_implementation
-from seqpar.strategies.plan import GRID_STRATEGIES, HEAD_STRATEGIES, STRATEGY_NAMES, Plan
-from seqpar.strategies.volume import Shape
+from seqpar.strategies.invariance import check_cuts, invariant_implementation, is_invariant
+from seqpar.strategies.options import told_of
+from seqpar.strategies.plan import Plan
+from seqpar.strategies.registry import STRATEGIES
+from seqpar.strategies.shape import Shape
 from seqpar.version import VERSION
-from seqpar_kernels import Dropout, Implementation, Request, Score, choose, tile_border
-
-LEARNED = {"slopes": "alibi_slopes", "sinks": "sinks"}
+from seqpar_kernels import TENSORS, Dropout, Implementation, Request, Score, choose, tile_border
 
 
 def agree_on_call(
@@ -52,8 +52,8 @@ def agree_on_call(
         resolved = check_call(q, k, v, plan, with_lse=with_lse)
         claim |= _claim(q, k, v, resolved, with_lse, learning)
         if operation == "attention" and is_heard(plan.group):
-            learn = {f"{name}_learn": bool(claim[f"{key} learn"]) for name, key in LEARNED.items()}
-            announce(resolved, Shape.of(q, k, v, with_lse=with_lse, **learn), q.device)
+            learns = tuple(name for name in TENSORS if claim[f"{name} learn"])
+            announce(resolved, Shape.of(q, k, v, with_lse=with_lse, learns=learns), q.device)
     plan.group.transport.prepare(q.device)
     return resolved
 
@@ -72,16 +72,22 @@ def check_call(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, with_lse: bool = 
 
 
 def resolve(plan: Plan, q: Tensor, v: Tensor, *, with_lse: bool = False) -> Plan:
-    """The plan with the implementation that serves these tensors. Sends nothing.
+    """The plan with all that is left open decided for these tensors: implementation, invariance, scale.
+
+    Sends nothing.
 
     Raises:
         ValueError: bits cannot be invariant with this strategy, layout and mask.
         NotImplementedError: no implementation serves them, or not the requested one.
     """
-    score = plan.score.resolve(q.shape[3])
-    request = Request.of(q, v, score, plan.drops, plan.packed, lse=with_lse)
+    plan = replace(plan, score=plan.score.resolve(q.shape[3]), dropout=plan.drops)
+    request = Request.of(q, v, plan.score, plan.drops, plan.packed, lse=with_lse)
+    invariant = is_invariant(plan, request)
     name: Implementation | None
-    if plan.strategy.startswith("materialised"):
+    if invariant:
+        name = invariant_implementation(plan, request)
+        check_cuts(plan, tile_border(name, q, v))
+    elif STRATEGIES[plan.strategy].stores_scores:
         if plan.implementation not in (None, "reference", "triton"):
             raise NotImplementedError(
                 f"stored scores are made by torch and softened by torch or Triton, got implementation "
@@ -89,13 +95,9 @@ def resolve(plan: Plan, q: Tensor, v: Tensor, *, with_lse: bool = False) -> Plan
             )
         choose(request, plan.implementation)
         name = plan.implementation
-    elif plan.invariant:
-        name = invariant_implementation(plan, request)
     else:
         name = choose(request, plan.implementation)
-    if plan.invariant:
-        check_invariance(plan, None if name is None else tile_border(name, q, v))
-    return replace(plan, implementation=name)
+    return replace(plan, implementation=name, invariant=invariant)
 
 
 def _check_plan(plan: Plan) -> None:
@@ -106,10 +108,10 @@ def _check_plan(plan: Plan) -> None:
             raise TypeError(f"{name} must be a seqpar.{kind.__name__}, got {value!r}")
     if plan.dropout is not None and not isinstance(plan.dropout, Dropout):
         raise TypeError(f"dropout must be a seqpar.Dropout or None, got {plan.dropout!r}")
-    if not isinstance(plan.invariant, bool):
+    if plan.invariant is not None and not isinstance(plan.invariant, bool):
         raise TypeError(f"invariant must be a bool or None, got {plan.invariant!r}")
-    if plan.strategy not in STRATEGY_NAMES:
-        raise ValueError(f"strategy must be one of {STRATEGY_NAMES}, got {plan.strategy!r}")
+    if plan.strategy not in STRATEGIES:
+        raise ValueError(f"strategy must be one of {tuple(STRATEGIES)}, got {plan.strategy!r}")
     _check_layouts(plan)
     _check_grid(plan)
     _check_head_chunks(plan)
@@ -137,7 +139,7 @@ def _check_layouts(plan: Plan) -> None:
 
 
 def _check_grid(plan: Plan) -> None:
-    grid, needs = plan.grid, plan.strategy in GRID_STRATEGIES
+    grid, needs = plan.grid, STRATEGIES[plan.strategy].needs_grid
     if needs and not isinstance(grid, Grid):
         raise TypeError(
             f"strategy {plan.strategy!r} takes a seqpar.Grid, got {grid!r}; make one with "
@@ -146,7 +148,8 @@ def _check_grid(plan: Plan) -> None:
     if grid is None:
         return
     if not needs:
-        raise ValueError(f"a grid is for {GRID_STRATEGIES}, got one for {plan.strategy!r}")
+        able = tuple(name for name, strategy in STRATEGIES.items() if strategy.needs_grid)
+        raise ValueError(f"a grid is for {able}, got one for {plan.strategy!r}")
     ours, theirs = (
         (group.rank, group.transport.global_ranks) for group in (plan.group, grid.group)
     )
@@ -165,10 +168,10 @@ def _check_head_chunks(plan: Plan) -> None:
         raise TypeError(f"head_chunks must be an integer, got {num!r}")
     if num < 1:
         raise ValueError(f"head_chunks must be at least 1, got {num}")
-    if num > 1 and plan.strategy not in HEAD_STRATEGIES:
+    if num > 1 and not STRATEGIES[plan.strategy].trades_heads:
+        able = tuple(name for name, strategy in STRATEGIES.items() if strategy.trades_heads)
         raise ValueError(
-            f"head_chunks is for {HEAD_STRATEGIES}, which exchange heads; got {num} for "
-            f"{plan.strategy!r}"
+            f"head_chunks is for {able}, which exchange heads; got {num} for {plan.strategy!r}"
         )
 
 
@@ -210,48 +213,33 @@ def _check_rows(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
 
 
 def _check_heads(q: Tensor, score: Score) -> None:
-    for name in ("alibi_slopes", "sinks"):
-        x = getattr(score, name)
-        if x is not None and x.shape[0] != q.shape[2]:
+    for name, x in score.tensors.items():
+        if x.shape[0] != q.shape[2]:
             raise ValueError(
                 f"{name} must have one entry for each of the {q.shape[2]} query heads, "
                 f"got {tuple(x.shape)}"
             )
-        if x is not None and x.device != q.device:
+        if x.device != q.device:
             raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
 
 
 def _claim(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, with_lse: bool, learning: tuple[bool, ...] | None
 ) -> dict[str, Any]:
-    score = plan.score.resolve(q.shape[3])
-    learned = {"alibi_slopes": score.alibi_slopes, "sinks": score.sinks}
+    """What ranks must have in common in a call of a resolved plan."""
+    learned = [plan.score.tensors.get(name) for name in TENSORS]
     if learning is None:
-        wants = (x is not None and x.requires_grad for x in (q, k, v, *learned.values()))
+        wants = (x is not None and x.requires_grad for x in (q, k, v, *learned))
         learning = tuple(w and torch.is_grad_enabled() for w in wants)
     return {
         "version": VERSION,
-        "strategy": plan.strategy,
-        "layout": plan.layout,
-        "spans": hash(plan.layout.spans),
-        "kv_layout": plan.kv_layout,
-        "spans of keys": hash(plan.keys.spans),
-        "grid": None if plan.grid is None else plan.grid.members,
-        "invariant": plan.invariant,
-        "head chunks": plan.head_chunks,
-        "first head": plan.first_head,
+        **told_of(plan),
         "with lse": with_lse,
-        "mask": plan.mask,
-        "scale": score.scale,
-        "softcap": score.softcap,
-        **{name: None if x is None else x.dtype for name, x in learned.items()},
-        "dropout": plan.drops,
-        "implementation": plan.implementation,
         "batch": q.shape[0],
         "heads (hq, hkv)": (q.shape[2], k.shape[2]),
         "widths (d, vd)": (q.shape[3], v.shape[3]),
         "dtype": q.dtype,
         "device": q.device.type,
         "requires_grad": any(learning[:3]),
-        **{f"{name} learn": there for name, there in zip(learned, learning[3:], strict=True)},
+        **{f"{name} learn": there for name, there in zip(TENSORS, learning[3:], strict=True)},
     }

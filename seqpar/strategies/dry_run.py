@@ -17,7 +17,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from seqpar.comm import Grid, Group, Message, silent
 from seqpar.strategies.plan import Plan
-from seqpar.strategies.volume import Shape, Volume
+from seqpar.strategies.registry import STRATEGIES
+from seqpar.strategies.shape import Shape, Volume
 from seqpar.strategies.workspace import workspace
 from seqpar_kernels.torch_internals import DispatchMode
 from seqpar_kernels.torch_ops import RUNS
@@ -101,7 +102,7 @@ def sent(plan: Plan, shape: Shape, rank: int) -> Volume:
 
     Args:
         plan: with its implementation resolved, see `resolve`.
-        shape: of the call. q, k and v get gradients; slopes and sinks where it says so.
+        shape: of the call. q, k and v get gradients, and what it says learns.
     """
     forward, total = (group.traffic.total for group in _run(plan, shape, rank, _Log()))
     return Volume(forward, total - forward)
@@ -128,13 +129,11 @@ def steps(plan: Plan, shape: Shape, rank: int) -> Steps:
 
 def _run(plan: Plan, shape: Shape, rank: int, log: _Log) -> Iterator[Group]:
     """Runs forward and, if asked for more, backward; gives the group after each."""
-    from seqpar.strategies import STRATEGIES  # which imports what imports this
-
     group = silent(rank, plan.group.size, log)
     with watching(log):
         plan, leaves = _without_content(plan, shape, group)
         q, k, v = leaves[:3]
-        results = STRATEGIES[plan.strategy](q, k, v, plan, with_lse=shape.with_lse)
+        results = STRATEGIES[plan.strategy].attend(q, k, v, plan, with_lse=shape.with_lse)
         ends = [x for x in results[: 1 + shape.with_lse] if x is not None]
         del results
         yield group
@@ -154,13 +153,11 @@ def _without_content(plan: Plan, shape: Shape, group: Group) -> tuple[Plan, list
     leaves = [empty(rows, shape.hq, shape.d)]
     leaves += [empty(cols, shape.hkv, width) for width in (shape.d, shape.vd)]
     learned = {}
-    for name, learns in (("alibi_slopes", shape.slopes_learn), ("sinks", shape.sinks_learn)):
-        x = getattr(plan.score, name)
-        if x is not None:
-            learned[name] = x.detach().to("meta").requires_grad_(learns)
-            leaves += [learned[name]] if learns else []
+    for name, x in plan.score.tensors.items():
+        learned[name] = x.detach().to("meta").requires_grad_(name in shape.learns)
+        leaves += [learned[name]] if name in shape.learns else []
     grid = None if plan.grid is None else Grid(group, plan.grid.members)
-    return replace(plan, group=group, grid=grid, score=replace(plan.score, **learned)), leaves
+    return replace(plan, group=group, grid=grid, score=plan.score.with_tensors(learned)), leaves
 
 
 class _Log:
@@ -197,7 +194,11 @@ class _Ops(DispatchMode):
     """Looks into this package's own ops, which are closed to others."""
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None  # noqa: ARG002
+        self,
+        func: Any,
+        types: Any,
+        args: Any = (),
+        kwargs: Any = None,
     ) -> Any:
         run = RUNS.get(func.name())
         if run is None:

@@ -7,24 +7,33 @@ strategy keeps it, and at what cost, is in docs/numerics.md.
 from __future__ import annotations
 
 from seqpar.strategies.plan import Plan
+from seqpar.strategies.registry import STRATEGIES
+from seqpar.strategies.strategy import Order
 from seqpar_kernels import Implementation, Request, choose, preference, refusal
 
-TILED: tuple[Implementation, ...] = (
-    "reference",
-    "triton",
-)  # they walk tiles in a fixed order, whatever blocks those come in
-STRATEGIES = ("ulysses", "allgather", "ring")
+# They walk tiles in a fixed order, whatever blocks those come in.
+TILED: tuple[Implementation, ...] = ("reference", "triton")
+
+
+def is_invariant(plan: Plan, request: Request) -> bool:
+    """Whether the bits of a plan are to be invariant: as it says, or where they are without being asked."""
+    if plan.invariant is not None:
+        return plan.invariant
+    order = STRATEGIES[plan.strategy].order
+    if order is None or not order.by_default:
+        return False
+    return plan.implementation is None or plan.implementation in _able(order, request)
 
 
 def invariant_implementation(plan: Plan, request: Request) -> Implementation:
     """The implementation of a plan whose bits must be invariant.
 
     Raises:
+        ValueError: the strategy cannot give such bits, at all or with this layout and mask.
         NotImplementedError: the requested one does not keep the order of additions.
     """
-    able = {name for name in TILED if refusal(name, request) is None}
-    if plan.strategy == "ulysses" and request.device.type == "cpu":
-        able.add("aten")  # a head is computed whole, and the op's bits do not depend on the others
+    order = _order(plan)
+    able = _able(order, request)
     if plan.implementation is None:
         fast = (name for name in preference(request.device) if refusal(name, request) is None)
         return next(name for name in fast if name in able)
@@ -37,35 +46,41 @@ def invariant_implementation(plan: Plan, request: Request) -> Implementation:
     return name
 
 
-def check_invariance(plan: Plan, border: int | None) -> None:
-    """Returns if this strategy gives the same bits for any number of ranks.
+def check_cuts(plan: Plan, border: int | None) -> None:
+    """Returns if shards are cut where the order of additions does not notice.
 
     Args:
         border: of the implementation's tiles, `None` where sequences cannot be cut.
 
     Raises:
-        ValueError: it does not; the message says what does.
+        ValueError: they are not; the message says where to cut.
     """
-    if plan.strategy not in STRATEGIES:
-        raise ValueError(
-            f"strategy {plan.strategy!r} cannot give the same bits for any number of ranks; "
-            f"{STRATEGIES} can"
-        )
-    if plan.strategy == "ulysses":
+    if not _order(plan).cuts_sequences:
         return
-    if plan.strategy == "ring" and (
-        plan.layout.kind != "contiguous"
-        or not plan.mask.causal
-        or plan.keys.spans != plan.layout.spans
-    ):
-        raise ValueError(
-            "a ring gives the same bits for any number of ranks only with a causal mask, a contiguous "
-            f"layout and keys of the same layout, got causal={plan.mask.causal}, {plan.layout.kind} and "
-            f"keys {plan.keys.kind}; 'ulysses' and 'allgather' take any layout"
-        )
     for layout in (plan.layout, plan.keys):
         if border is None or not layout.is_cut_at(border):
             raise ValueError(
                 f"for the same bits with any number of ranks shards must be cut at tile borders; make "
                 f"the layout with multiple_of={border}, got {layout}"
             )
+
+
+def _order(plan: Plan) -> Order:
+    order = STRATEGIES[plan.strategy].order
+    if order is None:
+        able = tuple(name for name, strategy in STRATEGIES.items() if strategy.order is not None)
+        raise ValueError(
+            f"strategy {plan.strategy!r} cannot give the same bits for any number of ranks; {able} can"
+        )
+    reason = order.refusal(plan)
+    if reason is not None:
+        raise ValueError(reason)
+    return order
+
+
+def _able(order: Order, request: Request) -> set[Implementation]:
+    """Which implementations keep the order."""
+    able = {name for name in TILED if refusal(name, request) is None}
+    if not order.cuts_sequences and request.device.type == "cpu":
+        able.add("aten")  # a head is computed whole, and the op's bits do not depend on the others
+    return able

@@ -2,8 +2,22 @@
 
 Queries are gathered among the C ranks of a grid row, keys and values, in chunks, among the R ranks of a
 grid column; partial outputs are merged at home. With C = 1 this is the all-gather strategy, with R = 1 its
-query-side dual. Striped layouts make all causal tiles equal. The decomposition is that of SUMMA, van de
-Geijn and Watts 1997, of a product that is never stored.
+query-side dual. Six ranks in a grid of R = 3 rows and C = 2 columns, ranks 0 and 1 in the first row::
+
+                       keys of
+                       ranks 0, 2, 4   ranks 1, 3, 5
+    rows of 0 and 1    rank 0          rank 1            0 and 1 exchange q, and partial (acc, m, l)
+    rows of 2 and 3    rank 2          rank 3            0, 2 and 4 exchange k and v
+    rows of 4 and 5    rank 4          rank 5
+
+Shapes, of even shards of sl rows::
+
+    gathered rows   q [b C*sl hq d], in backward dout, lse and delta too   in a grid row, once
+    gathered keys   k, v [b slk hkv w], one rank's at a time               in a grid column, R times
+    sent home       acc, m, l of C*sl rows; backward dq, and dk, dv of each chunk
+
+Striped layouts make all causal tiles equal. The decomposition is that of SUMMA, van de Geijn and Watts 1997,
+of a product that is never stored.
 """
 
 from __future__ import annotations
@@ -16,9 +30,10 @@ from torch import Tensor
 
 from seqpar.comm import Delivery, Grid, HomeSum, Piece, gather_pass, send_home
 from seqpar.layout import Span, held, joined, part
-from seqpar.strategies.blockwise import Gradients, Visit, blockwise_attention
+from seqpar.strategies.loop import Meeting, Sums, attend_by
 from seqpar.strategies.plan import Plan, Spans
-from seqpar.strategies.volume import Shape, Volume, needs_out
+from seqpar.strategies.strategy import Strategy
+from seqpar.strategies.travel import row_message, rows_of
 from seqpar_kernels import Partial, Rows
 
 MOST_PIECES = 4  # of a rank's rows: messages to another rank in one batch
@@ -35,26 +50,15 @@ def mesh_attention(
     """(out, lse) of this rank's rows of softmax(q k^T) v. The call has been checked; all ranks must call."""
     assert plan.grid is not None, "checked"
     route = MeshRoute(plan, plan.grid)
-    return blockwise_attention(q, k, v, plan, route, plan.score.resolve(q.shape[-1]), 0)
-
-
-def mesh_volume(plan: Plan, rank: int, shape: Shape) -> Volume:
-    """What `rank` sends: for even shards (N/P) [(C-1)(2hq + 2nq) + (R-1) 2hk] elements forward.
-
-    Backward (N/P) [(C-1)(3hq + 2nq) + (R-1) 4hk]. With kernels that derive delta from out, out too. What
-    goes home goes as float32 or wider. Nothing is sent to a rank that sees nothing of it.
-    """
-    assert plan.grid is not None, "checked"
-    return MeshRoute(plan, plan.grid, rank).volume(shape)
+    return attend_by(route, q, k, v, plan, plan.score.resolve(q.shape[-1]))
 
 
 class MeshRoute:
     """The query rows of a grid row; the keys of a grid column, chunk by chunk."""
 
-    def __init__(self, plan: Plan, grid: Grid, rank: int | None = None) -> None:
-        rank = plan.group.rank if rank is None else rank
+    def __init__(self, plan: Plan, grid: Grid) -> None:
         self._plan, self._grid = plan, grid
-        i, j = grid.index_of(rank)
+        i, j = grid.index_of(plan.group.rank)
         row, col = grid.members[i], [members[j] for members in grid.members]
         self._row_spans = [plan.layout.spans[r] for r in row]
         self._col_spans = [plan.keys.spans[r] for r in col]
@@ -73,11 +77,6 @@ class MeshRoute:
             blocks,
             cache(lambda peer, p: plan.sees(queries[peer], spans_of([p], self._col_spans))),
         )
-
-    @property
-    def deliveries(self) -> tuple[Delivery, Delivery]:
-        """Of query rows in the grid row, in one chunk, and of keys in the grid column."""
-        return self._rows, self._cols
 
     def rows(self, q: Tensor) -> tuple[Spans, Tensor]:
         """Those of the grid row."""
@@ -102,45 +101,28 @@ class MeshRoute:
             total.absorb_(other)
         return total
 
-    def visits(self, mine: Rows, k: Tensor, v: Tensor, into: Gradients) -> Iterator[Visit]:
+    def meetings(self, mine: Rows, k: Tensor, v: Tensor, into: Sums) -> Iterator[Meeting]:
         """The rows of the grid row, gathered once, meet the keys chunk by chunk."""
-        spans, rows, dq, dslopes = self._gather_backward(mine, into)
+        spans, rows = self._gather_backward(mine)
+        alone = self._rows.size == 1
+        dq = into.zeros(rows.q)
+        by_row = into.learned if alone else {name: into.zeros(rows.lse) for name in into.learned}
         sums = HomeSum((k, v), self._cols, self._grid.ring, into.dtype)
         for came, (k_c, v_c) in gather_pass((k, v), self._cols, self._grid.ring):
             cols = spans_of(came, self._col_spans)
             dk_c, dv_c = sums.open()
-            yield Visit(spans, cols, rows, k_c, v_c, dq, dk_c, dv_c, dslopes)
+            yield Meeting(spans, cols, rows, k_c, v_c, dq, dk_c, dv_c, by_row)
             del k_c, v_c, dk_c, dv_c  # as in `columns`
             sums.close()
         into.dk, into.dv = sums.home()
-        if self._rows.size == 1:
+        if alone:
             into.dq = dq
-        else:
-            into.dq = into.zeros(mine.q)
-            total = (into.dq,) if into.dslopes is None else (into.dq, into.dslopes)
-            share = (dq,) if dslopes is None else (dq, dslopes)
-            for _, parts in send_home(share, self._rows, self._grid.ulysses):
-                for x, y in zip(total, parts, strict=True):
-                    x += y
-
-    def volume(self, shape: Shape) -> Volume:
-        """What the rank sends."""
-        rows, cols = self._rows, self._cols
-        out = shape.vd if needs_out(self._plan.implementation) else 0
-        keys = shape.count(cols.gathered_rows * shape.kv)
-        forward = (
-            keys
-            + shape.count(rows.gathered_rows * shape.hq * shape.d)
-            + shape.count(rows.returned_rows * shape.hq * (shape.vd + 2), wide=True)
-        )
-        backward = (
-            keys
-            + shape.count(rows.gathered_rows * shape.hq * (shape.d + shape.vd + out))
-            + shape.count(rows.gathered_rows * shape.hq * 2, wide=True)
-            + shape.count(rows.returned_rows * shape.hq * (shape.d + shape.slopes_learn), wide=True)
-            + shape.count(cols.returned_rows * shape.kv, wide=True)
-        )
-        return Volume(forward, backward)
+            return
+        into.dq = into.zeros(mine.q)
+        totals, shares = (into.dq, *into.learned.values()), (dq, *by_row.values())
+        for _, parts in send_home(shares, self._rows, self._grid.ulysses):
+            for total, share in zip(totals, parts, strict=True):
+                total += share
 
     def _gather_rows(self, block: tuple[Tensor, ...]) -> tuple[Spans, tuple[Tensor, ...]]:
         if self._rows.size == 1:
@@ -148,17 +130,12 @@ class MeshRoute:
         ((came, gathered),) = gather_pass(block, self._rows, self._grid.ulysses)
         return spans_of(came, self._row_spans), gathered
 
-    def _gather_backward(
-        self, mine: Rows, into: Gradients
-    ) -> tuple[Spans, Rows, Tensor, Tensor | None]:
-        """The rows of the grid row, and zeros for their dq and dslopes."""
+    def _gather_backward(self, mine: Rows) -> tuple[Spans, Rows]:
+        """The rows of the grid row."""
         if self._rows.size == 1:
-            return self._row_spans[0], mine, into.zeros(mine.q), into.dslopes
-        own_out = (mine.out,) if needs_out(self._plan.implementation) else ()
-        block = (mine.q, mine.dout, mine.lse, mine.delta, *own_out)
-        spans, (q, dout, lse, delta, *out) = self._gather_rows(block)
-        rows = Rows(q, out[0] if out else dout, dout, lse, delta, mine.lse_learns)
-        return spans, rows, into.zeros(q), None if into.dslopes is None else into.zeros(lse)
+            return self._row_spans[0], mine
+        spans, message = self._gather_rows(row_message(mine, self._plan.implementation))
+        return spans, rows_of(message, lse_learns=mine.lse_learns)
 
 
 def lengths(spans: Sequence[Spans]) -> list[int]:
@@ -182,3 +159,6 @@ def pieces(owner: int, spans: Spans) -> tuple[Piece, ...]:
 def spans_of(pieces: Sequence[Piece], spans: Sequence[Spans]) -> tuple[Span, ...]:
     """The positions of pieces that are held one after the other."""
     return joined(s for p in pieces for s in part(spans[p.owner], p.rows))
+
+
+MESH = Strategy("mesh", mesh_attention, needs_grid=True)

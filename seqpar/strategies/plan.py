@@ -3,29 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, replace
 
 from seqpar.comm import Grid, Group
 from seqpar.layout import Layout, Mask, Span, meets, tall_tiles, tiles
 from seqpar_kernels import Block, Documents, Dropout, Implementation, Score
 
-Strategy = Literal[
-    "ring",
-    "ulysses",
-    "allgather",
-    "mesh",
-    "hybrid",
-    "materialised_rows",
-    "materialised_columns",
-    "materialised_depth",
-]
-STRATEGY_NAMES: tuple[Strategy, ...] = get_args(Strategy)
 Spans = tuple[Span, ...]
-GRID_STRATEGIES = ("mesh", "hybrid")
-HEAD_STRATEGIES = ("ulysses", "hybrid")
-
-
 _DEFAULT = "default"
 
 
@@ -41,13 +25,13 @@ class Plan:
         layout: which of them holds which positions.
         mask: what a position may see.
         score: what happens to q.k before the softmax.
-        strategy: how the ranks work together.
+        strategy: how the ranks work together: a name of `seqpar.strategies.STRATEGIES`.
         implementation: of the block math; `None` chooses by device, dtype and what is asked.
         dropout: of the attention weights; the same seed on every rank, another for every layer and step.
         kv_layout: of the keys and values, where they are another sequence than the queries; `None`: the
             layout of the queries.
         invariant: whether results, gradients included, must be the same bits for any number of ranks.
-            What that asks of each strategy, and costs, is in docs/numerics.md. `None` becomes what holds
+            What that asks of each strategy, and costs, is in docs/numerics.md. `None` is what holds
             without being asked for: True for Ulysses.
         grid: the ranks of the group in two dimensions, for the mesh and the hybrid.
         head_chunks: in how many chunks Ulysses and the hybrid exchange their heads: the next is exchanged
@@ -61,7 +45,7 @@ class Plan:
     # Mask() and Score(): torch 2.11 compiles no function whose defaults are objects.
     mask: Mask = _DEFAULT  # type: ignore[assignment]
     score: Score = _DEFAULT  # type: ignore[assignment]
-    strategy: Strategy = "ring"
+    strategy: str = "ring"
     implementation: Implementation | None = None
     dropout: Dropout | None = None
     kv_layout: Layout | None = None
@@ -74,9 +58,6 @@ class Plan:
         for name, kind in (("mask", Mask), ("score", Score)):
             if isinstance(value := getattr(self, name), str) and value == _DEFAULT:
                 object.__setattr__(self, name, kind())
-        if self.invariant is None:
-            exact = self.implementation in (None, "reference", "triton")
-            object.__setattr__(self, "invariant", self.strategy == "ulysses" and exact)
 
     @property
     def keys(self) -> Layout:
@@ -93,6 +74,10 @@ class Plan:
         """The documents of the mask, as kernels take them."""
         return None if self.mask.documents is None else Documents(tuple(self.mask.documents))
 
+    def outline(self) -> Plan:
+        """A plan of the same shapes for tensors without content, which drops nothing."""
+        return replace(self, dropout=None, implementation="reference")
+
     def sees(self, rows: Spans, cols: Spans) -> bool:
         """Whether any of these query rows sees any of these keys."""
         return meets(rows, cols, self.mask)
@@ -107,7 +92,7 @@ class Plan:
             head: which of the call's query heads is the first at hand.
         """
         head, drops, packed = self.first_head + head, self.drops, self.packed
-        needs_positions = score.alibi_slopes is not None or drops or packed
+        needs_positions = score.needs_positions or drops or packed
         made = tiles if needs_positions else tall_tiles
         for t in made(rows, cols, self.mask):
             block = Block(t.band, score, t.row, t.col, t.step, head, drops, packed)

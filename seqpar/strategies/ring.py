@@ -1,7 +1,30 @@
-"""Ring attention: queries stay home, key/value blocks make a trip round the ranks that see them.
+"""Ring attention: queries stay, and key/value blocks travel round the ranks that see them (context parallel).
 
-Contiguous, zigzag, striped and uneven shards differ only in `plan.layout`. Backward, what is smaller
-travels: keys and values with the sums of dk and dv, or queries with dout, lse, delta and the sum of dq.
+Each rank holds some rows of q, k and v. In P steps it meets every block of keys, its own first, then those of
+the ranks before it, while the next block is already on its way. Which rows a rank holds is data
+(`plan.layout`), so contiguous, zigzag, striped and uneven shards take the same way through this file.
+
+A causal zigzag ring of three ranks: rank 0 holds runs 0 and 5 of six, rank 1 runs 1 and 4, rank 2 runs
+2 and 3. The table says in which step a run of query rows (down) meets a run of keys (across)::
+
+              keys of   rank 0  rank 1  rank 2  rank 2  rank 1  rank 0
+              run          0       1       2       3       4       5
+    rank 0    rows 0    step 0     .       .       .       .       .
+    rank 1    rows 1    step 1  step 0     .       .       .       .
+    rank 2    rows 2    step 2  step 1  step 0     .       .       .
+    rank 2    rows 3    step 2  step 1  step 0  step 0     .       .
+    rank 1    rows 4    step 1  step 0  step 2  step 2  step 0     .
+    rank 0    rows 5    step 0  step 2  step 1  step 1  step 2  step 0
+
+Every rank has as many scores in every step: that is what zigzag is for. In its second step, step 1, rank 0
+meets the keys of rank 2: its rows 5 see both of their runs, its rows 0 see neither. A rank holds sl rows of
+queries and slk of keys; o is the owner of the block at hand::
+
+    q, dq [b sl hq d]    k, dk [b slk hkv d]    v, dv [b slk hkv vd]    out, dout [b sl hq vd]
+    forward    k_o, v_o travel
+    backward   k_o, v_o travel, and one step behind them the sums of dk_o, dv_o in float32
+               or, if that is fewer bytes, q_o, dout_o, lse_o, delta_o and the sum of dq_o
+
 Source: Liu et al. 2023, Ring Attention (arXiv:2310.01889), section 3; that queries may travel backward,
 Sun et al. 2024, BurstAttention (arXiv:2403.09347).
 """
@@ -14,16 +37,12 @@ from functools import cache
 from jaxtyping import Float
 from torch import Tensor
 
-from seqpar.comm import Count, RingSum, Trip, current_tape, ring_pass
-from seqpar.layout import Span
-from seqpar.strategies.blockwise import (
-    Gradients,
-    Visit,
-    blockwise_attention,
-    learned_elements,
-)
+from seqpar.comm import RingSum, Trip, current_tape, ring_pass
+from seqpar.layout import Layout, Span
+from seqpar.strategies.loop import Meeting, Sums, attend_by
 from seqpar.strategies.plan import Plan, Spans
-from seqpar.strategies.volume import Shape, Volume, needs_out
+from seqpar.strategies.strategy import Order, Strategy
+from seqpar.strategies.travel import row_bytes, row_message, rows_of
 from seqpar_kernels import (
     Block,
     Implementation,
@@ -58,7 +77,7 @@ def ring_attention(
         first = plan.first_head + head
         block = Block(band, score, head=first, dropout=plan.drops, documents=plan.packed)
         return _attend_alone(q, k, v, block, plan.implementation, with_lse=with_lse)
-    return blockwise_attention(q, k, v, plan, RingRoute(plan), score, head)
+    return attend_by(RingRoute(plan), q, k, v, plan, score, head=head)
 
 
 def _attend_alone(
@@ -77,31 +96,6 @@ def _attend_alone(
     return results
 
 
-def ring_volume(plan: Plan, rank: int, shape: Shape) -> Volume:
-    """What `rank` sends.
-
-    Forward, k and v of every block but the one that the next rank owns: for even shards
-    (P-1)/P N 2hk elements. Backward, the same again, and the sums of dk and dv, in float32 or wider,
-    for every block but this rank's own: (P-1)/P N 2hk. Where it is fewer bytes, instead q, dout, lse and
-    delta, and the sum of dq in float32: (P-1)/P N (3hq + 2nq), and out with kernels that derive delta
-    from it. Blocks that a rank does not see are not sent to it. In order (`plan.invariant`) the sums make
-    one hop more, with the owner's share.
-    """
-    if plan.layout.size == 1:
-        return Volume()
-    trip = key_trip(plan, rank)
-    forward = shape.count(shape.kv * trip.passed_rows)
-    if queries_travel(plan, shape):
-        trip = query_trip(plan, rank)
-        backward = travelling_count(plan, shape, trip.passed_rows)
-        sums = shape.hq * (shape.d + shape.slopes_learn)
-    else:
-        backward, sums = forward, shape.kv
-    backward += shape.count(sums * trip.summed_rows(in_order=bool(plan.invariant)), wide=True)
-    learned = learned_elements(plan, rank, shape.num_learned, shape.hq)
-    return Volume(forward, backward + shape.count(learned, wide=True))
-
-
 class RingRoute:
     """Own rows; keys by `ring_pass`, in the order of the trip."""
 
@@ -115,86 +109,84 @@ class RingRoute:
 
     def columns(self, k: Tensor, v: Tensor) -> Iterator[tuple[Spans, Tensor, Tensor]]:
         """Block by block, this rank's first."""
-        for owner, block in ring_pass((k, v), key_trip(self._plan), self._plan.group):
+        for owner, block in ring_pass((k, v), _key_trip(self._plan), self._plan.group):
             if block is not None:
                 k_o, v_o = block
                 yield self._plan.keys.spans[owner], k_o, v_o
 
     def merged(self, running: Partial) -> Partial:
-        """Nobody else worked on these rows."""
+        """The partial itself: nobody else worked on these rows."""
         return running
 
-    def visits(self, mine: Rows, k: Tensor, v: Tensor, into: Gradients) -> Iterator[Visit]:
-        """Keys visit rows, or rows visit keys."""
-        shape = Shape.of(mine.q, k, v, slopes_learn=into.dslopes is not None)
-        if queries_travel(self._plan, shape):
-            return self._rows_visit(mine, k, v, into)
-        return self._keys_visit(mine, k, v, into)
-
-    def _keys_visit(self, mine: Rows, k: Tensor, v: Tensor, into: Gradients) -> Iterator[Visit]:
+    def meetings(self, mine: Rows, k: Tensor, v: Tensor, into: Sums) -> Iterator[Meeting]:
+        """Keys travel and meet these rows, or rows travel and meet these keys: what is fewer bytes."""
         plan = self._plan
-        trip = key_trip(plan)
+        rows = row_bytes(row_message(mine, plan.implementation))
+        rows += row_bytes((mine.q, *into.learned.values()), into.dtype)
+        keys = row_bytes((k, v)) + row_bytes((k, v), into.dtype)
+        if rows * plan.layout.length < keys * plan.keys.length:
+            return self._rows_travel(mine, k, v, into)
+        return self._keys_travel(mine, k, v, into)
+
+    def _keys_travel(self, mine: Rows, k: Tensor, v: Tensor, into: Sums) -> Iterator[Meeting]:
+        plan = self._plan
+        trip = _key_trip(plan)
         sums = RingSum((k, v), trip, plan.group, into.dtype, in_order=bool(plan.invariant))
         into.dq = into.zeros(mine.q)
         for owner, block in ring_pass((k, v), trip, plan.group):
             share = sums.open()
             if block is not None and share is not None:
                 (k_o, v_o), (dk_o, dv_o), cols = block, share, plan.keys.spans[owner]
-                yield Visit(self._own, cols, mine, k_o, v_o, into.dq, dk_o, dv_o, into.dslopes)
+                yield Meeting(self._own, cols, mine, k_o, v_o, into.dq, dk_o, dv_o, into.learned)
             sums.close()
         into.dk, into.dv = sums.home()
 
-    def _rows_visit(self, mine: Rows, k: Tensor, v: Tensor, into: Gradients) -> Iterator[Visit]:
+    def _rows_travel(self, mine: Rows, k: Tensor, v: Tensor, into: Sums) -> Iterator[Meeting]:
         plan, own_keys = self._plan, self._plan.keys.spans[self._plan.group.rank]
-        trip = query_trip(plan)
-        like = (mine.q,) if into.dslopes is None else (mine.q, mine.lse)
+        trip, names = _row_trip(plan), tuple(into.learned)
+        like = (mine.q, *(mine.lse for _ in names))
         sums = RingSum(like, trip, plan.group, into.dtype, in_order=bool(plan.invariant))
         into.dk, into.dv = into.zeros(k), into.zeros(v)
-        out = (mine.out,) if needs_out(plan.implementation) else ()
-        travelling = (mine.q, mine.dout, mine.lse, mine.delta, *out)
-        for owner, block in ring_pass(travelling, trip, plan.group):
+        for owner, block in ring_pass(row_message(mine, plan.implementation), trip, plan.group):
             share = sums.open()
             if block is not None and share is not None:
-                q_o, dout_o, lse_o, delta_o, *out_o = block
-                rows = Rows(
-                    q_o, out_o[0] if out_o else dout_o, dout_o, lse_o, delta_o, mine.lse_learns
-                )
                 dq_o, *learned_o = share
-                at = plan.layout.spans[owner]
-                yield Visit(at, own_keys, rows, k, v, dq_o, into.dk, into.dv, *learned_o)
+                rows, at = rows_of(block, lse_learns=mine.lse_learns), plan.layout.spans[owner]
+                by_row = dict(zip(names, learned_o, strict=True))
+                yield Meeting(at, own_keys, rows, k, v, dq_o, into.dk, into.dv, by_row)
             sums.close()
         into.dq, *learned = sums.home()
-        into.dslopes = learned[0] if learned else None
+        into.learned = dict(zip(names, learned, strict=True))
 
 
-def key_trip(plan: Plan, rank: int | None = None) -> Trip:
+def _key_trip(plan: Plan) -> Trip:
     """Keys go to the next rank, so a rank meets them from its own downwards."""
     rows, keys = plan.layout.spans, plan.keys.spans
     wants = cache(lambda visitor, owner: plan.sees(rows[visitor], keys[owner]))
-    return Trip(plan.group.rank if rank is None else rank, plan.keys.rows, wants)
+    return Trip(plan.group.rank, plan.keys.rows, wants)
 
 
-def query_trip(plan: Plan, rank: int | None = None) -> Trip:
-    """Queries go to the rank before, so a rank's keys meet them from its own upwards."""
+def _row_trip(plan: Plan) -> Trip:
+    """Query rows go to the rank before, so a rank's keys meet them from its own upwards."""
     rows, keys = plan.layout.spans, plan.keys.spans
     wants = cache(lambda visitor, owner: plan.sees(rows[owner], keys[visitor]))
-    rank = plan.group.rank if rank is None else rank
-    return Trip(rank, plan.layout.rows, wants, direction=-1)
+    return Trip(plan.group.rank, plan.layout.rows, wants, direction=-1)
 
 
-def queries_travel(plan: Plan, shape: Shape) -> bool:
-    """Whether they are fewer bytes than keys in backward, were everything to be sent everywhere."""
-    queries = travelling_count(plan, shape, plan.layout.length)
-    queries += shape.count(
-        shape.hq * (shape.d + shape.slopes_learn) * plan.layout.length, wide=True
+def _out_of_order(plan: Plan) -> str | None:
+    """Why blocks do not arrive in the order of positions."""
+    layout, keys, causal = plan.layout, plan.keys, plan.mask.causal
+    if causal and layout.is_in_order and keys.spans == layout.spans:
+        return None
+    return (
+        "a ring gives the same bits for any number of ranks only with a causal mask, a contiguous "
+        f"layout and keys of the same layout, got {causal=}, {_told(layout)} and keys {_told(keys)}; "
+        "'ulysses' and 'allgather' take any layout"
     )
-    keys = shape.count(shape.kv * plan.keys.length)
-    keys += shape.count(shape.kv * plan.keys.length, wide=True)
-    return queries.bytes < keys.bytes
 
 
-def travelling_count(plan: Plan, shape: Shape, rows: int) -> Count:
-    """Query rows and what backward must know of them, without the sums."""
-    out = shape.vd if needs_out(plan.implementation) else 0
-    narrow = shape.count(shape.hq * (shape.d + shape.vd + out) * rows)
-    return narrow + shape.count(2 * shape.hq * rows, wide=True)
+def _told(layout: Layout) -> str:
+    return layout.kind if layout.is_in_order or layout.kind != "contiguous" else "not contiguous"
+
+
+RING = Strategy("ring", ring_attention, order=Order(_out_of_order))

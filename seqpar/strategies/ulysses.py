@@ -19,10 +19,10 @@ from torch import Tensor
 
 from seqpar.comm import Flight, Grid, Group, HeadTrade, Places, serve, start_to_heads, start_to_rows
 from seqpar.layout import Layout, held, joined, split_heads, whole
-from seqpar.strategies.chunks import Cut, dealt, in_head_order, packed
+from seqpar.strategies.head_chunks import Cut, dealt, in_head_order, packed
 from seqpar.strategies.plan import Plan
-from seqpar.strategies.ring import ring_attention, ring_volume
-from seqpar.strategies.volume import Shape, Volume
+from seqpar.strategies.ring import ring_attention
+from seqpar.strategies.strategy import Order, Strategy
 
 
 def ulysses_attention(
@@ -49,39 +49,6 @@ def ulysses_attention(
         trades = _Trades(cut, inner, at_q[i], at_k[i], in_order=bool(plan.invariant))
         ys = _in_chunks((q, k, v), trades, attend)
     return ys[0], ys[1].squeeze(-1) if with_lse else None
-
-
-def ulysses_volume(plan: Plan, rank: int, shape: Shape) -> Volume:
-    """What `rank` sends, in the trades and, in the hybrid, in the ring between.
-
-    Forward, its rows of q, k, v to the ranks that take those heads, and all other rows of its heads
-    of out: for even shards and heads (P-1)/P^2 N (2hq + 2hk) elements. Backward the same the other
-    way round; with invariant bits, where ranks share a kv head, its gradients once for every query head.
-    In how many chunks heads go does not matter, but for the ring: a kv head goes round once for every
-    chunk that it serves.
-    """
-    grid = _grid(plan)
-    (i, j), (_, size) = grid.index_of(rank), grid.shape
-    middle, _, _ = _middle(plan, grid)
-    cut, in_order = _cut(plan, grid, shape.hq, shape.hkv), bool(plan.invariant)
-    heads = cut.heads
-    kv_width, hq, hkv = shape.d + shape.vd, heads.num_q(j), heads.num_kv(j)
-    own_q, own_k = plan.layout.rows[rank], plan.keys.rows[rank]
-    other_q, other_k = middle.layout.rows[i] - own_q, middle.keys.rows[i] - own_k
-    hq_away = shape.hq - hq
-    hkv_away = sum(heads.num_kv(n) for n in range(size) if n != j)
-    back = hq if in_order and heads.replicates else hkv
-    sent = own_q * hq_away * shape.d + own_k * hkv_away * kv_width + other_q * hq * shape.vd
-    returned = own_q * hq_away * shape.vd + other_q * hq * shape.d + other_k * back * kv_width
-    forward, backward = shape.count(sent), shape.count(returned)
-    if shape.with_lse:
-        forward += shape.count(other_q * hq, wide=True)
-        backward += shape.count(own_q * hq_away, wide=True)
-    for chunk in range(len(cut.q)):
-        for run in cut.runs(chunk, j, in_order=in_order):
-            ring = ring_volume(middle, i, replace(shape, hq=run.num_q, hkv=run.num_kv))
-            forward, backward = forward + ring.forward, backward + ring.backward
-    return Volume(forward, backward)
 
 
 class _Attend:
@@ -243,3 +210,12 @@ def _merged(
         all_places.append(tuple(tuple(p) for p in by_row))
     merged = Layout(layout.kind, layout.length, len(members), tuple(all_spans))
     return merged, tuple(all_places)
+
+
+ULYSSES = Strategy(
+    "ulysses",
+    ulysses_attention,
+    trades_heads=True,
+    order=Order(cuts_sequences=False, by_default=True),  # a head is computed whole by one rank
+)
+HYBRID = Strategy("hybrid", ulysses_attention, needs_grid=True, trades_heads=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from seqpar.comm import Grid, Group
 from seqpar.layout import LAYOUTS, Layout, Mask, balanced, zigzag
-from seqpar.strategies import GRID_STRATEGIES, Plan, Strategy
+from seqpar.strategies import STRATEGIES, Plan
 from seqpar.testing import oracle
 from seqpar.testing.budget import Budget
 from seqpar_kernels import Dropout, Implementation, Score
@@ -96,7 +96,7 @@ class Case:
     def plan(
         self,
         group: Group,
-        strategy: Strategy,
+        strategy: str,
         implementation: Implementation | None = None,
         device: str = "cpu",
     ) -> Plan:
@@ -108,7 +108,7 @@ class Case:
         dropout = Dropout(self.dropout, SEED) if self.dropout else None
         layout = self.layout(group.size)
         keys = None if self.kv_length is None else self.keys(group.size)
-        grid = self.grid(group) if strategy in GRID_STRATEGIES else None
+        grid = self.grid(group) if STRATEGIES[strategy].needs_grid else None
         return Plan(
             group, layout, self.mask, score, strategy, implementation, dropout, keys,
             self.invariant, grid,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from seqpar.comm import Group
-from seqpar.strategies import Strategy, Volume
+from seqpar.strategies import Volume
 from seqpar.testing.budget import Budget, max_error
 from seqpar.testing.case import NAMES, Case
 from seqpar.testing.step import run_step
@@ -19,7 +19,7 @@ class Errors:
     found: dict[str, float]
     allowed: dict[str, float]
     sent: Volume
-    formula: Volume
+    derived: Volume
 
     @property
     def failures(self) -> list[str]:
@@ -29,15 +29,15 @@ class Errors:
             for name in self.found
             if not self.found[name] <= self.allowed[name]
         ]
-        if self.sent != self.formula:
-            wrong.append(f"sent {self.sent}, formula {self.formula}")
+        if self.sent != self.derived:
+            wrong.append(f"sent {self.sent}, by a dry run {self.derived}")
         return wrong
 
 
 def errors_on_rank(
     group: Group,
     case: Case,
-    strategy: Strategy,
+    strategy: str,
     implementation: Implementation | None = None,
     budget: Budget | None = None,
     device: str = "cpu",
@@ -64,4 +64,4 @@ def errors_on_rank(
             group.all_reduce_(got, "sum")
         found[name] = max_error(got.cpu(), expected[:, mine[name]] if name in mine else expected)
     allowed = dict(zip(case.names, budget.allowed, strict=True))
-    return Errors(found, allowed, step.sent, step.formula)
+    return Errors(found, allowed, step.sent, step.derived)

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from seqpar.functional import attention
-from seqpar.strategies import VOLUMES, Plan, Shape, Volume, resolve
+from seqpar.strategies import Plan, Shape, Volume, dry_run, resolve
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a step computed on this rank, how long it took, what it sent, and what the formula says."""
+    """What a step computed on this rank, how long it took, what it sent, and what a dry run says."""
 
     results: tuple[Tensor, ...]  # out, dq, dk, dv, and the gradients of slopes and sinks that learn
     seconds: float
     sent: Volume
-    formula: Volume
+    derived: Volume
 
 
 def run_step(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, plan: Plan) -> Step:
@@ -29,8 +29,7 @@ def run_step(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, plan: Plan) -> Step:
     counters of the group.
     """
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    learned = [x for x in (plan.score.alibi_slopes, plan.score.sinks) if x is not None]
-    leaves += [x for x in learned if x.requires_grad]
+    leaves += [x for x in plan.score.tensors.values() if x.requires_grad]
     plan.group.all_reduce_(torch.zeros(1, device=q.device), "sum")
     plan.group.traffic.reset()
     start = time.perf_counter()
@@ -39,12 +38,7 @@ def run_step(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, plan: Plan) -> Step:
     gradients = torch.autograd.grad(out, leaves, dout)
     seconds = time.perf_counter() - start
     sent = Volume(forward, plan.group.traffic.total - forward)
-    score = plan.score
-    learn = {
-        f"{name}_learn": x is not None and x.requires_grad
-        for name, x in (("slopes", score.alibi_slopes), ("sinks", score.sinks))
-    }
-    formula = VOLUMES[plan.strategy](
-        resolve(plan, q, v), plan.group.rank, Shape.of(q, k, v, **learn)
-    )
-    return Step((out.detach(), *gradients), seconds, sent, formula)
+    learns = tuple(name for name, x in plan.score.tensors.items() if x.requires_grad)
+    shape = Shape.of(q, k, v, learns=learns)
+    derived = dry_run.sent(resolve(plan, q, v), shape, plan.group.rank)
+    return Step((out.detach(), *gradients), seconds, sent, derived)

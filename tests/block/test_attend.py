@@ -166,7 +166,16 @@ def test_what_is_not_wanted_is_left_out(implementation):
             for x, wanted in ((q, wants_dq), (k, wants_dkdv), (v, wants_dkdv))
         )
         by_row = torch.zeros_like(lse) if learns else None
-        attend_backward(rows, k, v, block, into=into, dslopes=by_row, implementation=implementation)
+        learned = {} if by_row is None else {"alibi_slopes": by_row}
+        attend_backward(
+            rows,
+            k,
+            v,
+            block,
+            into=into,
+            learned=learned,
+            implementation=implementation,
+        )
         return (*into, by_row)
 
     learns = slopes is not None

@@ -86,14 +86,15 @@ def run(tensors, block, implementation, cuts=()):
             here = block.at(rows.start, cols.start)
             into = running[rows]
             attend(q[:, rows], k[:, cols], v[:, cols], here, into=into, implementation=kernel)
-        out, lse = finish(running[rows], dtype, block.score.sinks, implementation=kernel)
+        out, lse = finish(running[rows], dtype, block.score, implementation=kernel)
         dlse = None if implementation == "aten" else lse.sin()
         of = Rows.of(q[:, rows], out, dout[:, rows], lse, dlse, implementation=kernel)
         for cols in reversed(parts):
             attend_backward(
                 of, k[:, cols], v[:, cols], block.at(rows.start, cols.start),
                 into=(dq[:, rows], dk[:, cols], dv[:, cols]),
-                dslopes=None if dslopes is None else dslopes[:, rows], implementation=kernel,
+                learned={} if dslopes is None else {"alibi_slopes": dslopes[:, rows]},
+                implementation=kernel,
             )  # fmt: skip
         outs.append(out)
         lses.append(lse)
@@ -170,7 +171,7 @@ def test_keys_add_their_query_tiles_upwards_and_the_heads_of_a_group_inside(impl
     q, k, v, dout = tensors = problem(implementation, dtype, border + 6, 3, 3)
     running = Partial.identity(q, v.shape[-1])
     attend(q, k, v, PLAIN, into=running, implementation=implementation)
-    out, lse = finish(running, dtype, implementation=implementation)
+    out, lse = finish(running, dtype, Score(), implementation=implementation)
     wide = lse.dtype
     dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v))
     for start in range(0, q.shape[1], border):

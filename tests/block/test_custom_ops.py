@@ -66,7 +66,7 @@ def test_the_ops_pass_the_checks_of_torch(name, lse_learns):
     tensors = [x.detach() for x in (torch.ones_like(out), q, k, v, out, lse)]
     learn = [x is not None for x in plain]
     dlse = torch.ones_like(lse) if lse_learns else None
-    arguments = (tensors[0], dlse, *tensors[1:], *learn, *plain, *described[2:])
+    arguments = (tensors[0], dlse, *tensors[1:], learn, *plain, *described[2:])
     torch.library.opcheck(torch.ops.seqpar.attention_backward, arguments)
 
 

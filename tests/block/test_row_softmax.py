@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seqpar_kernels import Partial, finish, row_softmax
+from seqpar_kernels import Partial, Score, finish, row_softmax
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WAYS = pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_finish_in_one_kernel_equals_torch(sinking):
     m = normal(2, 5, 3, dtype=torch.float32, seed=1)
     m[0, 0], l[0, 0], acc[0, 0] = -torch.inf, 0.0, 0.0
     sinks = normal(3, dtype=torch.float32, seed=2) if sinking else None
-    got = finish(Partial(acc, m, l), torch.float16, sinks, implementation="triton")
+    got = finish(Partial(acc, m, l), torch.float16, Score(sinks=sinks), implementation="triton")
     want = Partial(acc.clone(), m, l).finish(torch.float16, sinks)
     torch.testing.assert_close(got[0], want[0], rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(got[1], want[1], rtol=1e-6, atol=1e-6)
@@ -91,7 +91,7 @@ def test_a_sink_of_minus_infinity_is_none(implementation):
     m[0, 0], l[0, 0], acc[0, 0] = -torch.inf, 0.0, 0.0
     parts = Partial(*(x.to(DEVICE) for x in (acc, m, l)))
     sinks = torch.tensor([-torch.inf], device=DEVICE)
-    out, lse = finish(parts, torch.float32, sinks, implementation=implementation)
+    out, lse = finish(parts, torch.float32, Score(sinks=sinks), implementation=implementation)
     assert out[0, :, 0, 0].tolist() == [0.0, 1.0]
     assert lse[0, :, 0].tolist() == [-torch.inf, 0.0]
 

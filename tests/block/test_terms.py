@@ -101,7 +101,7 @@ def run(tensors, block, hops, how):
         else:
             triton_attention.forward(*part, running, how)
     raw = tuple(x.clone() for x in (running.acc, running.m, running.l))
-    out, lse = finish(running, q.dtype, sinks, implementation=name)
+    out, lse = finish(running, q.dtype, block.score, implementation=name)
     rows = Rows.of(q, out, dout, lse, implementation=name)
     dq, dk, dv = (torch.zeros(x.shape, device=x.device, dtype=lse.dtype) for x in (q, k, v))
     dslopes = None if block.score.alibi_slopes is None else torch.zeros_like(lse)
@@ -109,7 +109,12 @@ def run(tensors, block, hops, how):
         part = rows, k[:, a:b], v[:, a:b], block.at(0, a)
         into = dq, dk[:, a:b], dv[:, a:b]
         if isinstance(how, str):
-            attend_backward(*part, into=into, dslopes=dslopes, implementation=how)
+            attend_backward(
+                *part,
+                into=into,
+                learned={} if dslopes is None else {"alibi_slopes": dslopes},
+                implementation=how,
+            )
         else:
             triton_attention.backward(*part, into, dslopes, (how, how))
     results = [out, dq, dk, dv]
@@ -234,7 +239,7 @@ def test_cutting_queries_at_tile_borders_changes_no_bit(dtype):
     _, whole = run((q, k, v, dout), block, [(0, 40)], tiles)
     running = Partial.identity(q, 16)
     triton_attention.forward(q, k, v, block, running, tiles)
-    out, lse = finish(running, q.dtype, implementation="triton")
+    out, lse = finish(running, q.dtype, Score(), implementation="triton")
     rows = Rows.of(q, out, dout, lse, implementation="triton")
     dq, dk, dv = (torch.zeros(x.shape, device=DEVICE) for x in (q, k, v))
     for a, b in ((0, 16), (16, 48), (48, 64)):
@@ -282,7 +287,7 @@ def test_offsets_beyond_32_bits(what, strides):
     for x, dout in ((small, small), (big, small), (small, big)):
         running = Partial.identity(x, 16)
         attend(x, x, x, block, into=running, implementation="triton")
-        out, lse = finish(running, torch.float32, implementation="triton")
+        out, lse = finish(running, torch.float32, Score(), implementation="triton")
         rows = Rows.of(x, out, dout, lse, implementation="triton")
         into = tuple(torch.zeros(shape, device=DEVICE) for _ in range(3))
         attend_backward(rows, x, x, block, into=into, implementation="triton")

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-import seqpar.strategies.blockwise
+import seqpar.strategies.loop
 from seqpar import cli, simulate
 from seqpar.commands import bench, check
 from seqpar.commands.contest import Row
@@ -53,8 +53,8 @@ def test_a_wrong_result_exits_with_1_and_names_the_case(monkeypatch, capsys):
     def without_scale(q, k, v, block, **options):
         attend(q * 2, k, v, block, **options)
 
-    attend = seqpar.strategies.blockwise.attend
-    monkeypatch.setattr(seqpar.strategies.blockwise, "attend", without_scale)
+    attend = seqpar.strategies.loop.attend
+    monkeypatch.setattr(seqpar.strategies.loop, "attend", without_scale)
     monkeypatch.setattr(check, "ProcessWorld", Threads)
     options = ["--ranks", "2", "--dtype", "float32", "--strategy", "mesh"]
     assert cli.main(["check", *options]) == 1
@@ -105,8 +105,8 @@ def test_a_bench_is_a_table_with_what_could_not_be_read_left_out(monkeypatch, ca
     assert rows[1].split() == ["ring", "zigzag", "1000.0", "0.500", "4.000", "4.000", "5.0"]
 
 
-def test_a_bench_fails_where_bytes_are_not_those_of_the_formula(monkeypatch, capsys):
-    off = [ROWS[0], replace(ROWS[1], formula_bytes=1)]
+def test_a_bench_fails_where_bytes_are_not_those_of_the_dry_run(monkeypatch, capsys):
+    off = [ROWS[0], replace(ROWS[1], derived_bytes=1)]
     monkeypatch.setattr(bench, "contest", lambda *_: off)
     assert cli.main(["bench", "--length", "64", "--dtype", "float32"]) == 1
-    assert "differ from the formula: ring at N=64 float32" in capsys.readouterr().out
+    assert "differ from the dry run: ring at N=64 float32" in capsys.readouterr().out

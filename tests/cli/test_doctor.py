@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import seqpar.strategies.blockwise
+import seqpar.strategies.loop
 from seqpar import cli, doctor
-from seqpar.strategies import STRATEGY_NAMES
+from seqpar.strategies import STRATEGIES
 from seqpar.testing import WorldError
 from seqpar_kernels import IMPLEMENTATIONS
 
@@ -57,7 +57,7 @@ def test_checks_every_strategy_over_threads_and_processes(run):
     wanted = [
         (world, strategy, dtype)
         for world in WORLDS
-        for strategy in STRATEGY_NAMES
+        for strategy in STRATEGIES
         for dtype in ("float64", "bfloat16")
     ]
     assert [(c["world"], c["strategy"], c["dtype"]) for c in checks] == wanted
@@ -82,8 +82,8 @@ def test_a_wrong_result_exits_with_1_and_says_which(monkeypatch, capsys, tmp_pat
     def without_scale(q, k, v, block, **options):
         attend(q * 2, k, v, block, **options)
 
-    attend = seqpar.strategies.blockwise.attend
-    monkeypatch.setattr(seqpar.strategies.blockwise, "attend", without_scale)
+    attend = seqpar.strategies.loop.attend
+    monkeypatch.setattr(seqpar.strategies.loop, "attend", without_scale)
     assert cli.main(["doctor", "--json", str(tmp_path / "x.json")]) == 1
     text = capsys.readouterr().out
     assert "rank 0: out off by" in text

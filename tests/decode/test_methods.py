@@ -244,7 +244,7 @@ ONE_RANK = {  # what rank 1 alone does -> what every message must say
     ),
     "sinks": (
         {"score": Score(sinks=torch.zeros(4))},
-        r"sinks is False on ranks 0, 2, True on rank 1",
+        r"sinks is None on ranks 0, 2, torch.float32 on rank 1",
     ),
     "implementation": ({"implementation": "reference"}, r"implementation is 'aten' on ranks 0, 2"),
     "num of queries": ({"num": 2}, r"positions is 1 on ranks 0, 2, 2 on rank 1"),

@@ -7,7 +7,7 @@ CODE = """
 import sys
 import torch
 import seqpar
-from seqpar.strategies import GRID_STRATEGIES, STRATEGY_NAMES
+from seqpar.strategies import STRATEGIES
 
 HEAVY = ("torch._dynamo", "torch._inductor", "triton", "sympy", "transformers")
 
@@ -15,14 +15,14 @@ HEAVY = ("torch._dynamo", "torch._inductor", "triton", "sympy", "transformers")
 def first_call(group, strategy):
     layout = seqpar.zigzag(12, group.size)
     x = torch.randn(1, layout.rows[group.rank], 2, 8, requires_grad=True)
-    grid = group.grid(ulysses=2) if strategy in GRID_STRATEGIES else None
+    grid = group.grid(ulysses=2) if STRATEGIES[strategy].needs_grid else None
     plan = seqpar.Plan(group, layout, strategy=strategy, grid=grid)
     seqpar.attention(x.sin(), x.cos(), x, plan).sum().backward()
 
 
 for size in (1, 2):
-    for strategy in STRATEGY_NAMES:
-        if size == 2 or strategy not in GRID_STRATEGIES:
+    for strategy in STRATEGIES:
+        if size == 2 or strategy STRATEGIES[not].needs_grid:
             seqpar.simulate(size, first_call, strategy)
             print(size, strategy, *(name for name in HEAVY if name in sys.modules))
 """

@@ -1,8 +1,8 @@
-"""The formulas of memory against every byte that is allocated; the script's failure when they are wrong.
+"""What a dry run says is held against every byte that is allocated; the script's failure when it is wrong.
 
-A failure of forward, kept or backward alone says where the new or forgotten tensors are. The profiler's
-record of allocations is the same on every run, so the tolerance is not for noise: at these lengths the
-formulas leave out at most 3 %, work space of half-precision products and masks of window edges.
+A failure of forward, kept or backward alone says where the difference is. The profiler's record of
+allocations is the same on every run, so the tolerance is not for noise: what torch allocates inside of
+products is not seen, at most 2 % here, and of the reference a tile stands for all.
 """
 
 import json
@@ -12,11 +12,7 @@ from pathlib import Path
 
 import activation_memory
 import pytest
-from activation_memory import Setting, allocated_bytes, failures, formula
-
-from seqpar import Mask, Plan, simulate
-from seqpar.layout import zigzag
-from seqpar.strategies.memory import memory
+from activation_memory import Setting, allocated_bytes, derived, failures
 
 SCRIPT = Path(activation_memory.__file__)
 FIVE = ("ring", "ulysses", "allgather", "mesh", "hybrid")
@@ -24,48 +20,36 @@ CASES = [
     *(Setting(name, 1024) for name in FIVE),
     *(Setting(name, 1024, "striped", heads=8, kv_heads=4) for name in FIVE),
     *(Setting(name, 777, "contiguous", batch=2, d=16, vd=48) for name in FIVE),
+    *(Setting(name, 1024, dtype="bfloat16") for name in FIVE),
     Setting("ring", 2048, dtype="bfloat16"),  # queries travel
+    Setting("ulysses", 4096, heads=8, kv_heads=2, d=64, vd=64),
+    Setting("ulysses", 1024, head_chunks=2),
+    Setting("hybrid", 1024, head_chunks=2),
+    Setting("ulysses", 512, implementation="reference"),
+    Setting("allgather", 1024, "contiguous", implementation="reference", invariant=True),
+    *(Setting(f"materialised_{shard}", 512) for shard in ("rows", "columns", "depth")),
     Setting("ring", 1024, dtype="float64", causal=False),
     Setting("ring", 4096, "contiguous", 8, 8, 64, 64, window=200),  # chains that end
 ]
 
 
 def measured(group, setting):
+    """The lower of two counts: what a thread of gloo frees, the profiler does not see."""
     allocated_bytes(group, Setting(setting.strategy, 64))
-    return allocated_bytes(group, setting)
+    counts = [allocated_bytes(group, setting) for _ in range(2)]
+    return min(counts, key=lambda count: count.kept)
 
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("setting", CASES, ids=str)
-def test_equals_what_is_allocated(worlds, size, setting):
+def test_a_dry_run_says_what_is_allocated(worlds, size, setting):
     if size == 2 and setting.strategy in ("mesh", "hybrid"):
         pytest.skip("a grid of two ranks is one of the other strategies")
-    formulas = worlds.run(size, formula, setting)
+    said = worlds.run(size, derived, setting)
     for rank, found in enumerate(worlds.run(size, measured, setting)):
-        want = formulas[rank]
-        assert found.kept == want.kept_bytes, rank
-        assert found.forward == pytest.approx(sum(want.forward.values()), rel=0.05), rank
-        assert found.backward == pytest.approx(sum(want.backward.values()), rel=0.05), rank
-
-
-@pytest.mark.parametrize("name", ["rows", "columns"])
-def test_stored_scores_are_what_dominates(worlds, name):
-    setting = Setting(f"materialised_{name}", 512)
-    found = worlds.run(2, measured, setting)
-    for want, got in zip(worlds.run(2, formula, setting), found, strict=True):
-        assert got.kept == pytest.approx(want.kept_bytes, rel=0.01)
-        assert got.forward == pytest.approx(sum(want.forward.values()), rel=0.15)
-        assert got.backward == pytest.approx(sum(want.backward.values()), rel=0.15)
-
-
-def test_head_chunks_are_refused():
-    def ask(group):
-        plan = Plan(group, zigzag(64, group.size), Mask(), strategy="ulysses", head_chunks=2)
-        return memory(plan, group.rank, Setting().shape).peak_bytes
-
-    assert simulate(1, ask)[0] > 0  # one rank trades nothing, and so has no chunks
-    with pytest.raises(NotImplementedError, match="head_chunks=1"):
-        simulate(2, ask)
+        assert found.kept == said[rank].kept, rank
+        assert found.forward == pytest.approx(said[rank].forward, rel=0.05), rank
+        assert found.backward == pytest.approx(said[rank].backward, rel=0.05), rank
 
 
 def test_the_script_compares_and_writes(tmp_path):

@@ -15,7 +15,7 @@ def a_run(strategy, ranks):
     return {
         "strategy": strategy, "layout": "zigzag", "ranks": ranks, "seconds": 0.1, "peak_bytes": 9e6,
         "step": {"peak_bytes": 40e6 / ranks, "loss": 5.0, "gradient_norm": 7.0},
-        "sent_bytes": [8, 8], "formula_bytes": [8, 8], "losses": [5.5, 5.0], "loss_difference": 1e-7,
+        "sent_bytes": [8, 8], "derived_bytes": [8, 8], "losses": [5.5, 5.0], "loss_difference": 1e-7,
         "equality": {dtype: copy.deepcopy(errors) for dtype in ("float64", "float32", "bfloat16")},
     }  # fmt: skip
 
@@ -61,7 +61,7 @@ def test_the_page_says_what_was_found(report, tmp_path):
     [
         (lambda run: run["step"].update(loss=5.001), "loss of the long step"),
         (lambda run: run["step"].update(gradient_norm=7.001), "gradient_norm"),
-        (lambda run: run.update(sent_bytes=[8, 9]), "formula"),
+        (lambda run: run.update(sent_bytes=[8, 9]), "dry run"),
         (lambda run: run["equality"]["float32"]["errors"].update(dk=1e-5), "dk in float32"),
         (lambda run: run.update(loss_difference=1e-4), "losses differ"),
     ],

@@ -73,13 +73,13 @@ def test_check_equivalence_passes_under_torchrun(tmp_path):
     assert json.loads((tmp_path / "x.json").read_text())["ranks"] == 3
 
 
-def test_compare_counts_what_the_formula_says(tmp_path):
+def test_compare_counts_what_the_dry_run_says(tmp_path):
     options = ["--length", 130, "--dtype", "float32", "--rounds", 1, "--json", tmp_path / "x.json"]
     done = start("compare.py", *options)
     assert done.returncode == 0, done.stdout + done.stderr
     (result,) = json.loads((tmp_path / "x.json").read_text())
     assert [row["name"] for row in result["rows"]] == ["one device", "ring", "ulysses"]
-    assert all(row["sent_bytes"] == row["formula_bytes"] for row in result["rows"])
+    assert all(row["sent_bytes"] == row["derived_bytes"] for row in result["rows"])
 
 
 def test_memory_scaling_measures_and_plots(tmp_path):

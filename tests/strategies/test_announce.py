@@ -9,7 +9,7 @@ import torch
 
 import seqpar
 from seqpar import Dropout, Mask, Plan, Score, attention, simulate
-from seqpar.strategies import STRATEGY_NAMES, announce
+from seqpar.strategies import STRATEGIES, announce
 
 CAUSAL = Mask(causal=True)
 
@@ -58,7 +58,7 @@ def test_a_plan_is_told_in_one_line_whatever_the_seed_and_the_documents(heard):
     )
 
 
-@pytest.mark.parametrize("strategy", STRATEGY_NAMES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_bytes_are_those_that_are_counted(heard, strategy):
     sent = simulate(4, lambda group: call(group, causal(group, strategy)))
     (line,) = heard()

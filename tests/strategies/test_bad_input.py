@@ -69,7 +69,7 @@ ONE_RANK = {  # what rank 1 alone does -> what every message must say
     "layout kind": ({"layout": contiguous(LENGTH, 3)}, r"contiguous.* on rank 1"),
     "own layout": (
         {"layout": Layout("zigzag", 12, 3, tuple((Span(8 - 4 * r, 4),) for r in range(3)))},
-        r"spans is .* on ranks 0, 2, .* on rank 1",
+        r"spans of layout is .* on ranks 0, 2, .* on rank 1",
     ),
     "length": ({"layout": zigzag(13, 3)}, r"must hold|length=13"),
     "strategy": (

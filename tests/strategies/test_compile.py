@@ -6,6 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 import seqpar
 from seqpar import Mask, simulate
+from seqpar.strategies.options import written
 
 CAUSAL = Mask(causal=True, window=9)
 SCORE = seqpar.Score(softcap=4.0)
@@ -258,13 +259,12 @@ def test_a_single_row_on_a_rank_compiles():
 
 def test_the_op_passes_the_checks_of_torch():
     def fn(group):
-        from seqpar import compiled
-
         x = torch.randn(1, 4, 2, 4, dtype=torch.float64, requires_grad=True)
         for strategy in ("ring", "ulysses"):
             plan = seqpar.Plan(group, seqpar.zigzag(4, 1), CAUSAL, strategy=strategy)
             learning = [True, True, True, False, False]
-            arguments = x, x.cos(), x.sin(), None, None, *compiled._described(plan), learning, False
+            inputs = x, x.cos(), x.sin(), None, None
+            arguments = *inputs, plan.group.name, *written(plan), learning, False
             torch.library.opcheck(
                 torch.ops.seqpar.sharded_attention, arguments, test_utils=("test_schema", "test_faketensor")
             )  # fmt: skip
@@ -276,13 +276,12 @@ def test_the_op_passes_the_checks_of_torch():
 @pytest.mark.parametrize("name", MODULES)
 def test_the_op_gives_back_neither_an_argument_nor_a_tensor_twice(name, length):
     """What compilers take for granted of an op; torch does not look when it is called."""
-    from seqpar import compiled
 
     def fn(group):
         layout = seqpar.striped(length, group.size)
         x = torch.randn(1, layout.rows[group.rank], 4, 4, dtype=torch.float64)
         arguments = x, x.cos(), x.sin(), None, None
-        plan = compiled._described(MODULES[name](group).plan(layout))
+        plan = group.name, *written(MODULES[name](group).plan(layout))
         learning = [True, True, True, False, False]
         kept = torch.ops.seqpar.sharded_attention(*arguments, *plan, learning, False)
         places = [y.untyped_storage() for y in (*arguments[:3], *kept) if y.numel()]

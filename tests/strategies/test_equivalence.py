@@ -1,6 +1,6 @@
 """Every strategy equals dense one-device attention, forward and backward, for every split.
 
-In float64 only the order of summation may differ (1e-11). What each rank sent equals the formula.
+In float64 only the order of summation may differ (1e-11). What each rank sent equals a dry run.
 """
 
 from dataclasses import replace

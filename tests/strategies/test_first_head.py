@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import seqpar
-from seqpar.strategies.plan import STRATEGY_NAMES
+from seqpar.strategies import STRATEGIES
 
 LENGTH, HEADS, KV_HEADS, CUT = 23, 6, 3, 4
 
@@ -39,7 +39,7 @@ def attend_apart(group, strategy, q, k, v, dout):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("strategy", STRATEGY_NAMES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_heads_drop_the_same_weights_wherever_they_are_attended(strategy):
     torch.manual_seed(3)
     sizes = {"q": HEADS, "k": KV_HEADS, "v": KV_HEADS, "dout": HEADS}

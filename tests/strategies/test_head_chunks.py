@@ -14,7 +14,7 @@ from seqpar import HybridAttention, Plan, RingAttention, UlyssesAttention, simul
 from seqpar.comm import Group, serve
 from seqpar.functional import attention, attention_with_lse
 from seqpar.layout import contiguous, split_heads, zigzag
-from seqpar.strategies.chunks import Cut
+from seqpar.strategies.head_chunks import Cut
 from seqpar.testing import Case, errors_on_rank
 from seqpar.testing.drawn import examples
 
@@ -53,7 +53,7 @@ def check(results):
 @example(ChunkedCase(40, 8, 2, dtype=torch.bfloat16, head_chunks=3, invariant=False), 2)
 @example(ChunkedCase(40, 8, 1, dtype=torch.bfloat16, head_chunks=8, invariant=False), 1)
 def test_ulysses_equals_one_device(case, size):
-    """In float64 but for the order of summation; and the bytes are those of the formula."""
+    """In float64 but for the order of summation; and the bytes are those of a dry run."""
     check(simulate(size, errors_on_rank, case, "ulysses", None, case.budget()))
 
 
@@ -297,7 +297,7 @@ def test_ranks_must_agree_on_chunks():
         x = torch.ones(1, 2, 4, 2)
         UlyssesAttention(group, head_chunks=1 + group.rank)(x, x, x, contiguous(4, 2))
 
-    with pytest.raises(seqpar.DesyncError, match="head chunks is 1 on rank 0, 2 on rank 1"):
+    with pytest.raises(seqpar.DesyncError, match="head_chunks is 1 on rank 0, 2 on rank 1"):
         simulate(2, fn)
 
 

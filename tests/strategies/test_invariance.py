@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import seqpar
-from seqpar import Mask, simulate
+from seqpar import Mask, Plan, contiguous, simulate, zigzag
+from seqpar.strategies import resolve
 from seqpar.testing import Case, run_step
 
 SIZES = (2, 3, 4, 5, 7, 8)
@@ -132,7 +133,6 @@ def test_over_processes(worlds, strategy, dtype):
 
 
 REFUSED = {
-    "a zigzag ring": ({"strategy": "ring", "kind": "zigzag"}, "'ulysses' and 'allgather' take any"),
     "a ring that sees ahead": (
         {"strategy": "ring", "mask": Mask()},
         r"only with a causal mask, .* got causal=False",
@@ -147,7 +147,7 @@ REFUSED = {
     ),
     "a mesh": (
         {"strategy": "mesh"},
-        r"strategy 'mesh' cannot .* \('ulysses', 'allgather', 'ring'\)",
+        r"strategy 'mesh' cannot .* \('ring', 'ulysses', 'allgather'\)",
     ),
     "a hybrid": ({"strategy": "hybrid"}, "strategy 'hybrid' cannot"),
     "aten cut in pieces": (
@@ -185,3 +185,32 @@ def test_the_implementation_is_chosen_to_keep_bits():
     named = simulate(2, on_each_rank, case, "ring", "reference")
     chosen = simulate(2, on_each_rank, case, "ring", None)
     assert all(torch.equal(x, y) for x, y in zip(named[1], chosen[1], strict=True))
+
+
+@pytest.mark.parametrize("name", ["zigzag", "contiguous"])
+def test_a_ring_looks_at_spans_and_not_at_the_name_of_a_layout(name):
+    """A layout of one's own may be called contiguous and not be; one rank has any order."""
+
+    def fn(group):
+        layout = replace(zigzag(256, group.size, multiple_of=64), kind=name)
+        x = torch.ones(1, layout.rows[group.rank], 1, 8)
+        plan = Plan(group, layout, Mask(causal=True), invariant=True, implementation="reference")
+        return seqpar.attention(x, x, x, plan)
+
+    assert simulate(1, fn)[0].shape[1] == 256
+    with pytest.raises((ValueError, seqpar.DesyncError), match="a contiguous layout and keys of"):
+        simulate(2, fn)
+
+
+def test_by_default_bits_are_invariant_where_that_costs_nothing():
+    """Who is asked for by name gives what the same one gives that was chosen: on CPU that is aten."""
+    x = torch.ones(1, 8, 2, 8)
+    for implementation, expected in ((None, True), ("aten", True), ("reference", True)):
+        plan = Plan(
+            seqpar.Group.alone(),
+            contiguous(8, 1),
+            strategy="ulysses",
+            implementation=implementation,
+        )
+        assert resolve(plan, x, x).invariant is expected
+        assert resolve(replace(plan, strategy="ring"), x, x).invariant is False

@@ -8,7 +8,7 @@ import torch
 
 import seqpar
 from seqpar import Mask, Plan, simulate
-from seqpar.strategies import STRATEGIES, VOLUMES, Shape, Volume, resolve
+from seqpar.strategies import STRATEGIES, Shape, Volume, dry_run, resolve
 from seqpar.testing import Case, oracle
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
@@ -54,9 +54,9 @@ def on_each_rank(group, case, strategy, dlse):
     results = out, lse
     gradients = torch.autograd.grad(results, leaves, (dout, dlse[:, rows]))
     sent = Volume(forward, group.traffic.total - forward)
-    shape = Shape.of(q, k, v, slopes_learn=case.alibi, sinks_learn=case.sinks, with_lse=True)
+    shape = Shape.of(q, k, v, learns=tuple(plan.score.tensors), with_lse=True)
     resolved = resolve(plan, q, v, with_lse=True)
-    assert sent == VOLUMES[strategy](resolved, group.rank, shape)
+    assert sent == dry_run.sent(resolved, shape, group.rank)
     return out.detach(), lse.detach(), gradients
 
 

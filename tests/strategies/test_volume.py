@@ -1,6 +1,6 @@
-"""What ranks send: counted, by the published formula, and by closed forms written out here.
+"""What ranks send: counted, by a dry run, and by closed forms written out here.
 
-`VOLUMES` knows which pieces go where; the closed forms know only N, P, heads and the shape of the mask,
+A dry run knows which pieces go where; the closed forms know only N, P, heads and the shape of the mask,
 and judge the counters without it. Worlds are in-process, and blocks are sent but not computed: what is
 sent depends on neither. `test_equivalence.py` counts real steps, over processes too.
 """
@@ -13,7 +13,7 @@ import torch
 
 from seqpar import simulate
 from seqpar.layout import meets
-from seqpar.strategies import STRATEGY_NAMES, Plan
+from seqpar.strategies import STRATEGIES, Plan
 from seqpar.testing import Case, run_step
 from seqpar_kernels import tile_border
 
@@ -113,17 +113,17 @@ def narrow_and_wide(strategy, size, case, columns=1):
     return (exchanged, exchanged), (scores, scores + f * N * n_q)
 
 
-@pytest.mark.parametrize("strategy", STRATEGY_NAMES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("size", SIZES)
 def test_even_shards_send_what_the_table_says(size, heads, strategy):
-    """A failure of the first line alone: the formula; of the others: routes or counters.
+    """A failure of the first line alone: the dry run; of the others: routes or counters.
 
     In bfloat16, where bytes tell what travels as it is from sums and statistics, which are float32.
     """
     columns = 4 if size == 8 else 1
     case = even(size, heads, degree=degree(size, columns), dtype=torch.bfloat16)
-    assert all(s.sent == s.formula for s in steps(strategy, size, case))
+    assert all(s.sent == s.derived for s in steps(strategy, size, case))
     narrow, wide = narrow_and_wide(strategy, size, case, columns)
     for step in steps(strategy, size, case):
         for direction, count in enumerate((step.sent.forward, step.sent.backward)):
@@ -131,27 +131,27 @@ def test_even_shards_send_what_the_table_says(size, heads, strategy):
             assert count.bytes == 2 * narrow[direction] + 4 * wide[direction]
 
 
-@pytest.mark.parametrize("strategy", STRATEGY_NAMES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize(("size", "heads"), UNEVEN)
-def test_uneven_shards_send_what_the_formula_says(size, heads, strategy):
+def test_uneven_shards_send_what_the_dry_run_says(size, heads, strategy):
     """Odd numbers of everything, a causal zigzag, values narrower than keys, sums twice as wide."""
     case = Case(29, *heads, d=5, vd=3, kind="zigzag", degree=1, dtype=torch.bfloat16)
     for step in steps(strategy, size, case):
-        assert step.sent == step.formula
+        assert step.sent == step.derived
 
 
 @pytest.mark.parametrize("strategy", ["ring", "mesh"])
 @pytest.mark.parametrize(("length", "heads"), [(32, (4, 1)), (37, (2, 2))])
-def test_sixteen_ranks_send_what_the_formula_says(length, heads, strategy):
+def test_sixteen_ranks_send_what_the_dry_run_says(length, heads, strategy):
     case = Case(length, *heads, d=4, vd=4, degree=2, causal=length == 37)
     for step in steps(strategy, 16, case):
-        assert step.sent == step.formula
+        assert step.sent == step.derived
 
 
 @pytest.mark.parametrize(("strategy", "size", "columns"), GRIDS)
 def test_any_grid_sends_what_the_table_says(strategy, size, columns):
     case = even(size, "grouped", degree=degree(size, columns))
-    assert all(s.sent == s.formula for s in steps(strategy, size, case))
+    assert all(s.sent == s.derived for s in steps(strategy, size, case))
     narrow, wide = narrow_and_wide(strategy, size, case, columns)
     for direction, counted in enumerate(elements(strategy, size, case)):
         assert counted == [narrow[direction] + wide[direction]] * size
@@ -245,7 +245,7 @@ def test_what_the_same_bits_for_any_size_cost():
     in_order = Case(size * rows, 2, 1, d, d, multiple_of=rows, causal=True, invariant=True)
     hq, hk = 2 * d, d
     for strategy in ("ring", "allgather"):
-        assert all(s.sent == s.formula for s in steps(strategy, size, in_order))
+        assert all(s.sent == s.derived for s in steps(strategy, size, in_order))
         assert elements(strategy, size, in_order)[0] == elements(strategy, size, case)[0]
     (_, free), (_, bound) = elements("ring", size, case), elements("ring", size, in_order)
     assert [b - f for f, b in zip(free, bound, strict=True)] == [rows * 2 * hk] * (size - 1) + [0]

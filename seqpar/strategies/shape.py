@@ -1,4 +1,4 @@
-"""`Volume`: what a strategy's formula says a rank sends, to be compared with what was counted."""
+"""`Shape`, the sizes of a call, and `Volume`, what a rank sends in it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ import torch
 from torch import Tensor
 
 from seqpar.comm import Count
-from seqpar_kernels import Implementation, accumulation_dtype
+from seqpar_kernels import accumulation_dtype
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of an attention call that do not depend on the rank."""
+    """Sizes of an attention call that do not depend on the rank.
+
+    Args:
+        learns: the tensors of the score that get gradients, by name.
+        with_lse: whether lse is wanted too, and differentiated.
+    """
 
     batch: int
     hq: int
@@ -21,25 +26,16 @@ class Shape:
     d: int
     vd: int
     dtype: torch.dtype
-    slopes_learn: bool = False
-    sinks_learn: bool = False
+    learns: tuple[str, ...] = ()
     with_lse: bool = False
 
     @staticmethod
-    def of(q: Tensor, k: Tensor, v: Tensor, **what: bool) -> Shape:
+    def of(
+        q: Tensor, k: Tensor, v: Tensor, *, learns: tuple[str, ...] = (), with_lse: bool = False
+    ) -> Shape:
         """The sizes of `q [b sl hq d]`, `k [b sl hkv d]`, `v [b sl hkv vd]`, and what is wanted of it."""
         sizes = q.shape[0], q.shape[2], k.shape[2], q.shape[3], v.shape[3]
-        return Shape(*sizes, q.dtype, **what)
-
-    @property
-    def num_learned(self) -> int:
-        """How many of slopes and sinks get gradients."""
-        return self.slopes_learn + self.sinks_learn
-
-    @property
-    def kv(self) -> int:
-        """Elements of k and v together in one position."""
-        return self.hkv * (self.d + self.vd)
+        return Shape(*sizes, q.dtype, learns, with_lse)
 
     def count(self, elements: int, *, wide: bool = False) -> Count:
         """Elements per batch entry, in the type of the tensors or in the wider type of sums."""
@@ -53,8 +49,3 @@ class Volume:
 
     forward: Count = Count()
     backward: Count = Count()
-
-
-def needs_out(implementation: Implementation | None) -> bool:
-    """Whether its backward derives delta from `out`, so that rows that travel take `out` along."""
-    return implementation not in ("reference", "triton")

@@ -1,13 +1,14 @@
 """The one loop over blocks of scores, forward and backward. A route says where rows and keys come from.
 
 Ring, all-gather and mesh differ only in their `Route`: which query rows a rank works on, how keys reach
-it, and how sums go home. Whatever the layout, a rank meets spans of rows with spans of keys.
+it, and how sums go home. Whatever the layout, a rank meets spans of rows with spans of keys. Forward is an
+online softmax: running sums that each block of keys continues, normalised once at the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from seqpar.comm import Delivery, Piece, gather_pass, once
 from seqpar.strategies.plan import Plan, Spans
 from seqpar_kernels import (
+    BY_BLOCKS,
     Partial,
     Rows,
     Score,
@@ -23,13 +25,15 @@ from seqpar_kernels import (
     attend,
     attend_backward,
     finish,
-    sink_gradient_rows,
+    finished_gradients,
     sum_rows,
 )
 
+Learned = Mapping[str, Tensor]  # by the name of a learned tensor, each row's share of its gradient
 
-@dataclass
-class Visit:
+
+@dataclass(frozen=True)
+class Meeting:
     """Query rows and keys that meet in backward, and what to add their gradients to, if wanted."""
 
     row_spans: Spans
@@ -40,24 +44,25 @@ class Visit:
     dq: Tensor | None
     dk: Tensor | None
     dv: Tensor | None
-    dslopes: Tensor | None = None
+    learned: Learned
 
 
 @dataclass
-class Gradients:
-    """Of this rank's own rows, in the type of sums. `dslopes` has a share for every row.
+class Sums:
+    """The gradients of this rank's own rows, in the type of sums.
 
-    The route makes dq, dk and dv: those that are summed elsewhere are nowhere until they come home.
+    A route sets dq, dk and dv: those that other ranks add to are there once they have come home. `learned`
+    has what blocks add to, for each learned tensor a share of every row.
     """
 
     dtype: torch.dtype
-    dslopes: Tensor | None
+    learned: Learned
     dq: Tensor = field(init=False)
     dk: Tensor = field(init=False)
     dv: Tensor = field(init=False)
 
     def zeros(self, like: Tensor) -> Tensor:
-        """To sum the gradient of a tensor in."""
+        """Zeros to sum the gradient of a tensor in."""
         return torch.zeros(like.shape, dtype=self.dtype, device=like.device)
 
 
@@ -73,12 +78,33 @@ class Route(Protocol):
     def merged(self, running: Partial) -> Partial:
         """This rank's own rows, of all ranks that worked on them."""
 
-    def visits(self, mine: Rows, k: Tensor, v: Tensor, into: Gradients) -> Iterator[Visit]:
+    def meetings(self, mine: Rows, k: Tensor, v: Tensor, into: Sums) -> Iterator[Meeting]:
         """What meets in backward, in turn. `into` holds the gradients once this is exhausted."""
 
 
-def blockwise_attention(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, route: Route, score: Score, head: int
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """What a call has besides tensors.
+
+    Args:
+        score: of the query heads at hand, resolved, without its tensors.
+        names: of the score's tensors, in their order.
+        head: which of the attention's query heads is the first of q.
+    """
+
+    plan: Plan
+    route: Route
+    score: Score
+    names: tuple[str, ...]
+    head: int
+
+    def scored(self, tensors: tuple[Tensor, ...]) -> Score:
+        """The score with its tensors."""
+        return self.score.with_tensors(dict(zip(self.names, tensors, strict=True)))
+
+
+def attend_by(
+    route: Route, q: Tensor, k: Tensor, v: Tensor, plan: Plan, score: Score, *, head: int = 0
 ) -> tuple[Tensor, Tensor]:
     """(out `[b sl hq vd]`, lse `[b sl hq]`) of this rank's rows.
 
@@ -86,97 +112,79 @@ def blockwise_attention(
         score: of the query heads at hand, resolved.
         head: which of the attention's query heads is the first of q.
     """
-    return _Blockwise.apply(q, k, v, score.alibi_slopes, score.sinks, score, plan, route, head)
+    tensors = score.tensors
+    call = _Call(plan, route, score.without_tensors(), tuple(tensors), head)
+    return _Loop.apply(call, q, k, v, *tensors.values())
 
 
-class _Blockwise(torch.autograd.Function):
+class _Loop(torch.autograd.Function):
     """q [b sl hq d], k [b sl hkv d], v [b sl hkv vd] of this rank -> out [b sl hq vd], lse [b sl hq].
 
     forward   out = merge over keys met of attend(q, k_c, v_c), lse likewise
     backward  dq, dk, dv are summed where the route says and come home to their owners
-              slopes and sinks `[hq]` get the share of their gradient that this rank's rows have
+              learned tensors [hq] get the share of their gradient that this rank's rows have
     saved     q k v out lse: this rank's own rows, never a gathered sequence
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        slopes: Tensor | None,
-        sinks: Tensor | None,
-        score: Score,
-        plan: Plan,
-        route: Route,
-        head: int,
+        ctx: Any, call: _Call, q: Tensor, k: Tensor, v: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
-        score = replace(score, alibi_slopes=slopes, sinks=sinks)
-        out, lse = once(
-            lambda: _attend(q, k, v, plan, route, score, head),
-            2,
-            lambda: like_results(q, v),
-        )
-        ctx.call = replace(score, alibi_slopes=None, sinks=None), plan, route, head
+        out, lse = once(lambda: _forward(call, q, k, v, tensors), 2, lambda: like_results(q, v))
+        ctx.call = call
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, slopes, sinks, out, lse)
+        ctx.save_for_backward(q, k, v, out, lse, *tensors)
         return out, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        (dout, dlse), (score, plan, route, head) = grad_outputs, ctx.call
-        q, k, v, slopes, sinks, out, lse = ctx.saved_tensors
-        score = replace(score, alibi_slopes=slopes)
+        (dout, dlse), call, plan = grad_outputs, ctx.call, ctx.call.plan
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        score = call.scored(tuple(tensors))
+        wanted = [n for n, w in zip(call.names, ctx.needs_input_grad[4:], strict=True) if w]
         dout = torch.zeros_like(out) if dout is None else dout
         mine = Rows.of(q, out, dout, lse, dlse, implementation=plan.implementation)
-        dslopes = torch.zeros_like(lse) if ctx.needs_input_grad[3] else None
-        into = Gradients(accumulation_dtype(q.dtype), dslopes)
-        for visit in route.visits(mine, k, v, into):
-            for rows, cols, block in plan.blocks(visit.row_spans, visit.col_spans, score, head):
+        by_row = {name: torch.zeros_like(lse) for name in wanted if name in BY_BLOCKS}
+        into = Sums(accumulation_dtype(q.dtype), by_row)
+        for met in call.route.meetings(mine, k, v, into):
+            for rows, cols, block in plan.blocks(met.row_spans, met.col_spans, score, call.head):
                 attend_backward(
-                    visit.rows[rows], visit.k[:, cols], visit.v[:, cols], block,
-                    into=(_some(visit.dq, rows), _some(visit.dk, cols), _some(visit.dv, cols)),
-                    dslopes=_some(visit.dslopes, rows), implementation=plan.implementation,
+                    met.rows[rows], met.k[:, cols], met.v[:, cols], block,
+                    into=(_some(met.dq, rows), _some(met.dk, cols), _some(met.dv, cols)),
+                    learned={name: x[:, rows] for name, x in met.learned.items()},
+                    implementation=plan.implementation,
                 )  # fmt: skip
-            del visit
-        dslopes = dsinks = None
-        if into.dslopes is not None:
-            dslopes = _share(into.dslopes, plan).to(slopes.dtype)
-        if ctx.needs_input_grad[4]:
-            dsinks = _share(sink_gradient_rows(sinks, lse, mine.delta), plan).to(sinks.dtype)
-        dq, dk, dv = (x.to(q.dtype) for x in (into.dq, into.dk, into.dv))
-        return dq, dk, dv, dslopes, dsinks, *(None,) * 4
+            del met  # or what has been met lives on while the next arrives
+        shares = {**into.learned, **finished_gradients(score, lse, mine.delta, wanted)}
+        learned = (
+            _share(shares[name], plan).to(x.dtype) if name in wanted else None
+            for name, x in zip(call.names, tensors, strict=True)
+        )
+        return None, *(x.to(q.dtype) for x in (into.dq, into.dk, into.dv)), *learned
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, route: Route, score: Score, head: int
+def _forward(
+    call: _Call, q: Tensor, k: Tensor, v: Tensor, tensors: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor]:
-    """The forward loop."""
+    plan, route, score = call.plan, call.route, call.scored(tensors)
     row_spans, q_r = route.rows(q)
     running = Partial.identity(q_r, v.shape[-1])
     for col_spans, k_c, v_c in route.columns(k, v):
-        for rows, cols, block in plan.blocks(row_spans, col_spans, score, head):
+        for rows, cols, block in plan.blocks(row_spans, col_spans, score, call.head):
             attend(
                 q_r[:, rows], k_c[:, cols], v_c[:, cols], block,
                 into=running[rows], implementation=plan.implementation,
             )  # fmt: skip
         del k_c, v_c  # or they live on while the next ones arrive
     running = route.merged(running)
-    return finish(running, q.dtype, score.sinks, implementation=plan.implementation)
+    return finish(running, q.dtype, score, implementation=plan.implementation)
 
 
 def like_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Tensors like (out, lse) of these, with nothing in them."""
     out = q.new_empty(*q.shape[:3], v.shape[3])
     return out, q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
-
-
-def learned_elements(plan: Plan, rank: int, num_learned: int, batch_heads: int) -> int:
-    """Elements that a rank sends for the gradients of so many learned tensors `[hq]`, see `_share`."""
-    if not plan.invariant or rank == 0 or plan.layout.size == 1:
-        return 0
-    return num_learned * plan.layout.rows[rank] * batch_heads
 
 
 def _share(x: Tensor, plan: Plan) -> Tensor:

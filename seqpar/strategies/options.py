@@ -1,0 +1,142 @@
+"""How the options of a plan are told, compared and written: derived from its fields, here alone.
+
+Agreement and replay compare what is `told`. Compiled ops take what is `written`, since ops take neither plans
+nor groups, and `read` it again. A new field of `Plan` of a type that is known here needs no line elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seqpar.comm import Grid, Group
+from seqpar.layout import Layout, Mask
+from seqpar.strategies.plan import Plan
+from seqpar_kernels import TENSORS, Dropout, Score
+
+
+def told(**options: object) -> dict[str, object]:
+    """What ranks compare of options by the names that users give them."""
+    claim: dict[str, object] = {}
+    for name, value in options.items():
+        if isinstance(value, Layout):
+            claim |= {name: value, f"spans of {name}": value.fingerprint}
+        elif isinstance(value, Grid):
+            claim[name] = value.members
+        elif isinstance(value, Score):
+            for part in fields(Score):
+                x = getattr(value, part.name)
+                # Of tensors the type, not the values: to compare those would cost a wait for the device.
+                claim[part.name] = x.dtype if isinstance(x, Tensor) else x
+        else:
+            claim[name] = value
+    return claim
+
+
+def told_of(plan: Plan) -> dict[str, object]:
+    """What ranks compare of a plan, and what must be the same when a call is recomputed."""
+    return told(**{name: getattr(plan, name) for name in _NAMES})
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How values of a type are arguments of an op.
+
+    Args:
+        arguments: the types of torch's schema that a value is written as.
+        write: the values of these.
+        read: the inverse, given the group too.
+    """
+
+    arguments: tuple[str, ...]
+    write: Callable[[Any], tuple[Any, ...]]
+    read: Callable[..., Any]
+
+
+def _one(value: Any) -> tuple[Any, ...]:
+    return (value,)
+
+
+def _same(_: Group, value: Any) -> Any:
+    return value
+
+
+def _code(value: Any) -> tuple[str | None]:
+    return (None if value is None else value.code,)
+
+
+def _layout(_: Group, code: str | None) -> Layout | None:
+    return None if code is None else Layout.decoded(code)
+
+
+def _grid(group: Group, code: str | None) -> Grid | None:
+    return None if code is None else Grid.decoded(code, group)
+
+
+def _mask(mask: Mask) -> tuple[Any, ...]:
+    return mask.causal, mask.window, None if mask.documents is None else list(mask.documents)
+
+
+def _drops(dropout: Dropout | None) -> tuple[Any, ...]:
+    return (None, None) if dropout is None else (dropout.p, dropout.seed)
+
+
+def _dropout(_: Group, p: float | None, seed: Any) -> Dropout | None:
+    """A seed that is a symbol is of a plan that only tells shapes, which do not depend on it."""
+    return None if p is None or isinstance(seed, torch.SymInt) else Dropout(p, seed)
+
+
+# Of a score what is no tensor: tensors are arguments of their own.
+_NUMBERS = tuple(part.name for part in fields(Score) if part.name not in TENSORS)
+
+
+def _numbers(score: Score) -> tuple[Any, ...]:
+    return tuple(getattr(score, name) for name in _NUMBERS)
+
+
+def _score(_: Group, *numbers: float | None) -> Score:
+    return replace(Score(), **dict(zip(_NUMBERS, numbers, strict=True)))  # type: ignore[arg-type]
+
+
+# By the annotation of a field. What the compiler may hold as a symbol is an argument that may be one.
+_KINDS = {
+    "Layout": _Kind(("str",), _code, _layout),
+    "Layout | None": _Kind(("str?",), _code, _layout),
+    "Grid | None": _Kind(("str?",), _code, _grid),
+    "Mask": _Kind(("bool", "int?", "int[]?"), _mask, lambda _, *parts: Mask(*parts)),
+    "Score": _Kind(("float?",) * len(_NUMBERS), _numbers, _score),
+    "Dropout | None": _Kind(("float?", "SymInt?"), _drops, _dropout),
+    "Implementation | None": _Kind(("str?",), _one, _same),
+}
+for _plain in ("str", "int", "bool", "float"):
+    _KINDS[_plain] = _Kind((_plain,), _one, _same)
+    _KINDS[f"{_plain} | None"] = _Kind((f"{_plain}?",), _one, _same)
+
+_OPTIONS = tuple((f.name, _KINDS[str(f.type)]) for f in fields(Plan) if f.name != "group")
+_NAMES = tuple(name for name, _ in _OPTIONS)
+
+# The arguments of an op that takes a plan, but for its tensors: torch's schema.
+SCHEMA = ", ".join(
+    f"{kind} {name}{n or ''}" for name, of in _OPTIONS for n, kind in enumerate(of.arguments)
+)
+NUM_WRITTEN = sum(len(kind.arguments) for _, kind in _OPTIONS)
+
+
+def written(plan: Plan) -> list[Any]:
+    """The plan but for its group and tensors, as `SCHEMA`. Traced by compilers, so it makes no object."""
+    values: list[Any] = []
+    for name, kind in _OPTIONS:
+        values += kind.write(getattr(plan, name))
+    return values
+
+
+def read(group: Group, values: Iterator[Any]) -> Plan:
+    """The plan that was `written`, of the values up to its last, without tensors."""
+    options = {}
+    for name, kind in _OPTIONS:
+        options[name] = kind.read(group, *(next(values) for _ in kind.arguments))
+    return Plan(group, **options)
