@@ -17,16 +17,16 @@ from typing import Any
 import progress
 import torch
 import torch.distributed as dist
-from hf.families import batch_of
-from hf.fused import FUSED, exactly
-from hf.sharded import sharded_step
-from hf.step import differences, one_device
 from rich.console import Console
 from rich.table import Table
 from torch.distributed.device_mesh import init_device_mesh
 from transformers.utils import logging
 
 from seqpar import Group
+from seqpar.testing.models.fused import FUSED, exactly
+from seqpar.testing.models.sharded import sharded_step
+from seqpar.testing.models.tiny import batch_of
+from seqpar.testing.models.training_step import differences, one_device
 
 ALLOWED = {"logits": 1e-10, "loss": 1e-10, "gradients": 1e-10}
 

@@ -16,12 +16,12 @@ from typing import Any
 import progress
 import torch
 import torch.distributed as dist
-from hf.families import SERVED, batch_of
-from hf.step import differences, on_rank, one_device
 from rich.console import Console
 from rich.table import Table
 
 from seqpar import Group
+from seqpar.testing.models.tiny import SERVED, batch_of
+from seqpar.testing.models.training_step import differences, on_rank, one_device
 
 STRATEGIES = ("ring", "ulysses", "hybrid", "allgather", "mesh")
 ALLOWED = {"logits": 1e-10, "loss": 1e-10, "gradients": 1e-10, "float32": 1e-6}

@@ -5,10 +5,10 @@ from functools import cache
 
 import pytest
 import torch
-from hf.families import FAMILIES, SERVED, batch_of
-from hf.step import differences, on_rank, one_device
 
 import seqpar
+from seqpar.testing.models.tiny import FAMILIES, SERVED, batch_of
+from seqpar.testing.models.training_step import differences, on_rank, one_device
 
 EXACT = {"logits": 1e-10, "loss": 1e-10, "gradients": 1e-10, "float32": 1e-6}
 LENGTH = 37  # prime: no number of ranks divides it

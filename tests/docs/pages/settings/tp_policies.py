@@ -2,10 +2,10 @@
 
 import torch
 from compare_tp_policies import QUICK
-from hf.families import FAMILIES
 from policies.model import gemma_like
 
 from seqpar.tensor_parallel import megatron
+from seqpar.testing.models.tiny import FAMILIES
 
 
 def policy():

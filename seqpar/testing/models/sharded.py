@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 import seqpar
-from hf.step import Step, attend_by
 from seqpar.comm import all_gather
+from seqpar.comm.cut import Form
 from seqpar.integrations.transformers import SequenceParallel
 from seqpar.tensor_parallel import (
     apply_policy,
@@ -22,8 +22,8 @@ from seqpar.tensor_parallel import (
     vocabulary_cross_entropy,
     whole_state,
 )
-from seqpar.tensor_parallel.policy import Form
 from seqpar.tensor_parallel.vocabulary import vocabulary_range
+from seqpar.testing.models.training_step import Step, attend_by
 
 
 def sharded_step(

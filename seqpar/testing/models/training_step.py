@@ -62,7 +62,9 @@ def dense_attention(
 def dense_mask(**arguments: Any) -> Tensor:
     """The mask that transformers makes, never left out."""
     skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    return sdpa_mask(**(arguments | skips))
+    mask = sdpa_mask(**(arguments | skips))
+    assert mask is not None
+    return mask
 
 
 AttentionInterface.register(DENSE, dense_attention)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf.families import Family
 from seqpar.comm.collectives import Collective, Collectives
 from seqpar.tensor_parallel import Policy, apply_policy, vocabulary_cross_entropy, whole_state
+from seqpar.testing.models.tiny import Family
 
 VOCABULARY = 48
 SIZES = {

@@ -17,18 +17,18 @@ from transformers.models.gpt_bigcode import modeling_gpt_bigcode  # noqa: F401 -
 from transformers.models.mpt import modeling_mpt
 
 import seqpar
-from hf.families import ALTERNATING, SIZES, Family
-from hf.step import Step, attend_by
 from seqpar.integrations.transformers import SequenceParallel
 from seqpar.tensor_parallel import replace_attention
+from seqpar.testing.models.tiny import ALTERNATING, SIZES, Family
+from seqpar.testing.models.training_step import Step, attend_by
 
 WIDE = SIZES | {"hidden_size": 48, "num_attention_heads": 12}  # heads of 4
 GROUPED = WIDE | {"num_key_value_heads": 4, "head_dim": 4}
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 NO_DROPOUT = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
 FALCON = WIDE | SPECIAL | {"bias": True}
-GPT = {"vocab_size": 64, "n_embd": 48, "n_layer": 2, "n_head": 12, "n_positions": 64}
-GPT |= SPECIAL | NO_DROPOUT
+GPT: dict[str, Any] = {"vocab_size": 64, "n_embd": 48, "n_layer": 2, "n_head": 12}
+GPT |= {"n_positions": 64} | SPECIAL | NO_DROPOUT
 MPT = {"attn_config": {"clip_qkv": 0.6, "softmax_scale": 0.4}}
 DBRX = {"attn_config": {"kv_n_heads": 4, "clip_qkv": 0.6, "rope_theta": 1e4}}
 DBRX |= {"ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 2, "moe_top_k": 1}}
