@@ -23,13 +23,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import progress
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from seqpar import Group, Mask, Plan, attention
+from seqpar.commands import progress
 from seqpar.layout import LAYOUTS
 from seqpar.strategies import Shape, resolve
 from seqpar.strategies.memory import Memory, memory

@@ -14,7 +14,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import progress
 import torch
 import torch.distributed as dist
 from rich.console import Console
@@ -23,6 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers.utils import logging
 
 from seqpar import Group
+from seqpar.commands import progress
 from seqpar.testing.models.fused import FUSED, exactly
 from seqpar.testing.models.sharded import sharded_step
 from seqpar.testing.models.tiny import batch_of

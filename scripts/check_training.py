@@ -18,9 +18,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import progress
 from rich.console import Console
 from rich.table import Table
+
+from seqpar.commands import progress
 
 TRAIN = Path(__file__).with_name("train_bytes.py")
 RESUMED = "resumed"

@@ -13,13 +13,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import progress
 import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
 from seqpar import Group
+from seqpar.commands import progress
 from seqpar.testing.models.tiny import SERVED, batch_of
 from seqpar.testing.models.training_step import differences, on_rank, one_device
 

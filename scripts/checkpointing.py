@@ -21,7 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import progress
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -30,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 import seqpar
 from seqpar import Group, Layout, Mask
+from seqpar.commands import progress
 from seqpar.testing import PeakMemory, ProcessWorld
 
 ATTENTIONS = {

@@ -21,13 +21,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import progress
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
 from seqpar import Group, KVCache, zigzag
+from seqpar.commands import progress
 from seqpar.decode import decode_volume
 from seqpar.strategies import Shape
 from seqpar.testing import ProcessWorld

@@ -26,7 +26,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import progress
 import torch
 from policies.measure import counts, held, results, times
 from policies.model import ADAPTED, Setting
@@ -37,6 +36,7 @@ from policies.ways import Way
 from rich.console import Console
 
 from seqpar import Group
+from seqpar.commands import progress
 from seqpar.testing import ProcessWorld
 
 QUICK = Setting(width=24, layers=1, batch=2, length=8, tokens=4, lora_rank=2)

@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import progress
 import torch
 import triton
 from rich.console import Console
@@ -36,6 +35,7 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
+from seqpar.commands import progress
 from seqpar_kernels import Band, Block, Documents, Dropout, Rows, Score, triton_attention, tuning
 from seqpar_kernels.partial import Partial, accumulation_dtype
 

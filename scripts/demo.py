@@ -21,13 +21,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import progress
 import torch
 from demo_page.page import write_page
 from rich.console import Console
 from rich.table import Table
 
 import seqpar
+from seqpar.commands import progress
 from seqpar.testing import NAMES
 
 SCRIPTS = Path(__file__).parent

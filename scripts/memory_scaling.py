@@ -27,7 +27,6 @@ from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
-import progress
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -35,6 +34,7 @@ from rich.table import Table
 from torch import Tensor
 
 from seqpar import Group, Mask, Plan, attention
+from seqpar.commands import progress
 from seqpar.layout import LAYOUTS
 from seqpar.testing import PeakMemory, ProcessWorld
 

@@ -17,13 +17,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-import progress
 from plants.attention import ATTENTION
 from plants.libraries import LIBRARIES
 from plants.plant import Plant
 from plants.policies import POLICIES
 from plants.replaced import REPLACED
 from plants.tensor_parallel import TENSOR_PARALLEL
+
+from seqpar.commands import progress
 
 ROOT = Path(__file__).parents[1]
 PATIENCE_SECONDS = 300

@@ -22,7 +22,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import progress
 import torch
 from bench.grids import grids
 from bench.volumes import SETTINGS, least, volumes
@@ -30,6 +29,7 @@ from bench.windows import plot, windowed
 from rich.console import Console
 from rich.table import Table
 
+from seqpar.commands import progress
 from seqpar.strategies import Shape
 
 PARTS = ("volumes", "grids", "least", "windowed")

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import progress
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -28,6 +27,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
 
 import seqpar
 from seqpar import Group
+from seqpar.commands import progress
 from seqpar.integrations.transformers import SequenceParallel
 from seqpar.tensor_parallel import apply_policy, clip_gradients, megatron, replace_attention
 

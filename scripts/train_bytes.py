@@ -22,7 +22,6 @@ import warnings
 from dataclasses import asdict, fields
 from pathlib import Path
 
-import progress
 import torch.distributed as dist
 from torch import Tensor
 from training.loop import train
@@ -33,6 +32,7 @@ from training.text import load_text, standard_library
 
 import seqpar
 from seqpar import Group
+from seqpar.commands import progress
 
 __all__ = ["Recipe", "load_text", "standard_library", "train"]
 MIB = 2**20

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import progress
 import torch
 from torch import Tensor
 
 from bench.worlds import STRATEGIES, run
+from seqpar.commands import progress
 from seqpar.strategies import Strategy
 from seqpar.testing import Case
 from seqpar_kernels import Implementation

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import progress
-
 from bench.rings16 import ROUNDING, rounding_ring
 from bench.worlds import STRATEGIES, Results, run
+from seqpar.commands import progress
 from seqpar.testing import NAMES, Case, oracle
 from seqpar_kernels import Implementation
 

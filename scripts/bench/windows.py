@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import progress
 import torch
 
 from seqpar import Group, Mask, Plan, attention, simulate
+from seqpar.commands import progress
 from seqpar.layout import LAYOUTS, visible_count
 from seqpar.strategies import VOLUMES, Shape, resolve
 

@@ -8,10 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import progress
 import pytest
-from progress.bar import Bar
-from progress.log import Log
+
+from seqpar.commands import progress
+from seqpar.commands.progress.bar import Bar
+from seqpar.commands.progress.log import Log
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -136,14 +137,21 @@ def test_bars_are_for_terminals(monkeypatch, is_terminal, term, kind):
     assert ("\x1b" in text, "100%" in text) == ((True, True) if kind is Bar else (False, False))
 
 
+def test_without_rich_a_terminal_has_a_log(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Stream(Clock(), is_terminal=True))
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setattr(progress, "find_spec", lambda name: None)
+    assert type(progress.steps("work", 2)) is Log
+
+
 def test_a_redirected_training_is_told_in_plain_lines_by_one_rank(tmp_path):
     """As `torchrun ... train_bytes.py > log 2>&1`, but with a line for every step."""
     often = tmp_path / "often.py"
     often.write_text(
         "import runpy, sys\n"
         f"sys.path.insert(0, {str(SCRIPTS)!r})\n"
-        "import progress.log\n"
-        "progress.log.LINE_SECONDS = 0.0\n"
+        "from seqpar.commands.progress import log\n"
+        "log.LINE_SECONDS = 0.0\n"
         f"runpy.run_path({str(SCRIPTS / 'train_bytes.py')!r}, run_name='__main__')\n"
     )
     options = ["--length", 40, "--dim", 32, "--max-bytes", 5000, "--warmup", 2, "--steps", 3]

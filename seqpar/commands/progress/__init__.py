@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator
+from importlib.util import find_spec
 from types import TracebackType
 from typing import Protocol, TypeVar
 
-from progress.bar import Bar
-from progress.log import Log
+from seqpar.commands.progress.log import Log
 
 T = TypeVar("T")
 
@@ -51,7 +51,11 @@ def steps(what: str, total: int, *, shown: bool = True, ticking: bool = False) -
     if not shown:
         return Silent()
     is_terminal = sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
-    return Bar(what, total, ticking=ticking) if is_terminal else Log(what, total)
+    if not is_terminal or find_spec("rich") is None:
+        return Log(what, total)
+    from seqpar.commands.progress.bar import Bar  # where rich is: nothing needs it
+
+    return Bar(what, total, ticking=ticking)
 
 
 def track(
