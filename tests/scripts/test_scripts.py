@@ -10,6 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts"
+VERBS = ("check", "demo", "draw", "measure", "train", "upkeep")
+BY_VERB = [path for verb in VERBS for path in (SCRIPTS / verb).glob("*.py")]
+PATHS = {path.stem: path for path in (*SCRIPTS.glob("*.py"), *BY_VERB)}
 TINY_ROWS = ["--dim", 32, "--heads", 2, "--kv-heads", 2, "--batch", 512, "--checkpointing", "none"]
 SMALLEST = {  # script: options, ranks under torchrun, what it prints
     "check_tensor_parallel": (["--families", "llama", "--length", 9], 2, "1 families, 0 failures"),
@@ -20,7 +23,7 @@ SMALLEST = {  # script: options, ranks under torchrun, what it prints
     "check_transformers": (
         ["--families", "llama", "--strategies", "ring", "--length", 9], 2, "1 cases, 0 failures",
     ),
-    "checkpointing": (
+    "keep_attention": (
         ["--length", 64, "--layers", 1, "--dim", 32, "--ranks", 2, "--strategies", "ring"],
         None, "keep attention",
     ),
@@ -53,21 +56,19 @@ ELSEWHERE = {  # script: the test that runs it, small, and looks at what it writ
     "generate": "scripts/test_decode_scripts.py",
     "memory_scaling": "scripts/test_scripts.py",
     "numerics": "scripts/test_numerics.py",
-    "traffic": "scripts/test_traffic.py",
+    "strategy_traffic": "scripts/test_strategy_traffic.py",
     "train_bytes": "training/test_commands.py",
 }
 
 
-def start(script, *options, ranks=None):
+def start(name, *options, ranks=None):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command = [sys.executable, *(torchrun if ranks else []), SCRIPTS / script, *map(str, options)]
+    command = [sys.executable, *(torchrun if ranks else []), PATHS[name], *map(str, options)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 
 def test_check_equivalence_passes_under_torchrun(tmp_path):
-    done = start(
-        "check_equivalence.py", "--dtype", "float32", "--json", tmp_path / "x.json", ranks=3
-    )
+    done = start("check_equivalence", "--dtype", "float32", "--json", tmp_path / "x.json", ranks=3)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "P=3: 252 cases, 0 failures" in done.stdout
     assert json.loads((tmp_path / "x.json").read_text())["ranks"] == 3
@@ -75,7 +76,7 @@ def test_check_equivalence_passes_under_torchrun(tmp_path):
 
 def test_compare_counts_what_the_formula_says(tmp_path):
     options = ["--length", 130, "--dtype", "float32", "--rounds", 1, "--json", tmp_path / "x.json"]
-    done = start("compare.py", *options)
+    done = start("compare", *options)
     assert done.returncode == 0, done.stdout + done.stderr
     (result,) = json.loads((tmp_path / "x.json").read_text())
     assert [row["name"] for row in result["rows"]] == ["one device", "ring", "ulysses"]
@@ -85,7 +86,7 @@ def test_compare_counts_what_the_formula_says(tmp_path):
 def test_memory_scaling_measures_and_plots(tmp_path):
     options = ["--lengths", 256, 512, 1024, "--ranks", 1, 2, "--memory-mib", 64]
     done = start(
-        "memory_scaling.py", *options, "--plot", tmp_path / "x.png", "--json", tmp_path / "x.json"
+        "memory_scaling", *options, "--plot", tmp_path / "x.png", "--json", tmp_path / "x.json"
     )
     assert "longest" in done.stdout.lower(), done.stdout + done.stderr
     assert (tmp_path / "x.png").stat().st_size > 10_000
@@ -93,10 +94,10 @@ def test_memory_scaling_measures_and_plots(tmp_path):
 
 
 def test_every_script_explains_itself():
-    for script in sorted(SCRIPTS.glob("*.py")):
-        done = start(script.name, "--help")
+    for name in PATHS:
+        done = start(name, "--help")
         assert done.returncode == 0, done.stderr
-        assert script.name == "demo_rank.py" or "Example" in done.stdout, script.name
+        assert name == "demo_rank" or "Example" in done.stdout, name
 
 
 @pytest.mark.parametrize("name", SMALLEST)
@@ -104,7 +105,7 @@ def test_runs_at_its_smallest_size(monkeypatch, name):
     options, ranks, printed = SMALLEST[name]
     monkeypatch.setenv("SEQPAR_CHECK_SHAPES", "0")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    done = start(f"{name}.py", *options, ranks=ranks)
+    done = start(name, *options, ranks=ranks)
     assert done.returncode == 0, done.stdout + done.stderr
     assert printed in done.stdout
 
@@ -113,11 +114,13 @@ def test_every_script_of_the_readme_is_run():
     """A new script is in the table of the README, and here or in the test that is named."""
     page = (ROOT / "README.md").read_text("utf-8")
     table = page.split("\n## Commands and scripts\n")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| `(.*?(?:scripts/(\w+)\.py|seqpar (\w+)).*?)` \|", table, re.MULTILINE)
+    rows = re.findall(
+        r"^\| `(.*?(?:scripts/(?:\w+/)?(\w+)\.py|seqpar (\w+)).*?)` \|", table, re.MULTILINE
+    )
     commands = {script or command: row for row, script, command in rows}
     assert len(rows) == table.count("\n| `")
     assert sorted(commands) == sorted([*SMALLEST, *ELSEWHERE])
-    files = {path.stem for path in SCRIPTS.glob("*.py") if not path.stem.startswith("demo")}
+    files = {name for name in PATHS if not name.startswith("demo")}
     same = {"check_equivalence": "check", "compare": "bench"}  # from a checkout
     assert files - set(same) == set(commands) - {"doctor", *same.values()}
     for name, (_, ranks, _) in SMALLEST.items():

@@ -4,12 +4,12 @@ import json
 import sys
 
 import pytest
+import strategy_traffic
 import torch
-import traffic
-from bench.routes import Way
-from bench.textbook import textbook
-from bench.windows import MASKS
-from traffic import failures
+from sent_by_strategy.routes import Way
+from sent_by_strategy.textbook import textbook
+from sent_by_strategy.windowed_ring import MASKS
+from strategy_traffic import failures
 
 from seqpar.strategies import STRATEGY_NAMES, VOLUMES, Shape, Volume
 
@@ -20,7 +20,7 @@ WINDOWED = ["--window", "8", "--rows", "16", "--windowed-ranks", "2", "3", "4", 
 def start(monkeypatch, path, *options):
     command = ["traffic.py", *TINY, *WINDOWED, "--json", str(path), *options]
     monkeypatch.setattr(sys, "argv", command)
-    traffic.main()
+    strategy_traffic.main()
     return json.loads(path.read_text())
 
 

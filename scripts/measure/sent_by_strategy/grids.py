@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.routes import Way, formula, summary
+from sent_by_strategy.routes import Way, formula, summary
 from seqpar import Mask
 from seqpar.layout import LAYOUTS
 from seqpar.strategies import Shape

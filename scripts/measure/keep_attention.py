@@ -5,7 +5,7 @@ processes: without checkpointing, with all of a block recomputed, and with `seqp
 the growth of the resident memory of the fullest rank over the step. Exits 1 if forward's messages are not
 counted once with `keep_attention`, or not twice without. Linux with glibc only.
 
-Example: python scripts/checkpointing.py --length 8192 --ranks 2 4 --json checkpointing.json
+Example: python scripts/measure/keep_attention.py --length 8192 --ranks 2 4 --json checkpointing.json
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.grids import best_grid, columns
-from bench.routes import Way, counts_agree, formula, summary
-from bench.textbook import textbook
+from sent_by_strategy.grids import best_grid, columns
+from sent_by_strategy.routes import Way, counts_agree, formula, summary
+from sent_by_strategy.textbook import textbook
 from seqpar import Mask
 from seqpar.layout import LAYOUTS
 from seqpar.strategies import STRATEGY_NAMES, Shape

@@ -9,7 +9,7 @@ Bytes of `volumes`, `grids` and `least` follow from the published formulas at `-
 counted and timed: CPU seconds of the median rank's thread, waiting left out. A rank's bytes are those it
 sends; sums and statistics are float32.
 
-Example: python scripts/traffic.py --heads 32 8 --ranks 4 16 --parts volumes grids
+Example: python scripts/measure/strategy_traffic.py --heads 32 8 --ranks 4 16 --parts volumes grids
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench.grids import grids
-from bench.volumes import SETTINGS, least, volumes
-from bench.windows import plot, windowed
 from rich.console import Console
 from rich.table import Table
+from sent_by_strategy.grids import grids
+from sent_by_strategy.volumes import SETTINGS, least, volumes
+from sent_by_strategy.windowed_ring import plot, windowed
 
 from seqpar.commands import progress
 from seqpar.strategies import Shape

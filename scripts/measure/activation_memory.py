@@ -9,7 +9,7 @@ instead: the same on every run. A receive buffer takes no memory before its mess
 ranks wait for each other a peak may be lower than the formula: the highest of `--repeats` counts.
 The rank whose measured peak is furthest from its formula is shown. Linux with glibc only.
 
-Example: python scripts/activation_memory.py --lengths 16384 --ranks 2 4 --json memory.json
+Example: python scripts/measure/activation_memory.py --lengths 16384 --ranks 2 4 --json memory.json
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
-from bench.routes import Way
+from sent_by_strategy.routes import Way
 from seqpar.strategies import Shape
 
 

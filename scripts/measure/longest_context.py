@@ -10,7 +10,7 @@ are short enough for a CPU (attention takes time by the square of the length, me
 The block is recomputed and the loss computed in tiles. glibc is told to give back freed memory of
 64 KiB and more, as it would for the larger tensors of longer sequences. Linux only.
 
-Example: python scripts/longest_context.py --memory-mib 2048 --ranks 1 2 4 --plot longest.png
+Example: python scripts/measure/longest_context.py --memory-mib 2048 --ranks 1 2 4 --plot longest.png
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from rich.table import Table
 
 from seqpar.commands import progress
 
-TRAIN = Path(__file__).with_name("train_bytes.py")
+TRAIN = Path(__file__).parents[1] / "train_bytes.py"
 MIB = 2**20
 MODEL = ["--dim", "2048", "--layers", "1", "--heads", "16", "--kv-heads", "4", "--batch", "1"]
 LEAN = ["--checkpointing", "full", "--loss-tile", "1024"]
