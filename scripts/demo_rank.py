@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from memory_scaling import Setting, give_back_freed
 from torch import Tensor, nn
 from train_bytes import Recipe, load_text, standard_library, train
 from training.model import ByteLM
@@ -27,11 +26,13 @@ from seqpar.data import IGNORE
 from seqpar.layout import LAYOUTS
 from seqpar.testing import NAMES, Budget, PeakMemory, Step, run_step
 from seqpar.testing.budget import max_error
+from seqpar.testing.memory import give_back_freed
 from seqpar.testing.oracle import Terms, visible
 
 HEADS, KV_HEADS, WIDTH = 8, 4, 64
 LAYOUT_OF = {"ring": "zigzag", "ulysses": "contiguous"}
 ONE_DEVICE = "one device"
+SMALLEST_GIVEN_BACK_BYTES = 64 * 2**10  # while memory is measured
 GLIBC_LIMIT_BYTES = 32 * 2**20  # which glibc raises its threshold to by itself, at most
 
 
@@ -171,7 +172,7 @@ def main() -> None:
     group = Group.of()
     subjects = [ONE_DEVICE] * (group.size == 1) + list(LAYOUT_OF)
     # Memory first, while little has been allocated; giving it back would slow down what is timed.
-    give_back_freed(Setting().mmap_threshold_bytes)
+    give_back_freed(SMALLEST_GIVEN_BACK_BYTES)
     record = {subject: memory(group, subject, text, args.long) for subject in subjects}
     give_back_freed(GLIBC_LIMIT_BYTES)
     for strategy in LAYOUT_OF:

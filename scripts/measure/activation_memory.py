@@ -3,7 +3,7 @@
 Forward and backward of causal attention over zigzag shards. Measured is the growth of the resident
 memory of each process at its peak, in fresh processes and after a shorter step that starts threads
 and connections and makes kernels, with dout made between forward and backward. Freed tensors go
-back to the system at once (see memory_scaling.py), so what is measured is what tensors need, plus
+back to the system at once (see peak_memory.py), so what is measured is what tensors need, plus
 what Python and torch touch for the first time. `--exact` takes the profiler's record of allocations
 instead: the same on every run. A receive buffer takes no memory before its message comes, so where
 ranks wait for each other a peak may be lower than the formula: the highest of `--repeats` counts.

@@ -12,7 +12,13 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts"
 VERBS = ("check", "demo", "draw", "measure", "train", "upkeep")
 BY_VERB = [path for verb in VERBS for path in (SCRIPTS / verb).glob("*.py")]
-PATHS = {path.stem: path for path in (*SCRIPTS.glob("*.py"), *BY_VERB)}
+PATHS = {path.stem: path for path in (*SCRIPTS.glob("*.py"), *BY_VERB) if path.stem != "moved"}
+MOVED = {  # the name it had before, and the script
+    "bench_kernels": "kernel_speed",
+    "compare_tp_policies": "policy_costs",
+    "memory_scaling": "peak_memory",
+}
+SAME = MOVED | {"check_equivalence": "check", "compare": "bench"}  # by another name
 TINY_ROWS = ["--dim", 32, "--heads", 2, "--kv-heads", 2, "--batch", 512, "--checkpointing", "none"]
 SMALLEST = {  # script: options, ranks under torchrun, what it prints
     "check_tensor_parallel": (["--families", "llama", "--length", 9], 2, "1 families, 0 failures"),
@@ -41,21 +47,21 @@ SMALLEST = {  # script: options, ranks under torchrun, what it prints
 }  # fmt: skip
 ELSEWHERE = {  # script: the test that runs it, small, and looks at what it writes
     "activation_memory": "scripts/test_activation_memory.py",
-    "bench_kernels": "scripts/test_bench_kernels.py",  # without a GPU: it refuses, and its parts run
+    "kernel_speed": "scripts/test_kernel_speed.py",  # without a GPU: it refuses, and its parts run
     "bench": "packaging/test_fresh.py",
     "check": "cli/test_check.py",
     "check_versions": "scripts/test_check_versions.py",
-    "compare_decode": "scripts/test_decode_scripts.py",
-    "compare_tp_policies": "scripts/test_compare_tp_policies.py",
-    "compile_kernels": "scripts/test_compile_kernels.py",
+    "decode_cost": "scripts/test_decode_cost.py",
+    "policy_costs": "scripts/test_policy_costs.py",
+    "kernel_resources": "scripts/test_kernel_resources.py",
     "doctor": "cli/test_doctor.py",
-    "draw_fused_layouts": "tensor_parallel/test_fused_page.py",
-    "draw_modules": "scripts/test_draw_modules.py",
-    "draw_policies": "scripts/test_compare_tp_policies.py",
+    "fused_layouts": "tensor_parallel/test_fused_page.py",
+    "modules": "scripts/test_module_pictures.py",
+    "two_policies": "scripts/test_policy_costs.py",
     "lock": "scripts/test_lock.py",
-    "generate": "scripts/test_decode_scripts.py",
-    "memory_scaling": "scripts/test_scripts.py",
-    "numerics": "scripts/test_numerics.py",
+    "generate": "scripts/test_generate.py",
+    "peak_memory": "scripts/test_scripts.py",
+    "exactness": "scripts/test_exactness.py",
     "strategy_traffic": "scripts/test_strategy_traffic.py",
     "train_bytes": "training/test_commands.py",
 }
@@ -83,7 +89,7 @@ def test_compare_counts_what_the_formula_says(tmp_path):
     assert all(row["sent_bytes"] == row["formula_bytes"] for row in result["rows"])
 
 
-def test_memory_scaling_measures_and_plots(tmp_path):
+def test_peak_memory_measures_and_plots(tmp_path):
     options = ["--lengths", 256, 512, 1024, "--ranks", 1, 2, "--memory-mib", 64]
     done = start(
         "memory_scaling", *options, "--plot", tmp_path / "x.png", "--json", tmp_path / "x.json"
@@ -121,8 +127,7 @@ def test_every_script_of_the_readme_is_run():
     assert len(rows) == table.count("\n| `")
     assert sorted(commands) == sorted([*SMALLEST, *ELSEWHERE])
     files = {name for name in PATHS if not name.startswith("demo")}
-    same = {"check_equivalence": "check", "compare": "bench"}  # from a checkout
-    assert files - set(same) == set(commands) - {"doctor", *same.values()}
+    assert files - set(SAME) == set(commands) - {"doctor", "check", "bench"}
     for name, (_, ranks, _) in SMALLEST.items():
         assert commands[name].startswith("torchrun") == (ranks is not None), name
     for name, test in ELSEWHERE.items():
