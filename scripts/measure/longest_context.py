@@ -31,7 +31,7 @@ from rich.table import Table
 
 from seqpar.commands import progress
 
-TRAIN = Path(__file__).parents[1] / "train_bytes.py"
+TRAIN = Path(__file__).parents[1] / "train" / "byte_level.py"
 MIB = 2**20
 MODEL = ["--dim", "2048", "--layers", "1", "--heads", "16", "--kv-heads", "4", "--batch", "1"]
 LEAN = ["--checkpointing", "full", "--loss-tile", "1024"]

@@ -14,7 +14,7 @@ from seqpar.commands import progress
 from seqpar.commands.progress.bar import Bar
 from seqpar.commands.progress.log import Log
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts" / "train"
 
 
 class Clock:
@@ -145,14 +145,14 @@ def test_without_rich_a_terminal_has_a_log(monkeypatch):
 
 
 def test_a_redirected_training_is_told_in_plain_lines_by_one_rank(tmp_path):
-    """As `torchrun ... train_bytes.py > log 2>&1`, but with a line for every step."""
+    """As `torchrun ... byte_level.py > log 2>&1`, but with a line for every step."""
     often = tmp_path / "often.py"
     often.write_text(
         "import runpy, sys\n"
         f"sys.path.insert(0, {str(SCRIPTS)!r})\n"
         "from seqpar.commands.progress import log\n"
         "log.LINE_SECONDS = 0.0\n"
-        f"runpy.run_path({str(SCRIPTS / 'train_bytes.py')!r}, run_name='__main__')\n"
+        f"runpy.run_path({str(SCRIPTS / 'byte_level.py')!r}, run_name='__main__')\n"
     )
     options = ["--length", 40, "--dim", 32, "--max-bytes", 5000, "--warmup", 2, "--steps", 3]
     metrics = tmp_path / "metrics.jsonl"

@@ -39,7 +39,7 @@ THOROUGH = FAMILIES if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else ("
     [(n, *c) for n in SERVED for c in (COMBINATIONS if n in THOROUGH else EVERYWHERE)],
 )
 def test_equals_one_device(name, size, strategy):
-    """The whole product runs nightly and in `scripts/check_transformers.py`."""
+    """The whole product runs nightly and in `scripts/check/hugging_face.py`."""
     family, model, batch, want = case(name)
     for got in seqpar.simulate(size, on_rank, model, batch, strategy):
         check(got, want, family)

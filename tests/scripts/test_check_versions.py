@@ -1,4 +1,4 @@
-"""The ends of the declared ranges are what `scripts/check_versions.py` installs."""
+"""The ends of the declared ranges are what `scripts/upkeep/check_versions.py` installs."""
 
 import sys
 import tomllib

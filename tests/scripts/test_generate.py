@@ -6,8 +6,8 @@ import sys
 import generate
 import pytest
 import torch
-from training.loop import train
-from training.recipe import Recipe
+from byte_lm.loop import train
+from byte_lm.recipe import Recipe
 
 import seqpar
 from seqpar import Group, simulate

@@ -1,6 +1,6 @@
 """The lock pins every package that setup.sh installs, within all ranges that are known here.
 
-Whether PyPI has these versions for each platform needs the network: `scripts/lock.py --check`.
+Whether PyPI has these versions for each platform needs the network: `scripts/upkeep/lock.py --check`.
 """
 
 import os
@@ -105,7 +105,7 @@ def test_without_a_network_one_sentence_is_said():
         "no_proxy": "",
         "NO_PROXY": "",
     }
-    command = [sys.executable, ROOT / "scripts" / "lock.py", "--check"]
+    command = [sys.executable, ROOT / "scripts" / "upkeep" / "lock.py", "--check"]
     done = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | proxies, check=False
     )

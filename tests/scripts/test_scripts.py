@@ -17,16 +17,17 @@ MOVED = {  # the name it had before, and the script
     "bench_kernels": "kernel_speed",
     "compare_tp_policies": "policy_costs",
     "memory_scaling": "peak_memory",
+    "train_bytes": "byte_level",
 }
 SAME = MOVED | {"check_equivalence": "check", "compare": "bench"}  # by another name
 TINY_ROWS = ["--dim", 32, "--heads", 2, "--kv-heads", 2, "--batch", 512, "--checkpointing", "none"]
 SMALLEST = {  # script: options, ranks under torchrun, what it prints
-    "check_tensor_parallel": (["--families", "llama", "--length", 9], 2, "1 families, 0 failures"),
-    "check_training": (
+    "tensor_parallel_models": (["--families", "llama", "--length", 9], 2, "1 families, 0 failures"),
+    "training_runs": (
         ["--ranks", 2, "--steps", 2, "--length", 16, "--only", "resumed"],
         None, "resumed at step 1 of P=2",
     ),
-    "check_transformers": (
+    "hugging_face": (
         ["--families", "llama", "--strategies", "ring", "--length", 9], 2, "1 cases, 0 failures",
     ),
     "keep_attention": (
@@ -41,7 +42,7 @@ SMALLEST = {  # script: options, ranks under torchrun, what it prints
         ["--only", "labels sharded before they are shifted"],
         None, "::test_labels_are_shifted_before_they_are_sharded` | - |",
     ),
-    "train_3d": (
+    "dp_sp_tp": (
         ["--tp", 2, "--steps", 1, "--length", 32, "--dim", 48, "--layers", 1], 2, "1 steps, loss 5.",
     ),
 }  # fmt: skip
@@ -63,7 +64,7 @@ ELSEWHERE = {  # script: the test that runs it, small, and looks at what it writ
     "peak_memory": "scripts/test_scripts.py",
     "exactness": "scripts/test_exactness.py",
     "strategy_traffic": "scripts/test_strategy_traffic.py",
-    "train_bytes": "training/test_commands.py",
+    "byte_level": "training/test_commands.py",
 }
 
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from training.recipe import Recipe
+from byte_lm.recipe import Recipe
 
 NO_TEXT = {"site-packages", "dist-packages", "test", "tests", "idle_test"}  # folders left out
 

@@ -4,7 +4,7 @@ Replicas have sequences of their own, sp ranks share each sequence, tp ranks the
 vocabulary. The model is a small GPT-NeoX (q, k and v in one weight), drawn from a seed, on bytes of Python's
 standard library. A template: with weights of your own, replace `make_model`.
 
-Example: torchrun --nproc-per-node 8 scripts/train_3d.py --dp 2 --tp 2 --steps 20 --json out.json
+Example: torchrun --nproc-per-node 8 scripts/train/dp_sp_tp.py --dp 2 --tp 2 --steps 20 --json out.json
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from byte_lm.recipe import Recipe
+from byte_lm.start import start
+from byte_lm.text import batch_at, load_text, standard_library
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from training.recipe import Recipe
-from training.start import start
-from training.text import batch_at, load_text, standard_library
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
 
 import seqpar

@@ -1,10 +1,10 @@
-"""Trains the model of train_bytes.py in many ways and holds losses and gradient norms to one process.
+"""Trains the model of byte_level.py in many ways and holds losses and gradient norms to one process.
 
 Every way is a run under torchrun: strategies, dp x sp, FSDP, checkpointing, tiles, accumulation, and a
 checkpoint of the most ranks that fewer resume. Fails when a loss or a norm is off by more than
 `--tolerance` in float32. Runs are one after another, with one thread for each rank.
 
-Example: python scripts/check_training.py --ranks 1 2 3 4 --steps 30 --json training.json
+Example: python scripts/check/training_runs.py --ranks 1 2 3 4 --steps 30 --json training.json
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from rich.table import Table
 
 from seqpar.commands import progress
 
-TRAIN = Path(__file__).with_name("train_bytes.py")
+TRAIN = Path(__file__).parents[1] / "train" / "byte_level.py"
 RESUMED = "resumed"
-Run = tuple[str, int, list[str]]  # (what is special, ranks, options of train_bytes.py)
+Run = tuple[str, int, list[str]]  # (what is special, ranks, options of byte_level.py)
 
 
 def launch(ranks: int, options: list[str], folder: Path) -> dict[str, Any]:
-    """What train_bytes.py writes with `--json`; its output is shown if it fails."""
+    """What byte_level.py writes with `--json`; its output is shown if it fails."""
     out = folder / "run.json"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     done = subprocess.run(

@@ -4,7 +4,7 @@ pyproject.toml declares a lower and an upper end for each of these packages; "ol
 "newest" whatever a resolver takes up to the upper ones, and "oldest-transformers" what is locked but for
 transformers at its lower end. The table in docs/testing.md is made of what this prints.
 
-Example: python scripts/check_versions.py oldest --python python3.12 --json oldest.json
+Example: python scripts/upkeep/check_versions.py oldest --python python3.12 --json oldest.json
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RANGED = ("torch", "triton", "transformers", "peft", "einops", "jaxtyping", "numpy")
 SETS = ("oldest", "newest", "oldest-transformers")
 # What touches the insides of others: kernels, ops, compilation, checkpointing, models, tensor parallel.

@@ -1,10 +1,10 @@
-"""Continues a text with the byte-level language model of `train_bytes.py`, its keys and values sharded.
+"""Continues a text with the byte-level language model of `byte_level.py`, its keys and values sharded.
 
 The prompt is sharded like a training sequence and each rank keeps the keys and values it made. Every
 new byte is then computed on all ranks, with one small exchange in each layer. Bytes are chosen greedily.
 Without a checkpoint the weights are those before training.
 
-Example: torchrun --nproc-per-node 2 scripts/generate.py --checkpoint runs/a --prompt "def main("
+Example: torchrun --nproc-per-node 2 scripts/train/generate.py --checkpoint runs/a --prompt "def main("
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from byte_lm import checkpoint as checkpoints
+from byte_lm.model import ByteLM
+from byte_lm.ranks import Ranks
+from byte_lm.recipe import ATTENTIONS, GRIDS, Recipe
+from byte_lm.start import start
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from training import checkpoint as checkpoints
-from training.model import ByteLM
-from training.ranks import Ranks
-from training.recipe import ATTENTIONS, GRIDS, Recipe
-from training.start import start
 
 import seqpar
 from seqpar import Group, KVCache, Layout
@@ -91,7 +91,7 @@ def generate(
 
 
 def load(group: Group, folder: Path | None, strategy: str) -> ByteLM:
-    """The model of the newest checkpoint in a folder of `train_bytes.py`, or of its defaults before training.
+    """The model of the newest checkpoint in a folder of `byte_level.py`, or of its defaults before training.
 
     Raises:
         ValueError: it is no such checkpoint.
@@ -135,7 +135,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--checkpoint", type=Path, help="folder of train_bytes.py; every rank reads it"
+        "--checkpoint", type=Path, help="folder of byte_level.py; every rank reads it"
     )
     parser.add_argument("--prompt", default="import ", help="text to continue")
     parser.add_argument("--tokens", type=int, default=64, help="how many bytes (default: 64)")

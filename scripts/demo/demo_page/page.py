@@ -45,11 +45,11 @@ SECTIONS = {
     ),
 }
 NEXT = """
-<pre>bash scripts/demo.sh --text my_novel.txt           # this page for your own text
-source .venv/bin/activate                          # which the demo has made
-torchrun --nproc-per-node 2 scripts/train_bytes.py # the training loop to copy
-python scripts/measure/longest_context.py                  # the longest sequence in a memory limit
-seqpar doctor                                      # what would compute attention on this machine</pre>
+<pre>bash scripts/demo.sh --text my_novel.txt                 # this page for your own text
+source .venv/bin/activate                                # which the demo has made
+torchrun --nproc-per-node 2 scripts/train/byte_level.py  # the training loop to copy
+python scripts/measure/longest_context.py                # the longest sequence in a memory limit
+seqpar doctor                                            # what would compute attention on this machine</pre>
 <p>README.md has a script for GPUs, and the five lines for Hugging Face models. docs/training.md says how
 losses and gradients scale. Nothing on this page was run on a GPU.</p>
 """

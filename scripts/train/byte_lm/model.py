@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import seqpar
+from byte_lm.recipe import Recipe
 from seqpar import Layout
 from seqpar.data import IGNORE
-from training.recipe import Recipe
 
 VOCABULARY = 256
 

@@ -3,8 +3,8 @@
 Each plant is a change of one line that keeps the code running. A plant that no check notices is a
 hole in the tests: the script then exits with 1. The result is the table in docs/testing.md.
 
-Example: python scripts/plant_bugs.py --markdown plants.md
-         python scripts/plant_bugs.py --only "forgotten gradient hop"
+Example: python scripts/upkeep/plant_bugs.py --markdown plants.md
+         python scripts/upkeep/plant_bugs.py --only "forgotten gradient hop"
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import tempfile
 from pathlib import Path
 
 from plants.attention import ATTENTION
+from plants.cut_weights import POLICIES
+from plants.fused_weights import TENSOR_PARALLEL
 from plants.libraries import LIBRARIES
 from plants.plant import Plant
-from plants.policies import POLICIES
-from plants.replaced import REPLACED
-from plants.tensor_parallel import TENSOR_PARALLEL
+from plants.replaced_attention import REPLACED
 
 from seqpar.commands import progress
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 300
 NOT_CHECKED = {
     "seqpar/data.py",

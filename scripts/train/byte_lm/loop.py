@@ -13,15 +13,15 @@ from jaxtyping import UInt8
 from torch import Tensor, nn
 
 import seqpar
+from byte_lm import checkpoint as checkpoints
+from byte_lm.model import ByteLM
+from byte_lm.ranks import Gradients, Ranks
+from byte_lm.recipe import Recipe
+from byte_lm.records import OnStep, StepRecord, peak_bytes
+from byte_lm.text import batch_at, fingerprint, micro_batches
 from seqpar import Group
 from seqpar.comm import agreed
 from seqpar.data import IGNORE
-from training import checkpoint as checkpoints
-from training.model import ByteLM
-from training.ranks import Gradients, Ranks
-from training.recipe import Recipe
-from training.records import OnStep, StepRecord, peak_bytes
-from training.text import batch_at, fingerprint, micro_batches
 
 
 def train(

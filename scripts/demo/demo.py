@@ -30,7 +30,7 @@ import seqpar
 from seqpar.commands import progress
 from seqpar.testing import NAMES
 
-SCRIPTS = Path(__file__).parent
+RANK = Path(__file__).with_name("demo_rank.py")
 TOLERATED_LOSS_DIFFERENCE = 1e-5  # relative, float32, over the first steps
 FIRST_STEPS = 20
 
@@ -40,7 +40,7 @@ def launch(ranks: int, options: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder) / "record.json"
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        script = [str(SCRIPTS / "demo_rank.py"), "--json", str(record), *options]
+        script = [str(RANK), "--json", str(record), *options]
         done = subprocess.run(
             [sys.executable, *torchrun, *script],
             env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,

@@ -3,7 +3,7 @@
 Eight families x strategy, tiny models in float64: logits, loss and the gradient of every parameter against
 the model on one device under its own masks. Prints a table and exits with 1 when anything is off.
 
-Example: torchrun --nproc-per-node 3 scripts/check_transformers.py --json transformers.json
+Example: torchrun --nproc-per-node 3 scripts/check/hugging_face.py --json transformers.json
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     if not dist.is_torchelastic_launched():
-        raise SystemExit("start me with: torchrun --nproc-per-node P scripts/check_transformers.py")
+        raise SystemExit("start me with: torchrun --nproc-per-node P scripts/check/hugging_face.py")
     dist.init_process_group("gloo")
     group = Group.of()
     records = check(group, args.families, args.strategies, args.length)

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import nn
 
 import seqpar
+from byte_lm.recipe import ATTENTIONS, GRIDS, Recipe
 from seqpar import Grid, Group
-from training.recipe import ATTENTIONS, GRIDS, Recipe
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

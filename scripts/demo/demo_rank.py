@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -15,10 +16,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from train_bytes import Recipe, load_text, standard_library, train
-from training.model import ByteLM
-from training.ranks import Ranks
-from training.text import batch_at
+
+sys.path.append(str(Path(__file__).parents[1] / "train"))  # where the model that is trained lies
+
+from byte_lm.loop import train
+from byte_lm.model import ByteLM
+from byte_lm.ranks import Ranks
+from byte_lm.recipe import Recipe
+from byte_lm.text import batch_at, load_text, standard_library
 
 import seqpar
 from seqpar import Group, Layout, Mask, Plan

@@ -3,7 +3,7 @@
 The pins are constraints: pip installs what torch's build asks for, at these versions, so that a CPU
 build brings no CUDA packages. --check resolves them anew from PyPI, for other platforms.
 
-Example: python scripts/lock.py --check
+Example: python scripts/upkeep/lock.py --check
 """
 
 import argparse
@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LOCK = ROOT / "scripts" / "lock.txt"
 # The versions that the tests ran on; torch 2.13.0 has a small CPU build. The rest is the newest.
 HELD = {"torch": "2.13.0", "transformers": "5.24.0"}
@@ -42,7 +42,9 @@ def main() -> None:
     if not parser.parse_args().check:
         LOCK.write_text(locked(required), "utf-8")
     if recorded_torch_requires() != required:
-        sys.exit(f"{LOCK} records other requirements of torch than PyPI; run scripts/lock.py")
+        sys.exit(
+            f"{LOCK} records other requirements of torch than PyPI; run scripts/upkeep/lock.py"
+        )
     with ThreadPoolExecutor(4) as pool:
         for line in pool.map(lambda machine: resolved(*machine), product(PLATFORMS, PYTHONS)):
             print(line)
@@ -55,7 +57,7 @@ def locked(required: list[str]) -> str:
     done = uv(*newest, "--constraint=-", text=held)
     if done.returncode:
         sys.exit(f"no set of versions fits pyproject.toml and {HELD}:\n{done.stderr}")
-    header = ["# Made by scripts/lock.py, for pip's --constraint."]
+    header = ["# Made by scripts/upkeep/lock.py, for pip's --constraint."]
     header += [TORCH_REQUIRES + requirement for requirement in required]
     return "\n".join(header) + "\n" + done.stdout
 
@@ -69,7 +71,9 @@ def resolved(platform: str, python: str) -> str:
     chosen = set(done.stdout.split())
     free = chosen - set(re.findall(r"^\w\S*", LOCK.read_text("utf-8"), re.MULTILINE))
     if free:
-        sys.exit(f"{LOCK} has no pin of {sorted(free)} ({platform}, {python}); run scripts/lock.py")
+        sys.exit(
+            f"{LOCK} has no pin of {sorted(free)} ({platform}, {python}); run scripts/upkeep/lock.py"
+        )
     return f"{platform}, Python {python}: {len(chosen)} packages"
 
 

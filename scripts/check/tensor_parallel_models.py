@@ -4,7 +4,7 @@ Every family with its attention replaced, MLPs, embedding and head under the Meg
 and the gradient of every parameter against the model on one device, in float64. Steps that models take in
 float32 or bfloat16 are taken out of them, so that they can judge. Exits with 1 when anything is off.
 
-Example: torchrun --nproc-per-node 4 scripts/check_tensor_parallel.py --tp 2 --json tensor_parallel.json
+Example: torchrun --nproc-per-node 4 scripts/check/tensor_parallel_models.py --tp 2 --json tp.json
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def main() -> None:
     logging.set_verbosity_error()  # DBRX's parts of a config are no models, of which it warns
     if not dist.is_torchelastic_launched():
         raise SystemExit(
-            f"start me with: torchrun --nproc-per-node P scripts/{Path(__file__).name}"
+            f"start me with: torchrun --nproc-per-node P scripts/check/{Path(__file__).name}"
         )
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()

@@ -1,9 +1,9 @@
 """The 3-D recipe: dp x sp x tp gives the losses and gradient norms of one process."""
 
+import dp_sp_tp
 import pytest
 import torch
-import train_3d
-from training.text import load_text
+from byte_lm.text import load_text
 
 import seqpar
 
@@ -13,10 +13,10 @@ TEXT = torch.arange(3000).mul(7919).remainder(251).to(torch.uint8)
 
 
 def train(group, *options):
-    args = train_3d.parser().parse_args([*SMALL, *options])
-    mesh = train_3d.Mesh.of(args, "cpu")
+    args = dp_sp_tp.parser().parse_args([*SMALL, *options])
+    mesh = dp_sp_tp.Mesh.of(args, "cpu")
     assert mesh.sp.size * mesh.tp.size * args.dp == group.size
-    return train_3d.train(args, mesh, TEXT)
+    return dp_sp_tp.train(args, mesh, TEXT)
 
 
 def test_dp_x_sp_x_tp_equals_one_process(eight_processes):
@@ -29,10 +29,10 @@ def test_dp_x_sp_x_tp_equals_one_process(eight_processes):
 
 
 def test_ranks_that_are_no_mesh_are_refused():
-    args = train_3d.parser().parse_args(["--dp", "2"])
+    args = dp_sp_tp.parser().parse_args(["--dp", "2"])
     with pytest.raises(ValueError, match=r"1 ranks must divide by dp \* tp = 2 \* 1"):
-        train_3d.Mesh.of(args, "cpu")
+        dp_sp_tp.Mesh.of(args, "cpu")
 
 
 def test_the_text_is_that_of_the_other_recipe():
-    assert train_3d.load_text is load_text
+    assert dp_sp_tp.load_text is load_text
