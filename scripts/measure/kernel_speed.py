@@ -31,7 +31,6 @@ import torch
 from kernel_race.contenders import Contender, Ranks, Setting, contenders, exact, implementations
 from kernel_race.race import (
     NAMES,
-    Sheet,
     Timing,
     brief,
     described,
@@ -40,6 +39,7 @@ from kernel_race.race import (
     median_sum,
     race,
 )
+from kernel_race.sheet import Sheet
 from kernel_race.tune import CANDIDATES, tune, tune_sheet
 from rich.console import Console
 

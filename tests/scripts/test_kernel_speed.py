@@ -11,7 +11,8 @@ import kernel_speed
 import pytest
 import torch
 from kernel_race.contenders import Ranks, Setting, contenders, exact, meetings
-from kernel_race.race import Sheet, Timing, brief, median_max, median_sum, race, relative
+from kernel_race.race import Timing, brief, median_max, median_sum, race, relative
+from kernel_race.sheet import Sheet
 from kernel_race.tune import CANDIDATES
 
 from seqpar.layout import LAYOUTS

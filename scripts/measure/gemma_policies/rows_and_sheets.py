@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from kernel_race.race import Sheet
+from kernel_race.sheet import Sheet
 from torch import Tensor
 
 from gemma_policies.measured import JOBS

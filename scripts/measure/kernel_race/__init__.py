@@ -1,1 +1,1 @@
-"""What the scripts that measure compute; the scripts print it and judge it."""
+"""The parts of kernel_speed.py: who is measured, in which rounds, which tiles, and tables."""

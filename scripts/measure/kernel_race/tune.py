@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from kernel_race.contenders import Setting, Step, Tensors, exact
-from kernel_race.race import Sheet, brief, deviations, median_sum, race
+from kernel_race.race import brief, deviations, median_sum, race
+from kernel_race.sheet import Sheet
 from seqpar_kernels import Band, Block, Partial, Rows, Score, accumulation_dtype, finish
 from seqpar_kernels.tuning import KERNELS, Tiles, tiles_for
 
