@@ -101,10 +101,14 @@ def test_peak_memory_measures_and_plots(tmp_path):
 
 
 def test_every_script_explains_itself():
+    said = {}
     for name in PATHS:
         done = start(name, "--help")
         assert done.returncode == 0, done.stderr
         assert name == "demo_rank" or "Example" in done.stdout, name
+        said[name] = done.stdout
+    for earlier, name in MOVED.items():
+        assert said[earlier] == said[name]
 
 
 @pytest.mark.parametrize("name", SMALLEST)
