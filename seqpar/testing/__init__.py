@@ -1,6 +1,7 @@
 """Public tools to hold any attention to one-device attention: oracle, cases, error budget, worlds.
 
-Nothing here is imported by the package itself. `drawn` needs hypothesis; the rest needs torch only.
+Nothing here is imported by the package itself. `drawn` needs hypothesis and `models` transformers; the
+rest needs torch only.
 """
 
 from seqpar.testing.budget import Budget

@@ -1,10 +1,15 @@
-"""`PeakMemory`: how much the resident memory of this process grew, at its peak, inside a block."""
+"""`PeakMemory`: how much the resident memory of this process grew, at its peak, inside a block.
+
+`give_back_freed` keeps the heap of glibc out of what is measured.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 from pathlib import Path
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt, see malloc.h
 
 
 class PeakMemory:
@@ -32,6 +37,17 @@ class PeakMemory:
 
     def __exit__(self, *_: object) -> None:
         self.bytes = max(0, _status("VmHWM") - self._before)
+
+
+def give_back_freed(threshold_bytes: int) -> None:
+    """From now on, freed tensors of this size or more go back to the system at once, and no others.
+
+    Linux with glibc only. It serves a process that has allocated little: what its heap has grown to, the
+    process may use again and keep.
+    """
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, threshold_bytes)
+    libc.mallopt(M_TRIM_THRESHOLD, 2 * threshold_bytes)  # as glibc does when it moves the other
 
 
 def _status(field: str) -> int:

@@ -2,14 +2,11 @@
 
 import math
 
-import pytest
 import torch
-from generate import generate, make
 from torch import nn
-from training.recipe import Recipe
 
 import seqpar
-from seqpar import Group, KVCache, Mask, Score, simulate
+from seqpar import KVCache, Mask, Score, simulate
 from seqpar.layout import LAYOUTS
 
 TOKENS = 64
@@ -97,44 +94,3 @@ def test_a_model_with_every_score_term(worlds):
             assert torch.equal(tokens, expected)
     for tokens in worlds.run(2, sharded, prompt(), "zigzag"):
         assert torch.equal(tokens, expected)
-
-
-RECIPE = {"dim": 16, "heads": 4, "kv_heads": 4, "dtype": "float64", "seed": 3}
-TEXT = torch.tensor([list(b"def attend(q, k, v):")])
-
-
-def byte_lm(group, strategy, layout):
-    model = make(group, Recipe(**RECIPE, strategy=strategy))
-    return generate(group, model, TEXT, TOKENS, layout)
-
-
-@torch.no_grad()
-def byte_lm_of_one_device():
-    model, ids = make(Group.alone(), Recipe(**RECIPE)), TEXT
-    for _ in range(TOKENS):
-        positions = torch.arange(ids.shape[1])[None]
-        logits = model.logits(ids, positions, seqpar.contiguous(ids.shape[1], 1))
-        ids = torch.cat((ids, logits[:, -1:].argmax(-1)), dim=1)
-    return ids[:, TEXT.shape[1] :]
-
-
-def test_the_byte_model(worlds):
-    expected = byte_lm_of_one_device()
-    assert len(expected.unique()) > 8
-    for size, strategy, kind in (
-        (1, "ring", "zigzag"), (2, "ulysses", "zigzag"), (3, "ring", "striped"), (4, "ring", "zigzag"),
-        (5, "ulysses", "contiguous"),
-    ):  # fmt: skip
-        for tokens in simulate(size, byte_lm, strategy, kind):
-            assert torch.equal(tokens, expected)
-    for size in (2, 5):
-        for tokens in worlds.run(size, byte_lm, "ring", "zigzag"):
-            assert torch.equal(tokens, expected)
-
-
-def test_an_empty_prompt_is_refused():
-    def fn(group):
-        generate(group, make(group, Recipe(**RECIPE)), TEXT[:, :0], 1)
-
-    with pytest.raises(ValueError, match="at least one byte"):
-        simulate(2, fn)

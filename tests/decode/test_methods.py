@@ -1,8 +1,5 @@
 """What a cache does between attentions: where it puts rows, what it forgets, reorders and refuses."""
 
-import re
-import time
-
 import pytest
 import torch
 
@@ -15,6 +12,7 @@ from seqpar.layout import Layout, Span
 from seqpar.strategies import Shape
 from seqpar.testing import Case, oracle
 from seqpar.testing.budget import Budget
+from seqpar.testing.refusals import check_refused, refusal
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
 LENGTH = 12
@@ -296,40 +294,22 @@ ALL_RANKS = {
 }
 
 
-def refusal(group, change, only):
-    """What this rank was told, how soon, and whether a correct call works afterwards."""
-    text, start = "nothing", time.monotonic()
-    try:
-        call(group, **(change if only in (None, group.rank) else {}))
-    except (ValueError, TypeError, NotImplementedError, seqpar.DesyncError) as error:
-        text = f"{type(error).__name__}: {error}"
-    seconds = time.monotonic() - start
-    return text, seconds, call(group).isfinite().all().item()
-
-
-def check(results, pattern):
-    for text, seconds, works_again in results:
-        assert seconds < 10
-        assert works_again
-        assert re.search(pattern, text), text
-
-
 @pytest.mark.parametrize("what", ONE_RANK)
 def test_what_one_rank_does_wrong_all_refuse(what):
     change, pattern = ONE_RANK[what]
-    check(simulate(3, refusal, change, 1), pattern)
+    check_refused(simulate(3, refusal, call, change, 1), pattern)
 
 
 @pytest.mark.parametrize("what", ALL_RANKS)
 def test_what_all_do_wrong_all_refuse(what):
     change, pattern = ALL_RANKS[what]
-    check(simulate(3, refusal, change, None), pattern)
+    check_refused(simulate(3, refusal, call, change), pattern)
 
 
 @pytest.mark.parametrize("what", ["rows", "num of queries", "a gradient"])
 def test_what_one_process_does_wrong_all_refuse(worlds, what):
     change, pattern = ONE_RANK[what]
-    check(worlds.run(3, refusal, change, 1), pattern)
+    check_refused(worlds.run(3, refusal, call, change, 1), pattern)
 
 
 def test_parameters_are_no_hindrance_without_gradients():

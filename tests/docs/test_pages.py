@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from pages.blocks import PYTHON, ROOT, SHELL, blocks_of, problems
-from pages.ranks import run, settings_of
+from pages.run_blocks import run, settings_of
 
 PAGES = ["README.md", "kernels/README.md"]
 PAGES += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))

@@ -5,10 +5,10 @@ from functools import cache
 
 import pytest
 import torch
-from hf.families import FAMILIES, SERVED, batch_of
-from hf.step import differences, on_rank, one_device
 
 import seqpar
+from seqpar.testing.models.tiny import FAMILIES, SERVED, batch_of
+from seqpar.testing.models.training_step import differences, on_rank, one_device
 
 EXACT = {"logits": 1e-10, "loss": 1e-10, "gradients": 1e-10, "float32": 1e-6}
 LENGTH = 37  # prime: no number of ranks divides it
@@ -39,7 +39,7 @@ THOROUGH = FAMILIES if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else ("
     [(n, *c) for n in SERVED for c in (COMBINATIONS if n in THOROUGH else EVERYWHERE)],
 )
 def test_equals_one_device(name, size, strategy):
-    """The whole product runs nightly and in `scripts/check_transformers.py`."""
+    """The whole product runs nightly and in `scripts/check/hugging_face.py`."""
     family, model, batch, want = case(name)
     for got in seqpar.simulate(size, on_rank, model, batch, strategy):
         check(got, want, family)

@@ -3,12 +3,12 @@
 from types import SimpleNamespace
 
 import pytest
-from hf.families import FAMILIES
 from transformers import masking_utils
 
 import seqpar
 from seqpar.integrations.transformers import SequenceParallel
 from seqpar.integrations.transformers.internals import MASKS, attention_name, mask_forms
+from seqpar.testing.models.tiny import FAMILIES
 
 
 def test_this_release_has_every_part():

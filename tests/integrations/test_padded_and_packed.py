@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from hf.families import FAMILIES, batch_of
-from hf.step import differences, on_rank, one_device
 from transformers import DataCollatorWithFlattening
 
 import seqpar
+from seqpar.testing.models.tiny import FAMILIES, batch_of
+from seqpar.testing.models.training_step import differences, on_rank, one_device
 
 LENGTH = 23
 

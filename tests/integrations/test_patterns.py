@@ -4,7 +4,6 @@ import re
 
 import pytest
 import torch
-from hf.families import GROUPED
 from transformers import LlamaConfig
 from transformers import masking_utils as masks
 
@@ -13,6 +12,7 @@ from seqpar.integrations.transformers.patterns import Pattern, pattern_mask
 from seqpar.integrations.transformers.registration import register
 from seqpar.layout.spans import Span
 from seqpar.testing import oracle
+from seqpar.testing.models.tiny import GROUPED
 
 MAKERS = {
     "causal": masks.create_causal_mask,

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 import transformers
-from hf.families import FAMILIES, LATER, batch_of
-from hf.step import attend_by
 
 import seqpar
 from seqpar.integrations.transformers import SequenceParallel
+from seqpar.testing.models.tiny import FAMILIES, LATER, batch_of
+from seqpar.testing.models.training_step import attend_by
 
 SMALL = {"vocab_size": 64, "hidden_size": 32}
 OUTSIDE = {  # models, and the layer that must be named

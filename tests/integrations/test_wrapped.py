@@ -6,8 +6,6 @@ import functools
 import peft
 import pytest
 import torch
-from hf.families import FAMILIES, batch_of
-from hf.step import attend_by, differences, gradients_of, on_rank, one_device
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -17,6 +15,14 @@ import seqpar
 from seqpar.integrations.transformers import SequenceParallel
 from seqpar.integrations.transformers.patterns import Pattern
 from seqpar.integrations.transformers.terms import Layer
+from seqpar.testing.models.tiny import FAMILIES, batch_of
+from seqpar.testing.models.training_step import (
+    attend_by,
+    differences,
+    gradients_of,
+    on_rank,
+    one_device,
+)
 
 # Of the names that transformers had before 5.23, which serve with it too.
 pytestmark = pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")

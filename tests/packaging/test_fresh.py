@@ -80,6 +80,11 @@ NEEDS_TRANSFORMERS = (
             "seqpar.tensor_parallel.replace_attention needs " + NEEDS_TRANSFORMERS,
         ),
         (
+            "import seqpar.testing.models.tiny",
+            {},
+            "seqpar.testing.models needs " + NEEDS_TRANSFORMERS,
+        ),
+        (
             "import seqpar",
             {"SEQPAR_CHECK_SHAPES": "1"},
             r"SEQPAR_CHECK_SHAPES=1 needs beartype(>=[\d.,<]+), which is not installed: "
@@ -92,7 +97,7 @@ NEEDS_TRANSFORMERS = (
             r"pip install 'hypothesis\1'",
         ),
     ],
-    ids=["transformers", "replace_attention", "shapes", "drawn"],
+    ids=["transformers", "replace_attention", "models", "shapes", "drawn"],
 )
 def test_a_missing_extra_is_named_with_the_command_that_installs_it(fresh, code, env, says):
     done = fresh.run("python", "-c", code, **env)

@@ -113,7 +113,8 @@ def test_importing_the_wheel_imports_nothing_optional_and_prints_nothing(wheel):
     code = (
         f"import sys; sys.path.insert(0, {str(wheel)!r}); import seqpar, seqpar.tensor_parallel; "
         f"assert seqpar.__file__.startswith({str(wheel)!r}), seqpar.__file__; "
-        f"found = [m for m in {OPTIONAL} if m in sys.modules]; assert not found, found"
+        f"found = [m for m in {OPTIONAL} if m in sys.modules]; assert not found, found; "
+        "import seqpar.testing; assert 'transformers' not in sys.modules"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={"PATH": ""}, check=False

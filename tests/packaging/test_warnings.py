@@ -15,7 +15,7 @@ def test_a_deprecation_fails_where_our_code_calls_what_is_deprecated(category):
         "seqpar.comm.ring",
         "seqpar_kernels.band",
         "tests.layout.test_layout",
-        "hf.step",
+        "byte_lm.loop",
     ):
         with pytest.raises(category):
             warn_from(module, category)

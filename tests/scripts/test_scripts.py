@@ -10,17 +10,27 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts"
+VERBS = ("check", "demo", "draw", "measure", "train", "upkeep")
+BY_VERB = [path for verb in VERBS for path in (SCRIPTS / verb).glob("*.py")]
+PATHS = {path.stem: path for path in (*SCRIPTS.glob("*.py"), *BY_VERB) if path.stem != "moved"}
+MOVED = {  # the name it had before, and the script
+    "bench_kernels": "kernel_speed",
+    "compare_tp_policies": "policy_costs",
+    "memory_scaling": "peak_memory",
+    "train_bytes": "byte_level",
+}
+SAME = MOVED | {"check_equivalence": "check", "compare": "bench"}  # by another name
 TINY_ROWS = ["--dim", 32, "--heads", 2, "--kv-heads", 2, "--batch", 512, "--checkpointing", "none"]
 SMALLEST = {  # script: options, ranks under torchrun, what it prints
-    "check_tensor_parallel": (["--families", "llama", "--length", 9], 2, "1 families, 0 failures"),
-    "check_training": (
+    "tensor_parallel_models": (["--families", "llama", "--length", 9], 2, "1 families, 0 failures"),
+    "training_runs": (
         ["--ranks", 2, "--steps", 2, "--length", 16, "--only", "resumed"],
         None, "resumed at step 1 of P=2",
     ),
-    "check_transformers": (
+    "hugging_face": (
         ["--families", "llama", "--strategies", "ring", "--length", 9], 2, "1 cases, 0 failures",
     ),
-    "checkpointing": (
+    "keep_attention": (
         ["--length", 64, "--layers", 1, "--dim", 32, "--ranks", 2, "--strategies", "ring"],
         None, "keep attention",
     ),
@@ -32,42 +42,40 @@ SMALLEST = {  # script: options, ranks under torchrun, what it prints
         ["--only", "labels sharded before they are shifted"],
         None, "::test_labels_are_shifted_before_they_are_sharded` | - |",
     ),
-    "train_3d": (
+    "dp_sp_tp": (
         ["--tp", 2, "--steps", 1, "--length", 32, "--dim", 48, "--layers", 1], 2, "1 steps, loss 5.",
     ),
 }  # fmt: skip
 ELSEWHERE = {  # script: the test that runs it, small, and looks at what it writes
     "activation_memory": "scripts/test_activation_memory.py",
-    "bench_kernels": "scripts/test_bench_kernels.py",  # without a GPU: it refuses, and its parts run
+    "kernel_speed": "scripts/test_kernel_speed.py",  # without a GPU: it refuses, and its parts run
     "bench": "packaging/test_fresh.py",
     "check": "cli/test_check.py",
-    "check_versions": "packaging/test_versions.py",
-    "compare_decode": "decode/test_scripts.py",
-    "compare_tp_policies": "scripts/test_compare_tp_policies.py",
-    "compile_kernels": "scripts/test_compile_kernels.py",
+    "check_versions": "scripts/test_check_versions.py",
+    "decode_cost": "scripts/test_decode_cost.py",
+    "policy_costs": "scripts/test_policy_costs.py",
+    "kernel_resources": "scripts/test_kernel_resources.py",
     "doctor": "cli/test_doctor.py",
-    "draw_fused_layouts": "tensor_parallel/test_fused_page.py",
-    "draw_modules": "scripts/test_draw_modules.py",
-    "draw_policies": "scripts/test_compare_tp_policies.py",
-    "lock": "packaging/test_lock.py",
-    "generate": "decode/test_scripts.py",
-    "memory_scaling": "scripts/test_scripts.py",
-    "numerics": "scripts/test_numerics.py",
-    "traffic": "scripts/test_traffic.py",
-    "train_bytes": "training/test_commands.py",
+    "fused_layouts": "tensor_parallel/test_fused_page.py",
+    "modules": "scripts/test_module_pictures.py",
+    "two_policies": "scripts/test_policy_costs.py",
+    "lock": "scripts/test_lock.py",
+    "generate": "scripts/test_generate.py",
+    "peak_memory": "scripts/test_scripts.py",
+    "exactness": "scripts/test_exactness.py",
+    "strategy_traffic": "scripts/test_strategy_traffic.py",
+    "byte_level": "training/test_commands.py",
 }
 
 
-def start(script, *options, ranks=None):
+def start(name, *options, ranks=None):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command = [sys.executable, *(torchrun if ranks else []), SCRIPTS / script, *map(str, options)]
+    command = [sys.executable, *(torchrun if ranks else []), PATHS[name], *map(str, options)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 
 def test_check_equivalence_passes_under_torchrun(tmp_path):
-    done = start(
-        "check_equivalence.py", "--dtype", "float32", "--json", tmp_path / "x.json", ranks=3
-    )
+    done = start("check_equivalence", "--dtype", "float32", "--json", tmp_path / "x.json", ranks=3)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "P=3: 252 cases, 0 failures" in done.stdout
     assert json.loads((tmp_path / "x.json").read_text())["ranks"] == 3
@@ -75,17 +83,17 @@ def test_check_equivalence_passes_under_torchrun(tmp_path):
 
 def test_compare_counts_what_the_dry_run_says(tmp_path):
     options = ["--length", 130, "--dtype", "float32", "--rounds", 1, "--json", tmp_path / "x.json"]
-    done = start("compare.py", *options)
+    done = start("compare", *options)
     assert done.returncode == 0, done.stdout + done.stderr
     (result,) = json.loads((tmp_path / "x.json").read_text())
     assert [row["name"] for row in result["rows"]] == ["one device", "ring", "ulysses"]
     assert all(row["sent_bytes"] == row["derived_bytes"] for row in result["rows"])
 
 
-def test_memory_scaling_measures_and_plots(tmp_path):
+def test_peak_memory_measures_and_plots(tmp_path):
     options = ["--lengths", 256, 512, 1024, "--ranks", 1, 2, "--memory-mib", 64]
     done = start(
-        "memory_scaling.py", *options, "--plot", tmp_path / "x.png", "--json", tmp_path / "x.json"
+        "memory_scaling", *options, "--plot", tmp_path / "x.png", "--json", tmp_path / "x.json"
     )
     assert "longest" in done.stdout.lower(), done.stdout + done.stderr
     assert (tmp_path / "x.png").stat().st_size > 10_000
@@ -93,10 +101,14 @@ def test_memory_scaling_measures_and_plots(tmp_path):
 
 
 def test_every_script_explains_itself():
-    for script in sorted(SCRIPTS.glob("*.py")):
-        done = start(script.name, "--help")
+    said = {}
+    for name in PATHS:
+        done = start(name, "--help")
         assert done.returncode == 0, done.stderr
-        assert script.name == "demo_rank.py" or "Example" in done.stdout, script.name
+        assert name == "demo_rank" or "Example" in done.stdout, name
+        said[name] = done.stdout
+    for earlier, name in MOVED.items():
+        assert said[earlier] == said[name]
 
 
 @pytest.mark.parametrize("name", SMALLEST)
@@ -104,7 +116,7 @@ def test_runs_at_its_smallest_size(monkeypatch, name):
     options, ranks, printed = SMALLEST[name]
     monkeypatch.setenv("SEQPAR_CHECK_SHAPES", "0")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    done = start(f"{name}.py", *options, ranks=ranks)
+    done = start(name, *options, ranks=ranks)
     assert done.returncode == 0, done.stdout + done.stderr
     assert printed in done.stdout
 
@@ -113,13 +125,14 @@ def test_every_script_of_the_readme_is_run():
     """A new script is in the table of the README, and here or in the test that is named."""
     page = (ROOT / "README.md").read_text("utf-8")
     table = page.split("\n## Commands and scripts\n")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| `(.*?(?:scripts/(\w+)\.py|seqpar (\w+)).*?)` \|", table, re.MULTILINE)
+    rows = re.findall(
+        r"^\| `(.*?(?:scripts/(?:\w+/)?(\w+)\.py|seqpar (\w+)).*?)` \|", table, re.MULTILINE
+    )
     commands = {script or command: row for row, script, command in rows}
     assert len(rows) == table.count("\n| `")
     assert sorted(commands) == sorted([*SMALLEST, *ELSEWHERE])
-    files = {path.stem for path in SCRIPTS.glob("*.py") if not path.stem.startswith("demo")}
-    same = {"check_equivalence": "check", "compare": "bench"}  # from a checkout
-    assert files - set(same) == set(commands) - {"doctor", *same.values()}
+    files = {name for name in PATHS if not name.startswith("demo")}
+    assert files - set(SAME) == set(commands) - {"doctor", "check", "bench"}
     for name, (_, ranks, _) in SMALLEST.items():
         assert commands[name].startswith("torchrun") == (ranks is not None), name
     for name, test in ELSEWHERE.items():

@@ -3,9 +3,6 @@
 After the refusal the same world does a correct call, so nothing was left on the wire.
 """
 
-import re
-import time
-
 import pytest
 import torch
 
@@ -23,6 +20,7 @@ from seqpar import (
     simulate,
 )
 from seqpar.layout import Layout, Span, contiguous, striped, zigzag
+from seqpar.testing.refusals import check_refused, check_told, refusal, told
 
 LENGTH = 12
 
@@ -207,58 +205,35 @@ ALL_RANKS = {  # what every rank does -> what every message must say
 }
 
 
-def refusal(group, change, only):
-    """What this rank was told, and whether a correct call works afterwards."""
-    text = "nothing"
-    start = time.monotonic()
-    try:
-        call(group, **(change if only in (None, group.rank) else {}))
-    except (ValueError, TypeError, NotImplementedError, seqpar.DesyncError) as error:
-        text = f"{type(error).__name__}: {error}"
-    seconds = time.monotonic() - start
-    return text, seconds, call(group).isfinite().all().item()
-
-
-def check(results, pattern):
-    for text, seconds, works_again in results:
-        assert seconds < 10
-        assert works_again
-        assert re.search(pattern, text), text
-
-
 @pytest.mark.parametrize("what", ONE_RANK)
 def test_what_one_rank_does_wrong_all_refuse(what):
     change, pattern = ONE_RANK[what]
-    check(simulate(3, refusal, change, 1), pattern)
+    check_refused(simulate(3, refusal, call, change, 1), pattern)
 
 
 @pytest.mark.parametrize("what", ALL_RANKS)
 def test_what_all_do_wrong_all_refuse(what):
     change, pattern = ALL_RANKS[what]
-    check(simulate(3, refusal, change, None), pattern)
+    check_refused(simulate(3, refusal, call, change), pattern)
 
 
 @pytest.mark.parametrize("what", ONE_RANK)
 def test_what_one_process_does_wrong_all_refuse(worlds, what):
     change, pattern = ONE_RANK[what]
-    check(worlds.run(3, refusal, change, 1, timeout=20), pattern)
+    check_refused(worlds.run(3, refusal, call, change, 1, timeout=20), pattern)
 
 
 def other_operation(group):
-    try:
-        if group.rank == 1:
-            seqpar.unshard_sequence(torch.ones(1, 4, 2), zigzag(LENGTH, 3), group)
-        else:
-            call(group)
-    except seqpar.DesyncError as error:
-        return str(error), 0.0, True
-    return "nothing", 0.0, True
+    if group.rank == 1:
+        x, layout = torch.ones(1, 4, 2), zigzag(LENGTH, 3)
+        return told(lambda: seqpar.unshard_sequence(x, layout, group))
+    return told(lambda: call(group))
 
 
 def test_ranks_in_different_operations_are_told(worlds):
     pattern = "operation is 'attention' on ranks 0, 2, 'unshard_sequence' on rank 1"
-    check(simulate(3, other_operation), pattern)
-    check(worlds.run(3, other_operation, timeout=20), pattern)
+    check_told(simulate(3, other_operation), pattern)
+    check_told(worlds.run(3, other_operation, timeout=20), pattern)
 
 
 def test_a_plan_of_the_wrong_kind_is_refused():
@@ -296,17 +271,13 @@ def other_grid(group):
     rows = zigzag(LENGTH, 4).rows[group.rank]
     x = torch.ones(1, rows, 2, 4)
     grid = group.grid(ulysses=4 if group.rank == 1 else 2)
-    try:
-        HybridAttention(grid)(x, x, x, zigzag(LENGTH, 4))
-    except seqpar.DesyncError as error:
-        return str(error), 0.0, True
-    return "nothing", 0.0, True
+    return told(lambda: HybridAttention(grid)(x, x, x, zigzag(LENGTH, 4)))
 
 
 def test_ranks_in_different_grids_are_told(worlds):
     pattern = r"grid is \(\(0, 1\), \(2, 3\)\) on ranks 0, 2, 3, \(\(0, 1, 2, 3\),\) on rank 1"
-    check(simulate(4, other_grid), pattern)
-    check(worlds.run(4, other_grid, timeout=20), pattern)
+    check_told(simulate(4, other_grid), pattern)
+    check_told(worlds.run(4, other_grid, timeout=20), pattern)
 
 
 def test_weights_and_attention_are_different_operations():
@@ -314,13 +285,11 @@ def test_weights_and_attention_are_different_operations():
         layout = zigzag(LENGTH, 2)
         x = torch.ones(1, layout.rows[group.rank], 2, 4)
         attend = MaterialisedAttention(group)
-        try:
-            (attend.weights(x, x, layout) if group.rank else attend(x, x, x, layout))
-        except seqpar.DesyncError as error:
-            return str(error), 0.0, True
-        return "nothing", 0.0, True
+        if group.rank:
+            return told(lambda: attend.weights(x, x, layout))
+        return told(lambda: attend(x, x, x, layout))
 
-    check(simulate(2, fn), "operation is 'attention' on rank 0, 'weights' on rank 1")
+    check_told(simulate(2, fn), "operation is 'attention' on rank 0, 'weights' on rank 1")
 
 
 def test_a_grid_of_another_group_is_refused():
@@ -329,10 +298,6 @@ def test_a_grid_of_another_group_is_refused():
         layout = contiguous(LENGTH, 3)
         x = torch.ones(1, 4, 2, 4)
         plan = seqpar.Plan(group, layout, strategy="hybrid", grid=turned.grid(ulysses=3))
-        try:
-            seqpar.attention(x, x, x, plan)
-        except ValueError as error:
-            return str(error), 0.0, True
-        return "nothing", 0.0, True
+        return told(lambda: seqpar.attention(x, x, x, plan))
 
-    check(simulate(3, fn), "the grid must be of the group of the plan")
+    check_told(simulate(3, fn), "the grid must be of the group of the plan")

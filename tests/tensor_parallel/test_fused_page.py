@@ -40,8 +40,8 @@ def test_the_constructors_are_those_of_the_kinds():
 
 
 def test_the_script_draws_the_pictures_of_the_page(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["draw_fused_layouts.py", "--out", str(tmp_path)])
-    runpy.run_path(str(ROOT / "scripts" / "draw_fused_layouts.py"), run_name="__main__")
+    monkeypatch.setattr(sys, "argv", ["fused_layouts.py", "--out", str(tmp_path)])
+    runpy.run_path(str(ROOT / "scripts" / "draw" / "fused_layouts.py"), run_name="__main__")
     drawn = {path.name for path in tmp_path.iterdir()}
     assert drawn == set(re.findall(r"pictures/(fused-.*?\.svg)", PAGE))
     assert len(capsys.readouterr().out.splitlines()) == len(drawn)

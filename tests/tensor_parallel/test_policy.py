@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from hf.under_policy import FUSED, cut_step, farthest, sent, tiny, tokens, whole_step
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -24,6 +23,15 @@ from seqpar.tensor_parallel import (
     megatron_volume,
     weights_volume,
     whole_state,
+)
+from seqpar.testing.models.under_policy import (
+    FUSED,
+    cut_step,
+    farthest,
+    sent,
+    tiny,
+    tokens,
+    whole_step,
 )
 
 EXACT = 1e-11  # float64: only the summation order differs

@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.distributed as dist
-from hf.under_policy import parameters_of, tiny
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from seqpar import DesyncError
 from seqpar.tensor_parallel import Policy, Rule, apply_policy, contracted, megatron
 from seqpar.tensor_parallel.policies import FUSED, SEPARATE
+from seqpar.testing.models.under_policy import parameters_of, tiny
 
 
 class Block(nn.Module):

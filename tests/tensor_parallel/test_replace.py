@@ -3,11 +3,11 @@
 from functools import cache
 
 import pytest
-from hf.families import batch_of
-from hf.fused import FUSED, exactly, replaced_step
-from hf.step import differences, one_device
 
 import seqpar
+from seqpar.testing.models.fused import FUSED, exactly, replaced_step
+from seqpar.testing.models.tiny import batch_of
+from seqpar.testing.models.training_step import differences, one_device
 
 EXACT = 1e-11
 LENGTH = 13

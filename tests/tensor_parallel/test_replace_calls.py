@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from hf.families import batch_of
-from hf.fused import FUSED, exactly, replaced_step, whole_gradients
-from hf.step import differences, gradients_of, one_device
 
 import seqpar
 from seqpar.integrations.transformers import SequenceParallel
 from seqpar.tensor_parallel import replace_attention
+from seqpar.testing.models.fused import FUSED, exactly, replaced_step, whole_gradients
+from seqpar.testing.models.tiny import batch_of
+from seqpar.testing.models.training_step import differences, gradients_of, one_device
 
 # Of the names that transformers had before 5.23, which serve with it too.
 pytestmark = pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")

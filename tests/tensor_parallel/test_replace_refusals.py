@@ -8,13 +8,13 @@ import peft
 import pytest
 import torch
 import transformers
-from hf.families import FAMILIES, batch_of
-from hf.fused import FUSED
 
 import seqpar
 from seqpar.integrations.transformers import SequenceParallel, guard
 from seqpar.tensor_parallel import replace_attention
 from seqpar.tensor_parallel.adapters.replaced import ReplacedAttention
+from seqpar.testing.models.fused import FUSED
+from seqpar.testing.models.tiny import FAMILIES, batch_of
 
 # Of the names that transformers had before 5.23, which PEFT calls.
 pytestmark = pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")

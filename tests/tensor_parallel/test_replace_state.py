@@ -7,13 +7,13 @@ import peft
 import pytest
 import torch
 import transformers
-from hf.families import batch_of
-from hf.fused import FUSED
 
 import seqpar
 from seqpar.integrations.transformers import SequenceParallel
 from seqpar.tensor_parallel import replace_attention
 from seqpar.tensor_parallel.adapters import original
+from seqpar.testing.models.fused import FUSED
+from seqpar.testing.models.tiny import batch_of
 
 GRIDS = [
     ("falcon_40b", 1, 1),

@@ -4,10 +4,6 @@ from functools import partial
 
 import pytest
 import torch
-from hf.families import batch_of
-from hf.fused import FUSED, exactly
-from hf.sharded import sharded_step
-from hf.step import differences, one_device
 from torch.distributed.device_mesh import init_device_mesh
 from transformers.utils import logging
 
@@ -20,6 +16,10 @@ from seqpar.tensor_parallel import (
     replace_attention,
     whole_state,
 )
+from seqpar.testing.models.fused import FUSED, exactly
+from seqpar.testing.models.sharded import sharded_step
+from seqpar.testing.models.tiny import batch_of
+from seqpar.testing.models.training_step import differences, one_device
 
 EXACT = 1e-11  # float64: only the summation order differs
 

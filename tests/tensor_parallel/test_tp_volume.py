@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from hf.under_policy import cut_step, farthest, sent, tiny, tokens, whole_step
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -19,6 +18,7 @@ from seqpar.tensor_parallel import (
     megatron,
     megatron_volume,
 )
+from seqpar.testing.models.under_policy import cut_step, farthest, sent, tiny, tokens, whole_step
 
 BUILT_IN = {"megatron": (megatron, megatron_volume), "contracted": (contracted, contracted_volume)}
 # Gemma-7B, and what has its ratios but no more than 12 heads.

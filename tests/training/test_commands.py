@@ -8,15 +8,15 @@ from pathlib import Path
 
 import longest_context
 import pytest
-from check_training import ways
+from training_runs import ways
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts" / "train"
 SMALL = ["--length", 40, "--dim", 32, "--max-bytes", 5000, "--warmup", 2]
 
 
 def start(*options, ranks=None):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    script = [SCRIPTS / "train_bytes.py", *SMALL, *options]
+    script = [SCRIPTS / "byte_level.py", *SMALL, *options]
     command = [sys.executable, *(torchrun if ranks else []), *map(str, script)]
     environment = os.environ | {"SEQPAR_CHECK_SHAPES": "0"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from training.loop import train
-from training.recipe import Recipe
+from byte_lm.loop import train
+from byte_lm.recipe import Recipe
 
 import seqpar
 
@@ -42,7 +42,7 @@ def test_sharded_and_replicated_runs_resume_each_other(four_processes, tmp_path)
 
 def refuse_to_write(group, folder):
     """Rank 2 cannot write; every rank must say so, and none wait."""
-    from training import checkpoint
+    from byte_lm import checkpoint
 
     original = checkpoint.dcp.FileSystemWriter.write_data
 

@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
-from training.loop import train
-from training.recipe import Recipe
-from training.records import MetricsFile, StepRecord
+from byte_lm.loop import train
+from byte_lm.recipe import Recipe
+from byte_lm.records import MetricsFile, StepRecord
 
 import seqpar
 
@@ -127,7 +127,7 @@ def test_resuming_alone_changes_no_bit(tmp_path, one_device):
 
 @pytest.mark.parametrize("where", ["dcp.save", "json.dump", "os.fsync"])
 def test_a_crash_while_saving_keeps_the_last_checkpoint(tmp_path, monkeypatch, one_device, where):
-    from training import checkpoint
+    from byte_lm import checkpoint
 
     module, name = where.split(".")
 

@@ -6,13 +6,13 @@ from io import StringIO
 
 import torch
 import torch.nn.functional as F
-from hf.families import FAMILIES, batch_of
 from torch.distributed.device_mesh import init_device_mesh
 
 import seqpar
 from pages.blocks import blocks_of
 from pages.models import AttentionModel, saved
 from seqpar.integrations.transformers import SequenceParallel
+from seqpar.testing.models.tiny import FAMILIES, batch_of
 
 
 def first_example():

@@ -1,14 +1,14 @@
 """What the blocks of docs/tensor-parallel.md need."""
 
 import torch
-from hf.families import batch_of
-from hf.fused import FUSED
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import GPTNeoXConfig, GPTNeoXModel
 
 import seqpar
 from seqpar.integrations.transformers import SequenceParallel
 from seqpar.tensor_parallel import apply_policy, megatron, replace_attention
+from seqpar.testing.models.fused import FUSED
+from seqpar.testing.models.tiny import batch_of
 
 
 def layer():

@@ -1,11 +1,8 @@
 """What the blocks of docs/tp-policies.md need."""
 
-import torch
-from compare_tp_policies import QUICK
-from hf.families import FAMILIES
-from policies.model import gemma_like
-
 from seqpar.tensor_parallel import megatron
+from seqpar.testing.models.tiny import FAMILIES
+from seqpar.testing.models.under_policy import tiny
 
 
 def policy():
@@ -19,7 +16,7 @@ def your_own():
     """The policy of the page is Megatron's."""
     names = {}
     yield names
-    model = gemma_like(QUICK, torch.float32)
+    model = tiny("gemma")
     ours = names["policy"].assign(model)
     for path, rule in megatron(model).assign(model).items():
         found = ours[path]

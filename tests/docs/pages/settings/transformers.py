@@ -3,12 +3,12 @@
 from tempfile import TemporaryDirectory
 
 import torch
-from hf.families import FAMILIES, batch_of
-from hf.fused import FUSED
 from transformers import AutoModelForCausalLM
 
 from pages.models import saved
 from seqpar.integrations.transformers import SequenceParallel
+from seqpar.testing.models.fused import FUSED
+from seqpar.testing.models.tiny import FAMILIES, batch_of
 
 
 def use():

@@ -1,0 +1,1 @@
+"""The parts of modules.py: an SVG canvas, and a picture of each module."""

@@ -1,0 +1,99 @@
+"""What Triton compiles of a case: a kernel, specialised on arguments as its launcher would."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from triton.compiler import ASTSource
+
+from ahead_of_time.cases import BANDS, Case
+from seqpar_kernels import Block, Documents, Dropout, Rows, Score, triton_attention, tuning
+from seqpar_kernels.partial import Partial, accumulation_dtype
+
+POINTERS = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
+    torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
+HEADS, KV_HEADS, BATCH = 32, 8, 2
+
+
+class Recorder:
+    """Stands in for a kernel and keeps what it was last launched with."""
+
+    def __init__(self) -> None:
+        self.args: tuple[Any, ...] = ()
+        self.kwargs: dict[str, Any] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Recorder:
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Keeps the arguments."""
+        self.args, self.kwargs = args, kwargs
+
+
+def make_block(case: Case) -> Block:
+    """A square block with the case's mask and feature."""
+    slopes = torch.rand(HEADS) if case.feature == "alibi" else None
+    softcap = 30.0 if case.feature == "softcap" else None
+    score = Score(case.d**-0.5, softcap=softcap, alibi_slopes=slopes)
+    drop = Dropout(0.1, 2**62) if case.feature == "dropout" else None
+    documents = Documents((0, case.length // 2)) if case.feature == "documents" else None
+    return Block(BANDS[case.mask], score, dropout=drop, documents=documents)
+
+
+def launch(case: Case) -> Recorder:
+    """The arguments that the launcher gives the kernel."""
+    recorders = {f"{name}_kernel": Recorder() for name in tuning.KERNELS}
+    dtype, block, tiles = getattr(torch, case.dtype), make_block(case), tuning.Tiles(*case.tiles)
+    meta = {"dtype": dtype, "device": "meta"}
+    q, dout, out = (torch.empty(BATCH, case.length, HEADS, case.d, **meta) for _ in range(3))
+    k, v = (torch.empty(BATCH, case.length, KV_HEADS, case.d, **meta) for _ in range(2))
+    with patch.multiple(triton_attention, family=lambda _: case.target, **recorders):
+        if case.kernel == "forward":
+            triton_attention.forward(q, k, v, block, Partial.identity(q, case.d), tiles)
+        else:
+            into = tuple(torch.empty_like(x, dtype=accumulation_dtype(dtype)) for x in (q, k, v))
+            lse, delta, dslopes = (into[0][..., 0].contiguous() for _ in range(3))
+            learned = dslopes if case.feature == "alibi" else None
+            rows = Rows(q, out, dout, lse, delta)
+            triton_attention.backward(rows, k, v, block, into, learned, (tiles, tiles))
+    return recorders[f"{case.kernel}_kernel"]
+
+
+def make_source(case: Case) -> tuple[ASTSource, dict[str, Any]]:
+    """What Triton compiles, and its options, specialised on arguments as its launcher would."""
+    kernel, launched = getattr(triton_attention, f"{case.kernel}_kernel"), launch(case)
+    given = dict(zip(kernel.arg_names, launched.args, strict=False)) | launched.kwargs
+    options = {name: given.pop(name) for name in list(given) if name not in kernel.arg_names}
+    types: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for n, parameter in enumerate(kernel.params):
+        x = given[parameter.name]
+        special = isinstance(x, int) and not parameter.do_not_specialize
+        if parameter.is_constexpr or (special and x == 1):
+            types[parameter.name], constants[n,] = "constexpr", x
+            continue
+        types[parameter.name] = type_name(x)
+        if isinstance(x, torch.Tensor) or (special and x % 16 == 0):
+            attributes[n,] = [["tt.divisibility", 16]]
+        if case.target == "gfx942" and is_small(x):
+            attributes[n,].append(["tt.pointer_range", 32])
+    return ASTSource(kernel, types, constants, attributes), options
+
+
+def type_name(x: torch.Tensor | float) -> str:
+    """What Triton calls the type of an argument."""
+    if isinstance(x, torch.Tensor):
+        return POINTERS[x.dtype]
+    if isinstance(x, float):
+        return "fp32"
+    return "i32" if -(2**31) <= x < 2**31 else "i64"
+
+
+def is_small(x: Any) -> bool:
+    """Whether 32-bit offsets reach all of a tensor, which the HIP back-end makes use of."""
+    return isinstance(x, torch.Tensor) and x.numel() * x.element_size() < 2**31

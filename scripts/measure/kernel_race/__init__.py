@@ -1,0 +1,1 @@
+"""The parts of kernel_speed.py: who is measured, in which rounds, which tiles, and tables."""

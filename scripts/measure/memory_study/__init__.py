@@ -1,0 +1,1 @@
+"""The parts of peak_memory.py: what is measured, fits, the study, tables and curves."""

@@ -1,0 +1,1 @@
+"""The parts of byte_level.py: a recipe, its text, ranks, model, steps, checkpoints and records."""

@@ -1,0 +1,156 @@
+"""Runs the tests that touch what is inside torch and transformers, in an environment of other versions.
+
+pyproject.toml declares a lower and an upper end for each of these packages; "oldest" installs the lower ends,
+"newest" whatever a resolver takes up to the upper ones, and "oldest-transformers" what is locked but for
+transformers at its lower end. The table in docs/testing.md is made of what this prints.
+
+Example: python scripts/upkeep/check_versions.py oldest --python python3.12 --json oldest.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+import tomllib
+from datetime import date
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+RANGED = ("torch", "triton", "transformers", "peft", "einops", "jaxtyping", "numpy")
+SETS = ("oldest", "newest", "oldest-transformers")
+# What touches the insides of others: kernels, ops, compilation, checkpointing, models, tensor parallel.
+TESTS = (
+    "tests/block", "tests/comm", "tests/strategies/test_autograd.py", "tests/strategies/test_compile.py",
+    "tests/strategies/test_keep_attention.py", "tests/training/test_wrappers.py", "tests/integrations",
+    "tests/tensor_parallel", "tests/packaging/test_first_call.py",
+)  # fmt: skip
+OF_TRANSFORMERS = ("tests/integrations", "tests/tensor_parallel/test_replace_calls.py")
+
+
+def lower_ends(pyproject: dict[str, Any]) -> dict[str, str]:
+    """By package, the version that its range in pyproject.toml starts with."""
+    project = pyproject["project"]
+    extras = project["optional-dependencies"].values()
+    found = {}
+    for requirement in chain(project["dependencies"], *extras):
+        match = re.match(r"([\w-]+)>=([\d.]+)", requirement)
+        if match and match[1] in RANGED:
+            found[match[1]] = match[2]
+    missing = set(RANGED) - set(found)
+    if missing:
+        raise ValueError(f"pyproject.toml has no lower end for {sorted(missing)}")
+    return found
+
+
+def constraints(name: str, lows: dict[str, str], locked: list[str]) -> list[str]:
+    """What pip is held to, a line each."""
+    if name == "oldest":
+        return [f"{package}=={version}" for package, version in lows.items()]
+    if name == "newest":
+        return []
+    freed = (
+        "transformers==",
+        "huggingface-hub==",
+        "tokenizers==",
+    )  # what it has ranges of its own for
+    kept = [line for line in locked if not line.startswith(freed)]
+    return [*kept, f"transformers=={lows['transformers']}"]
+
+
+def make_environment(folder: Path, python: str, held: list[str]) -> Path:
+    """The Python of an environment with this package for development, made as `.venv` is."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    constraint = folder.with_suffix(".txt")
+    constraint.write_text("".join(f"{line}\n" for line in held))
+    settings = {"PYTHON": python, "SEQPAR_VENV": str(folder), "SEQPAR_CONSTRAINT": str(constraint)}
+    command = ["bash", "-c", "source scripts/setup.sh"]
+    subprocess.run(command, cwd=ROOT, env=os.environ | settings, check=True)
+    return folder / "bin" / "python"
+
+
+def versions(inside: Path) -> dict[str, str]:
+    """What is installed there."""
+    listed = [inside, "-m", "pip", "list", "--format", "json", "--disable-pip-version-check"]
+    done = subprocess.run(listed, check=True, capture_output=True, text=True)
+    found = {package["name"]: package["version"] for package in json.loads(done.stdout)}
+    return {"python": python_version(inside)} | {n: found[n] for n in RANGED if n in found}
+
+
+def python_version(python: Path) -> str:
+    """The version of an interpreter."""
+    asked = [python, "-c", "import platform; print(platform.python_version())"]
+    return subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def run_tests(inside: Path, tests: list[str], workers: int) -> dict[str, Any]:
+    """How many passed, failed and were skipped, and which failed."""
+    command = [
+        inside,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--show-capture=no",
+        "--tb=line",
+    ]
+    command += ["-n", str(workers), "--dist", "worksteal", *tests]
+    start = time.monotonic()
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CI": "true"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False
+    )
+    print(done.stdout)
+    counts = {
+        kind: int(match[1]) if (match := re.search(rf"(\d+) {kind}", done.stdout)) else 0
+        for kind in ("passed", "failed", "skipped", "error")
+    }
+    failures = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    seconds = round(time.monotonic() - start)
+    return {**counts, "exit": done.returncode, "seconds": seconds, "failures": failures}
+
+
+def main() -> None:
+    """Parses arguments, makes the environment, runs the tests; exits as pytest does."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("set", choices=SETS)
+    parser.add_argument("--python", default=sys.executable, help="that the environment is made of")
+    parser.add_argument("--folder", type=Path, help="of the environment; by default .versions/SET")
+    parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 8))
+    parser.add_argument(
+        "--tests", nargs="+", help="by default those that touch what is inside others"
+    )
+    parser.add_argument("--json", type=Path, help="write versions and counts here")
+    args = parser.parse_args()
+
+    lows = lower_ends(tomllib.loads((ROOT / "pyproject.toml").read_text()))
+    locked = (ROOT / "scripts" / "lock.txt").read_text().splitlines()
+    folder = args.folder or ROOT / ".versions" / args.set
+    inside = make_environment(folder, args.python, constraints(args.set, lows, locked))
+    found, asked = versions(inside), python_version(Path(args.python))
+    if found["python"] != asked:
+        raise SystemExit(f"{folder} has Python {found['python']}, not {asked}; remove it first")
+    print("  ".join(f"{name} {version}" for name, version in found.items()), flush=True)
+    of_set = OF_TRANSFORMERS if args.set == "oldest-transformers" else TESTS
+    result = run_tests(inside, args.tests or list(of_set), args.workers)
+    row = {"set": args.set, "date": str(date.today()), "machine": platform.machine()}
+    row |= {"versions": found, "result": result}
+    if args.json:
+        args.json.write_text(json.dumps(row, indent=1) + "\n")
+    print(f"{args.set}: {result['passed']} passed, {result['failed']} failed on {row['date']}")
+    if result["exit"]:
+        raise SystemExit(result["exit"])
+
+
+if __name__ == "__main__":
+    main()
