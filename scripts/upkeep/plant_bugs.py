@@ -36,6 +36,7 @@ NOT_CHECKED = {
     "seqpar/functional.py",
     "seqpar/comm/tape.py",
     "seqpar/strategies/check.py",
+    "seqpar/strategies/options.py",
     "kernels/seqpar_kernels/custom_ops.py",
     "kernels/seqpar_kernels/torch_ops.py",
 }  # check_equivalence.py is blind to these
