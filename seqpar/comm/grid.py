@@ -13,6 +13,7 @@ from torch import Tensor
 from seqpar.comm.group import Group
 from seqpar.comm.objects import gather_objects, gather_tensors
 from seqpar.comm.transport import Message, Pending, ReduceOp, Transport
+from seqpar_kernels.integers import is_integer
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -102,7 +103,7 @@ class Grid:
 def grid(group: Group, *, ulysses: int | None = None, ring: int | None = None) -> Grid:
     """See `Group.grid`."""
     for name, degree in (("ulysses", ulysses), ("ring", ring)):
-        if degree is not None and (isinstance(degree, bool) or not isinstance(degree, int)):
+        if degree is not None and not is_integer(degree):
             raise TypeError(f"{name} must be an integer, got {degree!r}")
     if ulysses is None and ring is None:
         raise ValueError("a grid needs ulysses=, ring= or both")

@@ -21,6 +21,7 @@ from seqpar.decode.visible import continued, packed
 from seqpar.layout import Layout, Mask
 from seqpar.strategies.options import told
 from seqpar_kernels import Implementation, Request, Score, choose
+from seqpar_kernels.integers import is_integer
 
 
 class KVCache:
@@ -148,7 +149,7 @@ class KVCache:
             DesyncError: the ranks differ, or another rank raised one of the above.
         """
         with agreed(self.group, "KVCache.truncate") as claim:
-            if isinstance(length, bool) or not isinstance(length, int):
+            if not is_integer(length):
                 raise TypeError(f"length must be an integer, got {length!r}")
             if not self.prefill_length <= length <= self.length:
                 raise ValueError(

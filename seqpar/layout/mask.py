@@ -9,6 +9,7 @@ from torch import Tensor
 
 from seqpar.layout.spans import Span
 from seqpar_kernels import Band, Documents
+from seqpar_kernels.integers import is_integer
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Mask:
             object.__setattr__(self, "documents", Documents(_integers(self.documents)).bounds)
         if self.window is None:
             return
-        if isinstance(self.window, bool) or not isinstance(self.window, int):
+        if not is_integer(self.window):
             raise TypeError(
                 f"window must be an integer number of keys or None, got {self.window!r}"
             )

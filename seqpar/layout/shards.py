@@ -20,6 +20,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from seqpar.layout.spans import Span, joined
+from seqpar_kernels.integers import is_integer
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ def _cut(length: int, size: int, multiple_of: int, runs_per_rank: int = 1) -> li
 
 def _check(length: int, size: int, multiple_of: int) -> None:
     for number in (length, size, multiple_of):
-        if isinstance(number, bool) or not isinstance(number, int):
+        if not is_integer(number):
             raise TypeError(f"a layout needs integers, got {length=} {size=} {multiple_of=}")
     if length < 0 or size < 1:
         raise ValueError(f"a layout needs length >= 0 and size >= 1, got {length=} {size=}")

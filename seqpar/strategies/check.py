@@ -18,6 +18,7 @@ from seqpar.strategies.registry import STRATEGIES
 from seqpar.strategies.shape import Shape
 from seqpar.version import VERSION
 from seqpar_kernels import TENSORS, Dropout, Implementation, Request, Score, choose, tile_border
+from seqpar_kernels.integers import is_integer
 
 
 def agree_on_call(
@@ -114,8 +115,7 @@ def _check_plan(plan: Plan) -> None:
         raise ValueError(f"strategy must be one of {tuple(STRATEGIES)}, got {plan.strategy!r}")
     _check_layouts(plan)
     _check_grid(plan)
-    _check_head_chunks(plan)
-    _check_first_head(plan.first_head)
+    _check_counts(plan)
 
 
 def _check_layouts(plan: Plan) -> None:
@@ -162,24 +162,19 @@ def _check_grid(plan: Plan) -> None:
         )
 
 
-def _check_head_chunks(plan: Plan) -> None:
-    num = plan.head_chunks
-    if isinstance(num, bool) or not isinstance(num, int):
-        raise TypeError(f"head_chunks must be an integer, got {num!r}")
-    if num < 1:
-        raise ValueError(f"head_chunks must be at least 1, got {num}")
-    if num > 1 and not STRATEGIES[plan.strategy].trades_heads:
+def _check_counts(plan: Plan) -> None:
+    for name, least in (("head_chunks", 1), ("first_head", 0)):
+        number = getattr(plan, name)
+        if not is_integer(number):
+            raise TypeError(f"{name} must be an integer, got {number!r}")
+        if number < least:
+            raise ValueError(f"{name} must be at least {least}, got {number}")
+    if plan.head_chunks > 1 and not STRATEGIES[plan.strategy].trades_heads:
         able = tuple(name for name, strategy in STRATEGIES.items() if strategy.trades_heads)
         raise ValueError(
-            f"head_chunks is for {able}, which exchange heads; got {num} for {plan.strategy!r}"
+            f"head_chunks is for {able}, which exchange heads; got {plan.head_chunks} for "
+            f"{plan.strategy!r}"
         )
-
-
-def _check_first_head(first: int) -> None:
-    if isinstance(first, bool) or not isinstance(first, int):
-        raise TypeError(f"first_head must be an integer, got {first!r}")
-    if first < 0:
-        raise ValueError(f"first_head must be at least 0, got {first}")
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
