@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf.families import Family
-from seqpar.comm.collectives import Collective, Collectives
 from seqpar.tensor_parallel import Policy, apply_policy, vocabulary_cross_entropy, whole_state
+from seqpar.tensor_parallel.collectives import Collective, Collectives
 
 VOCABULARY = 48
 SIZES = {

@@ -9,7 +9,7 @@ from typing import TypeAlias
 from policies.model import HEADS, Setting
 from policies.run import Job
 from policies.ways import Way
-from seqpar.comm.collectives import Kind, sent_fraction
+from seqpar.tensor_parallel.collectives import Kind, sent_fraction
 from seqpar.tensor_parallel.volume import Sizes, contracted_volume, megatron_volume
 
 Counts: TypeAlias = Mapping[Kind, Fraction]

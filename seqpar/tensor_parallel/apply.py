@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from seqpar.comm import Group, agreed
-from seqpar.comm.cut import Cut, ModuleKind
+from seqpar.tensor_parallel.cut import Cut, ModuleKind
 from seqpar.tensor_parallel.policy import Policy, Rule
 from seqpar.tensor_parallel.vocabulary import vocabulary_range
 
@@ -49,7 +49,7 @@ def apply_policy(model: nn.Module, policy: Policy, mesh: Any) -> None:
         TypeError: mesh is no DeviceMesh, or policy no Policy but, say, `megatron` itself.
         RuntimeError: torch.distributed is not initialised.
     """
-    from seqpar.comm.styles import place, shard_weights  # which import all of DTensor
+    from seqpar.tensor_parallel.styles import place, shard_weights  # which import all of DTensor
 
     if not hasattr(mesh, "mesh_dim_names"):
         raise TypeError(f"a policy is applied to a DeviceMesh, got {type(mesh)}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from seqpar.comm import Group, agreed
-from seqpar.comm.cut import deal_halves, undeal_halves
+from seqpar.tensor_parallel.cut import deal_halves, undeal_halves
 from seqpar.tensor_parallel.fits import check_state
 from seqpar.tensor_parallel.policy import weight_paths
 
@@ -24,7 +24,7 @@ def whole_state(model: nn.Module, *, gradients: bool = False) -> dict[str, Tenso
     Args:
         gradients: the gradients instead; weights without one are left out.
     """
-    from seqpar.comm.styles import reshard_weights, whole_tensor
+    from seqpar.tensor_parallel.styles import reshard_weights, whole_tensor
 
     reshard_weights(model)
     state = {}
@@ -46,7 +46,7 @@ def load_whole_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         ValueError: a weight is missing, unexpected, or of another shape. Nothing is written then.
         DesyncError: another rank raised one of the above.
     """
-    from seqpar.comm.styles import reshard_weights
+    from seqpar.tensor_parallel.styles import reshard_weights
 
     reshard_weights(model)
     paths = list(weight_paths(model))
@@ -64,7 +64,7 @@ def load_whole_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 @torch.no_grad()
 def write_whole(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Writes whole weights, of the right shapes, into the parameters of those paths. Sends nothing."""
-    from seqpar.comm.styles import cut_alike
+    from seqpar.tensor_parallel.styles import cut_alike
 
     for path, whole in state.items():
         parameter = model.get_parameter(path)

@@ -10,7 +10,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from seqpar.comm import all_reduce
-from seqpar.comm.collectives import Collective, Collectives, sent_fraction
 from seqpar.tensor_parallel import (
     Policy,
     Sizes,
@@ -19,6 +18,7 @@ from seqpar.tensor_parallel import (
     megatron,
     megatron_volume,
 )
+from seqpar.tensor_parallel.collectives import Collective, Collectives, sent_fraction
 
 BUILT_IN = {"megatron": (megatron, megatron_volume), "contracted": (contracted, contracted_volume)}
 # Gemma-7B, and what has its ratios but no more than 12 heads.
