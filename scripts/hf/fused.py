@@ -19,8 +19,7 @@ from transformers.models.mpt import modeling_mpt
 import seqpar
 from hf.families import ALTERNATING, SIZES, Family
 from hf.step import Step, attend_by
-from seqpar.integrations.transformers import SequenceParallel
-from seqpar.tensor_parallel import replace_attention
+from seqpar.integrations.transformers import SequenceParallel, replace_attention
 
 WIDE = SIZES | {"hidden_size": 48, "num_attention_heads": 12}  # heads of 4
 GROUPED = WIDE | {"num_key_value_heads": 4, "head_dim": 4}

@@ -23,10 +23,10 @@ LIBRARIES = [
           '"cache", ', "", "tests/integrations/test_refusals.py"),
     Plant("packed texts are not named", f"{HUGGING_FACE}/patterns.py",
           'if "packed_sequence_mask" in names', "if False", "tests/integrations/test_patterns.py"),
-    Plant("CodeGen: sine for cosine", "seqpar/tensor_parallel/adapters/families.py",
+    Plant("CodeGen: sine for cosine", f"{HUGGING_FACE}/replace/families.py",
           '    sin, cos = given["position_embeddings"]', '    cos, sin = given["position_embeddings"]',
           "tests/tensor_parallel/test_replace.py"),
-    Plant("CodeGen of another release", "seqpar/tensor_parallel/adapters/families.py",
+    Plant("CodeGen of another release", f"{HUGGING_FACE}/replace/families.py",
           "    when=lambda m: not _has_own_table(m),", "    when=lambda m: _has_own_table(m),",
           "tests/tensor_parallel/test_replace.py"),
 ]  # fmt: skip

@@ -4,47 +4,47 @@ from __future__ import annotations
 
 from plants.plant import Plant
 
-FOLDER, TESTS = "seqpar/tensor_parallel", "tests/tensor_parallel/test_replace"
-HUGGING_FACE, ADAPTERS = "seqpar/integrations/transformers", f"{FOLDER}/adapters"
+HUGGING_FACE, TESTS = "seqpar/integrations/transformers", "tests/tensor_parallel/test_replace"
+REPLACE = f"{HUGGING_FACE}/replace"
 EQUAL, CALLS, STATE = f"{TESTS}.py", f"{TESTS}_calls.py", f"{TESTS}_state.py"
 REFUSALS = f"{TESTS}_refusals.py"
 REPLACED = [
-    Plant("replaced: every rank drops as the first", f"{ADAPTERS}/replaced.py",
+    Plant("replaced: every rank drops as the first", f"{REPLACE}/replaced.py",
           'terms["first_head"] = self.layer.first_head', 'terms["first_head"] = 0', CALLS),
-    Plant("replaced: slopes of the first heads", f"{ADAPTERS}/replaced.py",
+    Plant("replaced: slopes of the first heads", f"{REPLACE}/replaced.py",
           "slopes[self.layer.heads_here]",
           "slopes[: self.layer.dealt.num_q(self.layer.tp.rank)]", EQUAL),
-    Plant("replaced: clip forgotten", f"{ADAPTERS}/replaced.py",
+    Plant("replaced: clip forgotten", f"{REPLACE}/replaced.py",
           "clip=family.clip(module),", "clip=None,", EQUAL),
-    Plant("replaced: the residual left out", f"{ADAPTERS}/families.py",
+    Plant("replaced: the residual left out", f"{REPLACE}/families.py",
           ' + given["residual"]', "", EQUAL),
-    Plant("replaced: Falcon drops no weights", f"{ADAPTERS}/families.py",
+    Plant("replaced: Falcon drops no weights", f"{REPLACE}/families.py",
           "return m.attention_dropout.p if m.config.alibi else 0.0", "return 0.0", CALLS),
     Plant("replaced: masks do not carry the plan", f"{HUGGING_FACE}/stand_in.py",
           "            self._plans[mask] = plan\n", "            pass\n", CALLS),
     Plant("replaced: padding not told", f"{HUGGING_FACE}/patterns.py",
           "hidden = as_bytes(attention_mask)", "hidden = None", CALLS),
-    Plant("replaced: state in another order", f"{FOLDER}/replace.py",
+    Plant("replaced: state in another order", f"{REPLACE}/replace_attention.py",
           "return {name: state[name] for name in self._names}", "return state", STATE),
-    Plant("replaced: missing names let through", f"{FOLDER}/fits.py",
+    Plant("replaced: missing names let through", "seqpar/tensor_parallel/fits.py",
           "    if missing or unexpected:", "    if unexpected:", STATE),
-    Plant("replaced: originals keep their weights", f"{ADAPTERS}/replaced.py",
+    Plant("replaced: originals keep their weights", f"{REPLACE}/replaced.py",
           "parameter.data = parameter.data.new_empty(0)", "pass", STATE),
-    Plant("replaced: frozen weights learn", f"{ADAPTERS}/replaced.py",
+    Plant("replaced: frozen weights learn", f"{REPLACE}/replaced.py",
           "parameter.requires_grad_(learns)", "pass", STATE),
-    Plant("replaced: not put back", f"{FOLDER}/replace.py",
+    Plant("replaced: not put back", f"{REPLACE}/replace_attention.py",
           "        replaced.restore()\n        raise", "        raise", STATE),
-    Plant("replaced: layers not compared", f"{FOLDER}/replace.py",
+    Plant("replaced: layers not compared", f"{REPLACE}/replace_attention.py",
           "        if not same_rows(x, y):", "        if False:", STATE),
-    Plant("replaced: weights of ranks not compared", f"{FOLDER}/replace.py",
+    Plant("replaced: weights of ranks not compared", f"{REPLACE}/replace_attention.py",
           "            if not same_rows(mine, theirs):", "            if False:", STATE),
     Plant("replaced: calls not agreed on over tp", f"{HUGGING_FACE}/guard.py",
           'agreed(self.tp, "a call, over tp")',
           'agreed(Group.alone(), "a call")', REFUSALS),
     Plant("replaced: batches not agreed on over tp", f"{HUGGING_FACE}/setup.py",
           'agreed(self.tp, "shard, over tp")', 'agreed(Group.alone(), "shard")', REFUSALS),
-    Plant("replaced: hooks lost", f"{ADAPTERS}/original.py",
+    Plant("replaced: hooks lost", f"{REPLACE}/original.py",
           "        if hooks:", "        if False:", REFUSALS),
-    Plant("replaced: gradients lost", f"{ADAPTERS}/original.py",
+    Plant("replaced: gradients lost", f"{REPLACE}/original.py",
           "            if parameter.grad is not None:", "            if False:", REFUSALS),
 ]  # fmt: skip

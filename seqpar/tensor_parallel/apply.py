@@ -113,7 +113,7 @@ def _cuts(model: nn.Module, policy: Policy, rules: Mapping[str, Rule], size: int
             raise ValueError(
                 f"{path} {shape} belongs to an attention whose q, k and v are one weight: rows of it are no "
                 f"rank's heads, for any of {size} ranks; replace the attention first with "
-                "seqpar.tensor_parallel.replace_attention"
+                "seqpar.integrations.transformers.replace_attention"
             )
         if rule.split != "replicate" and module not in cuts:
             cuts[module] = _cut(model, module, policy, rule, size)
@@ -191,7 +191,8 @@ def _check_size(model: nn.Module, path: str, rule: Rule, length: int, size: int)
     if length % (unit * size):
         what = f"{length // unit} heads of {unit}" if rule.unit else f"{length} features"
         help_ = (
-            "replace the attention with seqpar.tensor_parallel.replace_attention, which replicates heads"
+            "replace the attention with seqpar.integrations.transformers.replace_attention, which replicates "
+            "heads"
             if rule.unit
             else f"take a number of ranks that divides {length // unit}"
         )

@@ -9,8 +9,7 @@ from hf.fused import FUSED, exactly, replaced_step, whole_gradients
 from hf.step import differences, gradients_of, one_device
 
 import seqpar
-from seqpar.integrations.transformers import SequenceParallel
-from seqpar.tensor_parallel import replace_attention
+from seqpar.integrations.transformers import SequenceParallel, replace_attention
 
 # Of the names that transformers had before 5.23, which serve with it too.
 pytestmark = pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")

@@ -12,9 +12,8 @@ from hf.families import FAMILIES, batch_of
 from hf.fused import FUSED
 
 import seqpar
-from seqpar.integrations.transformers import SequenceParallel, guard
-from seqpar.tensor_parallel import replace_attention
-from seqpar.tensor_parallel.adapters.replaced import ReplacedAttention
+from seqpar.integrations.transformers import SequenceParallel, guard, replace_attention
+from seqpar.integrations.transformers.replace.replaced import ReplacedAttention
 
 # Of the names that transformers had before 5.23, which PEFT calls.
 pytestmark = pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")

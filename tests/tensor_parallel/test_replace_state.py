@@ -11,9 +11,8 @@ from hf.families import batch_of
 from hf.fused import FUSED
 
 import seqpar
-from seqpar.integrations.transformers import SequenceParallel
-from seqpar.tensor_parallel import replace_attention
-from seqpar.tensor_parallel.adapters import original
+from seqpar.integrations.transformers import SequenceParallel, replace_attention
+from seqpar.integrations.transformers.replace import original
 
 GRIDS = [
     ("falcon_40b", 1, 1),
@@ -247,3 +246,7 @@ def test_what_transformers_saves_of_the_state_is_loaded_by_it(tmp_path):
     on_grid("bloom", 3, 1, check)
     again = transformers.BloomForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
     assert_same(again.state_dict(), FUSED["bloom"].make().state_dict())
+
+
+def test_the_former_place_of_the_name_still_gives_it():
+    assert seqpar.tensor_parallel.replace_attention is replace_attention

@@ -150,7 +150,7 @@ def _own_attention(inner: PreTrainedModel) -> str:
     return (
         f"{named[0] if named else type(inner).__name__} computes attention by itself and not through the "
         "attention function of transformers, so it cannot be switched; replace_attention of "
-        "seqpar.tensor_parallel puts another in its place in models that it knows"
+        "seqpar.integrations.transformers puts another in its place in models that it knows"
     )
 
 

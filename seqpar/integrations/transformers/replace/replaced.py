@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from seqpar.integrations.transformers.replace.original import Original, is_transposed
 from seqpar.integrations.transformers.stand_in import Handover, StandIn
 from seqpar.integrations.transformers.terms import Layer
-from seqpar.tensor_parallel.adapters.original import Original, is_transposed
 from seqpar.tensor_parallel.layer import ParallelAttention
 from seqpar.tensor_parallel.whole_weights import Names
 from seqpar_kernels import accumulation_dtype

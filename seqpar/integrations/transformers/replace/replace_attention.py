@@ -15,11 +15,11 @@ from seqpar.integrations.transformers.checks import check_config, inner_model
 from seqpar.integrations.transformers.internals import attention_name, name_attention
 from seqpar.integrations.transformers.reference import Reference, refer
 from seqpar.integrations.transformers.registration import NAME, register
+from seqpar.integrations.transformers.replace.original import Original, layouts, originals_of
+from seqpar.integrations.transformers.replace.replaced import ReplacedAttention
 from seqpar.integrations.transformers.rows import same_rows
 from seqpar.integrations.transformers.stand_in import Handover, handover_of
 from seqpar.integrations.transformers.trial import run_alone, try_out
-from seqpar.tensor_parallel.adapters.original import Original, layouts, originals_of
-from seqpar.tensor_parallel.adapters.replaced import ReplacedAttention
 from seqpar.tensor_parallel.fits import check_state
 from seqpar.tensor_parallel.policy import weight_paths
 from seqpar.tensor_parallel.whole_model import whole_state, write_whole

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from seqpar.tensor_parallel.adapters.families import FAMILIES
-from seqpar.tensor_parallel.adapters.family import Family
+from seqpar.integrations.transformers.replace.families import FAMILIES
+from seqpar.integrations.transformers.replace.family import Family
 from seqpar.tensor_parallel.fused_qkv import FusedQKV
 from seqpar.tensor_parallel.known_models import known_layout
 from seqpar_kernels.torch_internals import hooks_on
