@@ -66,8 +66,8 @@ def sharded_step(
     whole = whole_state(model, gradients=True)
     if replaced is not None:
         with torch.no_grad():
-            for stand_in in replaced.stand_ins:
-                for parameter in stand_in.parameters():
+            for replacement in replaced.replacements:
+                for parameter in replacement.parameters():
                     assert parameter.grad is not None
                     parameter.copy_(parameter.grad)
         whole |= {name: x for name, x in replaced.state_dict().items() if name not in whole}

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from seqpar.comm import Group, agreed
+from seqpar.tensor_parallel.check_state import check_state
 from seqpar.tensor_parallel.cut import deal_halves, undeal_halves
-from seqpar.tensor_parallel.fits import check_state
 from seqpar.tensor_parallel.policy import weight_paths
 
 

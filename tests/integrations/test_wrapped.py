@@ -15,8 +15,8 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 import seqpar
 from seqpar.integrations.transformers import SequenceParallel
-from seqpar.integrations.transformers.patterns import Pattern
-from seqpar.integrations.transformers.terms import Layer
+from seqpar.integrations.transformers.attention.patterns import Pattern
+from seqpar.integrations.transformers.attention.terms import Layer
 
 # Of the names that transformers had before 5.23, which serve with it too.
 pytestmark = pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")

@@ -12,7 +12,8 @@ from hf.families import FAMILIES, batch_of
 from hf.fused import FUSED
 
 import seqpar
-from seqpar.integrations.transformers import SequenceParallel, guard, replace_attention
+from seqpar.integrations.transformers import SequenceParallel, replace_attention
+from seqpar.integrations.transformers.attention import guard
 from seqpar.integrations.transformers.replace.replaced import ReplacedAttention
 
 # Of the names that transformers had before 5.23, which PEFT calls.
@@ -329,7 +330,7 @@ def test_models_that_are_not_set_up_do_not_attend():
 
 
 def test_a_copy_attends_too_and_apart():
-    """A copy has stand-ins of its own, whose gradients are its own."""
+    """A copy has replacements of its own, whose gradients are its own."""
     model = FUSED["codegen"].make()
     replace_attention(model)
     sp = SequenceParallel(model, seqpar.RingAttention(seqpar.Group.alone()))

@@ -160,8 +160,8 @@ def test_frozen_weights_stay_frozen():
         replaced = replace_attention(model, tp=group)
         sp = SequenceParallel(model, seqpar.RingAttention(seqpar.Group.alone()))
         sp.loss(batch_of(1, 9)).backward()
-        for stand_in in replaced.stand_ins:
-            grads = {n: p.grad is not None for n, p in stand_in.layer.named_parameters()}
+        for replacement in replaced.replacements:
+            grads = {n: p.grad is not None for n, p in replacement.layer.named_parameters()}
             assert grads == {
                 "qkv_weight": False,
                 "qkv_bias": True,

@@ -11,14 +11,14 @@ from torch.nn import functional as F
 
 from seqpar.comm import Group, agreed
 from seqpar.data import IGNORE, Labels, fingerprint
-from seqpar.integrations.transformers.checks import check_config, inner_model
-from seqpar.integrations.transformers.guard import Guard
+from seqpar.integrations.transformers.attention.guard import Guard
+from seqpar.integrations.transformers.attention.registration import NAME, register
+from seqpar.integrations.transformers.attention.replacement import Replacement, handover_of
 from seqpar.integrations.transformers.inputs import Inputs
 from seqpar.integrations.transformers.internals import attention_name
-from seqpar.integrations.transformers.registration import NAME, register
+from seqpar.integrations.transformers.probe.config import check_config, inner_model
+from seqpar.integrations.transformers.probe.trial import try_out
 from seqpar.integrations.transformers.sharding import Sharding
-from seqpar.integrations.transformers.stand_in import StandIn, handover_of
-from seqpar.integrations.transformers.trial import try_out
 from seqpar.loss import Gradients, mean_loss
 from seqpar.module import _Attention
 from seqpar_kernels import accumulation_dtype
@@ -72,7 +72,10 @@ class SequenceParallel:
             self.inner = inner_model(model)
             claim |= {"model": type(self.inner).__name__, "strategy": attend.strategy}
             shared = {
-                p for m in self.inner.modules() if isinstance(m, StandIn) for p in m.parameters()
+                p
+                for m in self.inner.modules()
+                if isinstance(m, Replacement)
+                for p in m.parameters()
             }
             claim["parameters"] = sum(p.numel() for p in self.inner.parameters() if p not in shared)
             _check_attend(attend)

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from seqpar.comm import agreed
 from seqpar.data import IGNORE, Labels, shard_batch, shard_sequence
-from seqpar.integrations.transformers.call import Call
+from seqpar.integrations.transformers.attention.call import Call
+from seqpar.integrations.transformers.attention.patterns import as_bytes
 from seqpar.integrations.transformers.documents import (
     PACKED,
     documents_of,
@@ -20,10 +21,9 @@ from seqpar.integrations.transformers.documents import (
     seen_tokens,
 )
 from seqpar.integrations.transformers.inputs import Inputs
-from seqpar.integrations.transformers.patterns import as_bytes
-from seqpar.integrations.transformers.reference import common_arguments
+from seqpar.integrations.transformers.probe.reference import common_arguments
+from seqpar.integrations.transformers.probe.trial import Findings
 from seqpar.integrations.transformers.scaling import check_scaling
-from seqpar.integrations.transformers.trial import Findings
 from seqpar.layout import Layout, Mask
 from seqpar.module import _Attention
 

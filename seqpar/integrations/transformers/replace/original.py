@@ -65,7 +65,7 @@ class Original:
 
     @property
     def kept(self) -> dict[str, nn.Parameter]:
-        """The parameters that its stand-in uses as they are, those of norms, by name."""
+        """The parameters that its replacement uses as they are, those of norms, by name."""
         own = {id(p) for p in self.weights}
         return {name: p for name, p in self.module.named_parameters() if id(p) not in own}
 

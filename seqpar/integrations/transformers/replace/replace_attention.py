@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from seqpar.comm import Group, agreed, all_gather
-from seqpar.integrations.transformers.checks import check_config, inner_model
+from seqpar.integrations.transformers.attention.registration import NAME, register
+from seqpar.integrations.transformers.attention.replacement import Handover, handover_of
 from seqpar.integrations.transformers.internals import attention_name, name_attention
-from seqpar.integrations.transformers.reference import Reference, refer
-from seqpar.integrations.transformers.registration import NAME, register
+from seqpar.integrations.transformers.probe.config import check_config, inner_model
+from seqpar.integrations.transformers.probe.reference import Reference, refer
+from seqpar.integrations.transformers.probe.rows import same_rows
+from seqpar.integrations.transformers.probe.trial import run_alone, try_out
 from seqpar.integrations.transformers.replace.original import Original, layouts, originals_of
 from seqpar.integrations.transformers.replace.replaced import ReplacedAttention
-from seqpar.integrations.transformers.rows import same_rows
-from seqpar.integrations.transformers.stand_in import Handover, handover_of
-from seqpar.integrations.transformers.trial import run_alone, try_out
-from seqpar.tensor_parallel.fits import check_state
+from seqpar.tensor_parallel.check_state import check_state
 from seqpar.tensor_parallel.policy import weight_paths
 from seqpar.tensor_parallel.whole_model import whole_state, write_whole
 
@@ -80,11 +80,11 @@ def replace_attention(model: nn.Module, tp: Group | None = None) -> ReplacedMode
         replaced.replace()
         with agreed(tp, "replace_attention: trying out"):
             try_out(inner, reference)
-            with _noted(replaced.stand_ins) as ours:
+            with _noted(replaced.replacements) as ours:
                 run_alone(inner, reference.first)
             _check_layers(originals, own, ours)
     except BaseException:
-        if replaced.stand_ins:
+        if replaced.replacements:
             replaced.restore()
         raise
     return replaced
@@ -95,19 +95,19 @@ class ReplacedModel:
 
     def __init__(self, model: nn.Module, handover: Handover, originals: list[Original]) -> None:
         self.model, self.tp = model, handover.group
-        self.stand_ins: list[ReplacedAttention] = []
+        self.replacements: list[ReplacedAttention] = []
         self._inner, self._handover, self._originals = inner_model(model), handover, originals
         self._names = tuple(model.state_dict())
         self._before = attention_name(self._inner.config)
         self._hooks: list[Any] = []
 
     def replace(self) -> None:
-        """Puts the stand-ins in place. All ranks must call."""
+        """Puts the replacements in place. All ranks must call."""
         for original in self._originals:
-            stand_in = ReplacedAttention(original, self._handover)
-            stand_in.take(original)
-            original.put(stand_in)
-            self.stand_ins.append(stand_in)
+            replacement = ReplacedAttention(original, self._handover)
+            replacement.take(original)
+            original.put(replacement)
+            self.replacements.append(replacement)
         inner, handover = self._inner, self._handover
         self._hooks = [
             inner.register_forward_pre_hook(handover.enter, with_kwargs=True),
@@ -126,14 +126,14 @@ class ReplacedModel:
         """
         with agreed(self.tp, "restore"):
             self._check_in_place()
-        if any(stand_in.layer.dealt.replicates for stand_in in self.stand_ins):
+        if any(replacement.layer.dealt.replicates for replacement in self.replacements):
             self._whole()
-        for original, stand_in in zip(self._originals, self.stand_ins, strict=False):
-            stand_in.give_back(original)  # fewer, where replacing failed half way
+        for original, replacement in zip(self._originals, self.replacements, strict=False):
+            replacement.give_back(original)  # fewer, where replacing failed half way
             original.put(original.module)
         for hook in self._hooks:
             hook.remove()
-        self.stand_ins = []
+        self.replacements = []
         if self._handover.switches:
             self._inner.set_attn_implementation(self._before)
         else:
@@ -170,8 +170,8 @@ class ReplacedModel:
             shapes |= self._shapes()
             check_state(state, {name: shapes[name] for name in self._names})
         rest = dict(state)
-        for original, stand_in in zip(self._originals, self.stand_ins, strict=True):
-            layer, norms = stand_in.layer, original.kept
+        for original, replacement in zip(self._originals, self.replacements, strict=True):
+            layer, norms = replacement.layer, original.kept
             whole = {n: rest.pop(f"{original.path}.{n}") for n in layer.weights.shapes(layer)}
             layer.load_whole({n: x.to(norms.get(n, layer.qkv_weight)) for n, x in whole.items()})
         own = set(weight_paths(self.model))
@@ -181,25 +181,25 @@ class ReplacedModel:
 
     def _placed(self) -> Iterator[tuple[str, ReplacedAttention]]:
         paths = (original.path for original in self._originals)
-        return zip(paths, self.stand_ins, strict=True)
+        return zip(paths, self.replacements, strict=True)
 
     def _whole(self) -> dict[str, Tensor]:
         """The whole weights of attention, by their names in the model."""
         return {
             f"{path}.{name}": x
-            for path, stand_in in self._placed()
-            for name, x in stand_in.layer.whole_state().items()
+            for path, replacement in self._placed()
+            for name, x in replacement.layer.whole_state().items()
         }
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {
             f"{path}.{name}": shape
-            for path, stand_in in self._placed()
-            for name, shape in stand_in.layer.weights.shapes(stand_in.layer).items()
+            for path, replacement in self._placed()
+            for name, shape in replacement.layer.weights.shapes(replacement.layer).items()
         }
 
     def _check_in_place(self) -> None:
-        if not self.stand_ins:
+        if not self.replacements:
             raise RuntimeError(
                 f"the attention of {type(self._inner).__name__} was put back; replace it anew"
             )

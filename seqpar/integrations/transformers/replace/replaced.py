@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from seqpar.integrations.transformers.attention.replacement import Handover, Replacement
+from seqpar.integrations.transformers.attention.terms import Layer
 from seqpar.integrations.transformers.replace.original import Original, is_transposed
-from seqpar.integrations.transformers.stand_in import Handover, StandIn
-from seqpar.integrations.transformers.terms import Layer
 from seqpar.tensor_parallel.layer import ParallelAttention
 from seqpar.tensor_parallel.whole_weights import Names
 from seqpar_kernels import accumulation_dtype
@@ -19,7 +19,7 @@ ELSEWHERE = frozenset({  # arguments that are used here, or that the plan knows 
 })  # fmt: skip
 
 
-class ReplacedAttention(StandIn):
+class ReplacedAttention(Replacement):
     """Has the heads of this rank; its other attributes, buffers and dropouts are those of the original.
 
     Args:

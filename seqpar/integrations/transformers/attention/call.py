@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from seqpar.comm import Group, agreed
 from seqpar.functional import attention
+from seqpar.integrations.transformers.attention.terms import Layer, Terms, dropout_of
 from seqpar.integrations.transformers.documents import RowGroup
-from seqpar.integrations.transformers.terms import Layer, Terms, dropout_of
 from seqpar.strategies import Plan
 
 

@@ -1,4 +1,4 @@
-"""`StandIn`: a module in the place of a model's own attention; `Handover`: how the plan of a call reaches it.
+"""`Replacement`: a module in place of a model's own attention; `Handover`: how a call's plan reaches it.
 
 Models that pass their keyword arguments on to attention pass `seqpar=` too. Others pass at least their mask,
 the same object to every layer: it stands for the call, also when a checkpointed layer is recomputed, however
@@ -17,9 +17,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
 from seqpar.comm import Group
+from seqpar.integrations.transformers.attention.patterns import Pattern
+from seqpar.integrations.transformers.attention.registration import NAME, Attends, MissingPlanError
 from seqpar.integrations.transformers.internals import attention_name
-from seqpar.integrations.transformers.patterns import Pattern
-from seqpar.integrations.transformers.registration import NAME, Attends, MissingPlanError
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Positions:
 
 
 class Handover:
-    """Takes the plan of each call of a model to the stand-ins in it.
+    """Takes the plan of each call of a model to the replacements in it.
 
     Args:
         group: the ranks that share the heads: they hold the same rows.
@@ -68,12 +68,12 @@ class Handover:
         self._plan = None
 
     def plan_of(self, mask: Any, given: Attends | None, name: str) -> Attends:
-        """The plan of the call that a stand-in is part of.
+        """The plan of the call that a replacement is part of.
 
         Args:
             mask: that its layer was given.
             given: the plan, where the model passes it on.
-            name: of the stand-in.
+            name: of the replacement.
 
         Raises:
             MissingPlanError: it is part of no call.
@@ -95,19 +95,19 @@ class Handover:
         return self.__dict__ | {"_plan": None, "_plans": WeakIdKeyDictionary()}
 
 
-class StandIn(nn.Module):
+class Replacement(nn.Module):
     """Stands for one attention module of a model. Attends by `plan.attend(Layer(...))`."""
 
     handover: Handover
 
 
 def handover_of(model: nn.Module) -> Handover | None:
-    """That of the stand-ins in a model, if there are any.
+    """That of the replacements in a model, if there are any.
 
     Raises:
         ValueError: there are several.
     """
-    found = {id(m.handover): m.handover for m in model.modules() if isinstance(m, StandIn)}
+    found = {id(m.handover): m.handover for m in model.modules() if isinstance(m, Replacement)}
     if len(found) > 1:
         raise ValueError(
             f"{type(model).__name__} had its attention replaced {len(found)} times; restore() all but one"

@@ -14,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from seqpar.integrations.transformers.rows import NUM_ROWS, TwoRuns, same_rows, two_runs
+from seqpar.integrations.transformers.probe.rows import NUM_ROWS, TwoRuns, same_rows, two_runs
 
 PACKED_AT = 3  # where a second document starts, and up to where padding is, when a model is tried
 

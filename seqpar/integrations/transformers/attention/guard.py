@@ -10,10 +10,14 @@ from transformers import PreTrainedModel
 
 from seqpar.comm import Group, agreed
 from seqpar.data import fingerprint
-from seqpar.integrations.transformers.call import refuse
+from seqpar.integrations.transformers.attention.call import refuse
+from seqpar.integrations.transformers.attention.registration import (
+    NAME,
+    MissingPlanError,
+    missing_plan,
+)
+from seqpar.integrations.transformers.attention.replacement import arguments
 from seqpar.integrations.transformers.internals import attention_name
-from seqpar.integrations.transformers.registration import NAME, MissingPlanError, missing_plan
-from seqpar.integrations.transformers.stand_in import arguments
 from seqpar_kernels.torch_internals import forward_hooks
 
 REFUSED = (  # arguments that mean something else for a shard than for the whole

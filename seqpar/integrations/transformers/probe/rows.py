@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from seqpar.integrations.transformers.terms import Layer, Terms
+from seqpar.integrations.transformers.attention.terms import Layer, Terms
 
 NUM_ROWS = 11  # prime, so that hardly a tensor has this size in another dimension
 

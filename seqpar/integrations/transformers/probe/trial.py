@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from seqpar.comm import Group, agreed
-from seqpar.integrations.transformers.call import Call
+from seqpar.integrations.transformers.attention.call import Call
+from seqpar.integrations.transformers.attention.patterns import as_bytes
+from seqpar.integrations.transformers.attention.registration import NAME, MissingPlanError
+from seqpar.integrations.transformers.attention.replacement import Handover, Positions, handover_of
 from seqpar.integrations.transformers.documents import RowGroup
 from seqpar.integrations.transformers.internals import attention_name, name_attention
-from seqpar.integrations.transformers.patterns import as_bytes
-from seqpar.integrations.transformers.reference import (
+from seqpar.integrations.transformers.probe.reference import (
     PACKED_AT,
     Probe,
     Reference,
@@ -25,9 +27,7 @@ from seqpar.integrations.transformers.reference import (
     refer,
     row_arguments,
 )
-from seqpar.integrations.transformers.registration import NAME, MissingPlanError
-from seqpar.integrations.transformers.rows import Trace, culprit, run_traced
-from seqpar.integrations.transformers.stand_in import Handover, Positions, handover_of
+from seqpar.integrations.transformers.probe.rows import Trace, culprit, run_traced
 from seqpar.layout import contiguous
 from seqpar.strategies import Plan
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from seqpar.functional import cast_by_autocast
-from seqpar.integrations.transformers.patterns import Pattern
+from seqpar.integrations.transformers.attention.patterns import Pattern
 from seqpar.layout import Mask
 from seqpar_kernels import Dropout, Score
 

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from seqpar.integrations.transformers.patterns import pattern_mask
-from seqpar.integrations.transformers.terms import Layer
+from seqpar.integrations.transformers.attention.patterns import pattern_mask
+from seqpar.integrations.transformers.attention.terms import Layer
 
 NAME = "seqpar"
 
