@@ -21,8 +21,8 @@ from seqpar.integrations.transformers.documents import (
     seen_tokens,
 )
 from seqpar.integrations.transformers.inputs import Inputs
-from seqpar.integrations.transformers.probe.reference import common_arguments
-from seqpar.integrations.transformers.probe.trial import Findings
+from seqpar.integrations.transformers.probe.findings import Findings
+from seqpar.integrations.transformers.probe.tokens import common_arguments
 from seqpar.integrations.transformers.scaling import check_scaling
 from seqpar.layout import Layout, Mask
 from seqpar.module import _Attention

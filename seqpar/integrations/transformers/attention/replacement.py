@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -20,19 +19,7 @@ from seqpar.comm import Group
 from seqpar.integrations.transformers.attention.patterns import Pattern
 from seqpar.integrations.transformers.attention.registration import NAME, Attends, MissingPlanError
 from seqpar.integrations.transformers.internals import attention_name
-
-
-@dataclass(frozen=True)
-class Positions:
-    """How a model numbers its rows, found out while it still attended by itself.
-
-    Args:
-        first: what it counts positions from.
-        packs: whether positions that start anew are documents to it.
-    """
-
-    first: int
-    packs: bool
+from seqpar.integrations.transformers.probe.findings import Findings
 
 
 class Handover:
@@ -45,7 +32,7 @@ class Handover:
 
     def __init__(self, group: Group, *, switches: bool) -> None:
         self.group, self.switches = group, switches
-        self.positions: Positions | None = None
+        self.findings: Findings | None = None  # of the model while it attended by itself, too
         self._plan: Attends | None = None
         self._plans = WeakIdKeyDictionary()
 

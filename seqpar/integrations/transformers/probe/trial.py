@@ -1,163 +1,158 @@
-"""What is found out about a model before it is sharded, by running it on a few tokens."""
+"""The trial of a model: four runs on a few tokens, one for each way of giving it positions and a mask.
+
+|                 | no attention_mask                           | attention_mask                          |
+|-----------------|---------------------------------------------|-----------------------------------------|
+| no position_ids | `plain`: 1 sequence, the model's attention  | `masked`: 1 sequence, ours              |
+| position_ids    | `numbered`: 2 sequences, the model's        | `both`: 5 sequences, ours                |
+
+A run has one of these for all of its sequences, so there are no fewer. What each proves:
+
+plain                 What one device gives, to compare with. It is one row per token.
+numbered              Sequence 0: given the positions that it counts itself, the model gives `plain` again.
+                      So it counts from 0, or this run is done once more, with positions after the padding
+                      token. Sequence 1: what it makes of positions that start anew.
+both                  ALONE and MOVED: rows do not depend on each other but through the attention function.
+                      Attention shows each of them only itself, and some rows are in both sequences, with the
+                      same token and position, but elsewhere and between other rows. A module that is given
+                      the same for them and does not return the same lets something pass between rows that
+                      ranks would not see: attention of its own, a convolution, a state, positions counted
+                      rather than taken from position_ids.
+                      WHOLE: through the attention function, one rank gives what `plain` gave.
+                      PACKED: as two documents, it gives what the model made of them, or does not pack.
+masked                Rows after hidden ones are those of APART, the same document at the same positions: or
+                      the model counts positions over what the mask shows.
+
+The sequences of a batch prove what runs of their own would, since WHOLE is compared with `plain`, where the
+same tokens were alone: what passes between sequences, or follows from the tokens of any of them, would show
+there. `masked` has no special tokens either, and must run the same attention modules in the same order.
+A model whose attention was replaced cannot do the runs without a mask any more. They were done before.
+"""
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from seqpar.comm import Group, agreed
 from seqpar.integrations.transformers.attention.call import Call
 from seqpar.integrations.transformers.attention.patterns import as_bytes
 from seqpar.integrations.transformers.attention.registration import NAME, MissingPlanError
-from seqpar.integrations.transformers.attention.replacement import Handover, Positions, handover_of
+from seqpar.integrations.transformers.attention.replacement import Handover, handover_of
 from seqpar.integrations.transformers.documents import RowGroup
 from seqpar.integrations.transformers.internals import attention_name, name_attention
-from seqpar.integrations.transformers.probe.reference import (
+from seqpar.integrations.transformers.probe.before import Before, evaluating, run_before
+from seqpar.integrations.transformers.probe.compare import Rows, difference, rows_of
+from seqpar.integrations.transformers.probe.findings import Findings
+from seqpar.integrations.transformers.probe.tokens import (
+    APART,
+    PACKED,
     PACKED_AT,
-    Probe,
-    Reference,
-    difference,
-    evaluating,
-    refer,
-    row_arguments,
+    SEQUENCES,
+    WHOLE,
+    Tokens,
 )
-from seqpar.integrations.transformers.probe.rows import Trace, culprit, run_traced
+from seqpar.integrations.transformers.probe.trace import Trace
 from seqpar.layout import contiguous
 from seqpar.strategies import Plan
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
-@dataclass(frozen=True)
-class Findings:
-    """What the runs found.
+def try_out(inner: PreTrainedModel) -> Findings:
+    """Tries a model, here alone, and switches its attention. Restores nothing where it raises.
 
-    Args:
-        causal: whether all layers that attend are causal.
-        first_position: what the model counts positions from: 0, or as RoBERTa does, 1 after its padding.
-        counts_seen: whether positions that it is not given are counted over what attention_mask shows.
-        packs: whether positions that start anew are documents to it, on one device.
-        numbers: of the modules that attend, in the order in which they do; those that attend once in a call.
-    """
-
-    causal: bool
-    first_position: int
-    counts_seen: bool
-    packs: bool
-    numbers: Mapping[nn.Module, int] = field(repr=False)
-
-
-def try_out(inner: PreTrainedModel, reference: Reference | None = None) -> Findings:
-    """Runs the model on a few tokens, here alone, and says what was found. Switches its attention.
-
-    The same rows must come out of the model as it was and as it will be; and rows must not depend on each
-    other but through the attention function. All ranks that its weights are sharded over must call.
-
-    Args:
-        reference: the model as it was; by default with eager attention. A model whose attention was replaced
-            cannot do that: it was compared then.
+    All ranks that its weights are sharded over must call.
 
     Raises:
-        NotImplementedError: they do, or it returns what is not one row per token, or its attention does
-            more than what reaches the attention function.
+        NotImplementedError: transformers cannot switch its attention; and as `run_before` and `run_after`.
     """
-    probe, handover = Probe.of(inner), handover_of(inner)
-    across = Group.alone() if handover is None else handover.group
-    num_rows = probe.tokens.shape[1]
-    with evaluating(inner):
-        _switch(inner, handover)
-        if not _takes_positions(inner):
-            raise NotImplementedError(f"{type(inner).__name__} takes no position_ids")
-        if reference is None and handover is None:
-            inner.set_attn_implementation("eager")
-            reference = refer(inner)
-            inner.set_attn_implementation(NAME)
-        first = handover.positions.first if handover and handover.positions else 0
-        first = reference.first if reference else first
-        arguments = row_arguments(inner, probe.tokens, probe.in_order + first)
-        one = _run_traced(inner, arguments, num_rows)
-        moved = (probe.runs.positions + first).to(inner.device)
-        others = row_arguments(inner, probe.runs.others.to(inner.device), moved)
-        two = _run_traced(inner, others, num_rows)
-        with agreed(across, "trying out: rows"):
-            _check_rows(inner, culprit(one, two, probe.runs), one)
-        alone = Call(Plan(Group.alone(), contiguous(num_rows, 1)))
-        ours = run_alone(inner, first)
-        with agreed(across, "trying out: outputs"):
-            _check_equal(inner, reference.outputs if reference else ours, ours)
-        apart = replace(alone, groups=(RowGroup(None, (0, PACKED_AT, num_rows)),))
-        counts_seen = _counts_seen(inner, arguments, apart)
-        packs = bool(handover and handover.positions and handover.positions.packs)
-        if reference is not None:
-            ours = inner(**arguments | reference.packed, seqpar=apart, return_dict=True)
-            packs = difference(reference.of_packed, ours, slice(PACKED_AT, None)) is None
+    handover = handover_of(inner)
+    switch(inner, handover)
+    known: Before | Findings | None
     if handover is not None:
-        handover.positions = Positions(first, packs)
-    return _findings(one, first, counts_seen=counts_seen, packs=packs)
+        known, across = handover.findings, handover.group
+    else:
+        inner.set_attn_implementation("eager")
+        known, across = run_before(inner), Group.alone()
+        inner.set_attn_implementation(NAME)
+    assert known is not None, "a model whose attention was replaced was tried then"
+    return run_after(inner, known, across=across)
 
 
-def run_alone(inner: PreTrainedModel, first: int) -> Any:
-    """The outputs of a model that attends by a plan of one rank. All ranks of its weights must call."""
-    probe = Probe.of(inner)
-    arguments = row_arguments(inner, probe.tokens, probe.in_order + first)
-    plan = Call(Plan(Group.alone(), contiguous(probe.tokens.shape[1], 1)))
-    with evaluating(inner):
-        return inner(**arguments, seqpar=plan, return_dict=True)
+def switch(inner: PreTrainedModel, handover: Handover | None) -> None:
+    """Has a model make the masks of seqpar and, where it attends by itself, use its attention function.
 
-
-def _switch(inner: PreTrainedModel, handover: Handover | None) -> None:
-    """Has the model make the masks of seqpar and, where it attends by itself, use its attention function."""
+    Raises:
+        NotImplementedError: transformers cannot switch it.
+    """
     if handover is not None and not handover.switches:
         name_attention(inner.config, NAME)  # for its masks; nothing else looks at it any more
-        return
-    inner.set_attn_implementation(NAME)
+    else:
+        inner.set_attn_implementation(NAME)
     if attention_name(inner.config) != NAME:
-        raise NotImplementedError(_own_attention(inner))
-
-
-def _check_rows(inner: PreTrainedModel, at_fault: str | None, trace: Trace) -> None:
-    if at_fault is not None:
-        raise NotImplementedError(
-            f"{at_fault} lets rows depend on each other outside of the attention function, which a shard "
-            "would cut in silence"
+        named = (
+            f"{n} ({type(m).__name__})"
+            for n, m in inner.named_modules()
+            if "Attention" in type(m).__name__
         )
-    if not trace.layers:
         raise NotImplementedError(
-            f"no layer of {type(inner).__name__} calls the attention function"
+            f"{next(named, type(inner).__name__)} computes attention by itself and not through the attention "
+            "function of transformers, so it cannot be switched; replace_attention of "
+            "seqpar.integrations.transformers puts another in its place in models that it knows"
         )
-    _check_layer_types(inner)
-    _check_output(inner, trace.output, trace.num_rows)
 
 
-def _takes_positions(inner: PreTrainedModel) -> bool:
-    parameters = inspect.signature(inner.forward).parameters
-    return "position_ids" in parameters or any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+def run_after(inner: PreTrainedModel, known: Before | Findings, *, across: Group) -> Findings:
+    """Runs a model that was switched, with a mask. All ranks that its weights are sharded over must call.
 
+    Args:
+        known: the runs of the model as it was; or what was found by them, of a model that has changed since.
+        across: the ranks that its heads are shared over.
 
-def _own_attention(inner: PreTrainedModel) -> str:
-    """What to say of a model that transformers itself does not switch."""
-    named = [
-        f"{name} ({type(m).__name__})"
-        for name, m in inner.named_modules()
-        if "Attention" in type(m).__name__
-    ]
-    return (
-        f"{named[0] if named else type(inner).__name__} computes attention by itself and not through the "
-        "attention function of transformers, so it cannot be switched; replace_attention of "
-        "seqpar.integrations.transformers puts another in its place in models that it knows"
+    Raises:
+        NotImplementedError: rows depend on each other, or the model does not pass its arguments on, or it
+            returns something else than before.
+        DesyncError: another rank of those raised.
+    """
+    tokens = Tokens.of(inner)
+    given, two = tokens.runs(inner, first=known.first_position), (0, PACKED_AT, tokens.num_rows)
+    # Of the sequences that do not attend alone, WHOLE is one document, PACKED and APART are two.
+    groups = RowGroup((0,), None), RowGroup((1, 2), two)
+    alone = Plan(Group.alone(), contiguous(tokens.num_rows, 1))
+    trace = Trace(inner, tokens, Call(alone, groups), num_alone=WHOLE)
+    hidden = as_bytes(given.masked["attention_mask"])
+    again = Trace(inner, tokens, Call(alone, (RowGroup(None, two),), hidden))
+    with evaluating(inner):
+        with _explained(inner), trace.watching():
+            output = inner(**given.both, seqpar=trace)
+        masked = rows_of(inner(**given.masked, seqpar=again), 0)
+    ours = [rows_of(output, sequence) for sequence in SEQUENCES]
+    with agreed(across, "trying out"):
+        _check_rows(inner, trace, again)
+        if isinstance(known, Findings):
+            packs = known.packs
+        else:
+            _check_equal(inner, known.outputs, ours[WHOLE])
+            packs = difference(known.packed, ours[PACKED], PACKED_AT) is None
+    calls = Counter(trace.attending)
+    once = [module for module in trace.attending if calls[module] == 1]
+    return Findings(
+        causal=all(terms.mask.causal for terms in trace.terms),
+        first_position=known.first_position,
+        counts_seen=difference(ours[APART], masked, PACKED_AT) is not None,
+        packs=packs,
+        numbers={module: number for number, module in enumerate(once)},
     )
 
 
-def _run_traced(inner: PreTrainedModel, arguments: dict[str, Any], num_rows: int) -> Trace:
-    """A traced run; what fails in it is what the model does with a mask that is none, or with the plan."""
+@contextmanager
+def _explained(inner: PreTrainedModel) -> Iterator[None]:
+    """A run of which what fails is what the model does with a mask that is none, or with the plan."""
     try:
-        return run_traced(inner, arguments | {"return_dict": True}, num_rows)
+        yield
     except MissingPlanError as error:
         raise NotImplementedError(
             f"{type(inner).__name__} does not pass its keyword arguments on to its attention, so no plan can "
@@ -171,8 +166,20 @@ def _run_traced(inner: PreTrainedModel, arguments: dict[str, Any], num_rows: int
         ) from error
 
 
-def _check_layer_types(inner: PreTrainedModel) -> None:
-    """Refuses layers that attend to a choice of what their mask shows, which few tokens may not reveal."""
+def _check_rows(inner: PreTrainedModel, trace: Trace, again: Trace) -> None:
+    at_fault = list(trace.culprits)
+    if trace.attending != again.attending:
+        at_fault.append("the model, which runs other modules for other tokens,")
+    if at_fault:
+        raise NotImplementedError(
+            f"{at_fault[0]} lets rows depend on each other outside of the attention function, which a shard "
+            "would cut in silence"
+        )
+    if not trace.attending:
+        raise NotImplementedError(
+            f"no layer of {type(inner).__name__} calls the attention function"
+        )
+    # Few tokens may not reveal that a layer attends to a choice of what its mask shows.
     for number, kind in enumerate(getattr(inner.config, "layer_types", None) or ()):
         if kind not in LAYER_TYPES:
             raise NotImplementedError(
@@ -180,16 +187,7 @@ def _check_layer_types(inner: PreTrainedModel) -> None:
             )
 
 
-def _check_output(inner: PreTrainedModel, output: Any, num_rows: int) -> None:
-    for name, value in output.items():
-        if isinstance(value, Tensor) and tuple(value.shape[:2]) != (1, num_rows):
-            raise NotImplementedError(
-                f"{type(inner).__name__} returns {name} {tuple(value.shape)} for {num_rows} tokens, which is "
-                "not one row per token; take the model without its pooling or head"
-            )
-
-
-def _check_equal(inner: PreTrainedModel, expected: Any, ours: Any) -> None:
+def _check_equal(inner: PreTrainedModel, expected: Rows, ours: Rows) -> None:
     found = difference(expected, ours)
     if found is not None:
         own = "eager" if handover_of(inner) is None else "its own"
@@ -198,25 +196,3 @@ def _check_equal(inner: PreTrainedModel, expected: Any, ours: Any) -> None:
             f"{found[1]:.2g}: layers do something that does not reach the attention function, or it numbers "
             "positions in a way of its own"
         )
-
-
-def _counts_seen(inner: PreTrainedModel, arguments: dict[str, Any], apart: Call) -> bool:
-    """Whether a model counts its positions from the first token that attention_mask shows."""
-    mask = arguments["attention_mask"].clone()
-    mask[:, :PACKED_AT] = 0
-    call = replace(apart, hidden=as_bytes(mask))
-    given = arguments | {"attention_mask": mask, "seqpar": call, "return_dict": True}
-    own = inner(**{name: x for name, x in given.items() if name != "position_ids"})
-    return difference(own, inner(**given), slice(PACKED_AT, None)) is not None
-
-
-def _findings(trace: Trace, first_position: int, *, counts_seen: bool, packs: bool) -> Findings:
-    calls = Counter(layer.module for layer, _ in trace.layers)
-    once = [layer.module for layer, _ in trace.layers if calls[layer.module] == 1]
-    return Findings(
-        causal=all(terms.mask.causal for _, terms in trace.layers),
-        first_position=first_position,
-        counts_seen=counts_seen,
-        packs=packs,
-        numbers={module: number for number, module in enumerate(once)},
-    )

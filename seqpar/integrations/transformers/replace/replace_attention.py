@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from seqpar.comm import Group, agreed, all_gather
 from seqpar.integrations.transformers.attention.registration import NAME, register
 from seqpar.integrations.transformers.attention.replacement import Handover, handover_of
 from seqpar.integrations.transformers.internals import attention_name, name_attention
+from seqpar.integrations.transformers.probe.before import Before, run_before
+from seqpar.integrations.transformers.probe.compare import same_rows
 from seqpar.integrations.transformers.probe.config import check_config, inner_model
-from seqpar.integrations.transformers.probe.reference import Reference, refer
-from seqpar.integrations.transformers.probe.rows import same_rows
-from seqpar.integrations.transformers.probe.trial import run_alone, try_out
+from seqpar.integrations.transformers.probe.tokens import WHOLE
+from seqpar.integrations.transformers.probe.trial import run_after, switch
 from seqpar.integrations.transformers.replace.original import Original, layouts, originals_of
 from seqpar.integrations.transformers.replace.replaced import ReplacedAttention
 from seqpar.tensor_parallel.check_state import check_state
@@ -71,18 +73,18 @@ def replace_attention(model: nn.Module, tp: Group | None = None) -> ReplacedMode
         register()
     replaced = ReplacedModel(model, handover, originals)
     with agreed(tp, "replace_attention: as it was") as claim:
-        with _noted([original.module for original in originals]) as own:
-            reference = refer(inner)
-        tensors = {n: x for n, x in reference.outputs.items() if isinstance(x, Tensor)}
-        claim |= {n: (tuple(x.shape), x.dtype) for n, x in tensors.items()}
-    _check_ranks(tp, inner, reference)
+        with _noted([original.module for original in originals], sequence=0) as own:
+            before = run_before(inner)
+        claim |= {n: (tuple(x.shape), x.dtype) for n, x in before.outputs.items()}
+    _check_ranks(tp, inner, before)
     try:
         replaced.replace()
         with agreed(tp, "replace_attention: trying out"):
-            try_out(inner, reference)
-            with _noted(replaced.replacements) as ours:
-                run_alone(inner, reference.first)
+            switch(inner, handover)
+            with _noted(replaced.replacements, sequence=WHOLE) as ours:
+                findings = run_after(inner, before, across=tp)
             _check_layers(originals, own, ours)
+        handover.findings = replace(findings, numbers={})
     except BaseException:
         if replaced.replacements:
             replaced.restore()
@@ -214,13 +216,13 @@ class ReplacedModel:
 
 
 @contextmanager
-def _noted(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
-    """The rows that each module returns when it is first called, in order of the modules."""
+def _noted(modules: Iterable[nn.Module], *, sequence: int) -> Iterator[list[Tensor]]:
+    """The rows of one sequence that each module returns when it is first called, in order of the modules."""
     noted: dict[nn.Module, Tensor] = {}
     rows: list[Tensor] = []
 
     def note(module: nn.Module, _: object, output: Any) -> None:
-        noted.setdefault(module, output[0].detach()[0])
+        noted.setdefault(module, output[0].detach())
 
     hooks = [module.register_forward_hook(note) for module in modules]
     try:
@@ -228,7 +230,7 @@ def _noted(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
-    rows.extend(noted[module] for module in modules)
+    rows.extend(noted[module][sequence] for module in modules)
 
 
 def _check_layers(originals: list[Original], own: list[Tensor], ours: list[Tensor]) -> None:
@@ -242,9 +244,9 @@ def _check_layers(originals: list[Original], own: list[Tensor], ours: list[Tenso
             )
 
 
-def _check_ranks(tp: Group, inner: nn.Module, reference: Reference) -> None:
+def _check_ranks(tp: Group, inner: nn.Module, before: Before) -> None:
     """Refuses ranks whose models have other weights."""
-    rows = [x[0].flatten(1) for x in reference.outputs.values() if isinstance(x, Tensor)]
+    rows = [x.flatten(1) for x in before.outputs.values()]
     mine = torch.cat(rows, 1)[:, :COMPARED].contiguous()
     everyone = all_gather(mine, tp, [len(mine)] * tp.size, 0).chunk(tp.size)
     with agreed(tp, "replace_attention: weights"):
