@@ -65,5 +65,5 @@ POLICIES = [
     Plant("heads of all ranks drop as the first", f"{FOLDER}/apply.py",
           "first_head = group.rank * number", "first_head = 0 * number", EQUALS),
     Plant("ranks that drop otherwise", f"{FOLDER}/apply.py",
-          'claim["seed of dropout"] = torch.initial_seed()', "pass", RULES),
+          'over_tp["seed of dropout"] = torch.initial_seed()', "pass", RULES),
 ]  # fmt: skip

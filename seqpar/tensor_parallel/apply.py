@@ -60,11 +60,10 @@ def apply_policy(model: nn.Module, policy: Policy, mesh: Any) -> None:
         )
     tp_first = sorted(names, key=lambda name: name != "tp")
     axes = [mesh] if mesh.ndim == 1 else [mesh[name] for name in tp_first]
-    group = Group.of(axes[0])
-    # Whoever refuses along one axis refuses along the other, so all ranks of the mesh do.
+    group, *others = map(Group.of, axes)
     with (
-        agreed(Group.of(axes[-1]) if len(axes) > 1 else Group.alone(), "apply_policy") as others,
-        agreed(group, "apply_policy") as claim,
+        agreed(group, *others, operation="apply_policy") as claim,
+        agreed(group, operation="apply_policy: dropout") as over_tp,
     ):
         if not isinstance(policy, Policy):
             given = getattr(policy, "__name__", policy)
@@ -77,9 +76,8 @@ def apply_policy(model: nn.Module, policy: Policy, mesh: Any) -> None:
         claim["weights"] = {path: _digest(model.get_parameter(path)) for path in rules}
         cuts = _cuts(model, policy, rules, group.size)
         _check_tied(model, cuts)
-        others |= claim
         if any(map(_drops, model.modules())):
-            claim["seed of dropout"] = torch.initial_seed()
+            over_tp["seed of dropout"] = torch.initial_seed()
     shared = [path for path in _shared_inputs(cuts) if _reads_alone(model, path, cuts)]
     for path, rule in rules.items():
         module = path.rpartition(".")[0]

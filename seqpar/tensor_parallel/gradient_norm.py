@@ -29,7 +29,7 @@ def clip_gradients(model: nn.Module, tp: Group, max_norm: float = math.inf) -> f
         NotImplementedError: a gradient is sharded over other ranks, too, as by FSDP.
         DesyncError: another rank raised one of the above.
     """
-    with agreed(tp, "clip_gradients") as claim:
+    with agreed(tp, operation="clip_gradients") as claim:
         if not max_norm > 0:
             raise ValueError(f"max_norm must be positive, got {max_norm}")
         claim["max_norm"] = max_norm

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -53,9 +52,8 @@ def load_whole_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     parameters: list[Any] = [model.get_parameter(path) for path in paths]
     meshes = [p.device_mesh for p in parameters if hasattr(p, "full_tensor")]
     largest: Any = max(meshes, key=lambda mesh: mesh.ndim, default=None)
-    with ExitStack() as axes:  # whoever refuses along one axis refuses along the others
-        for process_group in largest.get_all_groups() if meshes else ():
-            axes.enter_context(agreed(Group.of(process_group), "load_whole_state"))
+    axes = [Group.of(ranks) for ranks in largest.get_all_groups()] if meshes else []
+    with agreed(*axes, operation="load_whole_state"):
         shapes = (tuple(p.shape) for p in parameters)
         check_state(state, dict(zip(paths, shapes, strict=True)))
     write_whole(model, state)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -63,7 +62,7 @@ class SequenceParallel:
         handover = handover_of(model)
         replaced_over = tp if handover is None else handover.group
         self.tp = replaced_over or Group.alone()
-        with self._agreed("SequenceParallel") as claim:
+        with agreed(*self._axes, operation="SequenceParallel") as claim:
             if tp is not None and tp.transport.global_ranks != self.tp.transport.global_ranks:
                 raise ValueError(
                     f"tp has ranks {tp.transport.global_ranks}, attention was replaced for "
@@ -81,7 +80,7 @@ class SequenceParallel:
             _check_attend(attend)
             check_config(model, self.inner)
             register()
-        with self._agreed("SequenceParallel: trying out") as claim:
+        with agreed(*self._axes, operation="SequenceParallel: trying out") as claim:
             before = attention_name(self.inner.config)
             try:
                 self.findings = try_out(self.inner)
@@ -125,7 +124,7 @@ class SequenceParallel:
         sharding = Sharding(
             self.attend, self.inner, self.findings, LABELS.get(self.inner.loss_type)
         )
-        with agreed(self.tp, "shard, over tp") as claim:
+        with agreed(self.tp, operation="shard, over tp") as claim:
             inputs = sharding.shard(
                 batch, kind=kind, multiple_of=multiple_of, labels=labels, seed=seed, whole=whole
             )
@@ -165,7 +164,7 @@ class SequenceParallel:
                 given; and what `shard` does.
             NotImplementedError: the model's own loss is not cross entropy of a token; and as `shard`.
         """
-        with self._agreed("loss"):
+        with agreed(*self._axes, operation="loss"):
             self._check_loss(batch)
         inputs = self.shard(batch, **options)
         logits = self.model(**inputs, return_dict=True).logits.flatten(0, 1)
@@ -173,7 +172,7 @@ class SequenceParallel:
         labels = inputs.labels.flatten().to(logits.device)
         everyone = everyone or self.group
         # A label out of range is one rank's alone, along either axis.
-        with agreed(everyone, "loss: tokens"), agreed(self.tp, "loss: tokens, over tp"):
+        with agreed(self.tp, everyone, operation="loss: tokens"):
             if token_losses is None:
                 self._check_classes(logits)
             losses = (token_losses or _cross_entropy)(logits, labels)
@@ -181,12 +180,10 @@ class SequenceParallel:
             losses, everyone, valid=labels != IGNORE, num_tokens=num_tokens, gradients=gradients
         )
 
-    @contextmanager
-    def _agreed(self, operation: str) -> Iterator[dict[str, object]]:
-        """Agreement of all ranks of the mesh: what one refuses goes along tp, and from there along sp."""
-        with agreed(self.group, operation) as claim, agreed(self.tp, f"{operation}, tp") as over_tp:
-            yield claim
-            over_tp |= claim
+    @property
+    def _axes(self) -> tuple[Group, Group]:
+        """The ranks that share heads with this one, and those that share the sequence."""
+        return self.tp, self.group
 
     def _check_loss(self, batch: Mapping[str, Any]) -> None:
         if batch.get("labels") is None:

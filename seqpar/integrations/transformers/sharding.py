@@ -52,7 +52,7 @@ class Sharding:
         """This rank's arguments, labels and layout. All ranks must call."""
         batch = {name: x for name, x in batch.items() if x is not None}
         group, causal = self.attend.group, self.findings.causal
-        with agreed(group, "shard") as claim:
+        with agreed(group, operation="shard") as claim:
             shape = self._shape(batch)
             documents = documents_of(batch, shape, causal=causal, packs=self.findings.packs)
             seen = seen_tokens(batch.get("attention_mask"), shape)
@@ -77,7 +77,7 @@ class Sharding:
             whole=whole,
             labels=labels or "own",
         )
-        with agreed(group, "shard: positions"):
+        with agreed(group, operation="shard: positions"):
             if not all(layout.rows):
                 raise ValueError(
                     "every rank needs a token, since layers of transformers do not take empty sequences; "

@@ -84,6 +84,6 @@ class Call:
 
 def refuse(group: Group, error: Exception, cause: Exception | None = None) -> NoReturn:
     """Raises `error`, and a DesyncError that quotes it on ranks that are about to attend."""
-    with agreed(group, "attention"):
+    with agreed(group, operation="attention"):
         raise error from cause
     raise AssertionError("agreed lets errors through")

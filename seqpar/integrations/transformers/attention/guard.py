@@ -45,7 +45,7 @@ class Guard:
         if attention_name(model.config) != NAME:
             return  # switched back, to run on one device
         try:
-            with agreed(self.tp, "a call, over tp") as claim:
+            with agreed(self.tp, operation="a call, over tp") as claim:
                 self._look(model, arguments(model, args, kwargs), claim)
         except Exception as error:  # any: the others would wait
             refuse(self.group, error)
@@ -90,8 +90,8 @@ class Draws:
         drawn = not torch.equal(before, _random_state(model.device))
         words = "what dropout outside of attention draws from (torch.manual_seed alike over tp)"
         with (
-            agreed(self.guard.group, "dropout"),
-            agreed(self.guard.tp, "dropout, over tp") as claim,
+            agreed(self.guard.group, operation="dropout"),
+            agreed(self.guard.tp, operation="dropout, over tp") as claim,  # sp ranks draw apart
         ):
             claim[words] = fingerprint(before) if drawn else None
 

@@ -130,7 +130,7 @@ def run_after(inner: PreTrainedModel, known: Before | Findings, *, across: Group
             output = inner(**given.both, seqpar=trace)
         masked = rows_of(inner(**given.masked, seqpar=again), 0)
     ours = [rows_of(output, sequence) for sequence in SEQUENCES]
-    with agreed(across, "trying out"):
+    with agreed(across, operation="trying out"):
         _check_rows(inner, trace, again)
         if isinstance(known, Findings):
             packs = known.packs

@@ -57,7 +57,7 @@ def replace_attention(model: nn.Module, tp: Group | None = None) -> ReplacedMode
         DesyncError: ranks of tp differ in their model, or another rank raised one of the above.
     """
     tp = Group.alone() if tp is None else tp
-    with agreed(tp, "replace_attention") as claim:
+    with agreed(tp, operation="replace_attention") as claim:
         inner = inner_model(model)
         if handover_of(model) is not None or attention_name(inner.config) == NAME:
             raise RuntimeError(
@@ -72,14 +72,14 @@ def replace_attention(model: nn.Module, tp: Group | None = None) -> ReplacedMode
         claim |= {"model": type(inner).__name__, **dict(layouts(originals))}
         register()
     replaced = ReplacedModel(model, handover, originals)
-    with agreed(tp, "replace_attention: as it was") as claim:
+    with agreed(tp, operation="replace_attention: as it was") as claim:
         with _noted([original.module for original in originals], sequence=0) as own:
             before = run_before(inner)
         claim |= {n: (tuple(x.shape), x.dtype) for n, x in before.outputs.items()}
     _check_ranks(tp, inner, before)
     try:
         replaced.replace()
-        with agreed(tp, "replace_attention: trying out"):
+        with agreed(tp, operation="replace_attention: trying out"):
             switch(inner, handover)
             with _noted(replaced.replacements, sequence=WHOLE) as ours:
                 findings = run_after(inner, before, across=tp)
@@ -126,7 +126,7 @@ class ReplacedModel:
             ValueError: copies of a kv head differ between ranks; nothing is put back then.
             DesyncError: another rank raised one of the above.
         """
-        with agreed(self.tp, "restore"):
+        with agreed(self.tp, operation="restore"):
             self._check_in_place()
         if any(replacement.layer.dealt.replicates for replacement in self.replacements):
             self._whole()
@@ -151,7 +151,7 @@ class ReplacedModel:
             ValueError: copies of a kv head differ between ranks.
             DesyncError: another rank raised one of the above.
         """
-        with agreed(self.tp, "state_dict"):
+        with agreed(self.tp, operation="state_dict"):
             self._check_in_place()
             self._check_names()
         state = self.model.state_dict() | whole_state(self.model) | self._whole()
@@ -165,7 +165,7 @@ class ReplacedModel:
             RuntimeError: the model's own attention was put back, or weights have other names than before.
             DesyncError: another rank raised one of the above.
         """
-        with agreed(self.tp, "load_state_dict"):
+        with agreed(self.tp, operation="load_state_dict"):
             self._check_in_place()
             self._check_names()
             shapes = {name: tuple(x.shape) for name, x in self.model.state_dict().items()}
@@ -249,14 +249,14 @@ def _check_ranks(tp: Group, inner: nn.Module, before: Before) -> None:
     rows = [x.flatten(1) for x in before.outputs.values()]
     mine = torch.cat(rows, 1)[:, :COMPARED].contiguous()
     everyone = all_gather(mine, tp, [len(mine)] * tp.size, 0).chunk(tp.size)
-    with agreed(tp, "replace_attention: weights"):
+    with agreed(tp, operation="replace_attention: weights"):
         for rank, theirs in enumerate(everyone):
             if not same_rows(mine, theirs):
                 raise ValueError(
                     f"{type(inner).__name__} returns something else on rank {rank} than on rank {tp.rank}; "
                     "every rank needs the same weights"
                 )
-    with agreed(tp, "replace_attention: weights, to the bit") as claim:
+    with agreed(tp, operation="replace_attention: weights, to the bit") as claim:
         # small differences do not show in a few rows, and copies of kv heads must be the same bits
         claim["the sum of the bytes of every weight, as a hash,"] = _digest(inner)
 
