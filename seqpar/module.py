@@ -21,8 +21,10 @@ SHARDS: dict[Shard, Strategy] = {
 }
 
 
-class _Attention(nn.Module):
+class Attention(nn.Module):
     """Attention over a sequence that is spread over the ranks of a group. Holds no parameters.
+
+    This is the type of all attention modules here, such as `RingAttention`; make one of those.
 
     Args:
         group: the ranks that share the sequence.
@@ -82,13 +84,13 @@ class _Attention(nn.Module):
         return f"{self.grid or self.group}, mask={self.mask}, score={self.score}, dropout={self.dropout}"
 
 
-class RingAttention(_Attention):
+class RingAttention(Attention):
     """Queries stay, key/value blocks travel; no limit from heads; a rank holds its own rows only."""
 
     strategy = "ring"
 
 
-class UlyssesAttention(_Attention):
+class UlyssesAttention(Attention):
     """Rows are traded for heads, whole sequences attended, and traded back; works best for P <= hq.
 
     Args:
@@ -102,13 +104,13 @@ class UlyssesAttention(_Attention):
         self.head_chunks = head_chunks
 
 
-class AllGatherAttention(_Attention):
+class AllGatherAttention(Attention):
     """Each rank gathers, chunk by chunk, the keys and values that its rows see."""
 
     strategy = "allgather"
 
 
-class _GridAttention(_Attention):
+class _GridAttention(Attention):
     """Attention over the ranks of a `Grid`.
 
     Args:
@@ -148,7 +150,7 @@ class HybridAttention(_GridAttention):
         self.head_chunks = head_chunks
 
 
-class MaterialisedAttention(_Attention):
+class MaterialisedAttention(Attention):
     """The score matrix is really stored, in shards: for study, and to look at attention weights.
 
     Args:

@@ -19,7 +19,7 @@ from seqpar.integrations.transformers.probe.config import check_config, inner_mo
 from seqpar.integrations.transformers.probe.trial import try_out
 from seqpar.integrations.transformers.sharding import Sharding
 from seqpar.loss import Gradients, mean_loss
-from seqpar.module import _Attention
+from seqpar.module import Attention
 from seqpar_kernels import accumulation_dtype
 
 TokenLosses = Callable[[Tensor, Tensor], Tensor]
@@ -53,8 +53,8 @@ class SequenceParallel:
         DesyncError: ranks differ in model or strategy, or another rank raised one of the above.
     """
 
-    def __init__(self, model: nn.Module, attend: _Attention, *, tp: Group | None = None) -> None:
-        if not isinstance(attend, _Attention):
+    def __init__(self, model: nn.Module, attend: Attention, *, tp: Group | None = None) -> None:
+        if not isinstance(attend, Attention):
             raise TypeError(
                 f"attend must be a module such as seqpar.RingAttention(group), got {attend!r}"
             )
@@ -208,7 +208,7 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(wide, labels, reduction="none", ignore_index=IGNORE)
 
 
-def _check_attend(attend: _Attention) -> None:
+def _check_attend(attend: Attention) -> None:
     plain = type(attend.score)()
     has_score = any(
         getattr(attend.score, name) is not getattr(plain, name)

@@ -25,7 +25,7 @@ from seqpar.integrations.transformers.probe.findings import Findings
 from seqpar.integrations.transformers.probe.tokens import common_arguments
 from seqpar.integrations.transformers.scaling import check_scaling
 from seqpar.layout import Layout, Mask
-from seqpar.module import _Attention
+from seqpar.module import Attention
 
 TOKENS = ("input_ids", "inputs_embeds")
 
@@ -34,7 +34,7 @@ TOKENS = ("input_ids", "inputs_embeds")
 class Sharding:
     """Shards the batches of one model; see `SequenceParallel.shard`."""
 
-    attend: _Attention
+    attend: Attention
     model: PreTrainedModel
     findings: Findings
     labels: Labels | None
