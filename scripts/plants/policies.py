@@ -63,7 +63,7 @@ POLICIES = [
     Plant("ranks with other weights", f"{FOLDER}/apply.py",
           'claim["weights"] = {path: _digest(model.get_parameter(path)) for path in rules}', "pass", RULES),
     Plant("heads of all ranks drop as the first", f"{FOLDER}/apply.py",
-          "first_head = group.rank * number", "first_head = 0 * number", EQUALS),
+          "first_head=group.rank * number", "first_head=0 * number", EQUALS),
     Plant("ranks that drop otherwise", f"{FOLDER}/apply.py",
           'over_tp["seed of dropout"] = torch.initial_seed()', "pass", RULES),
 ]  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from seqpar.comm import Group, agreed
-from seqpar.tensor_parallel.cut import Cut, ModuleKind
+from seqpar.tensor_parallel.cut import Cut, CutRecord, ModuleKind
 from seqpar.tensor_parallel.policy import Policy, Rule
 from seqpar.tensor_parallel.vocabulary import vocabulary_range
 
@@ -86,10 +86,11 @@ def apply_policy(model: nn.Module, policy: Policy, mesh: Any) -> None:
     heads = _heads_here(model, rules, group.size)
     place(model, cuts, shared, axes[0])
     for path, number in heads.items():  # for dropout, which counts heads as in the whole layer
-        model.get_submodule(path).first_head = group.rank * number  # type: ignore[assignment]
+        record = CutRecord(first_head=group.rank * number)
+        model.get_submodule(path).register_forward_hook(record)
     for path, cut in cuts.items():
         if cut.halves:
-            model.get_submodule(path).num_dealt = group.size  # type: ignore[assignment]
+            model.get_submodule(path).register_forward_hook(CutRecord(num_dealt=group.size))
     if len(axes) > 1:
         shard_weights(model, axes[1])
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from seqpar.comm import Group, agreed
 from seqpar.tensor_parallel.check_state import check_state
-from seqpar.tensor_parallel.cut import deal_halves, undeal_halves
+from seqpar.tensor_parallel.cut import CutRecord, deal_halves, undeal_halves
 from seqpar.tensor_parallel.policy import weight_paths
 
 
@@ -33,7 +33,7 @@ def whole_state(model: nn.Module, *, gradients: bool = False) -> dict[str, Tenso
         if x is None:
             continue
         module = model.get_submodule(path.rpartition(".")[0])
-        whole, dealt = whole_tensor(x), getattr(module, "num_dealt", None)
+        whole, dealt = whole_tensor(x), CutRecord.of(module).num_dealt
         state[path] = whole if dealt is None else undeal_halves(whole, dealt)
     return state
 
@@ -66,6 +66,6 @@ def write_whole(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
     for path, whole in state.items():
         parameter = model.get_parameter(path)
-        dealt = getattr(model.get_submodule(path.rpartition(".")[0]), "num_dealt", None)
+        dealt = CutRecord.of(model.get_submodule(path.rpartition(".")[0])).num_dealt
         whole = whole if dealt is None else deal_halves(whole, dealt)
         parameter.copy_(cut_alike(whole.to(parameter.device, parameter.dtype), parameter))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from seqpar.functional import cast_by_autocast
 from seqpar.integrations.transformers.attention.patterns import Pattern
 from seqpar.layout import Mask
+from seqpar.tensor_parallel.cut import CutRecord
 from seqpar_kernels import Dropout, Score
 
 # What layers pass on that changes nothing here: lengths and positions are in the plan, the rest is for
@@ -80,8 +81,7 @@ class Terms:
             sinks=terms.pop("s_aux", None),
         )
         dropout = terms.pop("dropout", 0.0)
-        # apply_policy says it of attention that it has cut
-        first_head = terms.pop("first_head", getattr(layer.module, "first_head", 0))
+        first_head = terms.pop("first_head", CutRecord.of(layer.module).first_head)
         if terms.pop("output_attentions", False):
             raise NotImplementedError(
                 "output_attentions: the weights of a sharded sequence are not stored; "
