@@ -24,7 +24,7 @@ REPLACED = [
           "            self._plans[mask] = plan\n", "            pass\n", CALLS),
     Plant("replaced: padding not told", f"{HUGGING_FACE}/attention/patterns.py",
           "hidden = as_bytes(attention_mask)", "hidden = None", CALLS),
-    Plant("replaced: state in another order", f"{REPLACE}/replace_attention.py",
+    Plant("replaced: state in another order", f"{REPLACE}/replaced.py",
           "return {name: state[name] for name in self._names}", "return state", STATE),
     Plant("replaced: missing names let through", "seqpar/tensor_parallel/check_state.py",
           "    if missing or unexpected:", "    if unexpected:", STATE),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -14,17 +14,14 @@ from torch import Tensor, nn
 from seqpar.comm import Group, agreed, all_gather
 from seqpar.integrations.transformers.attention.registration import NAME, register
 from seqpar.integrations.transformers.attention.replacement import Handover, handover_of
-from seqpar.integrations.transformers.internals import attention_name, name_attention
+from seqpar.integrations.transformers.internals import attention_name
 from seqpar.integrations.transformers.probe.before import Before, run_before
 from seqpar.integrations.transformers.probe.compare import same_rows
 from seqpar.integrations.transformers.probe.config import check_config, inner_model
 from seqpar.integrations.transformers.probe.tokens import WHOLE
 from seqpar.integrations.transformers.probe.trial import run_after, switch
 from seqpar.integrations.transformers.replace.original import Original, layouts, originals_of
-from seqpar.integrations.transformers.replace.replaced import ReplacedAttention
-from seqpar.tensor_parallel.check_state import check_state
-from seqpar.tensor_parallel.policy import weight_paths
-from seqpar.tensor_parallel.whole_model import whole_state, write_whole
+from seqpar.integrations.transformers.replace.replaced import ReplacedAttention, ReplacedModel
 
 COMPARED = 4096  # values of a model's output that ranks compare
 SUMMED = 2**24  # bytes of a weight that are summed at a time
@@ -90,129 +87,6 @@ def replace_attention(model: nn.Module, tp: Group | None = None) -> ReplacedMode
             replaced.restore()
         raise
     return replaced
-
-
-class ReplacedModel:
-    """A model whose attention was replaced. Made by `replace_attention`."""
-
-    def __init__(self, model: nn.Module, handover: Handover, originals: list[Original]) -> None:
-        self.model, self.tp = model, handover.group
-        self.replacements: list[ReplacedAttention] = []
-        self._inner, self._handover, self._originals = inner_model(model), handover, originals
-        self._names = tuple(model.state_dict())
-        self._before = attention_name(self._inner.config)
-        self._hooks: list[Any] = []
-
-    def replace(self) -> None:
-        """Puts the replacements in place. All ranks must call."""
-        for original in self._originals:
-            replacement = ReplacedAttention(original, self._handover)
-            replacement.take(original)
-            original.put(replacement)
-            self.replacements.append(replacement)
-        inner, handover = self._inner, self._handover
-        self._hooks = [
-            inner.register_forward_pre_hook(handover.enter, with_kwargs=True),
-            inner.register_forward_hook(handover.leave, always_call=True),
-        ]
-
-    def restore(self) -> None:
-        """Puts the model's own attention back, with the weights as they are now. All ranks must call.
-
-        The parameters are those of before, so optimizers of now hold others; gradients are not kept.
-
-        Raises:
-            RuntimeError: that was done already.
-            ValueError: copies of a kv head differ between ranks; nothing is put back then.
-            DesyncError: another rank raised one of the above.
-        """
-        with agreed(self.tp, operation="restore"):
-            self._check_in_place()
-        if any(replacement.layer.dealt.replicates for replacement in self.replacements):
-            self._whole()
-        for original, replacement in zip(self._originals, self.replacements, strict=False):
-            replacement.give_back(original)  # fewer, where replacing failed half way
-            original.put(original.module)
-        for hook in self._hooks:
-            hook.remove()
-        self.replacements = []
-        if self._handover.switches:
-            self._inner.set_attn_implementation(self._before)
-        else:
-            name_attention(self._inner.config, self._before)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The model's state as it would save it itself: whole weights, its own names and order.
-
-        On every rank; what a policy has sharded is gathered. All ranks must call.
-
-        Raises:
-            RuntimeError: the model's own attention was put back, or weights have other names than before.
-            ValueError: copies of a kv head differ between ranks.
-            DesyncError: another rank raised one of the above.
-        """
-        with agreed(self.tp, operation="state_dict"):
-            self._check_in_place()
-            self._check_names()
-        state = self.model.state_dict() | whole_state(self.model) | self._whole()
-        return {name: state[name] for name in self._names}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Takes its shards from the state of the whole model, which every rank gives. All ranks must call.
-
-        Raises:
-            ValueError: a name is missing or unexpected, or a shape is another. Nothing is written then.
-            RuntimeError: the model's own attention was put back, or weights have other names than before.
-            DesyncError: another rank raised one of the above.
-        """
-        with agreed(self.tp, operation="load_state_dict"):
-            self._check_in_place()
-            self._check_names()
-            shapes = {name: tuple(x.shape) for name, x in self.model.state_dict().items()}
-            shapes |= self._shapes()
-            check_state(state, {name: shapes[name] for name in self._names})
-        rest = dict(state)
-        for original, replacement in zip(self._originals, self.replacements, strict=True):
-            layer, norms = replacement.layer, original.kept
-            whole = {n: rest.pop(f"{original.path}.{n}") for n in layer.weights.shapes(layer)}
-            layer.load_whole({n: x.to(norms.get(n, layer.qkv_weight)) for n, x in whole.items()})
-        own = set(weight_paths(self.model))
-        write_whole(self.model, {name: x for name, x in rest.items() if name in own})
-        buffers = {name: x for name, x in rest.items() if name not in own}
-        self.model.load_state_dict(buffers, strict=False)
-
-    def _placed(self) -> Iterator[tuple[str, ReplacedAttention]]:
-        paths = (original.path for original in self._originals)
-        return zip(paths, self.replacements, strict=True)
-
-    def _whole(self) -> dict[str, Tensor]:
-        """The whole weights of attention, by their names in the model."""
-        return {
-            f"{path}.{name}": x
-            for path, replacement in self._placed()
-            for name, x in replacement.layer.whole_state().items()
-        }
-
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return {
-            f"{path}.{name}": shape
-            for path, replacement in self._placed()
-            for name, shape in replacement.layer.weights.shapes(replacement.layer).items()
-        }
-
-    def _check_in_place(self) -> None:
-        if not self.replacements:
-            raise RuntimeError(
-                f"the attention of {type(self._inner).__name__} was put back; replace it anew"
-            )
-
-    def _check_names(self) -> None:
-        lost = set(self._names) - set(self.model.state_dict()) - set(self._shapes())
-        if lost:
-            raise RuntimeError(
-                f"{min(lost)} is not in the model any more; take out first what was put into it later, such "
-                "as adapters"
-            )
 
 
 @contextmanager
