@@ -91,10 +91,10 @@ class RingAttention(Attention):
 
 
 class UlyssesAttention(Attention):
-    """Rows are traded for heads, whole sequences attended, and traded back; works best for P <= hq.
+    """Exchanges rows for heads, all-to-all, attends whole sequences, and exchanges back; best for P <= hq.
 
     Args:
-        head_chunks: in how many chunks heads are traded; see `seqpar.Plan`.
+        head_chunks: in how many chunks heads are exchanged; see `seqpar.Plan`.
     """
 
     strategy = "ulysses"
@@ -140,7 +140,7 @@ class HybridAttention(_GridAttention):
     """Ulysses among neighbours, a ring outside: for more ranks than heads, and for slow links outside.
 
     Args:
-        head_chunks: in how many chunks heads are traded; see `seqpar.Plan`.
+        head_chunks: in how many chunks heads are exchanged; see `seqpar.Plan`.
     """
 
     strategy = "hybrid"

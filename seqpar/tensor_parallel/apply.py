@@ -126,7 +126,7 @@ def _cuts(model: nn.Module, policy: Policy, rules: Mapping[str, Rule], size: int
 
 
 def _heads_here(model: nn.Module, rules: Mapping[str, Rule], size: int) -> dict[str, int]:
-    """By attention module: how many query heads each rank has, where its heads are cut."""
+    """Counts the query heads that each rank has of an attention module whose heads are cut."""
     heads: dict[str, int] = defaultdict(int)
     for path, rule in rules.items():
         if rule.unit is not None and rule.split == "output":

@@ -57,7 +57,7 @@ class CutRecord:
 
     @staticmethod
     def of(module: nn.Module) -> CutRecord:
-        """That of a module; that of a whole one, where it was not cut."""
+        """Finds the record of a module; that of a whole one, where it was not cut."""
         _, hooks = forward_hooks(module)
         records = (hook for hook in hooks.values() if isinstance(hook, CutRecord))
         return next(records, CutRecord())

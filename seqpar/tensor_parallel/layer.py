@@ -252,7 +252,7 @@ class ParallelAttention(nn.Module):
         return f"{self.width}, {heads}, head_dim={self.qkv.head_dim}, tp={self.tp.size}, {here}"
 
     def _normed(self, norm: nn.Module | None, x: Tensor) -> Tensor:
-        """Its weights see this rank's heads only, so their gradients are summed over tp."""
+        """Norms this rank's heads. Its weights see no others, so their gradients are summed over tp."""
         if norm is None or self.tp.size == 1:
             return x if norm is None else norm(x)
         shared = {name: replicate(p, self.tp) for name, p in norm.named_parameters()}

@@ -35,7 +35,7 @@ class SequenceParallel:
     """A model of transformers whose attention runs over the ranks of a group. All ranks must make one.
 
     The model is switched in place to the attention implementation "seqpar". It may be wrapped (PEFT, DDP)
-    or sharded in place (FSDP2), before or after. It is run here a few times on a few tokens, to see that
+    or sharded in place (FSDP2), before or after. It is run here four times on a few tokens, to see that
     its rows do not depend on each other outside of attention and that its outputs stay what they were.
 
     Args:

@@ -49,7 +49,7 @@ class Sharding:
         seed: int | None,
         whole: Iterable[str],
     ) -> Inputs:
-        """This rank's arguments, labels and layout. All ranks must call."""
+        """Gives this rank's arguments, labels and layout. All ranks must call."""
         batch = {name: x for name, x in batch.items() if x is not None}
         group, causal = self.attend.group, self.findings.causal
         with agreed(group, operation="shard") as claim:
@@ -138,7 +138,7 @@ class Sharding:
         return chosen
 
     def _positions(self, batch: Mapping[str, Any], seen: Tensor | None) -> dict[str, Tensor]:
-        """The positions as the model counts them itself, where that is not 0, 1, ... and none are given."""
+        """Counts positions as the model does itself, where that is not 0, 1, ... and none are given."""
         first, tokens = self.findings.first_position, batch.get("input_ids")
         if "position_ids" in batch or (first == 0 and not self.findings.counts_seen):
             return {}
@@ -163,7 +163,7 @@ class Sharding:
         return {"position_ids": counted.expand(tokens.shape).contiguous()}
 
     def _mask(self, arguments: Mapping[str, Any], seen: Tensor | None, layout: Layout) -> Tensor:
-        """This rank's rows of the attention_mask; of ones where the batch has none."""
+        """Shards the attention_mask, or one that hides nothing where the batch has none."""
         positions = arguments["position_ids"]
         if seen is None:
             return torch.ones_like(positions)

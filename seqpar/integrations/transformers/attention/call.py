@@ -62,7 +62,7 @@ class Call:
         return torch.cat(parts)[torch.argsort(order)]
 
     def _plans(self, layer: Layer) -> list[Plan]:
-        """The plan of each group of rows."""
+        """Makes the plan of each group of rows."""
         terms = Terms.of(layer)
         if getattr(layer.mask, "hidden", None) != self.hidden:
             raise ValueError(

@@ -40,7 +40,7 @@ class Guard:
             model.register_forward_hook(Draws(self))
 
     def __call__(self, model: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> None:
-        """A forward pre-hook. All ranks of group and tp must call."""
+        """Looks at a call before it runs, as a forward pre-hook. All ranks of group and tp must call."""
         self.random = None
         if attention_name(model.config) != NAME:
             return  # switched back, to run on one device
@@ -83,7 +83,7 @@ class Draws:
         self.guard = guard
 
     def __call__(self, model: PreTrainedModel, *_: object) -> None:
-        """A forward hook. All ranks of group and tp must call."""
+        """Compares what a call drew, as a forward hook. All ranks of group and tp must call."""
         before, self.guard.random = self.guard.random, None
         if before is None:
             return

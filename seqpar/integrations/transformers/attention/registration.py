@@ -45,7 +45,7 @@ def attention_forward(
 
 
 def missing_plan(name: str) -> str:
-    """What to say where a model is called without its plan."""
+    """Says what to do where a model is called without its plan."""
     return (
         f"{name} attends over ranks (attn_implementation={NAME!r}) but was called without a plan; call it "
         "with model(**sp.shard(batch)), or set_attn_implementation('sdpa') to run it on one device"

@@ -37,7 +37,9 @@ class Handover:
         self._plans = WeakIdKeyDictionary()
 
     def enter(self, model: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> None:
-        """A forward pre-hook of the model, after that of `SequenceParallel`, which speaks for all ranks.
+        """Notes the plan of a call that begins.
+
+        It is a forward pre-hook of the model, after that of `SequenceParallel`, which speaks for all ranks.
 
         Raises:
             MissingPlanError: the model is called without a plan.
@@ -51,11 +53,11 @@ class Handover:
         self._plan = plan
 
     def leave(self, *_: object) -> None:
-        """A forward hook of the model, for calls that failed too."""
+        """Forgets the plan of a call that ends, or fails: a forward hook of the model."""
         self._plan = None
 
     def plan_of(self, mask: Any, given: Attends | None, name: str) -> Attends:
-        """The plan of the call that a replacement is part of.
+        """Finds the plan of the call that a replacement is part of.
 
         Args:
             mask: that its layer was given.
@@ -78,7 +80,7 @@ class Handover:
         return plan
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy has: no calls."""
+        """Leaves calls that are under way out of a copy."""
         return self.__dict__ | {"_plan": None, "_plans": WeakIdKeyDictionary()}
 
 
@@ -89,7 +91,7 @@ class Replacement(nn.Module):
 
 
 def handover_of(model: nn.Module) -> Handover | None:
-    """That of the replacements in a model, if there are any.
+    """Finds the handover of the replacements in a model, if there are any.
 
     Raises:
         ValueError: there are several.
@@ -103,7 +105,7 @@ def handover_of(model: nn.Module) -> Handover | None:
 
 
 def arguments(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What a call of a model gives it, by name."""
+    """Names what a call of a model gives it."""
     given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
     rest = given.pop("kwargs", {})
     return {**given, **rest}

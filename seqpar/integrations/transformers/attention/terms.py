@@ -58,7 +58,7 @@ class Terms:
 
     @staticmethod
     def of(layer: Layer) -> Terms:
-        """What a layer asks for.
+        """Reads what a layer asks for.
 
         Raises:
             NotImplementedError: its mask has no pattern, or it asks for something that is not known.
@@ -95,13 +95,13 @@ class Terms:
 
 
 def layer_seed(seed: int, layer: int, row: int) -> int:
-    """A seed for the dropout of one layer and group of rows, out of that of a step."""
+    """Derives a seed for the dropout of one layer and group of rows, out of that of a step."""
     raw = hashlib.blake2b(f"{seed}/{layer}/{row}".encode(), digest_size=8).digest()
     return int.from_bytes(raw, "little") >> 1
 
 
 def dropout_of(p: float, seed: int | None, layer: int | None, row: int) -> Dropout | None:
-    """The dropout of a layer's weights.
+    """Makes the dropout of a layer's weights, if there is any.
 
     Raises:
         ValueError: there is none to drop by: no seed came with the call.

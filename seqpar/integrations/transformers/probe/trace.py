@@ -74,7 +74,7 @@ class Trace:
                 hook.remove()
 
     def _watch(self, module: nn.Module, args: Any, kwargs: Any, returned: Any) -> None:
-        """A forward hook. What a module hands to attention counts as returned."""
+        """Looks at a call that has run, as a forward hook. What attention is given counts as returned."""
         back = (returned, self._attended.pop(module, []))
         if self._alike((args, kwargs)) and not self._alike(back):
             self.culprits.append(self._title(module))
