@@ -43,6 +43,7 @@ from seqpar.loader import ShardedLoader
 from seqpar.loss import count_tokens, mean_loss, sum_gradients
 from seqpar.module import (
     AllGatherAttention,
+    Attention,
     HybridAttention,
     MaterialisedAttention,
     MeshAttention,
@@ -59,6 +60,7 @@ __version__ = VERSION
 
 __all__ = [
     "AllGatherAttention",
+    "Attention",
     "DesyncError",
     "Dropout",
     "Grid",

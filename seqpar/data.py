@@ -45,7 +45,7 @@ def unshard_sequence(x: Tensor, layout: Layout, group: Group, dim: int = 1) -> T
         ValueError: x does not hold this rank's rows, or the layout is for another number of ranks.
         DesyncError: ranks differ in layout, dtype or the other dimensions.
     """
-    with agreed(group, "unshard_sequence") as claim:
+    with agreed(group, operation="unshard_sequence") as claim:
         _check_shard(x, layout, group, dim)
         needs_grad = x.requires_grad and torch.is_grad_enabled()
         other_dims = [n for i, n in enumerate(x.shape) if i != dim % x.ndim]
@@ -103,7 +103,7 @@ def shard_batch(
         DesyncError: ranks differ in their batch or options, or another rank raised one of the above.
     """
     whole = tuple(whole)
-    with agreed(group, "shard_batch") as claim:
+    with agreed(group, operation="shard_batch") as claim:
         if labels not in get_args(Labels):
             raise ValueError(f"labels must be one of {get_args(Labels)}, got {labels!r}")
         claim |= {"kind": kind, "multiple_of": multiple_of, "mask": mask, "whole": whole}

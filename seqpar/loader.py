@@ -55,7 +55,7 @@ class ShardedLoader:
     def __iter__(self) -> Iterator[tuple[dict[str, Any], Layout]]:
         batches = iter(self.loader)
         while True:
-            with agreed(self.everyone, "ShardedLoader") as claim:
+            with agreed(self.everyone, operation="ShardedLoader") as claim:
                 batch = next(batches, None)
                 claim["has a batch"] = batch is not None
             if batch is None:
@@ -63,7 +63,7 @@ class ShardedLoader:
             if self.everyone is self.group:
                 shard = self._shard(batch)
             else:  # a batch that one replica refuses is an error in all
-                with agreed(self.everyone, "ShardedLoader: shard"):
+                with agreed(self.everyone, operation="ShardedLoader: shard"):
                     shard = self._shard(batch)
             yield shard
 

@@ -52,7 +52,7 @@ def mean_loss(
         TypeError: valid is not bool.
         DesyncError: ranks differ in dtype or options, or another rank raised.
     """
-    with agreed(group, "mean_loss") as claim:
+    with agreed(group, operation="mean_loss") as claim:
         claim |= {"dtype": token_losses.dtype, "gradients": gradients}
         # The value of a tensor is not compared: reading it would wait for the device.
         claim["num_tokens"] = "a tensor" if isinstance(num_tokens, Tensor) else num_tokens
@@ -86,7 +86,7 @@ def count_tokens(
         TypeError: a tensor is not bool.
         DesyncError: ranks have different numbers of micro-batches, or another rank raised.
     """
-    with agreed(group, "count_tokens") as claim:
+    with agreed(group, operation="count_tokens") as claim:
         batches = [valid] if isinstance(valid, Tensor) else list(valid)
         claim["micro-batches"] = len(batches)
         if not batches:
@@ -118,7 +118,7 @@ def sum_gradients(parameters: Iterable[Tensor], group: Group) -> None:
             which its wrapper reduces.
     """
     params = list(dict.fromkeys(p for p in parameters if p.requires_grad))
-    with agreed(group, "sum_gradients") as claim:
+    with agreed(group, operation="sum_gradients") as claim:
         claim["parameters"] = [(tuple(p.shape), p.dtype) for p in params]
         if any(_is_sharded_over(p, group) for p in params):
             raise NotImplementedError(

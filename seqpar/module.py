@@ -16,8 +16,10 @@ from seqpar_kernels import Dropout, Implementation, Score
 Shard = Literal["rows", "columns", "depth"]
 
 
-class _Attention(nn.Module):
+class Attention(nn.Module):
     """Attention over a sequence that is spread over the ranks of a group. Holds no parameters.
+
+    This is the type of all attention modules here, such as `RingAttention`; make one of those.
 
     Args:
         group: the ranks that share the sequence.
@@ -77,17 +79,17 @@ class _Attention(nn.Module):
         return f"{self.grid or self.group}, mask={self.mask}, score={self.score}, dropout={self.dropout}"
 
 
-class RingAttention(_Attention):
+class RingAttention(Attention):
     """Queries stay, key/value blocks travel; no limit from heads; a rank holds its own rows only."""
 
     strategy = "ring"
 
 
-class UlyssesAttention(_Attention):
-    """Rows are traded for heads, whole sequences attended, and traded back; works best for P <= hq.
+class UlyssesAttention(Attention):
+    """Exchanges rows for heads, all-to-all, attends whole sequences, and exchanges back; best for P <= hq.
 
     Args:
-        head_chunks: in how many chunks heads are traded; see `seqpar.Plan`.
+        head_chunks: in how many chunks heads are exchanged; see `seqpar.Plan`.
     """
 
     strategy = "ulysses"
@@ -97,13 +99,13 @@ class UlyssesAttention(_Attention):
         self.head_chunks = head_chunks
 
 
-class AllGatherAttention(_Attention):
+class AllGatherAttention(Attention):
     """Each rank gathers, chunk by chunk, the keys and values that its rows see."""
 
     strategy = "allgather"
 
 
-class _GridAttention(_Attention):
+class _GridAttention(Attention):
     """Attention over the ranks of a `Grid`.
 
     Args:
@@ -133,7 +135,7 @@ class HybridAttention(_GridAttention):
     """Ulysses among neighbours, a ring outside: for more ranks than heads, and for slow links outside.
 
     Args:
-        head_chunks: in how many chunks heads are traded; see `seqpar.Plan`.
+        head_chunks: in how many chunks heads are exchanged; see `seqpar.Plan`.
     """
 
     strategy = "hybrid"
@@ -143,7 +145,7 @@ class HybridAttention(_GridAttention):
         self.head_chunks = head_chunks
 
 
-class MaterialisedAttention(_Attention):
+class MaterialisedAttention(Attention):
     """The score matrix is really stored, in shards: for study, and to look at attention weights.
 
     Args:

@@ -28,8 +28,8 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
 import seqpar
 from seqpar import Group
 from seqpar.commands import progress
-from seqpar.integrations.transformers import SequenceParallel
-from seqpar.tensor_parallel import apply_policy, clip_gradients, megatron, replace_attention
+from seqpar.integrations.transformers import SequenceParallel, replace_attention
+from seqpar.tensor_parallel import apply_policy, clip_gradients, megatron
 
 AXES = ("dp", "sp", "tp")
 STRATEGIES = {

@@ -1,4 +1,4 @@
-"""How ranks talk: groups, primitives in dual pairs, agreement. The only importer of torch.distributed."""
+"""How ranks talk: groups, primitives in dual pairs, agreement. The wires of all else."""
 
 from seqpar.comm.agree import DesyncError, agree, agreed
 from seqpar.comm.combine import combine, combine_elements

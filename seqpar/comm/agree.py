@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, cast
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import torch
 
@@ -20,23 +20,51 @@ class DesyncError(RuntimeError):
     """Ranks of a group differ in what they are about to do, or one of them refused to do it."""
 
 
+@overload
+def agreed(*axes: Group, operation: str) -> AbstractContextManager[dict[str, object]]: ...
+
+
+@overload
+def agreed(axis: Group, operation: str, /) -> AbstractContextManager[dict[str, object]]: ...
+
+
 @contextmanager
-def agreed(group: Group, operation: str) -> Iterator[dict[str, object]]:
+def agreed(*axes: Any, operation: str | None = None) -> Iterator[dict[str, object]]:
     """A block of checks after which all ranks go on, or none does. All ranks must enter.
 
     What the block puts into the dict that it is given must be the same on all ranks, compared by
     `repr`. If the block raises, the error is raised here, and quoted by a DesyncError elsewhere.
 
+    Args:
+        axes: the groups of this rank, one for each axis of a mesh. The ranks agree along each in turn, so
+            what one refuses is heard along the first axis, and by all ranks of the mesh along the last.
+        operation: what the ranks are about to do; may be given by place after one group.
+
     Raises:
         DesyncError: ranks differ, or another rank raised. Raised on every rank that did not.
     """
+    if operation is None:
+        *axes, operation = axes  # type: ignore[assignment]
     claim: dict[str, object] = {"operation": operation}
     try:
         yield claim
     except Exception as error:
-        agree(group, claim, f"{type(error).__name__}: {error}")
+        _agree_along(axes, claim, f"{type(error).__name__}: {error}")
         raise
-    agree(group, claim)
+    _agree_along(axes, claim)
+
+
+def _agree_along(
+    axes: Sequence[Group], claim: Mapping[str, object], refusal: str | None = None
+) -> None:
+    """Agrees along one axis after another; a refusal along one is a refusal along those that follow."""
+    for place, axis in enumerate(axes):
+        try:
+            agree(axis, claim, refusal)
+        except DesyncError as error:
+            # The others wait along the axes that are left. Each is told, and this error is raised.
+            _agree_along(axes[place + 1 :], claim, f"{type(error).__name__}: {error}")
+            raise
 
 
 def agree(group: Group, claim: Mapping[str, object], refusal: str | None = None) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import Any
 
-from seqpar.requires import require
 from seqpar.tensor_parallel.apply import apply_policy
 from seqpar.tensor_parallel.check_layout import check_layout, check_split
 from seqpar.tensor_parallel.copies import settle_copies
@@ -27,16 +27,12 @@ from seqpar.tensor_parallel.volume import (
 from seqpar.tensor_parallel.whole_model import load_whole_state, whole_state
 from seqpar.tensor_parallel.whole_weights import Names
 
-if TYPE_CHECKING:
-    from seqpar.tensor_parallel.replace import ReplacedModel, replace_attention
-
 __all__ = [
     "FusedQKV",
     "Names",
     "ParallelAttention",
     "Policy",
     "PolicyVolume",
-    "ReplacedModel",
     "Rotary",
     "Rule",
     "Sizes",
@@ -51,7 +47,6 @@ __all__ = [
     "load_whole_state",
     "megatron",
     "megatron_volume",
-    "replace_attention",
     "settle_copies",
     "share_heads",
     "vocabulary_cross_entropy",
@@ -60,11 +55,9 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    """What needs transformers, imported when it is asked for."""
+def __getattr__(name: str) -> Any:
+    """Finds the names that moved to the integration with transformers."""
     if name in ("ReplacedModel", "replace_attention"):
-        require("transformers", by=f"seqpar.tensor_parallel.{name}", extra="transformers")
-        from seqpar.tensor_parallel import replace
-
-        return getattr(replace, name)
+        # Found by its name: this package stands below the integrations and imports none of them.
+        return getattr(import_module("seqpar.integrations.transformers"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

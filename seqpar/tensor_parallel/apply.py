@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from seqpar.comm import Group, agreed
-from seqpar.comm.cut import Cut, ModuleKind
+from seqpar.tensor_parallel.cut import Cut, CutRecord, ModuleKind
 from seqpar.tensor_parallel.policy import Policy, Rule
 from seqpar.tensor_parallel.vocabulary import vocabulary_range
 
@@ -49,7 +49,7 @@ def apply_policy(model: nn.Module, policy: Policy, mesh: Any) -> None:
         TypeError: mesh is no DeviceMesh, or policy no Policy but, say, `megatron` itself.
         RuntimeError: torch.distributed is not initialised.
     """
-    from seqpar.comm.styles import place, shard_weights  # which import all of DTensor
+    from seqpar.tensor_parallel.styles import place, shard_weights  # which import all of DTensor
 
     if not hasattr(mesh, "mesh_dim_names"):
         raise TypeError(f"a policy is applied to a DeviceMesh, got {type(mesh)}")
@@ -60,11 +60,10 @@ def apply_policy(model: nn.Module, policy: Policy, mesh: Any) -> None:
         )
     tp_first = sorted(names, key=lambda name: name != "tp")
     axes = [mesh] if mesh.ndim == 1 else [mesh[name] for name in tp_first]
-    group = Group.of(axes[0])
-    # Whoever refuses along one axis refuses along the other, so all ranks of the mesh do.
+    group, *others = map(Group.of, axes)
     with (
-        agreed(Group.of(axes[-1]) if len(axes) > 1 else Group.alone(), "apply_policy") as others,
-        agreed(group, "apply_policy") as claim,
+        agreed(group, *others, operation="apply_policy") as claim,
+        agreed(group, operation="apply_policy: dropout") as over_tp,
     ):
         if not isinstance(policy, Policy):
             given = getattr(policy, "__name__", policy)
@@ -77,9 +76,8 @@ def apply_policy(model: nn.Module, policy: Policy, mesh: Any) -> None:
         claim["weights"] = {path: _digest(model.get_parameter(path)) for path in rules}
         cuts = _cuts(model, policy, rules, group.size)
         _check_tied(model, cuts)
-        others |= claim
         if any(map(_drops, model.modules())):
-            claim["seed of dropout"] = torch.initial_seed()
+            over_tp["seed of dropout"] = torch.initial_seed()
     shared = [path for path in _shared_inputs(cuts) if _reads_alone(model, path, cuts)]
     for path, rule in rules.items():
         module = path.rpartition(".")[0]
@@ -88,10 +86,11 @@ def apply_policy(model: nn.Module, policy: Policy, mesh: Any) -> None:
     heads = _heads_here(model, rules, group.size)
     place(model, cuts, shared, axes[0])
     for path, number in heads.items():  # for dropout, which counts heads as in the whole layer
-        model.get_submodule(path).first_head = group.rank * number  # type: ignore[assignment]
+        record = CutRecord(first_head=group.rank * number)
+        model.get_submodule(path).register_forward_hook(record)
     for path, cut in cuts.items():
         if cut.halves:
-            model.get_submodule(path).num_dealt = group.size  # type: ignore[assignment]
+            model.get_submodule(path).register_forward_hook(CutRecord(num_dealt=group.size))
     if len(axes) > 1:
         shard_weights(model, axes[1])
 
@@ -113,7 +112,7 @@ def _cuts(model: nn.Module, policy: Policy, rules: Mapping[str, Rule], size: int
             raise ValueError(
                 f"{path} {shape} belongs to an attention whose q, k and v are one weight: rows of it are no "
                 f"rank's heads, for any of {size} ranks; replace the attention first with "
-                "seqpar.tensor_parallel.replace_attention"
+                "seqpar.integrations.transformers.replace_attention"
             )
         if rule.split != "replicate" and module not in cuts:
             cuts[module] = _cut(model, module, policy, rule, size)
@@ -127,7 +126,7 @@ def _cuts(model: nn.Module, policy: Policy, rules: Mapping[str, Rule], size: int
 
 
 def _heads_here(model: nn.Module, rules: Mapping[str, Rule], size: int) -> dict[str, int]:
-    """By attention module: how many query heads each rank has, where its heads are cut."""
+    """Counts the query heads that each rank has of an attention module whose heads are cut."""
     heads: dict[str, int] = defaultdict(int)
     for path, rule in rules.items():
         if rule.unit is not None and rule.split == "output":
@@ -191,7 +190,8 @@ def _check_size(model: nn.Module, path: str, rule: Rule, length: int, size: int)
     if length % (unit * size):
         what = f"{length // unit} heads of {unit}" if rule.unit else f"{length} features"
         help_ = (
-            "replace the attention with seqpar.tensor_parallel.replace_attention, which replicates heads"
+            "replace the attention with seqpar.integrations.transformers.replace_attention, which replicates "
+            "heads"
             if rule.unit
             else f"take a number of ranks that divides {length // unit}"
         )

@@ -12,8 +12,8 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
+from seqpar.tensor_parallel.fused_probe import FusedProbe
 from seqpar.tensor_parallel.fused_qkv import Component, FusedQKV
-from seqpar.tensor_parallel.probe import Probe
 
 CHANGED = (
     1e-5  # of values in -1 ... 1: far above float32's rounding, far below what a changed score does
@@ -78,7 +78,7 @@ def check_layout(
         ValueError: the layout is not that of the model, or the module or the call is not as above.
         NotImplementedError: attention is not a softmax, or has sinks.
     """
-    probe = Probe(layout, module, fused, out, call)
+    probe = FusedProbe(layout, module, fused, out, call)
     probe.check_weight()
     with torch.no_grad():
         positions = probe.count_positions()
@@ -86,7 +86,7 @@ def check_layout(
         _check_q_and_k(layout, probe, positions)
 
 
-def _check_v(layout: FusedQKV, probe: Probe, positions: int) -> None:
+def _check_v(layout: FusedQKV, probe: FusedProbe, positions: int) -> None:
     """Reads off, one binary digit at a time, which row arrives at each row of each query head."""
     number = torch.arange(1, layout.rows + 1)  # 0 is what arrives from nowhere
     nothing = probe.attend(torch.zeros(positions, layout.rows))
@@ -118,7 +118,7 @@ def _check_v(layout: FusedQKV, probe: Probe, positions: int) -> None:
             )
 
 
-def _check_q_and_k(layout: FusedQKV, probe: Probe, positions: int) -> None:
+def _check_q_and_k(layout: FusedQKV, probe: FusedProbe, positions: int) -> None:
     """Changes one head of q or k at a time and looks whose attention changes, and where."""
     generator = torch.Generator().manual_seed(0)
     drawn = torch.rand(2, positions, layout.rows, generator=generator, dtype=torch.float64)

@@ -29,7 +29,7 @@ def clip_gradients(model: nn.Module, tp: Group, max_norm: float = math.inf) -> f
         NotImplementedError: a gradient is sharded over other ranks, too, as by FSDP.
         DesyncError: another rank raised one of the above.
     """
-    with agreed(tp, "clip_gradients") as claim:
+    with agreed(tp, operation="clip_gradients") as claim:
         if not max_norm > 0:
             raise ValueError(f"max_norm must be positive, got {max_norm}")
         claim["max_norm"] = max_norm
@@ -61,7 +61,7 @@ def _parts(model: nn.Module, tp: Group) -> Iterator[Tensor]:
 
 
 def _parts_of_layer(layer: Any) -> dict[int, Tensor]:
-    """By parameter: the rows that are this rank's to count."""
+    """Finds the rows of a layer's gradients that are this rank's to count, by parameter."""
     parts: dict[int, Tensor] = {}
     dealt, rank, d = layer.dealt, layer.tp.rank, layer.qkv.head_dim
     before = dealt.kv[rank - 1][1] if rank else 0  # ranges ascend: the first holder counts a head
@@ -76,7 +76,7 @@ def _parts_of_layer(layer: Any) -> dict[int, Tensor]:
 
 
 def _own_part(p: Any, tp: Group) -> Tensor:
-    """Of a parameter that is no layer's: its shard, or all of it on the first rank."""
+    """Gives what this rank counts of a parameter that is no layer's: a shard, or all on the first rank."""
     grad = p.grad
     if not hasattr(grad, "full_tensor"):
         whole: Tensor = grad

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from math import gcd
 from typing import Any
@@ -17,6 +16,7 @@ from torch.func import functional_call
 from seqpar.comm import Group, agreed, all_reduce, replicate
 from seqpar.functional import attention as attend
 from seqpar.layout import Layout
+from seqpar.layout.fits import check_rows, check_size
 from seqpar.layout.heads import HeadSplit
 from seqpar.tensor_parallel.fused_qkv import FusedQKV
 from seqpar.tensor_parallel.rotary import Angles, Rotary
@@ -133,11 +133,14 @@ class ParallelAttention(nn.Module):
         """
         if self.attention is None:
             raise ValueError("this layer has no attention; make it with attention=, or use heads()")
-        with self._agreed("ParallelAttention") as claim:
+        tp, sp = self._axes
+        with agreed(tp, sp, operation="ParallelAttention") as claim:
             self._check(x)
-            claim |= {"shape": tuple(x.shape), "dtype": x.dtype, "layout": layout}
+            check_size(layout, sp.size)
+            check_rows(layout, sp.rank, x.shape[1], f"x {tuple(x.shape)}")
+            # Along sp ranks have as many rows as the layout says, and all else in common.
+            claim |= {"shape": (x.shape[0], "rows", x.shape[2]), "dtype": x.dtype, "layout": layout}
         if self.rotary is not None and angles is None:
-            sp: Any = self.attention.group
             angles = self.rotary.angles(layout.positions(sp.rank).to(x.device)[None])
         plan = self.attention.plan(layout)  # type: ignore[operator]
         q, k, v = self.heads(x, angles)
@@ -205,7 +208,7 @@ class ParallelAttention(nn.Module):
             ValueError: a weight is missing, unexpected, or of another shape or type. Nothing is written then.
             DesyncError: another rank raised one of the above.
         """
-        with self._agreed("load_whole"):
+        with agreed(*self._axes, operation="load_whole"):
             shards = self.weights.shards(self, state)
         with torch.no_grad():
             for parameter, shard in shards:
@@ -249,18 +252,17 @@ class ParallelAttention(nn.Module):
         return f"{self.width}, {heads}, head_dim={self.qkv.head_dim}, tp={self.tp.size}, {here}"
 
     def _normed(self, norm: nn.Module | None, x: Tensor) -> Tensor:
-        """Its weights see this rank's heads only, so their gradients are summed over tp."""
+        """Norms this rank's heads. Its weights see no others, so their gradients are summed over tp."""
         if norm is None or self.tp.size == 1:
             return x if norm is None else norm(x)
         shared = {name: replicate(p, self.tp) for name, p in norm.named_parameters()}
         return functional_call(norm, shared, (x,))
 
-    @contextmanager
-    def _agreed(self, operation: str) -> Iterator[dict[str, object]]:
-        """Agreement of all ranks of the mesh: what one refuses goes along tp, and from there along sp."""
-        sp = Group.alone() if self.attention is None else self.attention.group
-        with agreed(sp, operation), agreed(self.tp, f"{operation}, over tp") as claim:  # type: ignore[arg-type]
-            yield claim
+    @property
+    def _axes(self) -> tuple[Group, Group]:
+        """The ranks that share heads with this one, and those that share the sequence."""
+        sp: Any = Group.alone() if self.attention is None else self.attention.group
+        return self.tp, sp
 
     def _check(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):

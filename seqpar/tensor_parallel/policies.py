@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import nn
 
-from seqpar.comm.cut import Form
+from seqpar.tensor_parallel.cut import Form
 from seqpar.tensor_parallel.policy import Policy, Rule, weight_paths
 
 # Models whose q, k, v, gate and up are separate, and whose norms are RMS norms.

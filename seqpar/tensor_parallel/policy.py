@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from torch import nn
 
-from seqpar.comm.cut import Form
+from seqpar.tensor_parallel.cut import Form
 
 Split = Literal[
     "output", "paired output", "input", "vocabulary", "width", "each head", "replicate", "fused heads"

@@ -40,7 +40,7 @@ def vocabulary_cross_entropy(
         TypeError: logits are no floating-point numbers.
         DesyncError: ranks differ in shapes, types or labels, or another rank raised.
     """
-    with agreed(group, "vocabulary_cross_entropy") as claim:
+    with agreed(group, operation="vocabulary_cross_entropy") as claim:
         claim |= {"tokens": tuple(labels.shape), "dtype": logits.dtype, "vocabulary": vocabulary}
         start, stop = vocabulary_range(vocabulary, group.rank, group.size)
         is_valid = labels != ignore_index

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal, TypeAlias
 
-from seqpar.comm.collectives import Kind, sent_fraction
-from seqpar.comm.cut import Form
+from seqpar.tensor_parallel.collectives import Kind, sent_fraction
+from seqpar.tensor_parallel.cut import Form
 
 Part: TypeAlias = Literal["layers", "norms", "embedding", "head", "loss", "weights"]
 Elements: TypeAlias = Mapping[Part, Mapping[Kind, Fraction]]

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from seqpar.comm import Group, agreed
-from seqpar.comm.cut import deal_halves, undeal_halves
-from seqpar.tensor_parallel.fits import check_state
+from seqpar.tensor_parallel.check_state import check_state
+from seqpar.tensor_parallel.cut import CutRecord, deal_halves, undeal_halves
 from seqpar.tensor_parallel.policy import weight_paths
 
 
@@ -24,7 +23,7 @@ def whole_state(model: nn.Module, *, gradients: bool = False) -> dict[str, Tenso
     Args:
         gradients: the gradients instead; weights without one are left out.
     """
-    from seqpar.comm.styles import reshard_weights, whole_tensor
+    from seqpar.tensor_parallel.styles import reshard_weights, whole_tensor
 
     reshard_weights(model)
     state = {}
@@ -34,7 +33,7 @@ def whole_state(model: nn.Module, *, gradients: bool = False) -> dict[str, Tenso
         if x is None:
             continue
         module = model.get_submodule(path.rpartition(".")[0])
-        whole, dealt = whole_tensor(x), getattr(module, "num_dealt", None)
+        whole, dealt = whole_tensor(x), CutRecord.of(module).num_dealt
         state[path] = whole if dealt is None else undeal_halves(whole, dealt)
     return state
 
@@ -46,16 +45,15 @@ def load_whole_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         ValueError: a weight is missing, unexpected, or of another shape. Nothing is written then.
         DesyncError: another rank raised one of the above.
     """
-    from seqpar.comm.styles import reshard_weights
+    from seqpar.tensor_parallel.styles import reshard_weights
 
     reshard_weights(model)
     paths = list(weight_paths(model))
     parameters: list[Any] = [model.get_parameter(path) for path in paths]
     meshes = [p.device_mesh for p in parameters if hasattr(p, "full_tensor")]
     largest: Any = max(meshes, key=lambda mesh: mesh.ndim, default=None)
-    with ExitStack() as axes:  # whoever refuses along one axis refuses along the others
-        for process_group in largest.get_all_groups() if meshes else ():
-            axes.enter_context(agreed(Group.of(process_group), "load_whole_state"))
+    axes = [Group.of(ranks) for ranks in largest.get_all_groups()] if meshes else []
+    with agreed(*axes, operation="load_whole_state"):
         shapes = (tuple(p.shape) for p in parameters)
         check_state(state, dict(zip(paths, shapes, strict=True)))
     write_whole(model, state)
@@ -64,10 +62,10 @@ def load_whole_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 @torch.no_grad()
 def write_whole(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Writes whole weights, of the right shapes, into the parameters of those paths. Sends nothing."""
-    from seqpar.comm.styles import cut_alike
+    from seqpar.tensor_parallel.styles import cut_alike
 
     for path, whole in state.items():
         parameter = model.get_parameter(path)
-        dealt = getattr(model.get_submodule(path.rpartition(".")[0]), "num_dealt", None)
+        dealt = CutRecord.of(model.get_submodule(path.rpartition(".")[0])).num_dealt
         whole = whole if dealt is None else deal_halves(whole, dealt)
         parameter.copy_(cut_alike(whole.to(parameter.device, parameter.dtype), parameter))

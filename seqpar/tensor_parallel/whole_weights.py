@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from seqpar.comm import Group, all_gather
-from seqpar.tensor_parallel.fits import check_state
+from seqpar.tensor_parallel.check_state import check_state
 from seqpar.tensor_parallel.fused_qkv import FusedQKV
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import seqpar
 from seqpar import Grid, Group, Mask, simulate
-from seqpar.comm import agree, all_reduce
+from seqpar.comm import agree, agreed, all_reduce
 from seqpar.testing import oracle
 
 
@@ -98,3 +98,53 @@ def test_meshes_that_make_no_grid_are_refused(worlds):
         assert (
             "the group must have the 8 ranks of the mesh, got Group(rank=0, size=1)" in other_ranks
         )
+
+
+def refused(group, *, claims=None, at_fault=None):
+    """What a rank of a 2 x 2 grid raises where one rank refuses, or ranks make these claims."""
+    grid = group.grid(ulysses=2)
+    try:
+        with agreed(grid.ulysses, grid.ring, operation="test") as claim:
+            claim["x"] = claims and claims[group.rank]
+            if group.rank == at_fault:
+                raise ValueError("too long")
+    except (ValueError, seqpar.DesyncError) as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize("at_fault", range(4))
+def test_what_one_rank_refuses_all_ranks_of_a_grid_refuse(at_fault):
+    errors = simulate(4, lambda group: refused(group, at_fault=at_fault))
+    assert isinstance(errors.pop(at_fault), ValueError)
+    assert all(isinstance(error, seqpar.DesyncError) for error in errors)
+    assert all("ValueError: too long" in str(error) for error in errors)
+
+
+@pytest.mark.parametrize(
+    ("claims", "differ"),
+    [
+        ("aabb", "x is 'a' on rank 0, 'b' on rank 1"),  # along the ring only
+        ("abab", "x is 'a' on rank 0, 'b' on rank 1"),  # along ulysses only
+        ("aaab", "x is 'a' on rank 0, 'b' on rank 1"),
+        ("abbb", "x is 'a' on rank 0, 'b' on rank 1"),
+    ],
+)
+def test_claims_that_differ_along_one_axis_stop_all_ranks(claims, differ):
+    """Also those whose own neighbours agree: they hear it along the other axis."""
+    errors = simulate(4, lambda group: refused(group, claims=claims))
+    assert all(isinstance(error, seqpar.DesyncError) for error in errors)
+    assert all(differ in str(error) for error in errors)
+
+
+def test_ranks_that_agree_along_all_axes_go_on():
+    assert simulate(4, lambda group: refused(group, claims="aaaa")) == [None] * 4
+
+
+def test_agreement_along_one_axis_sends_one_message_to_each_other_rank():
+    def fn(group):
+        with agreed(group, operation="test"):
+            pass
+        return group.traffic.agreement.elements
+
+    assert simulate(3, fn) == [2, 2, 2]

@@ -8,8 +8,8 @@ from transformers import LlamaConfig
 from transformers import masking_utils as masks
 
 from seqpar import Mask
-from seqpar.integrations.transformers.patterns import Pattern, pattern_mask
-from seqpar.integrations.transformers.registration import register
+from seqpar.integrations.transformers.attention.patterns import Pattern, pattern_mask
+from seqpar.integrations.transformers.attention.registration import register
 from seqpar.layout.spans import Span
 from seqpar.testing import oracle
 from seqpar.testing.models.tiny import GROUPED

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 import seqpar
-from seqpar.integrations.transformers import SequenceParallel
+from seqpar.integrations.transformers import SequenceParallel, replace_attention
 from seqpar.testing.models.tiny import FAMILIES, LATER, batch_of
 from seqpar.testing.models.training_step import attend_by
 
@@ -167,6 +167,68 @@ def test_what_rows_do_because_of_special_tokens_elsewhere_is_found():
     )
     message = r"esm\.embeddings \(EsmEmbeddings\) lets rows depend"
     refused(transformers.EsmForMaskedLM(config), NotImplementedError, message, size=1)
+
+
+def mean_of_all(model):
+    """A value that follows from all rows of all sequences."""
+    mlp = model.model.layers[0].mlp
+    mlp.register_forward_hook(lambda _, x, y: y + x[0].abs().mean())
+
+
+def any_special(model):
+    """Something that is done to all rows where any token of a batch is a special one."""
+    special = model.config.eos_token_id
+
+    def add(_, given, y):
+        return y + (given[0] == special).any()
+
+    model.model.embed_tokens.register_forward_hook(add)
+
+
+def attends_again(model):
+    """A layer that attends once more, to no effect, where any token of a batch is a special one."""
+    special, attention = model.config.eos_token_id, model.model.layers[1].self_attn
+    seen, forward = [False], attention.forward
+
+    def look(_, __, kwargs):
+        seen[0] = bool((kwargs["input_ids"] == special).any())
+
+    def twice(*args, **kwargs):
+        if seen[0]:
+            forward(*args, **kwargs)
+        return forward(*args, **kwargs)
+
+    model.register_forward_pre_hook(look, with_kwargs=True)
+    attention.forward = twice
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (mean_of_all, r"LlamaForCausalLM returns other logits than with eager attention"),
+        (any_special, r"LlamaForCausalLM returns other logits than with eager attention"),
+        (attends_again, r"the model, which runs other modules for other tokens, lets rows depend"),
+    ],
+)
+def test_what_follows_from_other_sequences_of_a_batch_is_found(change, message):
+    """Sequences of one batch stand for runs of their own only where they do not see each other."""
+    model = FAMILIES["llama"].make()
+    change(model)
+    with pytest.raises(NotImplementedError, match=message):
+        SequenceParallel(model, seqpar.RingAttention(seqpar.Group.alone()))
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_model_is_run_four_times(replaced):
+    """Once for each way of giving positions and a mask; without a mask a replaced one was run before."""
+    model, runs = FAMILIES["llama"].make(), []
+    model.register_forward_pre_hook(lambda *_: runs.append(1))
+    if replaced:
+        replace_attention(model)
+        assert len(runs) == 4
+        runs.clear()
+    SequenceParallel(model, seqpar.RingAttention(seqpar.Group.alone()))
+    assert len(runs) == (2 if replaced else 4)
 
 
 def test_setting_up_leaves_the_mode_of_every_module():

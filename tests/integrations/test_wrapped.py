@@ -13,8 +13,8 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 import seqpar
 from seqpar.integrations.transformers import SequenceParallel
-from seqpar.integrations.transformers.patterns import Pattern
-from seqpar.integrations.transformers.terms import Layer
+from seqpar.integrations.transformers.attention.patterns import Pattern
+from seqpar.integrations.transformers.attention.terms import Layer
 from seqpar.testing.models.tiny import FAMILIES, batch_of
 from seqpar.testing.models.training_step import (
     attend_by,

@@ -77,7 +77,7 @@ NEEDS_TRANSFORMERS = (
         (
             "from seqpar.tensor_parallel import replace_attention",
             {},
-            "seqpar.tensor_parallel.replace_attention needs " + NEEDS_TRANSFORMERS,
+            "seqpar.integrations.transformers needs " + NEEDS_TRANSFORMERS,
         ),
         (
             "import seqpar.testing.models.tiny",

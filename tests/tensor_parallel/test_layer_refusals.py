@@ -72,6 +72,11 @@ def test_a_state_that_does_not_fit_is_refused_before_anything_is_written(wrong):
 WRONG_ROWS = {
     "width": (lambda x: x[..., :5], ValueError, "x must be [b sl 6], got (1, 4, 5)"),
     "type": (lambda x: x.double(), ValueError, "x must be torch.float32, as the weights"),
+    "rows": (
+        lambda x: x[:, :3],
+        ValueError,
+        "must hold 4 of the 8 positions (zigzag), got x (1, 3, 6)",
+    ),
     "kind": (lambda x: x.tolist(), TypeError, "x must be a tensor [b sl e], got list"),
 }
 

@@ -339,6 +339,43 @@ def test_attention_under_a_policy_drops_the_weights_that_one_device_drops(four_p
     assert max(four_processes.run(step_that_drops, policy, size=2)) < EXACT
 
 
+def copies_of_cut_models(group):
+    """How far a copy is off the model: in a step that drops weights, and in whole weights that are halves."""
+    from seqpar.integrations.transformers import SequenceParallel
+
+    steps = []
+    for is_copied in (False, True):
+        model = tiny("llama", attention_dropout=0.5).train()
+        names = [*model.state_dict()]
+        apply_policy(model, megatron(model), line(group))
+        model = copy.deepcopy(model) if is_copied else model
+        assert [*model.state_dict()] == names
+        sp = SequenceParallel(model, seqpar.RingAttention(seqpar.Group.alone()), tp=group)
+        loss = sp.loss({"input_ids": tokens(), "labels": tokens()}, seed=3)
+        loss.backward()
+        steps.append(whole_state(model, gradients=True) | {"loss": loss.detach()})
+    halves = tiny("phi3")
+    whole = {name: x.clone() for name, x in halves.state_dict().items() if "mlp" in name}
+    apply_policy(halves, megatron(halves), line(group))
+    attributes = [set(vars(m)) for m in halves.modules()]
+    other = copy.deepcopy(halves)
+    assert [set(vars(m)) for m in other.modules()] == attributes
+    assert not any({"first_head", "num_dealt"} & names for names in attributes)
+    steps += [whole, whole_state(other)]
+    # `tiny` ties the norms of a copy to those of its original, so they have no gradients of their own.
+    pairs = [
+        (got[name], x)
+        for want, got in (steps[:2], steps[2:])
+        for name, x in want.items()
+        if "norm" not in name
+    ]
+    return max(float((x - y).abs().max()) for x, y in pairs)
+
+
+def test_a_copy_of_a_cut_model_knows_what_it_holds(four_processes):
+    assert max(four_processes.run(copies_of_cut_models, size=2)) < EXACT
+
+
 def beside_a_sharded_sequence(_, policy):
     """Rows over sp, weights over tp; the mean is over the 12 tokens that have a next one."""
     from seqpar.integrations.transformers import SequenceParallel

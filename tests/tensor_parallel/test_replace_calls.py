@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import seqpar
-from seqpar.integrations.transformers import SequenceParallel
-from seqpar.tensor_parallel import replace_attention
+from seqpar.integrations.transformers import SequenceParallel, replace_attention
 from seqpar.testing.models.fused import FUSED, exactly, replaced_step, whole_gradients
 from seqpar.testing.models.tiny import batch_of
 from seqpar.testing.models.training_step import differences, gradients_of, one_device

@@ -10,9 +10,9 @@ import torch
 import transformers
 
 import seqpar
-from seqpar.integrations.transformers import SequenceParallel, guard
-from seqpar.tensor_parallel import replace_attention
-from seqpar.tensor_parallel.adapters.replaced import ReplacedAttention
+from seqpar.integrations.transformers import SequenceParallel, replace_attention
+from seqpar.integrations.transformers.attention import guard
+from seqpar.integrations.transformers.replace.replaced import ReplacedAttention
 from seqpar.testing.models.fused import FUSED
 from seqpar.testing.models.tiny import FAMILIES, batch_of
 
@@ -330,7 +330,7 @@ def test_models_that_are_not_set_up_do_not_attend():
 
 
 def test_a_copy_attends_too_and_apart():
-    """A copy has stand-ins of its own, whose gradients are its own."""
+    """A copy has replacements of its own, whose gradients are its own."""
     model = FUSED["codegen"].make()
     replace_attention(model)
     sp = SequenceParallel(model, seqpar.RingAttention(seqpar.Group.alone()))

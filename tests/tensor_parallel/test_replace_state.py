@@ -9,9 +9,8 @@ import torch
 import transformers
 
 import seqpar
-from seqpar.integrations.transformers import SequenceParallel
-from seqpar.tensor_parallel import replace_attention
-from seqpar.tensor_parallel.adapters import original
+from seqpar.integrations.transformers import SequenceParallel, replace_attention
+from seqpar.integrations.transformers.replace import original
 from seqpar.testing.models.fused import FUSED
 from seqpar.testing.models.tiny import batch_of
 
@@ -161,8 +160,8 @@ def test_frozen_weights_stay_frozen():
         replaced = replace_attention(model, tp=group)
         sp = SequenceParallel(model, seqpar.RingAttention(seqpar.Group.alone()))
         sp.loss(batch_of(1, 9)).backward()
-        for stand_in in replaced.stand_ins:
-            grads = {n: p.grad is not None for n, p in stand_in.layer.named_parameters()}
+        for replacement in replaced.replacements:
+            grads = {n: p.grad is not None for n, p in replacement.layer.named_parameters()}
             assert grads == {
                 "qkv_weight": False,
                 "qkv_bias": True,
@@ -247,3 +246,7 @@ def test_what_transformers_saves_of_the_state_is_loaded_by_it(tmp_path):
     on_grid("bloom", 3, 1, check)
     again = transformers.BloomForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
     assert_same(again.state_dict(), FUSED["bloom"].make().state_dict())
+
+
+def test_the_former_place_of_the_name_still_gives_it():
+    assert seqpar.tensor_parallel.replace_attention is replace_attention

@@ -9,7 +9,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from seqpar.comm import all_reduce
-from seqpar.comm.collectives import Collective, Collectives, sent_fraction
 from seqpar.tensor_parallel import (
     Policy,
     Sizes,
@@ -18,6 +17,7 @@ from seqpar.tensor_parallel import (
     megatron,
     megatron_volume,
 )
+from seqpar.tensor_parallel.collectives import Collective, Collectives, sent_fraction
 from seqpar.testing.models.under_policy import cut_step, farthest, sent, tiny, tokens, whole_step
 
 BUILT_IN = {"megatron": (megatron, megatron_volume), "contracted": (contracted, contracted_volume)}

@@ -7,8 +7,8 @@ from torch.nn import functional as F
 
 import seqpar
 from seqpar import DesyncError
-from seqpar.comm.width import Width
 from seqpar.tensor_parallel import vocabulary_cross_entropy
+from seqpar.tensor_parallel.width import Width
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 LABELS = torch.tensor([[0, 49, -100], [17, 33, -100]])

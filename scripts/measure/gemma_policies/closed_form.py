@@ -9,7 +9,7 @@ from typing import TypeAlias
 from gemma_policies.gemma import HEADS, Setting
 from gemma_policies.run import Job
 from gemma_policies.ways import Way
-from seqpar.comm.collectives import Kind, sent_fraction
+from seqpar.tensor_parallel.collectives import Kind, sent_fraction
 from seqpar.tensor_parallel.volume import Sizes, contracted_volume, megatron_volume
 
 Counts: TypeAlias = Mapping[Kind, Fraction]

@@ -22,7 +22,7 @@ from gemma_policies.gemma import Setting, batch_of
 from gemma_policies.run import Job, Run
 from gemma_policies.ways import Way
 from seqpar import Group
-from seqpar.comm.collectives import Collectives
+from seqpar.tensor_parallel.collectives import Collectives
 
 STEPS = 3  # whose losses are compared: the second and third depend on gradients
 JOBS: tuple[Job, ...] = ("generation", "LoRA step", "full step")

@@ -1,6 +1,6 @@
 """One projection, cut by output or by input: what a rank sends, from how x arrives and y is wanted.
 
-The ring's cost of each collective is in `seqpar.comm.collectives`.
+The ring's cost of each collective is in `seqpar.tensor_parallel.collectives`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from seqpar import Group
-from seqpar.comm.collectives import Collectives
+from seqpar.tensor_parallel.collectives import Collectives
 
 By = Literal["output", "input"]
 Held = Literal["whole", "part"]  # on every rank the whole width, or a part of it on each

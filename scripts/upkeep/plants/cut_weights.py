@@ -4,28 +4,28 @@ from __future__ import annotations
 
 from plants.plant import Plant
 
-FOLDER, COMM, TESTS = "seqpar/tensor_parallel", "seqpar/comm", "tests/tensor_parallel"
+FOLDER, TESTS = "seqpar/tensor_parallel", "tests/tensor_parallel"
 EQUALS, RULES = f"{TESTS}/test_policy.py", f"{TESTS}/test_policy_rules.py"
 VOLUME, LOSS = f"{TESTS}/test_tp_volume.py", f"{TESTS}/test_vocabulary.py"
 POLICIES = [
     Plant("a reduction of its own for each of q, k and v", f"{FOLDER}/apply.py",
           "if _reads_alone(model, path, cuts)]", "if False]", EQUALS),
-    Plant("gate and up cut as if they were one", f"{COMM}/styles.py",
+    Plant("gate and up cut as if they were one", f"{FOLDER}/styles.py",
           "            _deal_halves(module, mesh.size())\n", "            pass\n", EQUALS),
-    Plant("head and embedding learn apart", f"{COMM}/styles.py",
+    Plant("head and embedding learn apart", f"{FOLDER}/styles.py",
           "            _set(model, name, model.get_parameter(first))\n", "            pass\n", EQUALS),
-    Plant("what leaves a layer is a view", f"{COMM}/styles.py",
+    Plant("what leaves a layer is a view", f"{FOLDER}/styles.py",
           "    return output.clone()\n", "    return output\n", EQUALS),
     Plant("an adapter's A left plain", f"{FOLDER}/apply.py",
           '            cuts[module] = Cut("linear", None)\n', "            pass\n", EQUALS),
-    Plant("embedding and head left out of the second axis", f"{COMM}/styles.py",
+    Plant("embedding and head left out of the second axis", f"{FOLDER}/styles.py",
           "    fully_shard(model, mesh=mesh)\n", "    pass\n", EQUALS),
-    Plant("gradients of norms of heads left in parts", f"{COMM}/styles.py",
+    Plant("gradients of norms of heads left in parts", f"{FOLDER}/styles.py",
           "                fresh.register_hook(_whole)\n", "                pass\n", VOLUME),
-    Plant("a norm's gradient of this rank's part", f"{COMM}/width.py",
+    Plant("a norm's gradient of this rank's part", f"{FOLDER}/width.py",
           "replicate(all_reduce(x.sum(-1, keepdim=keepdim, dtype=dtype), group), group)",
           "all_reduce(x.sum(-1, keepdim=keepdim, dtype=dtype), group)", LOSS),
-    Plant("sums of part of a row taken for whole ones", f"{COMM}/width.py",
+    Plant("sums of part of a row taken for whole ones", f"{FOLDER}/width.py",
           "        if func not in _ELEMENTWISE | _MEANS:\n", "        if False:\n", LOSS),
     Plant("each rank's own maximum in the loss", f"{FOLDER}/vocabulary.py",
           '    group.all_reduce_(peak, "max")\n', "", LOSS),
@@ -43,10 +43,10 @@ POLICIES = [
           'reduce(sizes.layers * stream),\n        "embedding"', VOLUME),
     Plant("a closed form without norms", f"{FOLDER}/volume.py",
           "norms = reduce((sizes.layers * sizes.norms + 1) * tokens)", "norms = reduce(0)", VOLUME),
-    Plant("a reduce-scatter counted by its result", f"{COMM}/collectives.py",
+    Plant("a reduce-scatter counted by its result", f"{FOLDER}/collectives.py",
           '("reduce_scatter", _argument("input_tensor"))', '("reduce_scatter", _argument("output_tensor"))',
           VOLUME),
-    Plant("unknown collectives counted as nothing", f"{COMM}/collectives.py",
+    Plant("unknown collectives counted as nothing", f"{FOLDER}/collectives.py",
           "        if name in _SILENT:\n", "        if name not in _KNOWN:\n",
           VOLUME),
     Plant("a tied weight twice in the norm", f"{FOLDER}/gradient_norm.py",
@@ -63,7 +63,7 @@ POLICIES = [
     Plant("ranks with other weights", f"{FOLDER}/apply.py",
           'claim["weights"] = {path: _digest(model.get_parameter(path)) for path in rules}', "pass", RULES),
     Plant("heads of all ranks drop as the first", f"{FOLDER}/apply.py",
-          "first_head = group.rank * number", "first_head = 0 * number", EQUALS),
+          "first_head=group.rank * number", "first_head=0 * number", EQUALS),
     Plant("ranks that drop otherwise", f"{FOLDER}/apply.py",
-          'claim["seed of dropout"] = torch.initial_seed()', "pass", RULES),
+          'over_tp["seed of dropout"] = torch.initial_seed()', "pass", RULES),
 ]  # fmt: skip

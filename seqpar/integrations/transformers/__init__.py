@@ -9,6 +9,8 @@ from seqpar.requires import require
 require("transformers", by="seqpar.integrations.transformers", extra="transformers")
 
 from seqpar.integrations.transformers.inputs import Inputs
+from seqpar.integrations.transformers.replace.replace_attention import replace_attention
+from seqpar.integrations.transformers.replace.replaced import ReplacedModel
 from seqpar.integrations.transformers.setup import SequenceParallel
 
-__all__ = ["Inputs", "SequenceParallel"]
+__all__ = ["Inputs", "ReplacedModel", "SequenceParallel", "replace_attention"]

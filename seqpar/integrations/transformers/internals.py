@@ -16,7 +16,7 @@ MASKS = (
 
 
 def attention_name(config: Any) -> str:
-    """The name of the attention implementation that a model of this config uses.
+    """Reads the name of the attention implementation that a model of this config uses.
 
     Raises:
         NotImplementedError: this release keeps it elsewhere.
@@ -36,7 +36,7 @@ def name_attention(config: Any, name: str) -> None:
 def mask_forms(
     local_size: int | None,
 ) -> dict[tuple[bool, int | None], Callable[..., Any]]:
-    """By (causal, window) as `seqpar.Mask` has them, the functions that models make such masks of.
+    """Finds the functions that models make masks of, by (causal, window) as `seqpar.Mask` has them.
 
     Two-sided windows include the distance `local_size`, one-sided ones do not:
     `abs(q - kv) <= local_size` and `kv > q - local_size`.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,16 +10,16 @@ from torch.nn import functional as F
 
 from seqpar.comm import Group, agreed
 from seqpar.data import IGNORE, Labels, fingerprint
-from seqpar.integrations.transformers.checks import check_config, inner_model
-from seqpar.integrations.transformers.guard import Guard
+from seqpar.integrations.transformers.attention.guard import Guard
+from seqpar.integrations.transformers.attention.registration import NAME, register
+from seqpar.integrations.transformers.attention.replacement import Replacement, handover_of
 from seqpar.integrations.transformers.inputs import Inputs
 from seqpar.integrations.transformers.internals import attention_name
-from seqpar.integrations.transformers.registration import NAME, register
+from seqpar.integrations.transformers.probe.config import check_config, inner_model
+from seqpar.integrations.transformers.probe.trial import try_out
 from seqpar.integrations.transformers.sharding import Sharding
-from seqpar.integrations.transformers.stand_in import StandIn, handover_of
-from seqpar.integrations.transformers.trial import try_out
 from seqpar.loss import Gradients, mean_loss
-from seqpar.module import _Attention
+from seqpar.module import Attention
 from seqpar_kernels import accumulation_dtype
 
 TokenLosses = Callable[[Tensor, Tensor], Tensor]
@@ -36,7 +35,7 @@ class SequenceParallel:
     """A model of transformers whose attention runs over the ranks of a group. All ranks must make one.
 
     The model is switched in place to the attention implementation "seqpar". It may be wrapped (PEFT, DDP)
-    or sharded in place (FSDP2), before or after. It is run here a few times on a few tokens, to see that
+    or sharded in place (FSDP2), before or after. It is run here four times on a few tokens, to see that
     its rows do not depend on each other outside of attention and that its outputs stay what they were.
 
     Args:
@@ -54,8 +53,8 @@ class SequenceParallel:
         DesyncError: ranks differ in model or strategy, or another rank raised one of the above.
     """
 
-    def __init__(self, model: nn.Module, attend: _Attention, *, tp: Group | None = None) -> None:
-        if not isinstance(attend, _Attention):
+    def __init__(self, model: nn.Module, attend: Attention, *, tp: Group | None = None) -> None:
+        if not isinstance(attend, Attention):
             raise TypeError(
                 f"attend must be a module such as seqpar.RingAttention(group), got {attend!r}"
             )
@@ -63,7 +62,7 @@ class SequenceParallel:
         handover = handover_of(model)
         replaced_over = tp if handover is None else handover.group
         self.tp = replaced_over or Group.alone()
-        with self._agreed("SequenceParallel") as claim:
+        with agreed(*self._axes, operation="SequenceParallel") as claim:
             if tp is not None and tp.transport.global_ranks != self.tp.transport.global_ranks:
                 raise ValueError(
                     f"tp has ranks {tp.transport.global_ranks}, attention was replaced for "
@@ -72,13 +71,16 @@ class SequenceParallel:
             self.inner = inner_model(model)
             claim |= {"model": type(self.inner).__name__, "strategy": attend.strategy}
             shared = {
-                p for m in self.inner.modules() if isinstance(m, StandIn) for p in m.parameters()
+                p
+                for m in self.inner.modules()
+                if isinstance(m, Replacement)
+                for p in m.parameters()
             }
             claim["parameters"] = sum(p.numel() for p in self.inner.parameters() if p not in shared)
             _check_attend(attend)
             check_config(model, self.inner)
             register()
-        with self._agreed("SequenceParallel: trying out") as claim:
+        with agreed(*self._axes, operation="SequenceParallel: trying out") as claim:
             before = attention_name(self.inner.config)
             try:
                 self.findings = try_out(self.inner)
@@ -122,7 +124,7 @@ class SequenceParallel:
         sharding = Sharding(
             self.attend, self.inner, self.findings, LABELS.get(self.inner.loss_type)
         )
-        with agreed(self.tp, "shard, over tp") as claim:
+        with agreed(self.tp, operation="shard, over tp") as claim:
             inputs = sharding.shard(
                 batch, kind=kind, multiple_of=multiple_of, labels=labels, seed=seed, whole=whole
             )
@@ -162,7 +164,7 @@ class SequenceParallel:
                 given; and what `shard` does.
             NotImplementedError: the model's own loss is not cross entropy of a token; and as `shard`.
         """
-        with self._agreed("loss"):
+        with agreed(*self._axes, operation="loss"):
             self._check_loss(batch)
         inputs = self.shard(batch, **options)
         logits = self.model(**inputs, return_dict=True).logits.flatten(0, 1)
@@ -170,7 +172,7 @@ class SequenceParallel:
         labels = inputs.labels.flatten().to(logits.device)
         everyone = everyone or self.group
         # A label out of range is one rank's alone, along either axis.
-        with agreed(everyone, "loss: tokens"), agreed(self.tp, "loss: tokens, over tp"):
+        with agreed(self.tp, everyone, operation="loss: tokens"):
             if token_losses is None:
                 self._check_classes(logits)
             losses = (token_losses or _cross_entropy)(logits, labels)
@@ -178,12 +180,10 @@ class SequenceParallel:
             losses, everyone, valid=labels != IGNORE, num_tokens=num_tokens, gradients=gradients
         )
 
-    @contextmanager
-    def _agreed(self, operation: str) -> Iterator[dict[str, object]]:
-        """Agreement of all ranks of the mesh: what one refuses goes along tp, and from there along sp."""
-        with agreed(self.group, operation) as claim, agreed(self.tp, f"{operation}, tp") as over_tp:
-            yield claim
-            over_tp |= claim
+    @property
+    def _axes(self) -> tuple[Group, Group]:
+        """The ranks that share heads with this one, and those that share the sequence."""
+        return self.tp, self.group
 
     def _check_loss(self, batch: Mapping[str, Any]) -> None:
         if batch.get("labels") is None:
@@ -208,7 +208,7 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(wide, labels, reduction="none", ignore_index=IGNORE)
 
 
-def _check_attend(attend: _Attention) -> None:
+def _check_attend(attend: Attention) -> None:
     plain = type(attend.score)()
     has_score = any(
         getattr(attend.score, name) is not getattr(plain, name)

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from seqpar.comm import agreed
 from seqpar.data import IGNORE, Labels, shard_batch, shard_sequence
-from seqpar.integrations.transformers.call import Call
+from seqpar.integrations.transformers.attention.call import Call
+from seqpar.integrations.transformers.attention.patterns import as_bytes
 from seqpar.integrations.transformers.documents import (
     PACKED,
     documents_of,
@@ -20,12 +21,11 @@ from seqpar.integrations.transformers.documents import (
     seen_tokens,
 )
 from seqpar.integrations.transformers.inputs import Inputs
-from seqpar.integrations.transformers.patterns import as_bytes
-from seqpar.integrations.transformers.reference import common_arguments
+from seqpar.integrations.transformers.probe.findings import Findings
+from seqpar.integrations.transformers.probe.tokens import common_arguments
 from seqpar.integrations.transformers.scaling import check_scaling
-from seqpar.integrations.transformers.trial import Findings
 from seqpar.layout import Layout, Mask
-from seqpar.module import _Attention
+from seqpar.module import Attention
 
 TOKENS = ("input_ids", "inputs_embeds")
 
@@ -34,7 +34,7 @@ TOKENS = ("input_ids", "inputs_embeds")
 class Sharding:
     """Shards the batches of one model; see `SequenceParallel.shard`."""
 
-    attend: _Attention
+    attend: Attention
     model: PreTrainedModel
     findings: Findings
     labels: Labels | None
@@ -49,10 +49,10 @@ class Sharding:
         seed: int | None,
         whole: Iterable[str],
     ) -> Inputs:
-        """This rank's arguments, labels and layout. All ranks must call."""
+        """Gives this rank's arguments, labels and layout. All ranks must call."""
         batch = {name: x for name, x in batch.items() if x is not None}
         group, causal = self.attend.group, self.findings.causal
-        with agreed(group, "shard") as claim:
+        with agreed(group, operation="shard") as claim:
             shape = self._shape(batch)
             documents = documents_of(batch, shape, causal=causal, packs=self.findings.packs)
             seen = seen_tokens(batch.get("attention_mask"), shape)
@@ -77,7 +77,7 @@ class Sharding:
             whole=whole,
             labels=labels or "own",
         )
-        with agreed(group, "shard: positions"):
+        with agreed(group, operation="shard: positions"):
             if not all(layout.rows):
                 raise ValueError(
                     "every rank needs a token, since layers of transformers do not take empty sequences; "
@@ -138,7 +138,7 @@ class Sharding:
         return chosen
 
     def _positions(self, batch: Mapping[str, Any], seen: Tensor | None) -> dict[str, Tensor]:
-        """The positions as the model counts them itself, where that is not 0, 1, ... and none are given."""
+        """Counts positions as the model does itself, where that is not 0, 1, ... and none are given."""
         first, tokens = self.findings.first_position, batch.get("input_ids")
         if "position_ids" in batch or (first == 0 and not self.findings.counts_seen):
             return {}
@@ -163,7 +163,7 @@ class Sharding:
         return {"position_ids": counted.expand(tokens.shape).contiguous()}
 
     def _mask(self, arguments: Mapping[str, Any], seen: Tensor | None, layout: Layout) -> Tensor:
-        """This rank's rows of the attention_mask; of ones where the batch has none."""
+        """Shards the attention_mask, or one that hides nothing where the batch has none."""
         positions = arguments["position_ids"]
         if seen is None:
             return torch.ones_like(positions)

@@ -17,8 +17,7 @@ from transformers.models.gpt_bigcode import modeling_gpt_bigcode  # noqa: F401 -
 from transformers.models.mpt import modeling_mpt
 
 import seqpar
-from seqpar.integrations.transformers import SequenceParallel
-from seqpar.tensor_parallel import replace_attention
+from seqpar.integrations.transformers import SequenceParallel, replace_attention
 from seqpar.testing.models.tiny import ALTERNATING, SIZES, Family
 from seqpar.testing.models.training_step import Step, attend_by
 

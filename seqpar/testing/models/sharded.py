@@ -13,7 +13,6 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import seqpar
 from seqpar.comm import all_gather
-from seqpar.comm.cut import Form
 from seqpar.integrations.transformers import SequenceParallel
 from seqpar.tensor_parallel import (
     apply_policy,
@@ -22,6 +21,7 @@ from seqpar.tensor_parallel import (
     vocabulary_cross_entropy,
     whole_state,
 )
+from seqpar.tensor_parallel.cut import Form
 from seqpar.tensor_parallel.vocabulary import vocabulary_range
 from seqpar.testing.models.training_step import Step, attend_by
 
@@ -66,8 +66,8 @@ def sharded_step(
     whole = whole_state(model, gradients=True)
     if replaced is not None:
         with torch.no_grad():
-            for stand_in in replaced.stand_ins:
-                for parameter in stand_in.parameters():
+            for replacement in replaced.replacements:
+                for parameter in replacement.parameters():
                     assert parameter.grad is not None
                     parameter.copy_(parameter.grad)
         whole |= {name: x for name, x in replaced.state_dict().items() if name not in whole}

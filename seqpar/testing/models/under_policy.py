@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from seqpar.comm.collectives import Collective, Collectives
 from seqpar.tensor_parallel import Policy, apply_policy, vocabulary_cross_entropy, whole_state
+from seqpar.tensor_parallel.collectives import Collective, Collectives
 from seqpar.testing.models.tiny import Family
 
 VOCABULARY = 48

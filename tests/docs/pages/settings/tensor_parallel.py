@@ -5,8 +5,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import GPTNeoXConfig, GPTNeoXModel
 
 import seqpar
-from seqpar.integrations.transformers import SequenceParallel
-from seqpar.tensor_parallel import apply_policy, megatron, replace_attention
+from seqpar.integrations.transformers import SequenceParallel, replace_attention
+from seqpar.tensor_parallel import apply_policy, megatron
 from seqpar.testing.models.fused import FUSED
 from seqpar.testing.models.tiny import batch_of
 

@@ -1,4 +1,4 @@
-"""`StandIn`: a module in the place of a model's own attention; `Handover`: how the plan of a call reaches it.
+"""`Replacement`: a module in place of a model's own attention; `Handover`: how a call's plan reaches it.
 
 Models that pass their keyword arguments on to attention pass `seqpar=` too. Others pass at least their mask,
 the same object to every layer: it stands for the call, also when a checkpointed layer is recomputed, however
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -17,26 +16,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
 from seqpar.comm import Group
+from seqpar.integrations.transformers.attention.patterns import Pattern
+from seqpar.integrations.transformers.attention.registration import NAME, Attends, MissingPlanError
 from seqpar.integrations.transformers.internals import attention_name
-from seqpar.integrations.transformers.patterns import Pattern
-from seqpar.integrations.transformers.registration import NAME, Attends, MissingPlanError
-
-
-@dataclass(frozen=True)
-class Positions:
-    """How a model numbers its rows, found out while it still attended by itself.
-
-    Args:
-        first: what it counts positions from.
-        packs: whether positions that start anew are documents to it.
-    """
-
-    first: int
-    packs: bool
+from seqpar.integrations.transformers.probe.findings import Findings
 
 
 class Handover:
-    """Takes the plan of each call of a model to the stand-ins in it.
+    """Takes the plan of each call of a model to the replacements in it.
 
     Args:
         group: the ranks that share the heads: they hold the same rows.
@@ -45,12 +32,14 @@ class Handover:
 
     def __init__(self, group: Group, *, switches: bool) -> None:
         self.group, self.switches = group, switches
-        self.positions: Positions | None = None
+        self.findings: Findings | None = None  # of the model while it attended by itself, too
         self._plan: Attends | None = None
         self._plans = WeakIdKeyDictionary()
 
     def enter(self, model: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> None:
-        """A forward pre-hook of the model, after that of `SequenceParallel`, which speaks for all ranks.
+        """Notes the plan of a call that begins.
+
+        It is a forward pre-hook of the model, after that of `SequenceParallel`, which speaks for all ranks.
 
         Raises:
             MissingPlanError: the model is called without a plan.
@@ -64,16 +53,16 @@ class Handover:
         self._plan = plan
 
     def leave(self, *_: object) -> None:
-        """A forward hook of the model, for calls that failed too."""
+        """Forgets the plan of a call that ends, or fails: a forward hook of the model."""
         self._plan = None
 
     def plan_of(self, mask: Any, given: Attends | None, name: str) -> Attends:
-        """The plan of the call that a stand-in is part of.
+        """Finds the plan of the call that a replacement is part of.
 
         Args:
             mask: that its layer was given.
             given: the plan, where the model passes it on.
-            name: of the stand-in.
+            name: of the replacement.
 
         Raises:
             MissingPlanError: it is part of no call.
@@ -91,23 +80,23 @@ class Handover:
         return plan
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy has: no calls."""
+        """Leaves calls that are under way out of a copy."""
         return self.__dict__ | {"_plan": None, "_plans": WeakIdKeyDictionary()}
 
 
-class StandIn(nn.Module):
+class Replacement(nn.Module):
     """Stands for one attention module of a model. Attends by `plan.attend(Layer(...))`."""
 
     handover: Handover
 
 
 def handover_of(model: nn.Module) -> Handover | None:
-    """That of the stand-ins in a model, if there are any.
+    """Finds the handover of the replacements in a model, if there are any.
 
     Raises:
         ValueError: there are several.
     """
-    found = {id(m.handover): m.handover for m in model.modules() if isinstance(m, StandIn)}
+    found = {id(m.handover): m.handover for m in model.modules() if isinstance(m, Replacement)}
     if len(found) > 1:
         raise ValueError(
             f"{type(model).__name__} had its attention replaced {len(found)} times; restore() all but one"
@@ -116,7 +105,7 @@ def handover_of(model: nn.Module) -> Handover | None:
 
 
 def arguments(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What a call of a model gives it, by name."""
+    """Names what a call of a model gives it."""
     given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
     rest = given.pop("kwargs", {})
     return {**given, **rest}

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from seqpar.tensor_parallel.adapters.families import FAMILIES
-from seqpar.tensor_parallel.adapters.family import Family
+from seqpar.integrations.transformers.replace.families import FAMILIES
+from seqpar.integrations.transformers.replace.family import Family
 from seqpar.tensor_parallel.fused_qkv import FusedQKV
 from seqpar.tensor_parallel.known_models import known_layout
 from seqpar_kernels.torch_internals import hooks_on
@@ -25,12 +25,16 @@ PROJECTIONS = {
 
 @dataclass(frozen=True, eq=False)
 class Original:
-    """An attention module, where it is, and how its weights are laid out.
+    """An attention module, where it is, and what it is made of.
 
     Args:
         path: in the model.
         parent: the module that holds it, under the last part of its path.
         qkv: the layout of q, k and v.
+        projections: of q, k and v, one or three.
+        out: the output projection.
+        norms: of q and k, where it has them.
+        others: its other children, such as dropouts, by name.
     """
 
     path: str
@@ -38,42 +42,52 @@ class Original:
     module: nn.Module = field(repr=False)
     family: Family = field(repr=False)
     qkv: FusedQKV
+    projections: list[Any] = field(init=False, repr=False)
+    out: Any = field(init=False, repr=False)
+    norms: tuple[nn.Module | None, nn.Module | None] = field(init=False, repr=False)
+    others: dict[str, nn.Module] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        family, children = self.family, dict(self.module.named_children())
+        parts = {
+            "projections": [children.pop(name) for name in family.qkv],
+            "out": children.pop(family.out),
+            "norms": tuple(children.pop(name, None) for name in family.norms or ("", "")),
+            "others": children,
+        }
+        for name, part in parts.items():
+            object.__setattr__(self, name, part)
 
     @property
     def width(self) -> int:
         """The width of the rows that it takes."""
-        first: Any = self.module.get_submodule(self.family.qkv[0])
-        return int(first.weight.shape[0 if is_transposed(first) else 1])
+        first = self.projections[0]
+        return int(first.weight.shape[0 if _class(first) == CONV1D else 1])
 
     @property
-    def norms(self) -> tuple[nn.Module | None, nn.Module | None]:
-        """Those of q and k, where it has them."""
-        q, k = self.family.norms or ("", "")
-        return getattr(self.module, q, None), getattr(self.module, k, None)
-
-    @property
-    def others(self) -> list[tuple[str, nn.Module]]:
-        """The children without weights, such as dropouts."""
-        used = {*self.family.qkv, self.family.out, *(self.family.norms or ())}
-        return [(name, child) for name, child in self.module.named_children() if name not in used]
+    def out_transposed(self) -> bool:
+        """Whether the weight of the output projection is `[in, out]`."""
+        return _class(self.out) == CONV1D
 
     @property
     def weights(self) -> list[nn.Parameter]:
         """The parameters of its projections."""
-        names = (*self.family.qkv, self.family.out)
-        return [p for name in names for p in self.module.get_submodule(name).parameters()]
+        return [p for module in (*self.projections, self.out) for p in module.parameters()]
 
     @property
     def kept(self) -> dict[str, nn.Parameter]:
-        """The parameters that its stand-in uses as they are, those of norms, by name."""
+        """The parameters that its replacement uses as they are, those of norms, by name."""
         own = {id(p) for p in self.weights}
         return {name: p for name, p in self.module.named_parameters() if id(p) not in own}
 
     @property
     def learning(self) -> dict[str, bool]:
         """Which parameters of a `ParallelAttention` learn."""
-        flags = self._flags()
-        return {name: all(learns) for name, learns in flags.items()}
+        return {
+            f"{part}_{kind}": all(_flags(modules, kind))
+            for part, modules in (("qkv", self.projections), ("out", [self.out]))
+            for kind in ("weight", "bias")
+        }
 
     def put(self, module: nn.Module) -> None:
         """Puts a module in its place."""
@@ -90,14 +104,13 @@ class Original:
         refused = self.family.refused(self.module)
         if refused is not None:
             raise NotImplementedError(f"{self.path} asks for {refused}, which is not honoured")
-        for name in (*self.family.qkv, self.family.out):
-            projection: Any = self.module.get_submodule(name)
-            kind = f"{type(projection).__module__}.{type(projection).__name__}"
+        names = (*self.family.qkv, self.family.out)
+        for name, kind in zip(names, map(_class, (*self.projections, self.out)), strict=True):
             if kind not in PROJECTIONS:
                 raise NotImplementedError(
                     f"{self.path}.{name} is a {kind}; replace attention before it is wrapped or quantised"
                 )
-        for name, child in self.others:
+        for name, child in self.others.items():
             if next(child.parameters(), None) is not None:
                 raise NotImplementedError(
                     f"{self.path}.{name} ({type(child).__name__}) has weights of its own"
@@ -120,22 +133,10 @@ class Original:
         hooks = [kind for m in self.module.modules() for kind in hooks_on(m)]
         if hooks:
             raise NotImplementedError(f"{self.path} has {hooks[0]}, which would not run any more")
-        mixed = [name for name, learns in self._flags().items() if len(set(learns)) > 1]
-        if mixed:
+        if any(len(set(_flags(self.projections, kind))) > 1 for kind in ("weight", "bias")):
             raise NotImplementedError(
                 f"some of {self.family.qkv} of {self.path} learn and some do not"
             )
-
-    def _flags(self) -> dict[str, list[bool]]:
-        qkv: list[Any] = [self.module.get_submodule(name) for name in self.family.qkv]
-        out: list[Any] = [self.module.get_submodule(self.family.out)]
-        return {
-            f"{part}_{kind}": [
-                p.requires_grad for m in modules if (p := getattr(m, kind)) is not None
-            ]
-            for part, modules in (("qkv", qkv), ("out", out))
-            for kind in ("weight", "bias")
-        }
 
 
 def originals_of(model: nn.Module, inner: PreTrainedModel) -> list[Original]:
@@ -194,9 +195,10 @@ def _check_shared(model: nn.Module, found: Iterable[str]) -> None:
             )
 
 
-def is_transposed(projection: nn.Module) -> bool:
-    """Whether its weight is `[in, out]`."""
-    return _class(projection) == CONV1D
+def _flags(projections: list[Any], kind: str) -> list[bool]:
+    """Whether the weights of projections learn, or their biases, as far as there are any."""
+    parameters = (getattr(projection, kind) for projection in projections)
+    return [p.requires_grad for p in parameters if p is not None]
 
 
 def _class(module: nn.Module) -> str:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from seqpar.comm.group import Group
-from seqpar.comm.reduce import all_reduce, replicate
+from seqpar.comm import Group, all_reduce, replicate
 from seqpar_kernels.torch_internals import without_subclass
 
 _T = torch.Tensor

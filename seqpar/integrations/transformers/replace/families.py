@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from seqpar.tensor_parallel.adapters.family import Family, Given
+from seqpar.integrations.transformers.replace.family import Family, Given
 from seqpar.tensor_parallel.rotary import Angles, Rotary
 
 SEPARATE = ("q_proj", "k_proj", "v_proj")

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from seqpar.comm import Group, agreed
 from seqpar.functional import attention
+from seqpar.integrations.transformers.attention.terms import Layer, Terms, dropout_of
 from seqpar.integrations.transformers.documents import RowGroup
-from seqpar.integrations.transformers.terms import Layer, Terms, dropout_of
 from seqpar.strategies import Plan
 
 
@@ -62,7 +62,7 @@ class Call:
         return torch.cat(parts)[torch.argsort(order)]
 
     def _plans(self, layer: Layer) -> list[Plan]:
-        """The plan of each group of rows."""
+        """Makes the plan of each group of rows."""
         terms = Terms.of(layer)
         if getattr(layer.mask, "hidden", None) != self.hidden:
             raise ValueError(
@@ -84,6 +84,6 @@ class Call:
 
 def refuse(group: Group, error: Exception, cause: Exception | None = None) -> NoReturn:
     """Raises `error`, and a DesyncError that quotes it on ranks that are about to attend."""
-    with agreed(group, "attention"):
+    with agreed(group, operation="attention"):
         raise error from cause
     raise AssertionError("agreed lets errors through")

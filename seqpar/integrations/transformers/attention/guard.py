@@ -10,10 +10,14 @@ from transformers import PreTrainedModel
 
 from seqpar.comm import Group, agreed
 from seqpar.data import fingerprint
-from seqpar.integrations.transformers.call import refuse
+from seqpar.integrations.transformers.attention.call import refuse
+from seqpar.integrations.transformers.attention.registration import (
+    NAME,
+    MissingPlanError,
+    missing_plan,
+)
+from seqpar.integrations.transformers.attention.replacement import arguments
 from seqpar.integrations.transformers.internals import attention_name
-from seqpar.integrations.transformers.registration import NAME, MissingPlanError, missing_plan
-from seqpar.integrations.transformers.stand_in import arguments
 from seqpar_kernels.torch_internals import forward_hooks
 
 REFUSED = (  # arguments that mean something else for a shard than for the whole
@@ -36,12 +40,12 @@ class Guard:
             model.register_forward_hook(Draws(self))
 
     def __call__(self, model: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> None:
-        """A forward pre-hook. All ranks of group and tp must call."""
+        """Looks at a call before it runs, as a forward pre-hook. All ranks of group and tp must call."""
         self.random = None
         if attention_name(model.config) != NAME:
             return  # switched back, to run on one device
         try:
-            with agreed(self.tp, "a call, over tp") as claim:
+            with agreed(self.tp, operation="a call, over tp") as claim:
                 self._look(model, arguments(model, args, kwargs), claim)
         except Exception as error:  # any: the others would wait
             refuse(self.group, error)
@@ -79,15 +83,15 @@ class Draws:
         self.guard = guard
 
     def __call__(self, model: PreTrainedModel, *_: object) -> None:
-        """A forward hook. All ranks of group and tp must call."""
+        """Compares what a call drew, as a forward hook. All ranks of group and tp must call."""
         before, self.guard.random = self.guard.random, None
         if before is None:
             return
         drawn = not torch.equal(before, _random_state(model.device))
         words = "what dropout outside of attention draws from (torch.manual_seed alike over tp)"
         with (
-            agreed(self.guard.group, "dropout"),
-            agreed(self.guard.tp, "dropout, over tp") as claim,
+            agreed(self.guard.group, operation="dropout"),
+            agreed(self.guard.tp, operation="dropout, over tp") as claim,  # sp ranks draw apart
         ):
             claim[words] = fingerprint(before) if drawn else None
 

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from seqpar.integrations.transformers.patterns import pattern_mask
-from seqpar.integrations.transformers.terms import Layer
+from seqpar.integrations.transformers.attention.patterns import pattern_mask
+from seqpar.integrations.transformers.attention.terms import Layer
 
 NAME = "seqpar"
 
@@ -45,7 +45,7 @@ def attention_forward(
 
 
 def missing_plan(name: str) -> str:
-    """What to say where a model is called without its plan."""
+    """Says what to do where a model is called without its plan."""
     return (
         f"{name} attends over ranks (attn_implementation={NAME!r}) but was called without a plan; call it "
         "with model(**sp.shard(batch)), or set_attn_implementation('sdpa') to run it on one device"

@@ -1,11 +1,16 @@
-"""`Cut`: how one module is cut over ranks, as data. `styles` does it, and imports DTensor."""
+"""`Cut`: how one module is cut over ranks, as data; `CutRecord`: what is remembered of it.
+
+`styles` does the cutting, and imports DTensor.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from seqpar_kernels.torch_internals import forward_hooks
 
 Form: TypeAlias = Literal["whole", "sharded"]
 ModuleKind: TypeAlias = Literal["linear", "transposed linear", "embedding", "norm"]
@@ -30,6 +35,32 @@ class Cut:
     writes: Form = "whole"
     halves: bool = False
     per_head: bool = False
+
+
+@dataclass(frozen=True)
+class CutRecord:
+    """What is to be remembered of a module that was cut, where its weights do not say it.
+
+    It is a forward hook that changes nothing. So a copy of the module has it too, its state has it not, and
+    a user's module gets no attribute.
+
+    Args:
+        first_head: of an attention module, the first of its heads here, counted in the whole layer.
+        num_dealt: over how many ranks the halves of its rows were dealt; `None`: it has no halves.
+    """
+
+    first_head: int = 0
+    num_dealt: int | None = None
+
+    def __call__(self, *_: object) -> None:
+        """Leaves the output as it is."""
+
+    @staticmethod
+    def of(module: nn.Module) -> CutRecord:
+        """Finds the record of a module; that of a whole one, where it was not cut."""
+        _, hooks = forward_hooks(module)
+        records = (hook for hook in hooks.values() if isinstance(hook, CutRecord))
+        return next(records, CutRecord())
 
 
 def deal_halves(x: Tensor, size: int) -> Tensor:

@@ -27,9 +27,9 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from seqpar.comm.cut import Cut, deal_halves
-from seqpar.comm.group import Group
-from seqpar.comm.width import Width
+from seqpar.comm import Group
+from seqpar.tensor_parallel.cut import Cut, deal_halves
+from seqpar.tensor_parallel.width import Width
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # without a forward of their own
 _PLACEMENT: dict[str, Placement] = {"whole": Replicate(), "sharded": Shard(-1)}

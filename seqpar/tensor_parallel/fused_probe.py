@@ -1,4 +1,4 @@
-"""`Probe`: what attention gives for outputs of a fused projection that are put in the place of its own.
+"""`FusedProbe`: what attention gives for outputs of a fused projection that are put in the place of its own.
 
 By two forward hooks that are on the module only while it runs. Not here: which outputs tell what
 (`check_layout`).
@@ -22,7 +22,7 @@ class _Reached(Exception):  # noqa: N818
 
 
 @dataclass(frozen=True)
-class Probe:
+class FusedProbe:
     """Runs a module's attention on given outputs of its fused projection, as `check_layout` describes.
 
     Raises:

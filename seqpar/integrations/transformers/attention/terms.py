@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from seqpar.functional import cast_by_autocast
-from seqpar.integrations.transformers.patterns import Pattern
+from seqpar.integrations.transformers.attention.patterns import Pattern
 from seqpar.layout import Mask
+from seqpar.tensor_parallel.cut import CutRecord
 from seqpar_kernels import Dropout, Score
 
 # What layers pass on that changes nothing here: lengths and positions are in the plan, the rest is for
@@ -57,7 +58,7 @@ class Terms:
 
     @staticmethod
     def of(layer: Layer) -> Terms:
-        """What a layer asks for.
+        """Reads what a layer asks for.
 
         Raises:
             NotImplementedError: its mask has no pattern, or it asks for something that is not known.
@@ -80,8 +81,7 @@ class Terms:
             sinks=terms.pop("s_aux", None),
         )
         dropout = terms.pop("dropout", 0.0)
-        # apply_policy says it of attention that it has cut
-        first_head = terms.pop("first_head", getattr(layer.module, "first_head", 0))
+        first_head = terms.pop("first_head", CutRecord.of(layer.module).first_head)
         if terms.pop("output_attentions", False):
             raise NotImplementedError(
                 "output_attentions: the weights of a sharded sequence are not stored; "
@@ -95,13 +95,13 @@ class Terms:
 
 
 def layer_seed(seed: int, layer: int, row: int) -> int:
-    """A seed for the dropout of one layer and group of rows, out of that of a step."""
+    """Derives a seed for the dropout of one layer and group of rows, out of that of a step."""
     raw = hashlib.blake2b(f"{seed}/{layer}/{row}".encode(), digest_size=8).digest()
     return int.from_bytes(raw, "little") >> 1
 
 
 def dropout_of(p: float, seed: int | None, layer: int | None, row: int) -> Dropout | None:
-    """The dropout of a layer's weights.
+    """Makes the dropout of a layer's weights, if there is any.
 
     Raises:
         ValueError: there is none to drop by: no seed came with the call.

@@ -37,7 +37,7 @@ class Pattern:
     ndim = 0  # it is no tensor: Falcon asks before it adds something to its mask
 
     def to(self, *_: object) -> Pattern:
-        """Itself: MPT casts its mask."""
+        """Returns itself, since MPT casts its mask."""
         return self
 
     def __str__(self) -> str:

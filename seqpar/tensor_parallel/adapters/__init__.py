@@ -1,1 +1,0 @@
-"""What stands in for the attention of the models of transformers; needs transformers."""
