@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-from seqpar.comm import Tape
+from seqpar.comm import Replay
 from seqpar_kernels.torch_internals import is_traced_here
 
 
@@ -16,20 +16,20 @@ def keep_attention() -> tuple[AbstractContextManager[object], AbstractContextMan
 
     For `checkpoint(block, x, use_reentrant=False, context_fn=seqpar.keep_attention)`, and under that name
     wherever a library hands arguments on to it. Kept is (out, lse) of every attention inside; in Ulysses and
-    the hybrid also q, k and v as they were traded, so that nothing is sent a second time. Serves every
+    the hybrid also q, k and v as they were exchanged, so that nothing is sent a second time. Serves every
     strategy, in `torch.compile` too. What attention gave must not be written to in place.
     """
     if is_traced_here():
         return create_selective_checkpoint_contexts([torch.ops.seqpar.sharded_attention.default])
-    tape = Tape()
-    return tape.record(), _Again(tape)
+    replay = Replay()
+    return replay.record(), _Again(replay)
 
 
 class _Again:
-    """Plays the tape whenever it is entered: a graph that is kept goes backward more than once."""
+    """Plays the replay whenever it is entered: a graph that is kept goes backward more than once."""
 
-    def __init__(self, tape: Tape) -> None:
-        self._tape = tape
+    def __init__(self, replay: Replay) -> None:
+        self._tape = replay
 
     def __enter__(self) -> None:
         self._playing = self._tape.play()

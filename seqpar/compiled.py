@@ -2,7 +2,7 @@
 
 The compiler sees `seqpar::sharded_attention` and its backward, never the messages inside. Ops take tensors,
 numbers and text, so a plan goes in as text and the group by its name. What forward has computed and received
-comes out besides the results, for backward to play from a `Tape`; autograd does the rest, inside the op.
+comes out besides the results, for backward to play from a `Replay`; autograd does the rest, inside the op.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqpar.comm import Group, Tape, once, silent
+from seqpar.comm import Group, Replay, once, silent
 from seqpar.strategies import STRATEGIES, Plan, agree_on_call, check_call, resolve
 from seqpar.strategies.options import SCHEMA, read, written
 from seqpar_kernels import TENSORS, torch_internals
@@ -55,14 +55,14 @@ class _Call:
     @property
     def num_results(self) -> int:
         """How many results there are: some strategies give lse though nobody asked."""
-        return 2 if self.with_lse or not STRATEGIES[self.plan.strategy].trades_heads else 1
+        return 2 if self.with_lse or not STRATEGIES[self.plan.strategy].exchanges_heads else 1
 
     @property
-    def trades(self) -> bool:
+    def exchanges(self) -> bool:
         """Whether ranks exchange rows for heads, which are then all that backward looks at."""
         grid = self.plan.grid
         size = self.plan.group.size if grid is None else grid.shape[1]
-        return STRATEGIES[self.plan.strategy].trades_heads and size > 1
+        return STRATEGIES[self.plan.strategy].exchanges_heads and size > 1
 
     def attend(self, plan: Plan) -> Sequence[Tensor | None]:
         """(out, lse if there is one)."""
@@ -98,10 +98,10 @@ def _forward(*args: Any) -> list[Tensor]:
         agreed = agree_on_call(
             call.q, call.k, call.v, call.plan, with_lse=call.with_lse, learning=call.learning
         )
-        tape = Tape()
-        with torch.no_grad(), tape.record():
+        replay = Replay()
+        with torch.no_grad(), replay.record():
             results = call.attend(agreed)
-        return tuple(_listed(tape, results, call))
+        return tuple(_listed(replay, results, call))
 
     return list(once(step))  # for checkpointing around compiled code
 
@@ -117,10 +117,10 @@ def _forward_fake(*args: Any) -> list[Tensor]:
         return [q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1])][
             : call.num_results
         ]
-    tape = Tape()
-    with torch.no_grad(), tape.outline():
+    replay = Replay()
+    with torch.no_grad(), replay.outline():
         results = call.attend(plan)
-    return _listed(tape, results, call)
+    return _listed(replay, results, call)
 
 
 def _silent(name: str) -> Group:
@@ -128,11 +128,11 @@ def _silent(name: str) -> Group:
     return silent(real.rank, real.size)
 
 
-def _listed(tape: Tape, results: Sequence[Tensor | None], call: _Call) -> list[Tensor]:
+def _listed(replay: Replay, results: Sequence[Tensor | None], call: _Call) -> list[Tensor]:
     """The results, then what else is kept for backward, if anything; no tensor twice, and no input."""
     inputs = call.q, call.k, call.v
     ends = [x for x in results if x is not None]
-    kept = tape.tensors if any(call.learning) else []
+    kept = replay.tensors if any(call.learning) else []
     if kept and all(map(_same_storage, kept[-len(ends) :], ends)):
         kept, ends = kept[: -len(ends)], kept[-len(ends) :]
     listed: list[Tensor] = []
@@ -154,7 +154,7 @@ def _backward(grads: Sequence[Tensor | None], kept: Sequence[Tensor], *args: Any
     leaves: list[Tensor] = [x.requires_grad_() for x, learns in learning if learns]
     plan = resolve(call.plan, call.q, call.v, with_lse=call.with_lse)
     with torch_internals.differentiating():
-        with Tape(kept).play():
+        with Replay(kept).play():
             results = call.attend(plan)
         ends = zip(results[: len(grads)], grads, strict=True)
         pairs = [(x, dx) for x, dx in ends if x is not None and dx is not None]
@@ -183,16 +183,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     call, ctx.rest = _Call.of(inputs, _silent), inputs[num:]
     ctx.num_learning = 1 + call.with_lse  # an lse that nobody asked for has no gradient
     ctx.mark_non_differentiable(*output[ctx.num_learning :])
-    # Of own rows that were traded backward needs the shape alone.
-    ctx.traded, ctx.shapes = call.trades, [x.shape for x in inputs[:3]]
-    own = () if ctx.traded else inputs[:3]
-    kept = *output[call.num_results :], *output[: call.num_results]  # in the order of the tape
+    # Of own rows that were exchanged backward needs the shape alone.
+    ctx.exchanged, ctx.shapes = call.exchanges, [x.shape for x in inputs[:3]]
+    own = () if ctx.exchanged else inputs[:3]
+    kept = *output[call.num_results :], *output[: call.num_results]  # in the order of the replay
     ctx.save_for_backward(*inputs[3:num], *own, *kept)
 
 
 def _differentiate(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     learned, tensors = ctx.saved_tensors[: len(TENSORS)], ctx.saved_tensors[len(TENSORS) :]
-    if ctx.traded:
+    if ctx.exchanged:
         own = [tensors[0].new_empty(()).expand(shape) for shape in ctx.shapes]
         kept = tensors
     else:

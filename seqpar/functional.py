@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from seqpar import compiled
-from seqpar.comm import current_tape
+from seqpar.comm import current_replay
 from seqpar.strategies import STRATEGIES, Plan, agree_on_call, resolve
 from seqpar.strategies.options import told_of
 
@@ -80,13 +80,13 @@ def cast_by_autocast(*xs: Tensor) -> tuple[Tensor, ...]:
 
 def _agreed(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, with_lse: bool = False) -> Plan:
     """The plan with its implementation; ranks need not agree once more on what they do not send."""
-    tape = current_tape()
-    if tape is not None and tape.mode == "play":
-        tape.called(_call(plan, with_lse))
+    replay = current_replay()
+    if replay is not None and replay.mode == "play":
+        replay.called(_call(plan, with_lse))
         return resolve(plan, q, v, with_lse=with_lse)
     agreed = agree_on_call(q, k, v, plan, with_lse=with_lse)
-    if tape is not None:
-        tape.called(_call(plan, with_lse))
+    if replay is not None:
+        replay.called(_call(plan, with_lse))
     return agreed
 
 

@@ -34,7 +34,7 @@ NOT_CHECKED = {
     "seqpar/compiled.py",
     "seqpar/checkpointing.py",
     "seqpar/functional.py",
-    "seqpar/comm/tape.py",
+    "seqpar/comm/replay.py",
     "seqpar/strategies/check.py",
     "seqpar/strategies/options.py",
     "kernels/seqpar_kernels/custom_ops.py",

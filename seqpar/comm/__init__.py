@@ -1,13 +1,8 @@
 """How ranks talk: groups, primitives in dual pairs, agreement. The wires of all else."""
 
 from seqpar.comm.agree import DesyncError, agree, agreed
-from seqpar.comm.combine import combine, combine_elements
-from seqpar.comm.flight import Flight
-from seqpar.comm.gather import all_gather, reduce_scatter
-from seqpar.comm.grid import Grid
-from seqpar.comm.group import Group
-from seqpar.comm.heads import (
-    HeadTrade,
+from seqpar.comm.all_to_all import (
+    AllToAll,
     Places,
     Ranges,
     heads_to_rows,
@@ -16,35 +11,40 @@ from seqpar.comm.heads import (
     start_to_heads,
     start_to_rows,
 )
-from seqpar.comm.parcel import Parcel
-from seqpar.comm.pieces import Delivery, HomeSum, Piece, gather_pass, send_home
+from seqpar.comm.async_exchange import AsyncExchange
+from seqpar.comm.combine import combine, combine_elements
+from seqpar.comm.gather import all_gather, reduce_scatter
+from seqpar.comm.gather_pass import GatherSchedule, HomeSum, Piece, gather_pass, send_home
+from seqpar.comm.grid import Grid
+from seqpar.comm.group import Group
+from seqpar.comm.packed_message import PackedMessage
 from seqpar.comm.reduce import all_reduce, all_reduce_, replicate
-from seqpar.comm.ring import RingSum, Trip, ring_pass
+from seqpar.comm.replay import Replay, current_replay, once, plays
+from seqpar.comm.ring_pass import RingSchedule, RingSum, ring_pass
 from seqpar.comm.silent import Listener, silent
-from seqpar.comm.tape import Tape, current_tape, once, plays
 from seqpar.comm.threads import simulate
 from seqpar.comm.traffic import Count, Traffic
 from seqpar.comm.transport import Message
 
 __all__ = [
+    "AllToAll",
+    "AsyncExchange",
     "Count",
-    "Delivery",
     "DesyncError",
-    "Flight",
+    "GatherSchedule",
     "Grid",
     "Group",
-    "HeadTrade",
     "HomeSum",
     "Listener",
     "Message",
-    "Parcel",
+    "PackedMessage",
     "Piece",
     "Places",
     "Ranges",
+    "Replay",
+    "RingSchedule",
     "RingSum",
-    "Tape",
     "Traffic",
-    "Trip",
     "agree",
     "agreed",
     "all_gather",
@@ -52,7 +52,7 @@ __all__ = [
     "all_reduce_",
     "combine",
     "combine_elements",
-    "current_tape",
+    "current_replay",
     "gather_pass",
     "heads_to_rows",
     "once",

@@ -214,5 +214,5 @@ class _ThreadPending:
                 for y in (x.detach(), copy)
             )
             same = torch.equal(now, then)
-            assert same, f"{self._primitive}: a buffer was written while in flight"
+            assert same, f"{self._primitive}: a buffer was written while under way"
         self._awaited, self._sent = (), ()

@@ -20,7 +20,7 @@ from math import gcd
 from jaxtyping import Float
 from torch import Tensor
 
-from seqpar.comm import Delivery, Grid, Piece, gather_pass
+from seqpar.comm import GatherSchedule, Grid, Piece, gather_pass
 from seqpar.layout import Layout, held
 from seqpar.strategies.loop import Meeting, Route, Sums, attend_by
 from seqpar.strategies.mesh import MeshRoute, spans_of
@@ -57,11 +57,11 @@ class InOrderRoute:
         self._plan, self._rank = plan, plan.group.rank
         rows, keys = plan.layout.spans, plan.keys.spans
         size, by_key, by_row = plan.layout.size, runs(plan.keys), runs(plan.layout)
-        self._keys = Delivery(
+        self._keys = GatherSchedule(
             self._rank, size, len(by_key), lambda n, _: by_key[-1 - n],
             cache(lambda peer, p: plan.sees(rows[peer], spans_of([p], keys))),
         )  # fmt: skip
-        self._queries = Delivery(
+        self._queries = GatherSchedule(
             self._rank, size, len(by_row), lambda n, _: by_row[n],
             cache(lambda peer, p: plan.sees(spans_of([p], rows), keys[peer])),
         )  # fmt: skip

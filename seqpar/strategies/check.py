@@ -169,8 +169,8 @@ def _check_counts(plan: Plan) -> None:
             raise TypeError(f"{name} must be an integer, got {number!r}")
         if number < least:
             raise ValueError(f"{name} must be at least {least}, got {number}")
-    if plan.head_chunks > 1 and not STRATEGIES[plan.strategy].trades_heads:
-        able = tuple(name for name, strategy in STRATEGIES.items() if strategy.trades_heads)
+    if plan.head_chunks > 1 and not STRATEGIES[plan.strategy].exchanges_heads:
+        able = tuple(name for name, strategy in STRATEGIES.items() if strategy.exchanges_heads)
         raise ValueError(
             f"head_chunks is for {able}, which exchange heads; got {plan.head_chunks} for "
             f"{plan.strategy!r}"

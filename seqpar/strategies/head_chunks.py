@@ -1,6 +1,6 @@
 """How heads are cut in chunks, one of which is on its way while another is attended.
 
-Integers and views only: trades and attention are in `ulysses`.
+Integers and views only: exchanges and attention are in `ulysses`.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from seqpar.comm import Delivery, Piece, gather_pass, once
+from seqpar.comm import GatherSchedule, Piece, gather_pass, once
 from seqpar.strategies.plan import Plan, Spans
 from seqpar_kernels import (
     BY_BLOCKS,
@@ -197,7 +197,9 @@ def _share(x: Tensor, plan: Plan) -> Tensor:
     if not plan.invariant or group.size == 1:
         return sum_rows(x)
     pieces = tuple(Piece(rank, 0, n) for rank, n in enumerate(layout.rows))
-    to_first = Delivery(group.rank, group.size, 1, lambda *_: pieces, lambda rank, _: rank == 0)
+    to_first = GatherSchedule(
+        group.rank, group.size, 1, lambda *_: pieces, lambda rank, _: rank == 0
+    )
     ((_, (everything,)),) = gather_pass((x,), to_first, group, primitive="learned")
     if group.rank > 0:
         return x.new_zeros(x.shape[2])

@@ -28,7 +28,7 @@ from functools import cache
 from jaxtyping import Float
 from torch import Tensor
 
-from seqpar.comm import Delivery, Grid, HomeSum, Piece, gather_pass, send_home
+from seqpar.comm import GatherSchedule, Grid, HomeSum, Piece, gather_pass, send_home
 from seqpar.layout import Span, held, joined, part
 from seqpar.strategies.loop import Meeting, Sums, attend_by
 from seqpar.strategies.plan import Plan, Spans
@@ -67,12 +67,12 @@ class MeshRoute:
         ]
         queries = [tuple(s for r in m for s in plan.layout.spans[r]) for m in grid.members]
         rows = tuple(Piece(n, 0, length) for n, length in enumerate(lengths(self._row_spans)))
-        self._rows = Delivery(
+        self._rows = GatherSchedule(
             j, len(row), 1, lambda *_: rows,
             cache(lambda peer, p: plan.sees(self._row_spans[p.owner], keys[peer])),
         )  # fmt: skip
         blocks = [pieces(owner, spans) for owner, spans in enumerate(self._col_spans)]
-        self._cols = Delivery.in_turn(
+        self._cols = GatherSchedule.in_turn(
             i,
             blocks,
             cache(lambda peer, p: plan.sees(queries[peer], spans_of([p], self._col_spans))),

@@ -37,7 +37,7 @@ from functools import cache
 from jaxtyping import Float
 from torch import Tensor
 
-from seqpar.comm import RingSum, Trip, current_tape, ring_pass
+from seqpar.comm import RingSchedule, RingSum, current_replay, ring_pass
 from seqpar.layout import Layout, Span
 from seqpar.strategies.loop import Meeting, Sums, attend_by
 from seqpar.strategies.plan import Plan, Spans
@@ -83,21 +83,21 @@ def ring_attention(
 def _attend_alone(
     q: Tensor, k: Tensor, v: Tensor, block: Block, implementation: Implementation | None, *, with_lse: bool
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    tape = current_tape()
-    if tape is not None and tape.mode == "play":
-        out, lse = tape.take(2)
+    replay = current_replay()
+    if replay is not None and replay.mode == "play":
+        out, lse = replay.take(2)
         return recalled(
             q, k, v, block, (out, lse), lse_learns=with_lse, implementation=implementation
         )
     attend = attention_with_lse if with_lse else attention
     results = attend(q, k, v, block, implementation=implementation)
-    if tape is not None:
-        tape.keep(results)
+    if replay is not None:
+        replay.keep(results)
     return results
 
 
 class RingRoute:
-    """Own rows; keys by `ring_pass`, in the order of the trip."""
+    """Own rows; keys by `ring_pass`, in the order of the ring."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -109,7 +109,7 @@ class RingRoute:
 
     def columns(self, k: Tensor, v: Tensor) -> Iterator[tuple[Spans, Tensor, Tensor]]:
         """Block by block, this rank's first."""
-        for owner, block in ring_pass((k, v), _key_trip(self._plan), self._plan.group):
+        for owner, block in ring_pass((k, v), _key_schedule(self._plan), self._plan.group):
             if block is not None:
                 k_o, v_o = block
                 yield self._plan.keys.spans[owner], k_o, v_o
@@ -130,10 +130,10 @@ class RingRoute:
 
     def _keys_travel(self, mine: Rows, k: Tensor, v: Tensor, into: Sums) -> Iterator[Meeting]:
         plan = self._plan
-        trip = _key_trip(plan)
-        sums = RingSum((k, v), trip, plan.group, into.dtype, in_order=bool(plan.invariant))
+        schedule = _key_schedule(plan)
+        sums = RingSum((k, v), schedule, plan.group, into.dtype, in_order=bool(plan.invariant))
         into.dq = into.zeros(mine.q)
-        for owner, block in ring_pass((k, v), trip, plan.group):
+        for owner, block in ring_pass((k, v), schedule, plan.group):
             share = sums.open()
             if block is not None and share is not None:
                 (k_o, v_o), (dk_o, dv_o), cols = block, share, plan.keys.spans[owner]
@@ -143,11 +143,11 @@ class RingRoute:
 
     def _rows_travel(self, mine: Rows, k: Tensor, v: Tensor, into: Sums) -> Iterator[Meeting]:
         plan, own_keys = self._plan, self._plan.keys.spans[self._plan.group.rank]
-        trip, names = _row_trip(plan), tuple(into.learned)
+        schedule, names = _row_schedule(plan), tuple(into.learned)
         like = (mine.q, *(mine.lse for _ in names))
-        sums = RingSum(like, trip, plan.group, into.dtype, in_order=bool(plan.invariant))
+        sums = RingSum(like, schedule, plan.group, into.dtype, in_order=bool(plan.invariant))
         into.dk, into.dv = into.zeros(k), into.zeros(v)
-        for owner, block in ring_pass(row_message(mine, plan.implementation), trip, plan.group):
+        for owner, block in ring_pass(row_message(mine, plan.implementation), schedule, plan.group):
             share = sums.open()
             if block is not None and share is not None:
                 dq_o, *learned_o = share
@@ -159,18 +159,18 @@ class RingRoute:
         into.learned = dict(zip(names, learned, strict=True))
 
 
-def _key_trip(plan: Plan) -> Trip:
+def _key_schedule(plan: Plan) -> RingSchedule:
     """Keys go to the next rank, so a rank meets them from its own downwards."""
     rows, keys = plan.layout.spans, plan.keys.spans
     wants = cache(lambda visitor, owner: plan.sees(rows[visitor], keys[owner]))
-    return Trip(plan.group.rank, plan.keys.rows, wants)
+    return RingSchedule(plan.group.rank, plan.keys.rows, wants)
 
 
-def _row_trip(plan: Plan) -> Trip:
+def _row_schedule(plan: Plan) -> RingSchedule:
     """Query rows go to the rank before, so a rank's keys meet them from its own upwards."""
     rows, keys = plan.layout.spans, plan.keys.spans
     wants = cache(lambda visitor, owner: plan.sees(rows[owner], keys[visitor]))
-    return Trip(plan.group.rank, plan.layout.rows, wants, direction=-1)
+    return RingSchedule(plan.group.rank, plan.layout.rows, wants, direction=-1)
 
 
 def _out_of_order(plan: Plan) -> str | None:

@@ -15,10 +15,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from seqpar.comm import (
+    AllToAll,
     Group,
-    HeadTrade,
+    RingSchedule,
     RingSum,
-    Trip,
     all_gather,
     heads_to_rows,
     reduce_scatter,
@@ -101,7 +101,7 @@ class Gathered(Sharding):
 
 
 class ByRows(Sharding):
-    """Own rows, whole: column vectors make a trip round the ring, sums for them come home by it."""
+    """Own rows, whole: column vectors travel round the ring, and sums for them come home by it."""
 
     def for_keys(self) -> Sharding:
         """Keys are gathered."""
@@ -128,11 +128,11 @@ class ByRows(Sharding):
 
     def transposed_times(self, x: Tensor, y: Tensor, shape: torch.Size) -> Tensor:
         """One block of columns at a time."""
-        sums = RingSum((x.new_empty(shape),), self._trip, self.group, x.dtype)
+        sums = RingSum((x.new_empty(shape),), self._schedule, self.group, x.dtype)
         for step in range(self.group.size):
             opened = sums.open()
             assert opened is not None, "every block is wanted"
-            cols = self._place(self._trip.at(-step))
+            cols = self._place(self._schedule.at(-step))
             opened[0].add_(dense.transposed_times(x[..., cols], y, shape[2]))
             sums.close()
         return sums.home()[0]
@@ -142,12 +142,12 @@ class ByRows(Sharding):
         return x[..., self.cols.inverse()]
 
     @property
-    def _trip(self) -> Trip:
-        return Trip(self.group.rank, self.cols.rows)
+    def _schedule(self) -> RingSchedule:
+        return RingSchedule(self.group.rank, self.cols.rows)
 
     def _visits(self, z: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """(columns, column vectors) of every rank."""
-        for owner, block in ring_pass((z,), self._trip, self.group):
+        for owner, block in ring_pass((z,), self._schedule, self.group):
             assert block is not None, "every block is wanted"
             yield self._place(owner), block[0]
 
@@ -210,11 +210,11 @@ class ByDepth(Sharding):
         return x
 
     def times(self, x: Tensor, z: Tensor, shape: torch.Size) -> Tensor:
-        """A slice for all rows, traded for all slices of own rows."""
+        """A slice for all rows, exchanged for all slices of own rows."""
         return self._unslice(dense.times(x, z).to(z.dtype), self.rows, shape[3])
 
     def transposed_times(self, x: Tensor, y: Tensor, shape: torch.Size) -> Tensor:
-        """A slice for all columns, traded for all slices of own columns."""
+        """A slice for all columns, exchanged for all slices of own columns."""
         return self._unslice(
             dense.transposed_times(x, y, shape[2]).to(y.dtype), self.cols, shape[3]
         )
@@ -233,17 +233,17 @@ class ByDepth(Sharding):
         return t[..., self.rows.positions(self.group.rank)]
 
     def _slice(self, x: Tensor, layout: Layout) -> Tensor:
-        (y,) = rows_to_heads((x.transpose(2, 3),), self._trade(layout, x.shape[3]))
+        (y,) = rows_to_heads((x.transpose(2, 3),), self._all_to_all(layout, x.shape[3]))
         return y.transpose(2, 3)
 
     def _unslice(self, y: Tensor, layout: Layout, width: int) -> Tensor:
-        (x,) = heads_to_rows((y.transpose(2, 3),), self._trade(layout, width))
+        (x,) = heads_to_rows((y.transpose(2, 3),), self._all_to_all(layout, width))
         return x.transpose(2, 3).contiguous()
 
-    def _trade(self, layout: Layout, width: int) -> HeadTrade:
+    def _all_to_all(self, layout: Layout, width: int) -> AllToAll:
         """Entries of a vector are dealt as Ulysses deals heads."""
         places = tuple(layout.places(rank) for rank in range(layout.size))
-        return HeadTrade(self.group, (places,), (slices(width, layout.size),), (width,), (None,))
+        return AllToAll(self.group, (places,), (slices(width, layout.size),), (width,), (None,))
 
 
 def slices(width: int, size: int) -> tuple[tuple[int, int], ...]:

@@ -34,7 +34,7 @@ class Strategy:
             `[b slk hkv d]`, v `[b slk hkv vd]`, out `[b sl hq vd]`, lse `[b sl hq]`. The call has been
             checked, and all ranks make it.
         needs_grid: whether it takes the ranks in two dimensions.
-        trades_heads: whether ranks exchange rows for heads: heads may go in chunks, and lse is given only
+        exchanges_heads: whether ranks exchange rows for heads: heads may go in chunks, and lse is given only
             where it is asked for.
         stores_scores: whether the score matrix is stored, by torch's products and not by kernels of blocks.
         order: how its bits are made invariant; `None`: they cannot be.
@@ -43,6 +43,6 @@ class Strategy:
     name: str
     attend: Callable[..., Any]
     needs_grid: bool = False
-    trades_heads: bool = False
+    exchanges_heads: bool = False
     stores_scores: bool = False
     order: Order | None = None

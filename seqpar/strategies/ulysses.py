@@ -1,4 +1,4 @@
-"""Ulysses: trade rows for heads, attend whole sequences on fewer heads, trade back.
+"""Ulysses: exchange rows for heads (all-to-all), attend whole sequences on fewer heads, exchange back.
 
 The attention in the middle is a ring of its own: of one rank, or, in the hybrid, of the ranks that hold
 the rest of the sequence. So this file adds no loop over blocks. Heads may go in several chunks: buffers
@@ -17,7 +17,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from seqpar.comm import Flight, Grid, Group, HeadTrade, Places, serve, start_to_heads, start_to_rows
+from seqpar.comm import (
+    AllToAll,
+    AsyncExchange,
+    Grid,
+    Group,
+    Places,
+    serve,
+    start_to_heads,
+    start_to_rows,
+)
 from seqpar.layout import Layout, held, joined, split_heads, whole
 from seqpar.strategies.head_chunks import Cut, dealt, in_head_order, packed
 from seqpar.strategies.plan import Plan
@@ -46,13 +55,13 @@ def ulysses_attention(
     if inner.size == 1:
         ys = attend(0, (q, k, v))
     else:
-        trades = _Trades(cut, inner, at_q[i], at_k[i], in_order=bool(plan.invariant))
-        ys = _in_chunks((q, k, v), trades, attend)
+        exchanges = _Exchanges(cut, inner, at_q[i], at_k[i], in_order=bool(plan.invariant))
+        ys = _in_chunks((q, k, v), exchanges, attend)
     return ys[0], ys[1].squeeze(-1) if with_lse else None
 
 
 class _Attend:
-    """What is done between the trades, chunk after chunk."""
+    """What is done between the exchanges, chunk after chunk."""
 
     def __init__(
         self, cut: Cut, rank: int, middle: Plan, *, in_order: bool, with_lse: bool
@@ -89,8 +98,8 @@ class _Attend:
         return ys
 
 
-class _Trades:
-    """The trades of one rank, chunk after chunk."""
+class _Exchanges:
+    """The exchanges of one rank, chunk after chunk."""
 
     def __init__(
         self, cut: Cut, group: Group, at_q: tuple[Places, ...], at_k: tuple[Places, ...], *, in_order: bool
@@ -99,47 +108,47 @@ class _Trades:
         repeats = cut.heads.q if in_order and cut.heads.replicates else None
         self._repeats = None, repeats, repeats
 
-    def there(self, chunk: int, xs: Sequence[Tensor]) -> Flight:
+    def there(self, chunk: int, xs: Sequence[Tensor]) -> AsyncExchange:
         """Begins to bring q of a chunk, and k and v if they go with it, to where they are attended."""
         cut, n = self.cut, len(xs)
         ranges = tuple(packed(x, chunk) for x in (cut.q, cut.kv, cut.kv)[:n])
-        return start_to_heads(xs, self._trade(ranges, self._places[:n], self._repeats[:n]))
+        return start_to_heads(xs, self._all_to_all(ranges, self._places[:n], self._repeats[:n]))
 
-    def back(self, chunk: int, ys: Sequence[Tensor]) -> Flight:
+    def back(self, chunk: int, ys: Sequence[Tensor]) -> AsyncExchange:
         """Begins to bring out of a chunk, and lse if it is there, to where its rows are."""
         n = len(ys)
         ranges = (packed(self.cut.q, chunk),) * n
-        return start_to_rows(ys, self._trade(ranges, self._places[:1] * n, (None,) * n))
+        return start_to_rows(ys, self._all_to_all(ranges, self._places[:1] * n, (None,) * n))
 
-    def _trade(self, ranges: Any, places: Any, repeats: Any) -> HeadTrade:
+    def _all_to_all(self, ranges: Any, places: Any, repeats: Any) -> AllToAll:
         num_heads = tuple(max(stop for _, stop in by_rank) for by_rank in ranges)
-        return HeadTrade(self._group, places, ranges, num_heads, repeats)
+        return AllToAll(self._group, places, ranges, num_heads, repeats)
 
 
-def _in_chunks(xs: Sequence[Tensor], trades: _Trades, attend: _Attend) -> list[Tensor]:
+def _in_chunks(xs: Sequence[Tensor], exchanges: _Exchanges, attend: _Attend) -> list[Tensor]:
     """What is attended of q, k, v, in the order of heads, with these rows.
 
     While a chunk is attended the next one comes and the one before goes back. Backward runs through the
     same in reverse, so each wait must come after the attention that it leaves time for.
     """
-    cut, num = trades.cut, len(trades.cut.q)
+    cut, num = exchanges.cut, len(exchanges.cut.q)
     if num > 1:
         xs = _Together.apply(*xs)
     parts = [dealt(x, ranges) for x, ranges in zip(xs, (cut.q, cut.kv, cut.kv), strict=True)]
 
-    def start(chunk: int) -> Flight:
+    def start(chunk: int) -> AsyncExchange:
         pieces = [list(part[chunk]) for part in parts if chunk < len(part)]
-        return trades.there(chunk, [torch.cat(p, dim=2) if len(p) > 1 else p[0] for p in pieces])
+        return exchanges.there(chunk, [torch.cat(p, dim=2) if len(p) > 1 else p[0] for p in pieces])
 
     coming, arrived = [start(0)], []
-    leaving: list[Flight] = []
+    leaving: list[AsyncExchange] = []
     for chunk in range(num):
         if chunk + 1 < num:
             coming.append(start(chunk + 1))
         ys = attend(chunk, coming[chunk].wait())
         if chunk > 0:
             arrived.append(leaving[-1].wait(kept=True))
-        leaving.append(trades.back(chunk, ys))
+        leaving.append(exchanges.back(chunk, ys))
         del ys  # or it lives on while the next one is attended
     arrived.append(leaving[-1].wait())
     return [in_head_order(x, cut.q) for x in zip(*arrived, strict=True)]
@@ -173,7 +182,7 @@ def _grid(plan: Plan) -> Grid:
 def _middle(
     plan: Plan, grid: Grid
 ) -> tuple[Plan, tuple[tuple[Places, ...], ...], tuple[tuple[Places, ...], ...]]:
-    """The plan between the trades, and by ring index and rank where rows of q and of k then are."""
+    """The plan between the exchanges, and by ring index and rank where rows of q and of k then are."""
     layout, at_q = _merged(plan.layout, grid.members)
     keys, at_k = _merged(plan.keys, grid.members)
     outer = Group.alone() if grid.shape[0] == 1 else grid.ring
@@ -215,7 +224,7 @@ def _merged(
 ULYSSES = Strategy(
     "ulysses",
     ulysses_attention,
-    trades_heads=True,
+    exchanges_heads=True,
     order=Order(cuts_sequences=False, by_default=True),  # a head is computed whole by one rank
 )
-HYBRID = Strategy("hybrid", ulysses_attention, needs_grid=True, trades_heads=True)
+HYBRID = Strategy("hybrid", ulysses_attention, needs_grid=True, exchanges_heads=True)

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 
 from seqpar import Group, simulate
 from seqpar.comm import (
+    AllToAll,
     Count,
-    Delivery,
-    HeadTrade,
+    GatherSchedule,
     HomeSum,
-    Parcel,
+    PackedMessage,
     Piece,
+    RingSchedule,
     RingSum,
-    Trip,
     all_gather,
     all_reduce,
     gather_pass,
@@ -67,13 +67,15 @@ def scatter_pair(group, rows):
 def heads_pair(group, kind, length, hkv, per, back):
     layout, split = LAYOUTS[kind](length, group.size), split_heads(hkv * per, hkv, group.size)
     places = tuple(layout.places(r) for r in range(group.size))
-    trade = HeadTrade(group, (places,) * 2, (split.q, split.kv), (split.hq, split.hkv), (None,) * 2)
+    exchange = AllToAll(
+        group, (places,) * 2, (split.q, split.kv), (split.hq, split.hkv), (None,) * 2
+    )
     (q0, q1), (k0, k1) = split.q[group.rank], split.kv[group.rank]
     rows = [(2, layout.rows[group.rank], split.hq, 3), (2, layout.rows[group.rank], split.hkv, 4)]
     heads = [(2, length, q1 - q0, 3), (2, length, k1 - k0, 4)]
     if back:
-        return inner(lambda ys: heads_to_rows(ys, trade), heads, rows, group)
-    return inner(lambda xs: rows_to_heads(xs, trade), rows, heads, group)
+        return inner(lambda ys: heads_to_rows(ys, exchange), heads, rows, group)
+    return inner(lambda xs: rows_to_heads(xs, exchange), rows, heads, group)
 
 
 def total(pairs):
@@ -119,9 +121,9 @@ def repeated_pair(group, length, hkv, per):
     """Kv heads repeated for every query head of a rank: their gradients are one for each of those."""
     layout, split = LAYOUTS["striped"](length, group.size), split_heads(hkv * per, hkv, group.size)
     places = tuple(layout.places(r) for r in range(group.size))
-    trade = HeadTrade(group, (places,), (split.kv,), (split.hkv,), (split.q,))
+    exchange = AllToAll(group, (places,), (split.kv,), (split.hkv,), (split.q,))
     rows, num_q = (2, layout.rows[group.rank], hkv, 3), split.num_q(group.rank)
-    return inner(lambda xs: rows_to_heads(xs, trade), [rows], [(2, length, num_q, 3)], group)
+    return inner(lambda xs: rows_to_heads(xs, exchange), [rows], [(2, length, num_q, 3)], group)
 
 
 @given(st.integers(0, 9), st.integers(1, 3), st.integers(1, 4), st.integers(1, 6))
@@ -131,12 +133,12 @@ def test_repeated_heads_and_their_gradients_are_duals(length, hkv, per, size):
 
 def ring_pair(group, rows, wanted, direction, in_order):
     """What ring_pass brings and what RingSum sums; a visitor appends its digit to the sum, or adds it."""
-    trip = Trip(group.rank, rows, lambda v, o: (v, o) in wanted, direction)
+    schedule = RingSchedule(group.rank, rows, lambda v, o: (v, o) in wanted, direction)
     block = normal(group, 1, rows[group.rank], 1, 2), normal(group, 1, rows[group.rank], 1)
     like = (block[0],)
-    sums = RingSum(like, trip, group, torch.float64, in_order=in_order)
+    sums = RingSum(like, schedule, group, torch.float64, in_order=in_order)
     seen = []
-    for owner, visiting in ring_pass(block, trip, group):
+    for owner, visiting in ring_pass(block, schedule, group):
         share = sums.open()
         assert (share is None) == (visiting is None)
         if visiting is not None:
@@ -215,13 +217,13 @@ def pieces_pair(group, rows, num_chunks, wanted):
     def due(n, rank):  # in chunk n something else for every rank
         return chunks[(n + rank) % num_chunks]
 
-    delivery = Delivery(
+    schedule = GatherSchedule(
         group.rank, group.size, num_chunks, due, lambda r, p: (r, p.owner) in wanted
     )
     block = (normal(group, 2, rows[group.rank], 1, 2),)
-    sums = HomeSum(block, delivery, group, torch.float64)
+    sums = HomeSum(block, schedule, group, torch.float64)
     seen = []
-    for held, (x,) in gather_pass(block, delivery, group):
+    for held, (x,) in gather_pass(block, schedule, group):
         seen.append((held, x.clone()))
         sums.open()[0].add_(group.rank + 1)
         sums.close()
@@ -259,11 +261,11 @@ def test_parcels_are_unpacked_as_they_were_packed(dtypes, batch, rows, heads):
         torch.randn((batch, rows, heads) + (n,) * (n > 0), dtype=dtype)
         for n, dtype in enumerate(dtypes)
     )
-    parcel = Parcel.of(block)
-    messages = parcel.pack(block)
+    message = PackedMessage.of(block)
+    messages = message.pack(block)
     assert len(messages) == len(set(dtypes))
     assert all(m.is_contiguous() for m in messages)
-    for x, y in zip(block, parcel.unpack(messages), strict=True):
+    for x, y in zip(block, message.unpack(messages), strict=True):
         torch.testing.assert_close(y, x, rtol=0, atol=0)
 
 

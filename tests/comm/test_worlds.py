@@ -80,7 +80,7 @@ def test_a_buffer_read_too_early_holds_nan_and_one_written_in_flight_is_caught()
         sent.add_(1)
         pending.wait()
 
-    with pytest.raises(AssertionError, match="in flight"):
+    with pytest.raises(AssertionError, match="under way"):
         simulate(2, late)
 
 

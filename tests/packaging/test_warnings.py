@@ -12,7 +12,7 @@ def warn_from(module, category):
 @pytest.mark.parametrize("category", [DeprecationWarning, FutureWarning, PendingDeprecationWarning])
 def test_a_deprecation_fails_where_our_code_calls_what_is_deprecated(category):
     for module in (
-        "seqpar.comm.ring",
+        "seqpar.comm.ring_pass",
         "seqpar_kernels.band",
         "tests.layout.test_layout",
         "byte_lm.loop",

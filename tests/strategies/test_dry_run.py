@@ -56,7 +56,7 @@ def test_says_what_is_sent(
 ):
     def make(group):
         plan = case.plan(group, strategy, implementation)
-        if STRATEGIES[strategy].trades_heads:
+        if STRATEGIES[strategy].exchanges_heads:
             plan = replace(plan, head_chunks=chunks)
         q, _, v, _ = case.tensors()
         if invariant:

@@ -91,7 +91,7 @@ def test_the_contiguous_causal_ring(window, terms, dtype):
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 1)])
 def test_the_ring_whatever_travels_backward(heads):
-    """With as many kv heads the queries travel, with fewer the keys; documents cut the trips short."""
+    """With as many kv heads the queries travel, with fewer the keys; documents cut the rounds short."""
     documents = (0, 30, 200, 200, 330, 460)
     for more in ({}, {"documents": documents}):
         case = replace(PLAIN, length=460, multiple_of=64, dtype=torch.float32, **more)

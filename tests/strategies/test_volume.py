@@ -98,12 +98,12 @@ def narrow_and_wide(strategy, size, case, columns=1):
     if strategy == "hybrid":
         U, R = columns, P // columns
         hk = max(n_k, U) * d
-        trade = Fraction(U - 1, U) * N / P * (2 * hq + 2 * hk)
+        exchange = Fraction(U - 1, U) * N / P * (2 * hq + 2 * hk)
         turns, n = R - 1, Fraction(N, R)
         if 3 * hq + 2 * n_q < 4 * hk:
             sums = turns * n * (hq + 2 * n_q) / U
-            return (trade + turns * n * 2 * hk / U, trade + turns * n * 2 * hq / U), (0, sums)
-        return (trade + turns * n * 2 * hk / U,) * 2, (0, turns * n * 2 * hk / U)
+            return (exchange + turns * n * 2 * hk / U, exchange + turns * n * 2 * hq / U), (0, sums)
+        return (exchange + turns * n * 2 * hk / U,) * 2, (0, turns * n * 2 * hk / U)
     if strategy == "materialised_rows":
         return (2 * f * N * hk, f * N * hk), (0, 2 * f * N * hk)
     if strategy == "materialised_columns":

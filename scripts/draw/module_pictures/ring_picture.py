@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from module_pictures.canvas import MARGIN, WIDTH, Canvas
-from seqpar.comm import Trip
+from seqpar.comm import RingSchedule
 from seqpar.layout import Layout, Mask, Tile, held, tiles, work, zigzag
 
 SCORE = 8  # pixels of one score
@@ -40,7 +40,7 @@ def meetings(layout: Layout, mask: Mask) -> list[Meeting]:
     found = []
     for step in range(layout.size):
         for rank in range(layout.size):
-            owner = Trip(rank, layout.rows).at(-step)
+            owner = RingSchedule(rank, layout.rows).at(-step)
             met = tiles(layout.spans[rank], layout.spans[owner], mask)
             found.append(Meeting(step, rank, owner, met))
     return found
@@ -66,7 +66,7 @@ def draw_ring(size: int = 3, length: int = 12) -> Canvas:
     loads = sorted(set(work(layout, mask)))
     each = f"{loads[0]}" if len(loads) == 1 else f"{loads[0]} to {loads[-1]}"
     canvas.words(MARGIN, foot, f"Every rank has then computed its rows: {each} scores each.")
-    canvas.words(MARGIN, foot + 18, "Backward makes the trip again, with gradients.")
+    canvas.words(MARGIN, foot + 18, "Backward goes round again, with gradients.")
     return canvas
 
 

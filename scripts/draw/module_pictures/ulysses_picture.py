@@ -15,7 +15,7 @@ def draw_ulysses(size: int = 3, length: int = 12, heads: int = 8) -> Canvas:
     layout, split = contiguous(length, size), split_heads(heads, heads, size)
     counts = ", ".join(str(split.num_q(rank)) for rank in range(size))
     canvas = Canvas(
-        "Ulysses: trade rows for heads",
+        "Ulysses: exchange rows for heads",
         f"{size} ranks hold {layout.rows} of {length} tokens; an all-to-all gives them {counts} of "
         f"{heads} heads of all tokens; they attend, and a second all-to-all brings the rows back.",
     )

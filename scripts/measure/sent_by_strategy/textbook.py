@@ -17,12 +17,12 @@ def textbook(way: Way, ranks: int, length: int, shape: Shape) -> tuple[float, fl
     n_q, n_k, d, f = shape.hq, shape.hkv, shape.d, Fraction(ranks - 1, ranks)
     hq, hk = n_q * d, n_k * d
     exchange = f / ranks * length
-    traded = exchange * (2 * hq + 2 * max(n_k, ranks) * d)
+    exchanged = exchange * (2 * hq + 2 * max(n_k, ranks) * d)
     kv, scores = 2 * f * length * hk, 2 * f * n_q * length**2
     # (narrow forward, wide forward, narrow backward, wide backward), elements
     table: dict[str, tuple[Any, Any, Any, Any]] = {
         "ring": (kv, 0, kv, 2 * length * hk),
-        "ulysses": (traded, 0, traded, 0),
+        "ulysses": (exchanged, 0, exchanged, 0),
         "allgather": (kv, 0, kv, kv),
         "materialised_rows": (kv, 0, kv / 2, kv),
         "materialised_columns": (

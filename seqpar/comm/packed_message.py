@@ -1,4 +1,4 @@
-"""`Parcel`: several tensors of the same rows and heads as one message for each dtype."""
+"""`PackedMessage`: several tensors of the same rows and heads as one message for each dtype."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ Block = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
-class Parcel:
+class PackedMessage:
     """How tensors `[b rows h w]` and `[b rows h]` travel together: side by side, rows first.
 
     Side by side means that k and v of a row are neighbours in memory and each is a view of what was
-    received, with stride 1 in its width: nothing is unpacked. Rows first means that some rows of a parcel
-    are one piece of memory, whatever the batch.
+    received, with stride 1 in its width: nothing is unpacked. Rows first means that some rows of a
+    packed message are one piece of memory, whatever the batch.
     """
 
     widths: tuple[int | None, ...]  # None: the tensor has no width
     dtypes: tuple[torch.dtype, ...]
 
     @staticmethod
-    def of(block: Sequence[Tensor]) -> Parcel:
-        """The parcel that these tensors make."""
+    def of(block: Sequence[Tensor]) -> PackedMessage:
+        """The packed message that these tensors make."""
         widths = tuple(x.shape[3] if x.ndim == 4 else None for x in block)
-        return Parcel(widths, tuple(x.dtype for x in block))
+        return PackedMessage(widths, tuple(x.dtype for x in block))
 
     @property
     def messages(self) -> list[torch.dtype]:

@@ -1,7 +1,7 @@
 """The ring: blocks visit the ranks that want them, and what is summed for them there comes home.
 
 `ring_pass` brings blocks round while their visitor computes; `RingSum` is its dual. The next hop is
-always in flight while the current block is worked on, and no rank is sent what it does not want.
+always under way while the current block is worked on, and no rank is sent what it does not want.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from seqpar.comm.group import Group
-from seqpar.comm.parcel import Block, Parcel
+from seqpar.comm.packed_message import Block, PackedMessage
 from seqpar.comm.transport import Message, Pending
 
 Wants = Callable[[int, int], bool]  # (visitor, owner): whether the visitor wants the owner's block
 
 
 @dataclass(frozen=True)
-class Trip:
+class RingSchedule:
     """Who is where when: at step t the block of rank o is due at rank o + t * direction.
 
     A block goes from visitor to next neighbour; where that neighbour does not want it, the chain ends, and
@@ -67,71 +67,71 @@ class Trip:
 
 
 def ring_pass(
-    block: Block, trip: Trip, group: Group, *, primitive: str = "ring_pass"
+    block: Block, schedule: RingSchedule, group: Group, *, primitive: str = "ring_pass"
 ) -> Iterator[tuple[int, Block | None]]:
     """Yields (owner, block of that owner, or `None` if this rank does not want it), for all P owners.
 
     This rank's own comes first. A block must not be used once the next one is asked for, nor written to.
 
     Args:
-        block: this rank's tensors, `[b sl h w]` or `[b sl h]`, packed by `Parcel`.
+        block: this rank's tensors, `[b sl h w]` or `[b sl h]`, packed by `PackedMessage`.
     """
-    parcel = Parcel.of(block)
-    own = parcel.pack(block) if trip.is_awaited() else ()
+    message = PackedMessage.of(block)
+    own = message.pack(block) if schedule.is_awaited() else ()
     held: Block | None = own
-    double = _DoubleBuffer(block, parcel, max(trip.rows))
-    last_far = max((step for step in range(group.size - 1) if trip.goes_far(step)), default=0)
+    double = _DoubleBuffer(block, message, max(schedule.rows))
+    last_far = max((step for step in range(group.size - 1) if schedule.goes_far(step)), default=0)
     for step in range(group.size):
-        owner, coming = trip.at(-step), trip.at(-step - 1)
+        owner, coming = schedule.at(-step), schedule.at(-step - 1)
         sends: list[Message] = []
         receives: list[Message] = []
         arriving: Block | None = None
         if step + 1 < group.size:
-            if held is not None and trip.visits(trip.at(1), owner):
-                sends += [(trip.at(1), x) for x in held]
-            if trip.goes_far(step):
-                sends += [(trip.at(step + 1), x) for x in own]
-            if trip.visits(group.rank, coming):
-                source = trip.at(-1) if trip.follows(group.rank, coming) else coming
-                arriving = double.of(step, trip.rows[coming])
+            if held is not None and schedule.visits(schedule.at(1), owner):
+                sends += [(schedule.at(1), x) for x in held]
+            if schedule.goes_far(step):
+                sends += [(schedule.at(step + 1), x) for x in own]
+            if schedule.visits(group.rank, coming):
+                source = schedule.at(-1) if schedule.follows(group.rank, coming) else coming
+                arriving = double.of(step, schedule.rows[coming])
                 receives = [(source, x) for x in arriving]
         pending = group.exchange(primitive, sends, receives)
         if step == 0:
             yield owner, block
         else:
-            yield owner, None if held is None else parcel.unpack(held)
+            yield owner, None if held is None else message.unpack(held)
         pending.wait()
         held = arriving
         if step >= last_far:
-            own = ()  # or it lives on for the whole trip
+            own = ()  # or it lives on for the whole round
 
 
 class RingSum:
     """Sums, for each block, what every visitor adds to it, at the rank that owns it.
 
-    In every step of a `ring_pass` on the same trip, for a wanted block or not: `open` gives tensors to add
-    to, `close` sends them on. Sums follow the blocks and go home from where a chain ends.
+    In every step of a `ring_pass` on the same schedule, for a wanted block or not: `open` gives tensors to
+    add to, `close` sends them on. Sums follow the blocks and go home from where a chain ends.
 
     Args:
         like: this rank's tensors that the sums are for; a sum has their shapes, all in `dtype`.
         in_order: a visitor continues the sum that arrived instead of adding its own to it, beginning with
-            the owner: additions are made in the order of the trip, and the sum cannot travel while the
+            the owner: additions are made in the order of the ring, and the sum cannot travel while the
             visitor computes. Otherwise the owner's share stays at home, one hop less.
     """
 
     def __init__(
         self,
         like: Block,
-        trip: Trip,
+        schedule: RingSchedule,
         group: Group,
         dtype: torch.dtype,
         *,
         in_order: bool = False,
         primitive: str = "ring_sum",
     ) -> None:
-        self._trip, self._group, self._like, self._in_order = trip, group, like, in_order
-        parcel = Parcel.of(like)
-        self._parcel = Parcel(parcel.widths, (dtype,) * len(like))
+        self._schedule, self._group, self._like, self._in_order = schedule, group, like, in_order
+        message = PackedMessage.of(like)
+        self._message = PackedMessage(message.widths, (dtype,) * len(like))
         self._primitive = primitive
         self._step = 0
         self._pending: Pending | None = None
@@ -143,22 +143,22 @@ class RingSum:
 
     def open(self) -> Block | None:
         """The tensors to add this rank's share to, or `None` if it does not want the block."""
-        trip, rank = self._trip, self._trip.rank
-        owner = trip.at(-self._step)
-        if owner != rank and not trip.visits(rank, owner):
+        schedule, rank = self._schedule, self._schedule.rank
+        owner = schedule.at(-self._step)
+        if owner != rank and not schedule.visits(rank, owner):
             self._share = None
             return None
         if self._in_order:
             self._land()
             self._share, self._arrived = self._arrived, None
         if self._share is None:
-            self._share = self._empty(trip.rows[owner]).zero_()
-        return self._parcel.unpack((self._share,))
+            self._share = self._empty(schedule.rows[owner]).zero_()
+        return self._message.unpack((self._share,))
 
     def close(self) -> None:
         """Sends the sum to the next visitor, or home."""
-        trip, rank, step = self._trip, self._trip.rank, self._step
-        owner = trip.at(-step)
+        schedule, rank, step = self._schedule, self._schedule.rank, self._step
+        owner = schedule.at(-step)
         self._land()
         share, self._share, self._step = self._share, None, step + 1
         sends: list[Message] = []
@@ -166,17 +166,21 @@ class RingSum:
         if share is not None and self._arrived is not None:
             share += self._arrived
         self._arrived = None
-        goes_on = trip.visits(trip.at(1), owner)
+        goes_on = schedule.visits(schedule.at(1), owner)
         if share is not None and owner == rank and not (self._in_order and goes_on):
             self._total = share
         elif share is not None:
-            sends = [(trip.at(1) if goes_on else owner, share)]
-        if self._is_continued(trip.at(-step - 1)):
-            self._for_next = self._empty(trip.rows[trip.at(-step - 1)])
-            receives.append((trip.at(-1), self._for_next))
-        last = trip.at(step)
-        if step and trip.visits(last, rank) and not trip.visits(trip.at(step + 1), rank):
-            self._for_home = self._empty(trip.rows[rank])
+            sends = [(schedule.at(1) if goes_on else owner, share)]
+        if self._is_continued(schedule.at(-step - 1)):
+            self._for_next = self._empty(schedule.rows[schedule.at(-step - 1)])
+            receives.append((schedule.at(-1), self._for_next))
+        last = schedule.at(step)
+        if (
+            step
+            and schedule.visits(last, rank)
+            and not schedule.visits(schedule.at(step + 1), rank)
+        ):
+            self._for_home = self._empty(schedule.rows[rank])
             receives.append((last, self._for_home))
         self._pending = self._group.exchange(self._primitive, sends, receives)
 
@@ -184,14 +188,16 @@ class RingSum:
         """This rank's own block, with the shares of all ranks."""
         self._land()
         assert self._total is not None, "closed P times"
-        return self._parcel.unpack((self._total,))
+        return self._message.unpack((self._total,))
 
     def _is_continued(self, owner: int) -> bool:
         """Whether the neighbour before this rank sends the sum of the owner's block here."""
-        trip = self._trip
-        if not trip.visits(trip.rank, owner):
+        schedule = self._schedule
+        if not schedule.visits(schedule.rank, owner):
             return False
-        return self._in_order if trip.at(-1) == owner else trip.follows(trip.rank, owner)
+        return (
+            self._in_order if schedule.at(-1) == owner else schedule.follows(schedule.rank, owner)
+        )
 
     def _land(self) -> None:
         if self._pending is not None:
@@ -207,21 +213,21 @@ class RingSum:
 
     def _empty(self, rows: int) -> Tensor:
         b, _, h = self._like[0].shape[:3]
-        return self._parcel.empty(self._like[0], rows, b, h)[0]
+        return self._message.empty(self._like[0], rows, b, h)[0]
 
 
 class _DoubleBuffer:
     """Two blocks to receive in by turns, made when first needed."""
 
-    def __init__(self, block: Block, parcel: Parcel, rows: int) -> None:
+    def __init__(self, block: Block, message: PackedMessage, rows: int) -> None:
         self._shape = rows, block[0].shape[0], block[0].shape[2]
-        self._block, self._parcel = block, parcel
+        self._block, self._message = block, message
         self._buffers: list[Block | None] = [None, None]
 
     def of(self, step: int, rows: int) -> Block:
         """The buffer of a step, for so many rows."""
         buffer = self._buffers[step % 2]
         if buffer is None:
-            buffer = self._parcel.empty(self._block[0], *self._shape)
+            buffer = self._message.empty(self._block[0], *self._shape)
             self._buffers[step % 2] = buffer
         return tuple(x[:rows] for x in buffer)

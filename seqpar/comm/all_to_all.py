@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqpar.comm.flight import Finish, Flight
+from seqpar.comm.async_exchange import AsyncExchange, Finish
 from seqpar.comm.group import Group
 from seqpar_kernels import accumulation_dtype
 
@@ -26,15 +26,15 @@ Places = tuple[
 
 
 @dataclass(frozen=True, eq=False)
-class HeadTrade:
-    """Who holds which rows, and who takes which heads of each of the traded tensors.
+class AllToAll:
+    """Who holds which rows, and who takes which heads of each of the exchanged tensors.
 
     Args:
         places: by tensor, by rank.
         ranges: by tensor.
         num_heads: by tensor.
         repeats: by tensor: `None`, or by rank the range of query heads for each of which its head is
-            repeated after the trade. Gradients then come back for every query head and are added in the
+            repeated after the exchange. Gradients then come back for every query head and are added in the
             order of heads, so that sums do not depend on which rank took which.
     """
 
@@ -53,8 +53,8 @@ class HeadTrade:
         """The heads of a tensor that a rank takes."""
         return slice(*self.ranges[tensor][rank])
 
-    def by_query_head(self) -> HeadTrade:
-        """The trade in which a repeated head is as many heads as it serves, each taken once."""
+    def by_query_head(self) -> AllToAll:
+        """The exchange in which a repeated head is as many heads as it serves, each taken once."""
         queries = [None if r is None else _num_heads(r) for r in self.repeats]
         return replace(
             self,
@@ -67,28 +67,32 @@ class HeadTrade:
         return sum(b - a for a, b in self.ranges[tensor]) > self.num_heads[tensor]
 
 
-def rows_to_heads(xs: Sequence[Tensor], trade: HeadTrade) -> tuple[Tensor, ...]:
+def rows_to_heads(xs: Sequence[Tensor], all_to_all: AllToAll) -> tuple[Tensor, ...]:
     """Each x `[b sl h w]` becomes `[b s hl w]`: the whole sequence of this rank's heads. Differentiable."""
-    return start_to_heads(xs, trade).wait()
+    return start_to_heads(xs, all_to_all).wait()
 
 
-def heads_to_rows(ys: Sequence[Tensor], trade: HeadTrade) -> tuple[Tensor, ...]:
+def heads_to_rows(ys: Sequence[Tensor], all_to_all: AllToAll) -> tuple[Tensor, ...]:
     """Each y `[b s hl w]` becomes `[b sl h w]`: this rank's rows of all heads. Differentiable.
 
     Shares of a head that several ranks hold are added in float32 or wider, in rank order; those of a
     repeated head, in the order of the query heads.
     """
-    return start_to_rows(ys, trade).wait()
+    return start_to_rows(ys, all_to_all).wait()
 
 
-def start_to_heads(xs: Sequence[Tensor], trade: HeadTrade) -> Flight:
+def start_to_heads(xs: Sequence[Tensor], all_to_all: AllToAll) -> AsyncExchange:
     """Begins `rows_to_heads`."""
-    return Flight(xs, partial(_to_heads, trade=trade), partial(_to_rows, trade=trade))
+    return AsyncExchange(
+        xs, partial(_to_heads, all_to_all=all_to_all), partial(_to_rows, all_to_all=all_to_all)
+    )
 
 
-def start_to_rows(ys: Sequence[Tensor], trade: HeadTrade) -> Flight:
+def start_to_rows(ys: Sequence[Tensor], all_to_all: AllToAll) -> AsyncExchange:
     """Begins `heads_to_rows`."""
-    return Flight(ys, partial(_to_rows, trade=trade), partial(_to_heads, trade=trade))
+    return AsyncExchange(
+        ys, partial(_to_rows, all_to_all=all_to_all), partial(_to_heads, all_to_all=all_to_all)
+    )
 
 
 def serve(x: Tensor, runs: Sequence[tuple[slice, int]]) -> tuple[Tensor, ...]:
@@ -129,59 +133,66 @@ class _Serve(torch.autograd.Function):
         return dx.to(dtype), None
 
 
-def _to_heads(xs: Sequence[Tensor], trade: HeadTrade) -> Finish:
+def _to_heads(xs: Sequence[Tensor], all_to_all: AllToAll) -> Finish:
     """One message per rank and tensor, received where it belongs if that is one piece."""
-    rank, places = trade.group.rank, trade.places
+    rank, places = all_to_all.group.rank, all_to_all.places
     ys = tuple(
-        x.new_empty(x.shape[0], sum(trade.rows(n)), _length(trade.takes(n, rank)), x.shape[3])
+        x.new_empty(
+            x.shape[0], sum(all_to_all.rows(n)), _length(all_to_all.takes(n, rank)), x.shape[3]
+        )
         for n, x in enumerate(xs)
     )
-    others = [(r, n) for r in trade.group.others for n in range(len(xs))]
-    sends = [(r, xs[n][:, :, trade.takes(n, r)].contiguous()) for r, n in others]
+    others = [(r, n) for r in all_to_all.group.others for n in range(len(xs))]
+    sends = [(r, xs[n][:, :, all_to_all.takes(n, r)].contiguous()) for r, n in others]
     staged: dict[tuple[int, int], Tensor] = {}
     receives = []
     for r, n in others:
         target = ys[n][:, places[n][r][0][1]] if len(places[n][r]) == 1 else None
         if target is None or not target.is_contiguous():
-            target = ys[n].new_empty(ys[n].shape[0], trade.rows(n)[r], *ys[n].shape[2:])
+            target = ys[n].new_empty(ys[n].shape[0], all_to_all.rows(n)[r], *ys[n].shape[2:])
             staged[r, n] = target
         receives.append((r, target))
-    pending = trade.group.exchange("rows_to_heads", sends, receives)
+    pending = all_to_all.group.exchange("rows_to_heads", sends, receives)
     for n, (x, y) in enumerate(zip(xs, ys, strict=True)):
         for local, place in places[n][rank]:
-            y[:, place] = x[:, local, trade.takes(n, rank)]
+            y[:, place] = x[:, local, all_to_all.takes(n, rank)]
 
     def finish() -> tuple[Tensor, ...]:
         pending.wait()
         for (r, n), received in staged.items():
             for local, place in places[n][r]:
                 ys[n][:, place] = received[:, local]
-        return tuple(_repeat(y, trade, n) for n, y in enumerate(ys))
+        return tuple(_repeat(y, all_to_all, n) for n, y in enumerate(ys))
 
     return finish
 
 
-def _repeat(y: Tensor, trade: HeadTrade, tensor: int) -> Tensor:
-    ranges = trade.repeats[tensor]
+def _repeat(y: Tensor, all_to_all: AllToAll, tensor: int) -> Tensor:
+    ranges = all_to_all.repeats[tensor]
     if ranges is None:
         return y
-    group = _num_heads(ranges) // trade.num_heads[tensor]
-    rank = trade.group.rank
+    group = _num_heads(ranges) // all_to_all.num_heads[tensor]
+    rank = all_to_all.group.rank
     heads = torch.arange(*ranges[rank], device=y.device) // group
-    return y.index_select(2, heads - trade.ranges[tensor][rank][0])
+    return y.index_select(2, heads - all_to_all.ranges[tensor][rank][0])
 
 
-def _to_rows(ys: Sequence[Tensor], trade: HeadTrade) -> Finish:
+def _to_rows(ys: Sequence[Tensor], all_to_all: AllToAll) -> Finish:
     """One message per rank and tensor; shares of a head are added once all are there."""
-    rank, places, num_heads = trade.group.rank, trade.places, trade.num_heads
-    trade = trade.by_query_head()
-    sends = [(r, _take(y, places[n][r])) for r in trade.group.others for n, y in enumerate(ys)]
+    rank, places, num_heads = all_to_all.group.rank, all_to_all.places, all_to_all.num_heads
+    all_to_all = all_to_all.by_query_head()
+    sends = [(r, _take(y, places[n][r])) for r in all_to_all.group.others for n, y in enumerate(ys)]
     receives = [
-        (r, y.new_empty(y.shape[0], trade.rows(n)[rank], _length(trade.takes(n, r)), y.shape[3]))
-        for r in trade.group.others
+        (
+            r,
+            y.new_empty(
+                y.shape[0], all_to_all.rows(n)[rank], _length(all_to_all.takes(n, r)), y.shape[3]
+            ),
+        )
+        for r in all_to_all.group.others
         for n, y in enumerate(ys)
     ]
-    pending = trade.group.exchange("heads_to_rows", sends, receives)
+    pending = all_to_all.group.exchange("heads_to_rows", sends, receives)
     own = [_take(y, places[n][rank]) for n, y in enumerate(ys)]
     batch = ys[0].shape[0]
 
@@ -190,14 +201,14 @@ def _to_rows(ys: Sequence[Tensor], trade: HeadTrade) -> Finish:
         shares = dict(_by_rank(receives, len(own))) | {rank: own}
         xs = []
         for n, mine in enumerate(own):
-            shape = batch, trade.rows(n)[rank], trade.num_heads[n], mine.shape[3]
-            adds = trade.sums(n)
+            shape = batch, all_to_all.rows(n)[rank], all_to_all.num_heads[n], mine.shape[3]
+            adds = all_to_all.sums(n)
             wide = accumulation_dtype(mine.dtype)
             x = mine.new_zeros(shape, dtype=wide) if adds else mine.new_empty(shape)
-            for r in range(trade.group.size):
-                heads = x[:, :, trade.takes(n, r)]
+            for r in range(all_to_all.group.size):
+                heads = x[:, :, all_to_all.takes(n, r)]
                 heads.add_(shares[r][n]) if adds else heads.copy_(shares[r][n])
-            xs.append(_fold(x.to(mine.dtype), trade.num_heads[n] // num_heads[n]))
+            xs.append(_fold(x.to(mine.dtype), all_to_all.num_heads[n] // num_heads[n]))
         return tuple(xs)
 
     return finish

@@ -1,6 +1,6 @@
-"""`Tape`: results of attention and of its communication, kept so that neither is done a second time.
+"""`Replay`: results of attention and of its communication, kept so that neither is done a second time.
 
-A step that is costly asks the tape first. While it records, the tape keeps what the step gives; while it
+A step that is costly asks the replay first. While it records, the replay keeps what the step gives; while it
 plays, it gives that back in the same order, and the step is not done: activation checkpointing and compiled
 backwards build the graph anew from what was kept. Nothing here knows what the steps are.
 """
@@ -20,7 +20,7 @@ Results = tuple[Tensor, ...]
 Mode = Literal["record", "play", "outline"]
 
 
-class Tape:
+class Replay:
     """What the steps of one computation gave, in their order.
 
     Args:
@@ -41,26 +41,26 @@ class Tape:
         return self._tensors
 
     @contextmanager
-    def record(self) -> Iterator[Tape]:
-        """Keeps the results of the steps that are done inside, on this thread. Of a new tape, once."""
+    def record(self) -> Iterator[Replay]:
+        """Keeps the results of the steps that are done inside, on this thread. Of a new replay, once."""
         with self._used("record"):
             yield self
 
     @contextmanager
-    def outline(self) -> Iterator[Tape]:
+    def outline(self) -> Iterator[Replay]:
         """As `record`, of tensors without content: steps that can tell what they give are not done."""
         with self._used("outline"):
             yield self
 
     @contextmanager
-    def play(self) -> Iterator[Tape]:
+    def play(self) -> Iterator[Replay]:
         """Gives what was kept to the steps inside, on this thread, from the first one."""
         self._next = self._step = self._call = 0
         with self._used("play"):
             yield self
 
     def called(self, call: object) -> None:
-        """Says what the next steps are of: the same calls, in the same order, when the tape plays.
+        """Says what the next steps are of: the same calls, in the same order, when the replay plays.
 
         Raises:
             RuntimeError: they are others.
@@ -114,22 +114,22 @@ class Tape:
                 "what attention gave has been written to in place, so it cannot be kept for backward; "
                 "use an out-of-place operation on the output of attention"
             )
-        return x.detach()  # an alias, so that what is done to it does not reach the tape
+        return x.detach()  # an alias, so that what is done to it does not reach the replay
 
 
-# The tape of what runs on this thread just now; as with torch's own modes, it ends with a `with`.
-_CURRENT: ContextVar[Tape | None] = ContextVar("seqpar_tape", default=None)
+# The replay of what runs on this thread just now; as with torch's own modes, it ends with a `with`.
+_CURRENT: ContextVar[Replay | None] = ContextVar("seqpar_replay", default=None)
 
 
-def current_tape() -> Tape | None:
-    """The tape that records or plays on this thread."""
+def current_replay() -> Replay | None:
+    """The replay that records or plays on this thread."""
     return _CURRENT.get()
 
 
 def plays() -> bool:
     """Whether steps are given their results, so that nothing is to be sent."""
-    tape = _CURRENT.get()
-    return tape is not None and tape.mode == "play"
+    replay = _CURRENT.get()
+    return replay is not None and replay.mode == "play"
 
 
 def once(
@@ -140,18 +140,18 @@ def once(
     """What the step gives, or gave when it was recorded.
 
     Args:
-        num: how many results it has, unless only a tape that recorded it will play it.
+        num: how many results it has, unless only a replay that recorded it will play it.
         outline: tensors like its results, where the step should not be done to know them.
     """
-    tape = _CURRENT.get()
-    if tape is None:
+    replay = _CURRENT.get()
+    if replay is None:
         return step()
-    if tape.mode == "play":
-        return tape.take(num)
+    if replay.mode == "play":
+        return replay.take(num)
     outside = _CURRENT.set(None)  # what the step is made of is not kept besides
     try:
-        results = outline() if outline is not None and tape.mode == "outline" else step()
+        results = outline() if outline is not None and replay.mode == "outline" else step()
     finally:
         _CURRENT.reset(outside)
-    tape.keep(results)
+    replay.keep(results)
     return results

@@ -1,4 +1,4 @@
-"""`Flight`: an exchange that is begun, left to go on while something else is done, and waited for.
+"""`AsyncExchange`: an exchange that is begun, left to go on while something else is done, and waited for.
 
 Differentiable: where it is waited for, backward begins the dual exchange, and waits where it was begun.
 """
@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqpar.comm.tape import once, plays
+from seqpar.comm.replay import once, plays
 
 Finish = Callable[[], tuple[Tensor, ...]]  # waits, and gives what has come
 Begin = Callable[[Sequence[Tensor]], Finish]
 
 
-class Flight:
+class AsyncExchange:
     """An exchange under way.
 
     Autograd goes back through what was done last, so what is done between start and wait is what the dual
-    exchange overlaps with too. All ranks must begin flights, and wait for them, in the same order.
+    exchange overlaps with too. All ranks must begin exchanges, and wait for them, in the same order.
 
     Args:
         xs: what is exchanged.
@@ -42,7 +42,7 @@ class Flight:
             kept: makes activation checkpointing recompute as far as here. It stops at the last tensor that
                 is kept for backward; if that lies between start and wait, nobody would wait.
         """
-        token, self._token = self._token, None  # or flight and graph would hold each other
+        token, self._token = self._token, None  # or exchange and graph would hold each other
         return _Wait.apply(self, token, kept)
 
     def begin(self, xs: Sequence[Tensor], *, dual: bool) -> None:
@@ -63,16 +63,16 @@ class _Start(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, flight: Flight, *xs: Tensor) -> Tensor:
-        ctx.flight = flight
+    def forward(ctx: Any, exchange: AsyncExchange, *xs: Tensor) -> Tensor:
+        ctx.exchange = exchange
         if not plays():
-            flight.begin(xs, dual=False)
+            exchange.begin(xs, dual=False)
         return xs[0].new_empty(0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
-        return None, *ctx.flight.finish()
+        return None, *ctx.exchange.finish()
 
 
 class _Wait(torch.autograd.Function):
@@ -82,14 +82,14 @@ class _Wait(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, flight: Flight, token: Tensor, kept: bool) -> tuple[Tensor, ...]:
-        ctx.flight = flight
+    def forward(ctx: Any, exchange: AsyncExchange, token: Tensor, kept: bool) -> tuple[Tensor, ...]:
+        ctx.exchange = exchange
         if kept:
             ctx.save_for_backward(token)
-        return once(flight.finish, flight.num)
+        return once(exchange.finish, exchange.num)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
-        ctx.flight.begin(grad_outputs, dual=True)
+        ctx.exchange.begin(grad_outputs, dual=True)
         return None, grad_outputs[0].new_empty(0), None

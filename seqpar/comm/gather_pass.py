@@ -1,6 +1,6 @@
 """Gathering in pieces, straight from their owners, and the dual: shares go straight home.
 
-A chunk is a list of pieces of the ranks' rows. The next chunk is in flight while one is worked on, so a
+A chunk is a list of pieces of the ranks' rows. The next chunk is under way while one is worked on, so a
 rank holds two chunks and never the whole sequence. A piece is sent to the ranks that want it only.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from seqpar.comm.group import Group
-from seqpar.comm.parcel import Block, Parcel
+from seqpar.comm.packed_message import Block, PackedMessage
 from seqpar.comm.transport import Pending
 
 
@@ -41,7 +41,7 @@ Chunk = tuple[Piece, ...]
 
 
 @dataclass(frozen=True)
-class Delivery:
+class GatherSchedule:
     """Which pieces are due when and where, and which ranks want them, besides their owners.
 
     Args:
@@ -60,14 +60,14 @@ class Delivery:
     @staticmethod
     def in_turn(
         rank: int, blocks: Sequence[Chunk], wants: Callable[[int, Piece], bool]
-    ) -> Delivery:
+    ) -> GatherSchedule:
         """One owner's pieces at a time, in chunk n of the owner n ranks before: all ranks send at once.
 
         Args:
             blocks: by owner.
         """
         size = len(blocks)
-        return Delivery(rank, size, size, lambda n, r: blocks[(r - n) % size], wants)
+        return GatherSchedule(rank, size, size, lambda n, r: blocks[(r - n) % size], wants)
 
     def received(self, n: int) -> list[tuple[Piece, slice]]:
         """The pieces of chunk n that this rank then holds, its own too, and where they are."""
@@ -83,30 +83,30 @@ class Delivery:
 
 
 def gather_pass(
-    block: Block, delivery: Delivery, group: Group, *, primitive: str = "gather"
+    block: Block, schedule: GatherSchedule, group: Group, *, primitive: str = "gather"
 ) -> Iterator[tuple[Chunk, Block]]:
     """Yields (pieces, their rows one after the other) for every chunk, as far as this rank wants them.
 
     Args:
-        block: this rank's tensors, `[b sl h w]` or `[b sl h]`, packed by `Parcel`.
+        block: this rank's tensors, `[b sl h w]` or `[b sl h]`, packed by `PackedMessage`.
     """
-    parcel = Parcel.of(block)
-    sent = [delivery.sent(n) for n in range(delivery.num_chunks)]
+    message = PackedMessage.of(block)
+    sent = [schedule.sent(n) for n in range(schedule.num_chunks)]
     last = max((n for n, messages in enumerate(sent) if messages), default=-1)
     packed: dict[Piece, Block] = {}  # own pieces as they are sent: where they are held, if they are
 
     def start(n: int) -> tuple[Chunk, Block, Pending]:
-        received = delivery.received(n)
+        received = schedule.received(n)
         rows = sum(p.length for p, _ in received)
-        chunk = parcel.empty(block[0], rows, block[0].shape[0], block[0].shape[2])
+        chunk = message.empty(block[0], rows, block[0].shape[0], block[0].shape[2])
         for p, at in received:
             if p.owner == group.rank:
                 packed[p] = tuple(x[at] for x in chunk)
-                for x, y in zip(parcel.unpack(packed[p]), block, strict=True):
+                for x, y in zip(message.unpack(packed[p]), block, strict=True):
                     x.copy_(y[:, p.rows])
         for _, p in sent[n]:
             if p not in packed:
-                packed[p] = parcel.pack([x[:, p.rows] for x in block])
+                packed[p] = message.pack([x[:, p.rows] for x in block])
         pending = group.exchange(
             primitive,
             [(rank, x) for rank, p in sent[n] for x in packed[p]],
@@ -116,13 +116,13 @@ def gather_pass(
             packed.clear()
         return tuple(p for p, _ in received), chunk, pending
 
-    coming = start(0) if delivery.num_chunks else None
-    for n in range(delivery.num_chunks):
+    coming = start(0) if schedule.num_chunks else None
+    for n in range(schedule.num_chunks):
         assert coming is not None
         pieces, chunk, pending = coming
         pending.wait()
-        coming = start(n + 1) if n + 1 < delivery.num_chunks else None
-        yield pieces, parcel.unpack(chunk)
+        coming = start(n + 1) if n + 1 < schedule.num_chunks else None
+        yield pieces, message.unpack(chunk)
 
 
 class HomeSum:
@@ -138,14 +138,14 @@ class HomeSum:
     def __init__(
         self,
         like: Block,
-        delivery: Delivery,
+        schedule: GatherSchedule,
         group: Group,
         dtype: torch.dtype,
         *,
         primitive: str = "scatter",
     ) -> None:
-        self._delivery, self._group, self._primitive = delivery, group, primitive
-        self._parcel = Parcel(Parcel.of(like).widths, (dtype,) * len(like))
+        self._delivery, self._group, self._primitive = schedule, group, primitive
+        self._message = PackedMessage(PackedMessage.of(like).widths, (dtype,) * len(like))
         self._like, (self._batch, rows, self._heads) = like[0], like[0].shape[:3]
         self._total = self._empty(rows).zero_()
         self._n = 0
@@ -158,7 +158,7 @@ class HomeSum:
         self._share = self._empty(
             sum(p.length for p, _ in self._delivery.received(self._n))
         ).zero_()
-        return self._parcel.unpack((self._share,))
+        return self._message.unpack((self._share,))
 
     def close(self) -> None:
         """Sends the shares to the owners of the pieces."""
@@ -171,7 +171,7 @@ class HomeSum:
     def home(self) -> Block:
         """This rank's rows, with the shares of all ranks."""
         self._land()
-        return self._parcel.unpack((self._total,))
+        return self._message.unpack((self._total,))
 
     def _land(self) -> None:
         if self._pending is not None:
@@ -182,31 +182,31 @@ class HomeSum:
         self._arriving = []
 
     def _empty(self, rows: int) -> Tensor:
-        return self._parcel.empty(self._like, rows, self._batch, self._heads)[0]
+        return self._message.empty(self._like, rows, self._batch, self._heads)[0]
 
 
 def send_home(
-    block: Block, delivery: Delivery, group: Group, *, primitive: str = "scatter"
+    block: Block, schedule: GatherSchedule, group: Group, *, primitive: str = "scatter"
 ) -> list[tuple[Piece, Block]]:
-    """What every rank, in order, has for pieces of this rank's rows, of a delivery of one chunk.
+    """What every rank, in order, has for pieces of this rank's rows, of a schedule of one chunk.
 
     Args:
         block: tensors `[b i h w]` or `[b i h]` of one dtype, of all rows that this rank has gathered.
     """
-    parcel = Parcel.of(block)
-    (share,) = parcel.pack(block)
-    pending, arriving = _start_home(share, delivery, 0, group, primitive)
+    message = PackedMessage.of(block)
+    (share,) = message.pack(block)
+    pending, arriving = _start_home(share, schedule, 0, group, primitive)
     pending.wait()
-    return [(p, parcel.unpack((x,))) for _, p, x in arriving]
+    return [(p, message.unpack((x,))) for _, p, x in arriving]
 
 
 def _start_home(
-    share: Tensor, delivery: Delivery, n: int, group: Group, primitive: str
+    share: Tensor, schedule: GatherSchedule, n: int, group: Group, primitive: str
 ) -> tuple[Pending, list[tuple[int, Piece, Tensor]]]:
     """Sends the rows of a chunk home: (pending, [(from, piece, share)] in the order of ranks)."""
-    received = delivery.received(n)
+    received = schedule.received(n)
     arriving = [
-        (rank, p, share.new_empty(p.length, *share.shape[1:])) for rank, p in delivery.sent(n)
+        (rank, p, share.new_empty(p.length, *share.shape[1:])) for rank, p in schedule.sent(n)
     ]
     pending = group.exchange(
         primitive,
