@@ -1,1 +1,1 @@
-"""Runs the code of README and docs: `blocks` reads marks, `run_blocks` runs Python, `settings` gives names."""
+"""Runs the code of README and docs: `blocks` reads marks, `run_blocks` runs it, `settings` gives names."""
