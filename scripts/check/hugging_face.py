@@ -8,7 +8,6 @@ Example: torchrun --nproc-per-node 3 scripts/check/hugging_face.py --json transf
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from rich.table import Table
 
 from seqpar import Group
 from seqpar.commands import progress
+from seqpar.commands.arguments import parser_of
 from seqpar.testing.models.tiny import SERVED, batch_of
 from seqpar.testing.models.training_step import differences, on_rank, one_device
 
@@ -61,9 +61,7 @@ def show(records: list[dict[str, Any]], size: int) -> None:
 
 def main() -> None:
     """Parses arguments, checks on all ranks, prints on rank 0."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--families", nargs="+", choices=SERVED, default=list(SERVED))
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
     parser.add_argument("--length", type=int, default=37, help="tokens of a sequence")

@@ -9,7 +9,6 @@ Example: torchrun --nproc-per-node 4 scripts/check/tensor_parallel_models.py --t
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from transformers.utils import logging
 
 from seqpar import Group
 from seqpar.commands import progress
+from seqpar.commands.arguments import parser_of
 from seqpar.testing.models.fused import FUSED, exactly
 from seqpar.testing.models.sharded import sharded_step
 from seqpar.testing.models.tiny import batch_of
@@ -62,9 +62,7 @@ def show(records: list[dict[str, Any]], what: str) -> None:
 
 def main() -> None:
     """Parses arguments, checks on all ranks, prints on rank 0."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--tp", type=int, default=2, help="ranks that share the weights")
     parser.add_argument("--families", nargs="+", choices=FUSED, default=list(FUSED))
     parser.add_argument("--strategy", choices=("ring", "ulysses", "allgather"), default="ring")

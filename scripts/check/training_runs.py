@@ -9,7 +9,6 @@ Example: python scripts/check/training_runs.py --ranks 1 2 3 4 --steps 30 --json
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -22,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from seqpar.commands import progress
+from seqpar.commands.arguments import parser_of
 
 TRAIN = Path(__file__).parents[1] / "train" / "byte_level.py"
 RESUMED = "resumed"
@@ -127,9 +127,7 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
 
 def main() -> None:
     """Runs every way, and fails when one is off."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--length", type=int, default=500, help="bytes of a sequence")

@@ -10,7 +10,6 @@ Example: bash scripts/demo.sh --text my_novel.txt
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -28,6 +27,7 @@ from rich.table import Table
 
 import seqpar
 from seqpar.commands import progress
+from seqpar.commands.arguments import parser_of
 from seqpar.testing import NAMES
 
 RANK = Path(__file__).with_name("demo_rank.py")
@@ -121,9 +121,7 @@ def show(report: dict[str, Any], console: Console) -> None:
 
 def main() -> None:
     """Runs everything, writes the report, fails when something does not agree."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4], help="1 comes first")
     parser.add_argument("--long", type=int, default=8192, help="tokens to time and hold")
     parser.add_argument("--steps", type=int, default=24, help="of training")

@@ -7,11 +7,11 @@ Example: python scripts/draw/fused_layouts.py --out docs/pictures
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import matplotlib as mpl
 
+from seqpar.commands.arguments import parser_of
 from seqpar.tensor_parallel import FusedQKV, known_models
 from seqpar.tensor_parallel.draw import draw_layout, draw_overview
 
@@ -42,9 +42,7 @@ def models_of(kind: str) -> str:
 
 def main() -> None:
     """Writes the pictures."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--out", type=Path, default=Path("docs/pictures"), help="folder to write to"
     )

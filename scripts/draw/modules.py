@@ -8,18 +8,17 @@ Example: python scripts/draw/modules.py --out docs/pictures
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from module_pictures.ring_picture import draw_ring
 from module_pictures.ulysses_picture import draw_ulysses
 
+from seqpar.commands.arguments import parser_of
+
 
 def main() -> None:
     """Writes ulysses.svg and ring.svg."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--out", type=Path, default=Path("docs/pictures"), help="folder to write to"
     )

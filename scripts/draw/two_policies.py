@@ -7,12 +7,13 @@ Example: python scripts/draw/two_policies.py docs/pictures
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from policy_pictures import crossover
+
+from seqpar.commands.arguments import parser_of
 
 RANKS = ("#0072B2", "#E69F00")  # Okabe-Ito
 SENT, INK, FAINT = "#B2182B", "#222222", "#9a9a9a"
@@ -182,9 +183,7 @@ def draw(path: Path) -> None:
 
 def main() -> None:
     """Parses arguments and draws."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("folder", type=Path, help="of the pictures, which exists")
     folder = parser.parse_args().folder
     draw(folder / "tp_policies.png")

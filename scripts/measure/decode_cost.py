@@ -10,7 +10,6 @@ Example: python scripts/measure/decode_cost.py --lengths 8192 65536 --ranks 1 2 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -28,6 +27,7 @@ from rich.table import Table
 
 from seqpar import Group, KVCache, zigzag
 from seqpar.commands import progress
+from seqpar.commands.arguments import parser_of
 from seqpar.decode import decode_volume
 from seqpar.strategies import Shape
 from seqpar.testing import ProcessWorld
@@ -125,9 +125,7 @@ def failures(rows: list[dict[str, Any]]) -> list[str]:
 
 def main() -> None:
     """Parses arguments, measures, prints; fails when one of the `failures` is found."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 65536])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--heads", type=int, nargs=2, default=[16, 4], metavar=("QUERY", "KV"))

@@ -12,7 +12,6 @@ Example: python scripts/measure/exactness.py --length 512 --ranks 1 2 4 8 --json
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import json
 import shlex
@@ -26,6 +25,7 @@ from exact_results.errors import METRICS, measure_errors
 from rich.console import Console
 from rich.table import Table
 
+from seqpar.commands.arguments import parser_of
 from seqpar.doctor import versions
 from seqpar.testing import NAMES, Case
 
@@ -124,9 +124,7 @@ def by_lines(found: dict[str, Any]) -> str:
 
 def main() -> None:
     """Parses arguments, measures, prints; fails when errors grow with P or promised bits differ."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--length", type=int, default=1024, help="tokens, where errors are measured"
     )

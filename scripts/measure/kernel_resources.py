@@ -13,7 +13,6 @@ Example: python scripts/measure/kernel_resources.py --targets sm_90 gfx942 --d 6
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -25,6 +24,7 @@ from ahead_of_time.outcomes import Outcome, compile_all
 from rich.console import Console
 from rich.table import Table
 
+from seqpar.commands.arguments import parser_of
 from seqpar_kernels import tuning
 
 
@@ -53,9 +53,7 @@ def show(outcomes: list[Outcome], console: Console) -> None:
 
 def main() -> None:
     """Parses arguments, compiles, prints; fails when a kernel would not run well."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     kernels, dtypes = tuning.KERNELS, ("bfloat16", "float16", "float32")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--kernels", nargs="+", choices=kernels, default=list(kernels))

@@ -43,6 +43,7 @@ from kernel_race.sheet import Sheet
 from kernel_race.tune import CANDIDATES, tune, tune_sheet
 from rich.console import Console
 
+from seqpar.commands.arguments import parser_of
 from seqpar.layout import LAYOUTS
 from seqpar.layout.shards import whole
 from seqpar_kernels import Implementation
@@ -235,9 +236,7 @@ def stages(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str
 
 def main() -> None:
     """Parses arguments, measures, prints and writes after every stage what there is so far."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer settings and ranks")
     parser.add_argument("--parts", nargs="+", choices=("rates", "ring"), default=["rates", "ring"])
     parser.add_argument(

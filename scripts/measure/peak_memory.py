@@ -15,7 +15,6 @@ Example: python scripts/measure/peak_memory.py --memory-mib 256 --verify --plot 
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
@@ -25,12 +24,12 @@ from memory_study.subjects import Setting
 from memory_study.tables import show
 from rich.console import Console
 
+from seqpar.commands.arguments import parser_of
+
 
 def main() -> None:
     """Parses arguments, measures, prints; fails when one of the `failures` is found."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--memory-mib", type=float, default=64.0, help="per rank (%(default)s)")

@@ -37,6 +37,7 @@ from rich.console import Console
 
 from seqpar import Group
 from seqpar.commands import progress
+from seqpar.commands.arguments import parser_of
 from seqpar.testing import ProcessWorld
 
 QUICK = Setting(width=24, layers=1, batch=2, length=8, tokens=4, lora_rank=2)
@@ -82,9 +83,7 @@ def compare(args: argparse.Namespace, setting: Setting) -> dict[str, Any]:
 
 def main() -> None:
     """Parses arguments, compares, prints; fails when one of the `failures` is found."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--ranks", type=int, nargs="+", default=[2, 4], choices=[2, 4])
     add("--width", type=int, default=192, help="of the model, a multiple of 24")

@@ -179,7 +179,7 @@ def main() -> None:
     shapes = [Shape(1, *heads, args.d, args.d, getattr(torch, args.dtype)) for heads in all_heads]
     result: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(), "python": platform.python_version(),
-        "torch": torch.__version__, "command": " ".join(["traffic.py", *sys.argv[1:]]),
+        "torch": torch.__version__, "command": " ".join(["strategy_traffic.py", *sys.argv[1:]]),
         "length": args.length, "d": args.d, "dtype": args.dtype,
     }  # fmt: skip
     for part in args.parts:

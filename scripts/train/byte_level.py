@@ -33,8 +33,8 @@ from torch import Tensor
 import seqpar
 from seqpar import Group
 from seqpar.commands import progress
+from seqpar.commands.arguments import parser_of
 
-__all__ = ["Recipe", "load_text", "standard_library", "train"]
 MIB = 2**20
 
 
@@ -76,9 +76,7 @@ def run(args: argparse.Namespace, group: Group, recipe: Recipe, text: Tensor) ->
 
 def parser() -> argparse.ArgumentParser:
     """The options of the command line: those of a recipe, and where to read and write."""
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    options = parser_of(__doc__)
     for f in fields(Recipe):
         options.add_argument(
             f"--{f.name.replace('_', '-')}", type=type(f.default), default=f.default,

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 import seqpar
 from seqpar import Group, KVCache, Layout
 from seqpar.comm import agreed
+from seqpar.commands.arguments import parser_of
 from seqpar.layout import LAYOUTS
 
 STRATEGIES = [name for name in ATTENTIONS if name not in GRIDS]
@@ -131,9 +132,7 @@ def run(args: argparse.Namespace, group: Group, device: torch.device) -> None:
 
 def main() -> None:
     """Parses arguments and generates; fails when they are wrong or ranks differ."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--checkpoint", type=Path, help="folder of byte_level.py; every rank reads it"
     )

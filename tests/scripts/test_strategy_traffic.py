@@ -19,7 +19,7 @@ WINDOWED = ["--window", "8", "--rows", "16", "--windowed-ranks", "2", "3", "4", 
 
 
 def start(monkeypatch, path, *options):
-    command = ["traffic.py", *TINY, *WINDOWED, "--json", str(path), *options]
+    command = ["strategy_traffic.py", *TINY, *WINDOWED, "--json", str(path), *options]
     monkeypatch.setattr(sys, "argv", command)
     strategy_traffic.main()
     return json.loads(path.read_text())
