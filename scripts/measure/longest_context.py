@@ -1,4 +1,4 @@
-"""Finds the longest sequence that train_bytes.py trains on within a memory limit, for several P.
+"""Finds the longest sequence that byte_level.py trains on within a memory limit, for several P.
 
 Two steps (from the second on the optimizer has state) are run in fresh processes at some lengths and
 their peak taken: all that is resident in a process, with code and libraries, of the rank that holds
@@ -185,7 +185,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="write everything here")
     parser.add_argument("--plot", type=Path, help="an image file")
-    parser.add_argument("options", nargs="*", help="others of train_bytes.py, after --")
+    parser.add_argument("options", nargs="*", help="others of byte_level.py, after --")
     args = parser.parse_args()
     options = [*MODEL, *LEAN, *args.options]
     rows = study(args, options)
