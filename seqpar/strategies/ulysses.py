@@ -1,8 +1,20 @@
 """Ulysses: exchange rows for heads (all-to-all), attend whole sequences on fewer heads, exchange back.
 
-The attention in the middle is a ring of its own: of one rank, or, in the hybrid, of the ranks that hold
-the rest of the sequence. So this file adds no loop over blocks. Heads may go in several chunks: buffers
-are smaller, and the next chunk is under way while one is attended.
+Where the parts of q are, of three ranks and six heads; each cell names the rank that holds it::
+
+                    before and after            between
+                    heads  0 1 2 3 4 5          heads  0 1 2 3 4 5
+    rows of rank 0         0 0 0 0 0 0                 0 0 1 1 2 2
+    rows of rank 1         1 1 1 1 1 1                 0 0 1 1 2 2
+    rows of rank 2         2 2 2 2 2 2                 0 0 1 1 2 2
+
+    q [b sl hq d], k, v [b slk hkv w]   all-to-all ->   q [b s hql d], k, v [b s hkvl w]
+    out [b s hql vd]                    all-to-all ->   out [b sl hq vd]
+
+The attention between is a ring of its own: of one rank, or, in the hybrid, of the ranks that hold the rest of
+the sequence. So this file adds no loop over blocks. Heads may go in several chunks: buffers are smaller, and
+the next chunk is under way while one is attended. A kv head that several ranks need is sent to each of them.
+
 Source: Jacobs et al. 2023, DeepSpeed-Ulysses (arXiv:2309.14509), section 3; with a ring outside, Fang and
 Zhao 2024, USP (arXiv:2405.07719).
 """
