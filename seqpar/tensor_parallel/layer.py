@@ -18,6 +18,7 @@ from seqpar.functional import attention as attend
 from seqpar.layout import Layout
 from seqpar.layout.fits import check_rows, check_size
 from seqpar.layout.heads import HeadSplit
+from seqpar.module import Attention
 from seqpar.tensor_parallel.fused_qkv import FusedQKV
 from seqpar.tensor_parallel.rotary import Angles, Rotary
 from seqpar.tensor_parallel.shared_heads import share_heads, shared_heads
@@ -68,7 +69,7 @@ class ParallelAttention(nn.Module):
         qkv: FusedQKV,
         width: int,
         *,
-        attention: nn.Module | None = None,
+        attention: Attention | None = None,
         tp: Group | None = None,
         names: Names | None = None,
         out_bias: bool = False,
@@ -142,7 +143,7 @@ class ParallelAttention(nn.Module):
             claim |= {"shape": (x.shape[0], "rows", x.shape[2]), "dtype": x.dtype, "layout": layout}
         if self.rotary is not None and angles is None:
             angles = self.rotary.angles(layout.positions(sp.rank).to(x.device)[None])
-        plan = self.attention.plan(layout)  # type: ignore[operator]
+        plan = self.attention.plan(layout)
         q, k, v = self.heads(x, angles)
         plan = replace(plan, score=self.score_here(plan.score), first_head=self.first_head)
         return self.project(attend(q, k, v, plan))
@@ -261,8 +262,7 @@ class ParallelAttention(nn.Module):
     @property
     def _axes(self) -> tuple[Group, Group]:
         """The ranks that share heads with this one, and those that share the sequence."""
-        sp: Any = Group.alone() if self.attention is None else self.attention.group
-        return self.tp, sp
+        return self.tp, Group.alone() if self.attention is None else self.attention.group
 
     def _check(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):

@@ -218,6 +218,16 @@ def test_what_follows_from_other_sequences_of_a_batch_is_found(change, message):
         SequenceParallel(model, seqpar.RingAttention(seqpar.Group.alone()))
 
 
+@pytest.mark.parametrize("change", [mean_of_all, any_special, attends_again])
+def test_what_follows_from_other_sequences_is_found_in_replaced_models_too(change):
+    """What is done to a model between its replacement and its set-up, such as a policy, is looked at."""
+    model = FAMILIES["llama"].make()
+    replace_attention(model)
+    change(model)
+    with pytest.raises(NotImplementedError, match="lets rows depend on"):
+        SequenceParallel(model, seqpar.RingAttention(seqpar.Group.alone()))
+
+
 @pytest.mark.parametrize("replaced", [False, True])
 def test_a_model_is_run_four_times(replaced):
     """Once for each way of giving positions and a mask; without a mask a replaced one was run before."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from plants.plant import Plant
 
 KERNELS, HUGGING_FACE = "kernels/seqpar_kernels", "seqpar/integrations/transformers"
+PROBE, TRIAL = f"{HUGGING_FACE}/probe", "tests/integrations/test_refusals.py"
 PARTS, FIRST = "tests/block/test_torch_internals.py", "tests/packaging/test_first_call.py"
 LIBRARIES = [
     Plant("op: a second derivative is nothing", f"{KERNELS}/torch_ops.py",
@@ -29,4 +30,19 @@ LIBRARIES = [
     Plant("CodeGen of another release", f"{HUGGING_FACE}/replace/families.py",
           "    when=lambda m: not _has_own_table(m),", "    when=lambda m: _has_own_table(m),",
           "tests/tensor_parallel/test_replace.py"),
+    Plant("trial: what one device gives not compared", f"{PROBE}/trial.py",
+          "            _check_equal(inner, known.outputs, ours[WHOLE])\n", "            pass\n", TRIAL),
+    Plant("trial: rows that depend on each other let through", f"{PROBE}/trial.py",
+          "    at_fault = list(trace.culprits)\n", "    at_fault = []\n", TRIAL),
+    Plant("trial: layers that other tokens run let through", f"{PROBE}/trial.py",
+          "    if trace.attending != again.attending:\n", "    if False:\n", TRIAL),
+    Plant("trial: all models pack", f"{PROBE}/trial.py",
+          "packs = difference(known.packed, ours[PACKED], PACKED_AT) is None", "packs = True", TRIAL),
+    Plant("trial: no model counts what is seen", f"{PROBE}/trial.py",
+          "counts_seen = difference(ours[APART], masked, PACKED_AT) is not None", "counts_seen = False",
+          TRIAL),
+    Plant("trial: rows stay where they are", f"{PROBE}/tokens.py",
+          "self.others if i == MOVED else self.tokens", "self.tokens", TRIAL),
+    Plant("trial: no special tokens", f"{PROBE}/tokens.py",
+          "new, special = others[0::2], _special_tokens(inner)", "new, special = others[0::2], []", TRIAL),
 ]  # fmt: skip

@@ -25,7 +25,8 @@ masked                Rows after hidden ones are those of APART, the same docume
 The sequences of a batch prove what runs of their own would, since WHOLE is compared with `plain`, where the
 same tokens were alone: what passes between sequences, or follows from the tokens of any of them, would show
 there. `masked` has no special tokens either, and must run the same attention modules in the same order.
-A model whose attention was replaced cannot do the runs without a mask any more. They were done before.
+A model whose attention was replaced cannot do the runs without a mask any more. They were done before; of
+what has changed since, APART is compared with `masked`, where its tokens were alone.
 """
 
 from __future__ import annotations
@@ -130,10 +131,12 @@ def run_after(inner: PreTrainedModel, known: Before | Findings, *, across: Group
             output = inner(**given.both, seqpar=trace)
         masked = rows_of(inner(**given.masked, seqpar=again), 0)
     ours = [rows_of(output, sequence) for sequence in SEQUENCES]
+    counts_seen = difference(ours[APART], masked, PACKED_AT) is not None
     with agreed(across, operation="trying out"):
         _check_rows(inner, trace, again)
         if isinstance(known, Findings):
             packs = known.packs
+            _check_unchanged(inner, known.counts_seen, counts_seen)
         else:
             _check_equal(inner, known.outputs, ours[WHOLE])
             packs = difference(known.packed, ours[PACKED], PACKED_AT) is None
@@ -142,7 +145,7 @@ def run_after(inner: PreTrainedModel, known: Before | Findings, *, across: Group
     return Findings(
         causal=all(terms.mask.causal for terms in trace.terms),
         first_position=known.first_position,
-        counts_seen=difference(ours[APART], masked, PACKED_AT) is not None,
+        counts_seen=counts_seen,
         packs=packs,
         numbers={module: number for number, module in enumerate(once)},
     )
@@ -195,4 +198,13 @@ def _check_equal(inner: PreTrainedModel, expected: Rows, ours: Rows) -> None:
             f"{type(inner).__name__} returns other {found[0]} than with {own} attention, off by "
             f"{found[1]:.2g}: layers do something that does not reach the attention function, or it numbers "
             "positions in a way of its own"
+        )
+
+
+def _check_unchanged(inner: PreTrainedModel, before: bool, now: bool) -> None:
+    """Refuses a model that counts positions in another way than when its attention was replaced."""
+    if before != now:
+        raise NotImplementedError(
+            f"{type(inner).__name__} lets rows depend on the other sequences of a batch, or counts positions "
+            "in another way, since its attention was replaced"
         )
