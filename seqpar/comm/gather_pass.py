@@ -7,10 +7,10 @@ rank holds two chunks and never the whole sequence. A piece is sent to the ranks
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-import torch
 from torch import Tensor
 
 from seqpar.comm.group import Group
@@ -128,11 +128,11 @@ def gather_pass(
 class HomeSum:
     """Sums what ranks add to the pieces they hold, at the pieces' owners: the dual of `gather_pass`.
 
-    For every chunk in turn, `open` gives tensors to add to and `close` sends them home. Shares are added
-    in the order of chunks and, in a chunk, of ranks, once the next chunk is done.
+    For every chunk in turn, `with sums.share()` gives tensors to add to and sends them home. Shares are
+    added in the order of chunks and, in a chunk, of ranks, once the next chunk is done.
 
     Args:
-        like: this rank's tensors that the sums are for; a sum has their shapes, all in `dtype`.
+        like: this rank's tensors that the sums are for; a sum has their shapes, all in the type of sums.
     """
 
     def __init__(
@@ -140,31 +140,26 @@ class HomeSum:
         like: Block,
         schedule: GatherSchedule,
         group: Group,
-        dtype: torch.dtype,
         *,
         primitive: str = "scatter",
     ) -> None:
-        self._delivery, self._group, self._primitive = schedule, group, primitive
-        self._message = PackedMessage(PackedMessage.of(like).widths, (dtype,) * len(like))
+        self._schedule, self._group, self._primitive = schedule, group, primitive
+        self._message = PackedMessage.of(like).of_sums()
         self._like, (self._batch, rows, self._heads) = like[0], like[0].shape[:3]
         self._total = self._empty(rows).zero_()
         self._n = 0
-        self._share = self._total[:0]
         self._pending: Pending | None = None
         self._arriving: list[tuple[int, Piece, Tensor]] = []
 
-    def open(self) -> Block:
-        """The tensors to add this rank's share of the chunk to."""
-        self._share = self._empty(
-            sum(p.length for p, _ in self._delivery.received(self._n))
-        ).zero_()
-        return self._message.unpack((self._share,))
-
-    def close(self) -> None:
-        """Sends the shares to the owners of the pieces."""
+    @contextmanager
+    def share(self) -> Iterator[Block]:
+        """The tensors to add this rank's share of the chunk to; then they go to the owners of the pieces."""
+        rows = sum(p.length for p, _ in self._schedule.received(self._n))
+        share = self._empty(rows).zero_()
+        yield self._message.unpack((share,))
         self._land()
         self._pending, self._arriving = _start_home(
-            self._share, self._delivery, self._n, self._group, self._primitive
+            share, self._schedule, self._n, self._group, self._primitive
         )
         self._n += 1
 

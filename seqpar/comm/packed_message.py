@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from seqpar_kernels import accumulation_dtype
+
 Block = tuple[Tensor, ...]
 
 
@@ -28,6 +30,10 @@ class PackedMessage:
         """The packed message that these tensors make."""
         widths = tuple(x.shape[3] if x.ndim == 4 else None for x in block)
         return PackedMessage(widths, tuple(x.dtype for x in block))
+
+    def of_sums(self) -> PackedMessage:
+        """The same tensors in the type that their sums are in, which is one message."""
+        return PackedMessage(self.widths, tuple(accumulation_dtype(dtype) for dtype in self.dtypes))
 
     @property
     def messages(self) -> list[torch.dtype]:

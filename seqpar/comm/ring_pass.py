@@ -7,9 +7,9 @@ always under way while the current block is worked on, and no rank is sent what 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from seqpar.comm.group import Group
@@ -109,11 +109,11 @@ def ring_pass(
 class RingSum:
     """Sums, for each block, what every visitor adds to it, at the rank that owns it.
 
-    In every step of a `ring_pass` on the same schedule, for a wanted block or not: `open` gives tensors to
-    add to, `close` sends them on. Sums follow the blocks and go home from where a chain ends.
+    In every step of a `ring_pass` on the same schedule, for a wanted block or not: `with sums.share()` gives
+    tensors to add to and sends them on. Sums follow the blocks and go home from where a chain ends.
 
     Args:
-        like: this rank's tensors that the sums are for; a sum has their shapes, all in `dtype`.
+        like: this rank's tensors that the sums are for; a sum has their shapes, all in the type of sums.
         in_order: a visitor continues the sum that arrived instead of adding its own to it, beginning with
             the owner: additions are made in the order of the ring, and the sum cannot travel while the
             visitor computes. Otherwise the owner's share stays at home, one hop less.
@@ -124,14 +124,12 @@ class RingSum:
         like: Block,
         schedule: RingSchedule,
         group: Group,
-        dtype: torch.dtype,
         *,
         in_order: bool = False,
         primitive: str = "ring_sum",
     ) -> None:
         self._schedule, self._group, self._like, self._in_order = schedule, group, like, in_order
-        message = PackedMessage.of(like)
-        self._message = PackedMessage(message.widths, (dtype,) * len(like))
+        self._message = PackedMessage.of(like).of_sums()
         self._primitive = primitive
         self._step = 0
         self._pending: Pending | None = None
@@ -141,8 +139,16 @@ class RingSum:
         self._total: Tensor | None = None
         self._share: Tensor | None = None
 
-    def open(self) -> Block | None:
-        """The tensors to add this rank's share to, or `None` if it does not want the block."""
+    @contextmanager
+    def share(self) -> Iterator[Block | None]:
+        """The tensors to add this rank's share to, or `None` if it does not want the block.
+
+        At the end of the `with` the sum goes to the next visitor, or home.
+        """
+        yield self._open()
+        self._close()
+
+    def _open(self) -> Block | None:
         schedule, rank = self._schedule, self._schedule.rank
         owner = schedule.at(-self._step)
         if owner != rank and not schedule.visits(rank, owner):
@@ -155,8 +161,7 @@ class RingSum:
             self._share = self._empty(schedule.rows[owner]).zero_()
         return self._message.unpack((self._share,))
 
-    def close(self) -> None:
-        """Sends the sum to the next visitor, or home."""
+    def _close(self) -> None:
         schedule, rank, step = self._schedule, self._schedule.rank, self._step
         owner = schedule.at(-step)
         self._land()
@@ -187,7 +192,7 @@ class RingSum:
     def home(self) -> Block:
         """This rank's own block, with the shares of all ranks."""
         self._land()
-        assert self._total is not None, "closed P times"
+        assert self._total is not None, "every block had its step"
         return self._message.unpack((self._total,))
 
     def _is_continued(self, owner: int) -> bool:

@@ -22,7 +22,15 @@ from torch import Tensor
 
 from seqpar.comm import GatherSchedule, Grid, Piece, gather_pass
 from seqpar.layout import Layout, held
-from seqpar.strategies.loop import Meeting, Route, Sums, attend_by
+from seqpar.strategies.loop import (
+    Differentiate,
+    Gradients,
+    Learned,
+    Meeting,
+    Route,
+    attend_by,
+    zeros_for,
+)
 from seqpar.strategies.mesh import MeshRoute, spans_of
 from seqpar.strategies.plan import Plan, Spans
 from seqpar.strategies.strategy import Order, Strategy
@@ -80,22 +88,25 @@ class InOrderRoute:
         """Nobody else worked on these rows."""
         return running
 
-    def meetings(self, mine: Rows, k: Tensor, v: Tensor, into: Sums) -> Iterator[Meeting]:
+    def backward(
+        self, mine: Rows, k: Tensor, v: Tensor, learned: Learned, differentiate: Differentiate
+    ) -> Gradients:
         """Own rows meet the keys downwards; then own keys meet the queries upwards."""
         plan = self._plan
         own, own_keys = plan.layout.spans[self._rank], plan.keys.spans[self._rank]
-        into.dq = into.zeros(mine.q)
+        dq = zeros_for(mine.q)
         for cols, k_c, v_c in self.columns(k, v):
-            yield Meeting(own, cols, mine, k_c, v_c, into.dq, None, None, into.learned)
+            differentiate(Meeting(own, cols, mine, k_c, v_c, dq, None, None, learned))
             del k_c, v_c  # or the last ones live on while queries are walked
-        into.dk, into.dv = into.zeros(k), into.zeros(v)
+        dk, dv = zeros_for(k), zeros_for(v)
         travelling = row_message(mine, plan.implementation)
         for pieces, message in gather_pass(travelling, self._queries, plan.group):
             rows, spans = (
                 rows_of(message, lse_learns=mine.lse_learns),
                 spans_of(pieces, plan.layout.spans),
             )
-            yield Meeting(spans, own_keys, rows, k, v, None, into.dk, into.dv, {})
+            differentiate(Meeting(spans, own_keys, rows, k, v, None, dk, dv, {}))
+        return Gradients(dq, dk, dv, learned)
 
 
 def runs(layout: Layout) -> list[tuple[Piece, ...]]:

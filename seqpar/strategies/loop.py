@@ -7,8 +7,8 @@ online softmax: running sums that each block of keys continues, normalised once 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -47,23 +47,26 @@ class Meeting:
     learned: Learned
 
 
-@dataclass
-class Sums:
-    """The gradients of this rank's own rows, in the type of sums.
+@dataclass(frozen=True)
+class Gradients:
+    """The gradients of this rank's own rows, in the type of sums, with what other ranks have added.
 
-    A route sets dq, dk and dv: those that other ranks add to are there once they have come home. `learned`
-    has what blocks add to, for each learned tensor a share of every row.
+    Args:
+        learned: by the name of a learned tensor that blocks add to, a share of every row.
     """
 
-    dtype: torch.dtype
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
     learned: Learned
-    dq: Tensor = field(init=False)
-    dk: Tensor = field(init=False)
-    dv: Tensor = field(init=False)
 
-    def zeros(self, like: Tensor) -> Tensor:
-        """Zeros to sum the gradient of a tensor in."""
-        return torch.zeros(like.shape, dtype=self.dtype, device=like.device)
+
+Differentiate = Callable[[Meeting], None]
+
+
+def zeros_for(x: Tensor) -> Tensor:
+    """Zeros to sum the gradient of a tensor in."""
+    return torch.zeros(x.shape, dtype=accumulation_dtype(x.dtype), device=x.device)
 
 
 class Route(Protocol):
@@ -78,8 +81,14 @@ class Route(Protocol):
     def merged(self, running: Partial) -> Partial:
         """This rank's own rows, of all ranks that worked on them."""
 
-    def meetings(self, mine: Rows, k: Tensor, v: Tensor, into: Sums) -> Iterator[Meeting]:
-        """What meets in backward, in turn. `into` holds the gradients once this is exhausted."""
+    def backward(
+        self, mine: Rows, k: Tensor, v: Tensor, learned: Learned, differentiate: Differentiate
+    ) -> Gradients:
+        """Has all that meets in backward differentiated, in turn, and gives the sums of it.
+
+        Args:
+            learned: zeros for the rows of this rank, to be added to or replaced.
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,8 +155,8 @@ class _Loop(torch.autograd.Function):
         dout = torch.zeros_like(out) if dout is None else dout
         mine = Rows.of(q, out, dout, lse, dlse, implementation=plan.implementation)
         by_row = {name: torch.zeros_like(lse) for name in wanted if name in BY_BLOCKS}
-        into = Sums(accumulation_dtype(q.dtype), by_row)
-        for met in call.route.meetings(mine, k, v, into):
+
+        def differentiate(met: Meeting) -> None:
             for rows, cols, block in plan.blocks(met.row_spans, met.col_spans, score, call.head):
                 attend_backward(
                     met.rows[rows], met.k[:, cols], met.v[:, cols], block,
@@ -155,13 +164,14 @@ class _Loop(torch.autograd.Function):
                     learned={name: x[:, rows] for name, x in met.learned.items()},
                     implementation=plan.implementation,
                 )  # fmt: skip
-            del met  # or what has been met lives on while the next arrives
-        shares = {**into.learned, **finished_gradients(score, lse, mine.delta, wanted)}
+
+        sums = call.route.backward(mine, k, v, by_row, differentiate)
+        shares = {**sums.learned, **finished_gradients(score, lse, mine.delta, wanted)}
         learned = (
             _share(shares[name], plan).to(x.dtype) if name in wanted else None
             for name, x in zip(call.names, tensors, strict=True)
         )
-        return None, *(x.to(q.dtype) for x in (into.dq, into.dk, into.dv)), *learned
+        return None, *(x.to(q.dtype) for x in (sums.dq, sums.dk, sums.dv)), *learned
 
 
 def _forward(

@@ -30,7 +30,14 @@ from torch import Tensor
 
 from seqpar.comm import GatherSchedule, Grid, HomeSum, Piece, gather_pass, send_home
 from seqpar.layout import Span, held, joined, part
-from seqpar.strategies.loop import Meeting, Sums, attend_by
+from seqpar.strategies.loop import (
+    Differentiate,
+    Gradients,
+    Learned,
+    Meeting,
+    attend_by,
+    zeros_for,
+)
 from seqpar.strategies.plan import Plan, Spans
 from seqpar.strategies.strategy import Strategy
 from seqpar.strategies.travel import row_message, rows_of
@@ -101,28 +108,29 @@ class MeshRoute:
             total.absorb_(other)
         return total
 
-    def meetings(self, mine: Rows, k: Tensor, v: Tensor, into: Sums) -> Iterator[Meeting]:
+    def backward(
+        self, mine: Rows, k: Tensor, v: Tensor, learned: Learned, differentiate: Differentiate
+    ) -> Gradients:
         """The rows of the grid row, gathered once, meet the keys chunk by chunk."""
         spans, rows = self._gather_backward(mine)
         alone = self._rows.size == 1
-        dq = into.zeros(rows.q)
-        by_row = into.learned if alone else {name: into.zeros(rows.lse) for name in into.learned}
-        sums = HomeSum((k, v), self._cols, self._grid.ring, into.dtype)
+        dq = zeros_for(rows.q)
+        by_row = learned if alone else {name: zeros_for(rows.lse) for name in learned}
+        sums = HomeSum((k, v), self._cols, self._grid.ring)
         for came, (k_c, v_c) in gather_pass((k, v), self._cols, self._grid.ring):
             cols = spans_of(came, self._col_spans)
-            dk_c, dv_c = sums.open()
-            yield Meeting(spans, cols, rows, k_c, v_c, dq, dk_c, dv_c, by_row)
-            del k_c, v_c, dk_c, dv_c  # as in `columns`
-            sums.close()
-        into.dk, into.dv = sums.home()
+            with sums.share() as (dk_c, dv_c):
+                differentiate(Meeting(spans, cols, rows, k_c, v_c, dq, dk_c, dv_c, by_row))
+                del k_c, v_c, dk_c, dv_c  # as in `columns`
+        dk, dv = sums.home()
         if alone:
-            into.dq = dq
-            return
-        into.dq = into.zeros(mine.q)
-        totals, shares = (into.dq, *into.learned.values()), (dq, *by_row.values())
+            return Gradients(dq, dk, dv, learned)
+        total = zeros_for(mine.q)
+        totals, shares = (total, *learned.values()), (dq, *by_row.values())
         for _, parts in send_home(shares, self._rows, self._grid.ulysses):
-            for total, share in zip(totals, parts, strict=True):
-                total += share
+            for x, share in zip(totals, parts, strict=True):
+                x += share
+        return Gradients(total, dk, dv, learned)
 
     def _gather_rows(self, block: tuple[Tensor, ...]) -> tuple[Spans, tuple[Tensor, ...]]:
         if self._rows.size == 1:

@@ -31,7 +31,7 @@ Sun et al. 2024, BurstAttention (arXiv:2403.09347).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 from jaxtyping import Float
@@ -39,7 +39,14 @@ from torch import Tensor
 
 from seqpar.comm import RingSchedule, RingSum, current_replay, ring_pass
 from seqpar.layout import Layout, Span
-from seqpar.strategies.loop import Meeting, Sums, attend_by
+from seqpar.strategies.loop import (
+    Differentiate,
+    Gradients,
+    Learned,
+    Meeting,
+    attend_by,
+    zeros_for,
+)
 from seqpar.strategies.plan import Plan, Spans
 from seqpar.strategies.strategy import Order, Strategy
 from seqpar.strategies.travel import row_bytes, row_message, rows_of
@@ -118,45 +125,53 @@ class RingRoute:
         """The partial itself: nobody else worked on these rows."""
         return running
 
-    def meetings(self, mine: Rows, k: Tensor, v: Tensor, into: Sums) -> Iterator[Meeting]:
+    def backward(
+        self, mine: Rows, k: Tensor, v: Tensor, learned: Learned, differentiate: Differentiate
+    ) -> Gradients:
         """Keys travel and meet these rows, or rows travel and meet these keys: what is fewer bytes."""
-        plan = self._plan
+        plan, wide = self._plan, mine.delta.dtype
         rows = row_bytes(row_message(mine, plan.implementation))
-        rows += row_bytes((mine.q, *into.learned.values()), into.dtype)
-        keys = row_bytes((k, v)) + row_bytes((k, v), into.dtype)
+        rows += row_bytes((mine.q, *learned.values()), wide)
+        keys = row_bytes((k, v)) + row_bytes((k, v), wide)
         if rows * plan.layout.length < keys * plan.keys.length:
-            return self._rows_travel(mine, k, v, into)
-        return self._keys_travel(mine, k, v, into)
+            return self._rows_travel(mine, k, v, learned, differentiate)
+        return self._keys_travel(mine, k, v, learned, differentiate)
 
-    def _keys_travel(self, mine: Rows, k: Tensor, v: Tensor, into: Sums) -> Iterator[Meeting]:
-        plan = self._plan
-        schedule = _key_schedule(plan)
-        sums = RingSum((k, v), schedule, plan.group, into.dtype, in_order=bool(plan.invariant))
-        into.dq = into.zeros(mine.q)
+    def _keys_travel(
+        self, mine: Rows, k: Tensor, v: Tensor, learned: Learned, differentiate: Differentiate
+    ) -> Gradients:
+        plan, schedule = self._plan, _key_schedule(self._plan)
+        sums = RingSum((k, v), schedule, plan.group, in_order=bool(plan.invariant))
+        dq = zeros_for(mine.q)
         for owner, block in ring_pass((k, v), schedule, plan.group):
-            share = sums.open()
-            if block is not None and share is not None:
-                (k_o, v_o), (dk_o, dv_o), cols = block, share, plan.keys.spans[owner]
-                yield Meeting(self._own, cols, mine, k_o, v_o, into.dq, dk_o, dv_o, into.learned)
-            sums.close()
-        into.dk, into.dv = sums.home()
+            with sums.share() as share:
+                if block is not None and share is not None:
+                    (k_o, v_o), (dk_o, dv_o), cols = block, share, plan.keys.spans[owner]
+                    differentiate(Meeting(self._own, cols, mine, k_o, v_o, dq, dk_o, dv_o, learned))
+        dk, dv = sums.home()
+        return Gradients(dq, dk, dv, learned)
 
-    def _rows_travel(self, mine: Rows, k: Tensor, v: Tensor, into: Sums) -> Iterator[Meeting]:
-        plan, own_keys = self._plan, self._plan.keys.spans[self._plan.group.rank]
-        schedule, names = _row_schedule(plan), tuple(into.learned)
-        like = (mine.q, *(mine.lse for _ in names))
-        sums = RingSum(like, schedule, plan.group, into.dtype, in_order=bool(plan.invariant))
-        into.dk, into.dv = into.zeros(k), into.zeros(v)
+    def _rows_travel(
+        self, mine: Rows, k: Tensor, v: Tensor, learned: Learned, differentiate: Differentiate
+    ) -> Gradients:
+        plan, schedule = self._plan, _row_schedule(self._plan)
+        own_keys = plan.keys.spans[plan.group.rank]
+        like = (mine.q, *learned.values())
+        sums = RingSum(like, schedule, plan.group, in_order=bool(plan.invariant))
+        dk, dv = zeros_for(k), zeros_for(v)
         for owner, block in ring_pass(row_message(mine, plan.implementation), schedule, plan.group):
-            share = sums.open()
-            if block is not None and share is not None:
-                dq_o, *learned_o = share
-                rows, at = rows_of(block, lse_learns=mine.lse_learns), plan.layout.spans[owner]
-                by_row = dict(zip(names, learned_o, strict=True))
-                yield Meeting(at, own_keys, rows, k, v, dq_o, into.dk, into.dv, by_row)
-            sums.close()
-        into.dq, *learned = sums.home()
-        into.learned = dict(zip(names, learned, strict=True))
+            with sums.share() as share:
+                if block is not None and share is not None:
+                    rows, (dq_o, *by_row) = rows_of(block, lse_learns=mine.lse_learns), share
+                    spans, learned_o = plan.layout.spans[owner], _named(learned, by_row)
+                    differentiate(Meeting(spans, own_keys, rows, k, v, dq_o, dk, dv, learned_o))
+        dq, *by_row = sums.home()
+        return Gradients(dq, dk, dv, _named(learned, by_row))
+
+
+def _named(learned: Learned, tensors: Sequence[Tensor]) -> Learned:
+    """Other tensors under the same names."""
+    return dict(zip(learned, tensors, strict=True))
 
 
 def _key_schedule(plan: Plan) -> RingSchedule:

@@ -128,13 +128,12 @@ class ByRows(Sharding):
 
     def transposed_times(self, x: Tensor, y: Tensor, shape: torch.Size) -> Tensor:
         """One block of columns at a time."""
-        sums = RingSum((x.new_empty(shape),), self._schedule, self.group, x.dtype)
+        sums = RingSum((x.new_empty(shape),), self._schedule, self.group)
         for step in range(self.group.size):
-            opened = sums.open()
-            assert opened is not None, "every block is wanted"
             cols = self._place(self._schedule.at(-step))
-            opened[0].add_(dense.transposed_times(x[..., cols], y, shape[2]))
-            sums.close()
+            with sums.share() as share:
+                assert share is not None, "every block is wanted"
+                share[0].add_(dense.transposed_times(x[..., cols], y, shape[2]))
         return sums.home()[0]
 
     def in_order(self, x: Tensor) -> Tensor:

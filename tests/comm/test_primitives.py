@@ -136,15 +136,14 @@ def ring_pair(group, rows, wanted, direction, in_order):
     schedule = RingSchedule(group.rank, rows, lambda v, o: (v, o) in wanted, direction)
     block = normal(group, 1, rows[group.rank], 1, 2), normal(group, 1, rows[group.rank], 1)
     like = (block[0],)
-    sums = RingSum(like, schedule, group, torch.float64, in_order=in_order)
+    sums = RingSum(like, schedule, group, in_order=in_order)
     seen = []
     for owner, visiting in ring_pass(block, schedule, group):
-        share = sums.open()
-        assert (share is None) == (visiting is None)
-        if visiting is not None:
-            seen.append((owner, tuple(x.clone() for x in visiting)))
-            share[0].mul_(10 if in_order else 1).add_(group.rank + 1)
-        sums.close()
+        with sums.share() as share:
+            assert (share is None) == (visiting is None)
+            if visiting is not None:
+                seen.append((owner, tuple(x.clone() for x in visiting)))
+                share[0].mul_(10 if in_order else 1).add_(group.rank + 1)
     (home,) = sums.home()
     return block, seen, home, group.traffic.by_primitive
 
@@ -221,12 +220,12 @@ def pieces_pair(group, rows, num_chunks, wanted):
         group.rank, group.size, num_chunks, due, lambda r, p: (r, p.owner) in wanted
     )
     block = (normal(group, 2, rows[group.rank], 1, 2),)
-    sums = HomeSum(block, schedule, group, torch.float64)
+    sums = HomeSum(block, schedule, group)
     seen = []
     for held, (x,) in gather_pass(block, schedule, group):
         seen.append((held, x.clone()))
-        sums.open()[0].add_(group.rank + 1)
-        sums.close()
+        with sums.share() as (share,):
+            share.add_(group.rank + 1)
     home = sums.home()[0]
     mine = [due(n, group.rank) for n in range(num_chunks)]
     return block[0], seen, home, mine, group.traffic.by_primitive
