@@ -69,10 +69,18 @@ class Attention(nn.Module):
     def plan(self, layout: Layout, kv_layout: Layout | None = None) -> Plan:
         """The plan of a call with this layout."""
         return Plan(
-            self.group, layout, self.mask, self.score, self.strategy, self.implementation,
-            self.dropout if self.training else None, kv_layout, self.invariant, self.grid,
-            self.head_chunks,
-        )  # fmt: skip
+            self.group,
+            layout,
+            mask=self.mask,
+            score=self.score,
+            strategy=self.strategy,
+            implementation=self.implementation,
+            dropout=self.dropout if self.training else None,
+            kv_layout=kv_layout,
+            invariant=self.invariant,
+            grid=self.grid,
+            head_chunks=self.head_chunks,
+        )
 
     def extra_repr(self) -> str:
         """The options, for printing."""

@@ -68,7 +68,7 @@ def generate(
         ValueError: the prompt is empty.
         DesyncError: ranks differ in the prompt, or in what they chose.
     """
-    with agreed(group, "generate") as claim:
+    with agreed(group, operation="generate") as claim:
         if prompt.shape[1] == 0:
             raise ValueError("a prompt has at least one byte")
         claim |= {"prompt": prompt.tolist(), "num_tokens": num_tokens, "layout": layout}
@@ -84,7 +84,7 @@ def generate(
     for n in range(num_tokens):
         logits = model.logits(chosen[-1], torch.full_like(chosen[-1], length + n), shards)
         chosen.append(logits.argmax(-1))
-        with agreed(group, "the chosen bytes") as claim:
+        with agreed(group, operation="the chosen bytes") as claim:
             claim["bytes"] = chosen[-1].tolist()
     for block, attention in zip(model.blocks, attentions, strict=True):
         block.attention = attention
@@ -115,7 +115,7 @@ def make(group: Group, recipe: Recipe) -> ByteLM:
 
 def run(args: argparse.Namespace, group: Group, device: torch.device) -> None:
     """Generates, and on rank 0 prints the text."""
-    with agreed(group, "load"):
+    with agreed(group, operation="load"):
         model = load(group, args.checkpoint, args.strategy).to(device)
     prompt = torch.tensor([list(args.prompt.encode())], dtype=torch.long, device=device)
     start = time.perf_counter()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, cast, overload
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -20,16 +20,8 @@ class DesyncError(RuntimeError):
     """Ranks of a group differ in what they are about to do, or one of them refused to do it."""
 
 
-@overload
-def agreed(*axes: Group, operation: str) -> AbstractContextManager[dict[str, object]]: ...
-
-
-@overload
-def agreed(axis: Group, operation: str, /) -> AbstractContextManager[dict[str, object]]: ...
-
-
 @contextmanager
-def agreed(*axes: Any, operation: str | None = None) -> Iterator[dict[str, object]]:
+def agreed(*axes: Group, operation: str) -> Iterator[dict[str, object]]:
     """A block of checks after which all ranks go on, or none does. All ranks must enter.
 
     What the block puts into the dict that it is given must be the same on all ranks, compared by
@@ -38,13 +30,11 @@ def agreed(*axes: Any, operation: str | None = None) -> Iterator[dict[str, objec
     Args:
         axes: the groups of this rank, one for each axis of a mesh. The ranks agree along each in turn, so
             what one refuses is heard along the first axis, and by all ranks of the mesh along the last.
-        operation: what the ranks are about to do; may be given by place after one group.
+        operation: what the ranks are about to do.
 
     Raises:
         DesyncError: ranks differ, or another rank raised. Raised on every rank that did not.
     """
-    if operation is None:
-        *axes, operation = axes  # type: ignore[assignment]
     claim: dict[str, object] = {"operation": operation}
     try:
         yield claim

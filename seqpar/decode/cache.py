@@ -63,7 +63,7 @@ class KVCache:
         score: Score = Score(),  # noqa: B008 - frozen
         implementation: Implementation | None = None,
     ) -> None:
-        with agreed(group, "KVCache") as claim:
+        with agreed(group, operation="KVCache") as claim:
             check_prefill(group, layout, k, v, mask, score)
             self._mask, self._score = continued(mask), score.resolve(k.shape[3])
             request = Request.of(k, v, self._score, documents=packed(self._mask))
@@ -106,7 +106,7 @@ class KVCache:
             TypeError, ValueError: k or v does not fit the cache, or requires a gradient.
             DesyncError: the ranks differ, or another rank raised one of the above.
         """
-        with agreed(self.group, "KVCache.append") as claim:
+        with agreed(self.group, operation="KVCache.append") as claim:
             check_new(k, v, self._prefill, self._score)
             claim |= self._state(k.shape[1])
         self._append(k, v)
@@ -121,7 +121,7 @@ class KVCache:
             TypeError, ValueError: q does not fit the cache, has more rows than it, or requires a gradient.
             DesyncError: the ranks differ, or another rank raised one of the above.
         """
-        with agreed(self.group, "KVCache.attend") as claim:
+        with agreed(self.group, operation="KVCache.attend") as claim:
             check_queries(q, self.length, self._prefill, self._score)
             claim |= self._state(q.shape[1]) | {"query heads": q.shape[2]}
         return self._attend(q)
@@ -133,7 +133,7 @@ class KVCache:
         v: Float[Tensor, "b t hkv vd"],
     ) -> Float[Tensor, "b t hq vd"]:
         """Appends k and v and attends q, agreed on once. Raises what `append` and `attend` do."""
-        with agreed(self.group, "KVCache.step") as claim:
+        with agreed(self.group, operation="KVCache.step") as claim:
             check_new(k, v, self._prefill, self._score)
             check_queries(q, self.length + k.shape[1], self._prefill, self._score)
             claim |= self._state(q.shape[1]) | {"query heads": q.shape[2], "new": k.shape[1]}
@@ -148,7 +148,7 @@ class KVCache:
             ValueError: length is less than that of the prefill, or more than there is.
             DesyncError: the ranks differ, or another rank raised one of the above.
         """
-        with agreed(self.group, "KVCache.truncate") as claim:
+        with agreed(self.group, operation="KVCache.truncate") as claim:
             if not is_integer(length):
                 raise TypeError(f"length must be an integer, got {length!r}")
             if not self.prefill_length <= length <= self.length:
@@ -171,7 +171,7 @@ class KVCache:
             ValueError: the batch has no such entry.
             DesyncError: the ranks differ, or another rank raised one of the above.
         """
-        with agreed(self.group, "KVCache.reorder") as claim:
+        with agreed(self.group, operation="KVCache.reorder") as claim:
             order = torch.as_tensor(indices, device=self._prefill.k.device)
             batch = self._prefill.k.shape[0]
             if order.is_floating_point() or order.dtype == torch.bool or order.ndim != 1:

@@ -49,7 +49,7 @@ def agree_on_call(
     """
     if not isinstance(plan, Plan) or not isinstance(plan.group, Group):
         raise TypeError(f"attention takes a seqpar.Plan with a seqpar.Group, got {plan!r}")
-    with agreed(plan.group, operation) as claim:
+    with agreed(plan.group, operation=operation) as claim:
         resolved = check_call(q, k, v, plan, with_lse=with_lse)
         claim |= _claim(q, k, v, resolved, with_lse, learning)
         if operation == "attention" and is_heard(plan.group):

@@ -110,8 +110,8 @@ class Case:
         keys = None if self.kv_length is None else self.keys(group.size)
         grid = self.grid(group) if STRATEGIES[strategy].needs_grid else None
         return Plan(
-            group, layout, self.mask, score, strategy, implementation, dropout, keys,
-            self.invariant, grid,
+            group, layout, self.mask, score, strategy=strategy, implementation=implementation,
+            dropout=dropout, kv_layout=keys, invariant=self.invariant, grid=grid,
         )  # fmt: skip
 
     def terms(self) -> oracle.Terms:

@@ -106,7 +106,7 @@ def test_agreement_says_who_differs_in_what():
 def test_one_refusal_is_everybodys():
     def fn(group):
         def checks():
-            with agreed(group, "test") as claim:
+            with agreed(group, operation="test") as claim:
                 claim["x"] = 1
                 if group.rank == 2:
                     raise ValueError("too long")

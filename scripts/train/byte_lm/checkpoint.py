@@ -92,16 +92,16 @@ def save(
     path = folder / f"step-{run['step']:06}"
     partial = path.with_name(f"{path.name}.partial")
     is_sharded = any(hasattr(p, "full_tensor") for p in model.parameters())
-    with agreed(group, "save: begin") as claim:
+    with agreed(group, operation="save: begin") as claim:
         claim |= {"step": run["step"], "is_sharded": is_sharded}
         if group.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-    with agreed(group, "save: write"):
+    with agreed(group, operation="save: write"):
         if is_sharded or group.rank == 0:
             with _as_os_error(partial):
                 dcp.save(_state(model, optimizer), checkpoint_id=partial, no_dist=not is_sharded)
-    with agreed(group, "save: rename"):
+    with agreed(group, operation="save: rename"):
         if group.rank == 0:
             with (partial / "run.json").open("w") as file:
                 json.dump(run, file)

@@ -56,7 +56,7 @@ def train(
     """
     losses: list[float] = []
     path: Path | None = None
-    with agreed(group, "train") as claim:
+    with agreed(group, operation="train") as claim:
         fixed = recipe.fixed | {"text": fingerprint(text)}
         batch_at(text, recipe, 0)
         ranks = Ranks.of(group, recipe)
@@ -77,7 +77,7 @@ def train(
     gradients.prepare(model, model.blocks)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), eps=recipe.eps)
     if path is not None:
-        with agreed(group, "resume"):
+        with agreed(group, operation="resume"):
             checkpoints.load(path, model, optimizer)
     for step in range(len(losses), recipe.steps):
         started = time.perf_counter()
