@@ -140,7 +140,7 @@ class MultiheadAttention(nn.Module):
             NotImplementedError: a mask or the weights are asked for here, or `attention` refuses.
             DesyncError: the ranks differ, or another rank raised one of the above.
         """
-        with agreed(self.attention.group, operation="MultiheadAttention") as claim:  # type: ignore[call-overload]
+        with agreed(self.attention.group, operation="MultiheadAttention") as claim:  # type: ignore[arg-type]
             _refuse_masks(key_padding_mask, attn_mask, need_weights)
             if key is None and value is not None:
                 raise ValueError("values without keys cannot be attended; pass the keys, too")
