@@ -98,7 +98,7 @@ def train(
     if mesh.tp_mesh is not None:
         replace_attention(model, tp=mesh.tp)
         apply_policy(model, megatron(model), mesh.tp_mesh)
-    sp = SequenceParallel(model, STRATEGIES[args.strategy].attend(mesh.sp))
+    sp = SequenceParallel(model, STRATEGIES[args.strategy](mesh.sp))
     # Shards of torch's styles are DTensors and those of attention are not: one at a time.
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, eps=1e-6, foreach=False)
     recipe = Recipe(length=args.length, batch=args.batch, seed=args.seed)

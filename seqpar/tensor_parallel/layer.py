@@ -19,6 +19,7 @@ from seqpar.layout import Layout
 from seqpar.layout.fits import check_rows, check_size
 from seqpar.layout.heads import HeadSplit
 from seqpar.module import Attention
+from seqpar.strategies.options import told
 from seqpar.tensor_parallel.fused_qkv import FusedQKV
 from seqpar.tensor_parallel.rotary import Angles, Rotary
 from seqpar.tensor_parallel.shared_heads import share_heads, shared_heads
@@ -140,7 +141,11 @@ class ParallelAttention(nn.Module):
             check_size(layout, sp.size)
             check_rows(layout, sp.rank, x.shape[1], f"x {tuple(x.shape)}")
             # Along sp ranks have as many rows as the layout says, and all else in common.
-            claim |= {"shape": (x.shape[0], "rows", x.shape[2]), "dtype": x.dtype, "layout": layout}
+            claim |= {
+                "shape": (x.shape[0], "rows", x.shape[2]),
+                "dtype": x.dtype,
+                **told(layout=layout),
+            }
         if self.rotary is not None and angles is None:
             angles = self.rotary.angles(layout.positions(sp.rank).to(x.device)[None])
         plan = self.attention.plan(layout)

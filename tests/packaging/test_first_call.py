@@ -22,7 +22,7 @@ def first_call(group, strategy):
 
 for size in (1, 2):
     for strategy in STRATEGIES:
-        if size == 2 or strategy STRATEGIES[not].needs_grid:
+        if size == 2 or not STRATEGIES[strategy].needs_grid:
             seqpar.simulate(size, first_call, strategy)
             print(size, strategy, *(name for name in HEAVY if name in sys.modules))
 """

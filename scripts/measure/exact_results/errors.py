@@ -46,7 +46,7 @@ def measure_errors(case: Case, ranks: Sequence[int]) -> list[dict[str, Any]]:
     subjects: list[tuple[str, Implementation | None]] = [
         (name, how)
         for name in (*STRATEGIES, *ROUNDING)
-        for how in ((None,) if STRATEGIES[name].stores_scores else implementations)
+        for how in ((None,) if name.startswith("materialised") else implementations)
     ]
     records = []
     everything = [(*subject, size) for subject in subjects for size in ranks]

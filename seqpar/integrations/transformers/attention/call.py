@@ -14,6 +14,7 @@ from seqpar.functional import attention
 from seqpar.integrations.transformers.attention.terms import Layer, Terms, dropout_of
 from seqpar.integrations.transformers.documents import RowGroup
 from seqpar.strategies import Plan
+from seqpar.strategies.options import told_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +39,7 @@ class Call:
     def described(self) -> tuple[object, ...]:
         """What ranks that hold the same rows must have in common."""
         plan = self.plan
-        return plan.strategy, plan.layout.code, plan.group.rank, self.groups, self.hidden, self.seed
+        return told_of(plan), plan.group.rank, self.groups, self.hidden, self.seed
 
     def attend(self, layer: Layer) -> Tensor:
         """The rows `[b sl hq vd]` of a layer's attention. All ranks must call.
