@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seqpar.calls import agree_on_call, check_call, resolve
+from seqpar.calls.options import SCHEMA, read, written
 from seqpar.comm import Group, Replay, once, silent
-from seqpar.strategies import STRATEGIES, Plan, agree_on_call, check_call, resolve
-from seqpar.strategies.options import SCHEMA, read, written
+from seqpar.strategies import STRATEGIES, Plan
 from seqpar_kernels import TENSORS, torch_internals
 from seqpar_kernels.torch_ops import define
 

@@ -9,9 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from seqpar import compiled
+from seqpar.calls import agree_on_call, resolve
+from seqpar.calls.options import told_of
 from seqpar.comm import current_replay
-from seqpar.strategies import STRATEGIES, Plan, agree_on_call, resolve
-from seqpar.strategies.options import told_of
+from seqpar.strategies import STRATEGIES, Plan
 
 
 def attention(

@@ -7,10 +7,11 @@ from typing import Any, Literal, get_args
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from seqpar.calls import agree_on_call
 from seqpar.comm import Grid, Group
 from seqpar.functional import attention
 from seqpar.layout import Layout, Mask
-from seqpar.strategies import Plan, agree_on_call, attention_weights
+from seqpar.strategies import Plan, attention_weights
 from seqpar_kernels import Dropout, Implementation, Score
 
 Shard = Literal["rows", "columns", "depth"]

@@ -29,10 +29,10 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from seqpar import Group, Mask, Plan, attention
+from seqpar.calls import Shape, dry_run, resolve
+from seqpar.calls.dry_run import Held
 from seqpar.commands import progress
 from seqpar.layout import LAYOUTS
-from seqpar.strategies import Shape, dry_run, resolve
-from seqpar.strategies.dry_run import Held
 from seqpar.testing import PeakMemory, ProcessWorld
 from seqpar_kernels.torch_internals import allocated
 

@@ -26,10 +26,10 @@ from rich.console import Console
 from rich.table import Table
 
 from seqpar import Group, KVCache, zigzag
+from seqpar.calls import Shape
 from seqpar.commands import progress
 from seqpar.commands.arguments import parser_of
 from seqpar.decode import decode_volume
-from seqpar.strategies import Shape
 from seqpar.testing import ProcessWorld
 
 WARMUP = 4  # tokens

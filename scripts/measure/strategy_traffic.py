@@ -29,8 +29,8 @@ from sent_by_strategy.grids import grids
 from sent_by_strategy.volumes import SETTINGS, least, volumes
 from sent_by_strategy.windowed_ring import plot, windowed
 
+from seqpar.calls import Shape
 from seqpar.commands import progress
-from seqpar.strategies import Shape
 
 PARTS = ("volumes", "grids", "least", "windowed")
 

@@ -35,8 +35,8 @@ NOT_CHECKED = {
     "seqpar/checkpointing.py",
     "seqpar/functional.py",
     "seqpar/comm/replay.py",
-    "seqpar/strategies/check.py",
-    "seqpar/strategies/options.py",
+    "seqpar/calls/check.py",
+    "seqpar/calls/options.py",
     "kernels/seqpar_kernels/custom_ops.py",
     "kernels/seqpar_kernels/torch_ops.py",
 }  # check_equivalence.py is blind to these

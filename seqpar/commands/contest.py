@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from seqpar.calls import Volume
 from seqpar.commands.steps import (
     Setting,
     one_device_memory,
@@ -13,7 +14,6 @@ from seqpar.commands.steps import (
     rank_memory,
     rank_step,
 )
-from seqpar.strategies import Volume
 from seqpar.testing import ProcessWorld
 
 ONE_DEVICE = "one device"

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqpar import Group, Mask, Plan
+from seqpar.calls import Volume
 from seqpar.layout import LAYOUTS, Layout
-from seqpar.strategies import STRATEGIES, Volume
+from seqpar.strategies import STRATEGIES
 from seqpar.testing import PeakMemory, run_step
 
 

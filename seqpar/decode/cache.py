@@ -13,13 +13,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from seqpar.calls.options import told
 from seqpar.comm import Group, agreed, combine
 from seqpar.decode.check import check_new, check_prefill, check_queries
 from seqpar.decode.parts import merged, part_of
 from seqpar.decode.rows import Grown, Held, deal
 from seqpar.decode.visible import continued, packed
 from seqpar.layout import Layout, Mask
-from seqpar.strategies.options import told
 from seqpar_kernels import Implementation, Request, Score, choose
 from seqpar_kernels.integers import is_integer
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from seqpar.calls import Shape
 from seqpar.comm import Count, combine_elements
-from seqpar.strategies import Shape
 from seqpar_kernels import accumulation_dtype
 
 

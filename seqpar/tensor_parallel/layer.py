@@ -13,13 +13,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from seqpar.calls.options import told
 from seqpar.comm import Group, agreed, all_reduce, replicate
 from seqpar.functional import attention as attend
 from seqpar.layout import Layout
 from seqpar.layout.fits import check_rows, check_size
 from seqpar.layout.heads import HeadSplit
 from seqpar.module import Attention
-from seqpar.strategies.options import told
 from seqpar.tensor_parallel.fused_qkv import FusedQKV
 from seqpar.tensor_parallel.rotary import Angles, Rotary
 from seqpar.tensor_parallel.shared_heads import share_heads, shared_heads

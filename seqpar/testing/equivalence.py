@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from seqpar.calls import Volume
 from seqpar.comm import Group
-from seqpar.strategies import Volume
 from seqpar.testing.budget import Budget, max_error
 from seqpar.testing.case import NAMES, Case
 from seqpar.testing.step import run_step

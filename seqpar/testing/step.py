@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from seqpar.calls import Shape, Volume, dry_run, resolve
 from seqpar.functional import attention
-from seqpar.strategies import Plan, Shape, Volume, dry_run, resolve
+from seqpar.strategies import Plan
 
 
 @dataclass(frozen=True)

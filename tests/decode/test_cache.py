@@ -11,8 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from seqpar import KVCache, Score, simulate
+from seqpar.calls import Shape
 from seqpar.decode import decode_volume
-from seqpar.strategies import Shape
 from seqpar.testing import Case, oracle
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}

@@ -5,11 +5,11 @@ import torch
 
 import seqpar
 from seqpar import KVCache, Mask, Score, contiguous, simulate, zigzag
+from seqpar.calls import Shape
 from seqpar.comm import Count
 from seqpar.decode import decode_volume
 from seqpar.decode.rows import Grown, Held, deal, extended
 from seqpar.layout import Layout, Span
-from seqpar.strategies import Shape
 from seqpar.testing import Case, oracle
 from seqpar.testing.budget import Budget
 from seqpar.testing.refusals import check_refused, refusal

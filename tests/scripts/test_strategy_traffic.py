@@ -11,8 +11,9 @@ from sent_by_strategy.textbook import textbook
 from sent_by_strategy.windowed_ring import MASKS
 from strategy_traffic import failures
 
+from seqpar.calls import Shape, Volume, dry_run
 from seqpar.comm import Count
-from seqpar.strategies import STRATEGIES, Shape, Volume, dry_run
+from seqpar.strategies import STRATEGIES
 
 TINY = ["--length", "64", "--d", "8", "--heads", "4", "1", "--ranks", "2", "4"]
 WINDOWED = ["--window", "8", "--rows", "16", "--windowed-ranks", "2", "3", "4", "--rounds", "1"]

@@ -9,7 +9,8 @@ import torch
 
 import seqpar
 from seqpar import Dropout, Mask, Plan, Score, attention, simulate
-from seqpar.strategies import STRATEGIES, announce
+from seqpar.calls import announce
+from seqpar.strategies import STRATEGIES
 
 CAUSAL = Mask(causal=True)
 
@@ -141,6 +142,20 @@ def test_compiled_calls_are_told_without_a_break_of_the_graph(heard):
     torch._dynamo.reset()
     (line,) = heard()
     assert line.endswith("rank 0 sends {} bytes forward, {} bytes backward".format(*sent[0]))
+
+
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_calls_without_gradients_are_told_too(heard, without):
+    """What they would send backward is known all the same."""
+
+    def fn(group):
+        layout, attend = seqpar.zigzag(16, 2), seqpar.RingAttention(group, mask=CAUSAL)
+        with without():
+            return attend(*(x.detach() for x in tensors(layout, group.rank)), layout)
+
+    simulate(2, fn)
+    (line,) = heard()
+    assert "rank 0 sends 512 bytes forward" in line, line
 
 
 def test_a_log_that_fails_on_one_rank_is_an_error_on_all():

@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 import seqpar
 from seqpar import Mask, simulate
-from seqpar.strategies.options import written
+from seqpar.calls.options import written
 
 CAUSAL = Mask(causal=True, window=9)
 SCORE = seqpar.Score(softcap=4.0)

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 import seqpar
 from seqpar import Mask, Plan, Score, simulate
+from seqpar.calls import Shape, Volume, dry_run, resolve
+from seqpar.calls.dry_run import Compute, Exchange, Wait
 from seqpar.comm import silent
 from seqpar.layout import contiguous, visible_count, zigzag
-from seqpar.strategies import STRATEGIES, Shape, Volume, dry_run, resolve
-from seqpar.strategies.dry_run import Compute, Exchange, Wait
+from seqpar.strategies import STRATEGIES
 from seqpar.testing import Case
 from seqpar.testing.drawn import SCORE_TERMS, WORLD_SIZES, cases, examples
 

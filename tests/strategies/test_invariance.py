@@ -11,7 +11,7 @@ import torch
 
 import seqpar
 from seqpar import Mask, Plan, contiguous, simulate, zigzag
-from seqpar.strategies import resolve
+from seqpar.calls import resolve
 from seqpar.testing import Case, run_step
 
 SIZES = (2, 3, 4, 5, 7, 8)

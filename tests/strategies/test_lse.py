@@ -8,7 +8,8 @@ import torch
 
 import seqpar
 from seqpar import Mask, Plan, simulate
-from seqpar.strategies import STRATEGIES, Shape, Volume, dry_run, resolve
+from seqpar.calls import Shape, Volume, dry_run, resolve
+from seqpar.strategies import STRATEGIES
 from seqpar.testing import Case, oracle
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}

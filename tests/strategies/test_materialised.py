@@ -10,9 +10,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from seqpar.calls import Shape, Volume, dry_run
 from seqpar.comm import simulate
 from seqpar.layout import LAYOUTS, Layout, Span
-from seqpar.strategies import Shape, Volume, dry_run
 from seqpar.strategies.materialised import (
     SHARDINGS,
     attention_weights,

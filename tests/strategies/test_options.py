@@ -7,8 +7,8 @@ import torch
 
 import seqpar
 from seqpar import Dropout, Mask, Plan, Score, contiguous, simulate, striped, zigzag
+from seqpar.calls.options import SCHEMA, read, told_of, written
 from seqpar.comm import silent
-from seqpar.strategies.options import SCHEMA, read, told_of, written
 
 GROUP = silent(0, 4)
 # By field, a value that is not the default, and another.

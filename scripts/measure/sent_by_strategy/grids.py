@@ -6,8 +6,8 @@ from typing import Any
 
 from sent_by_strategy.routes import Way, derived, summary
 from seqpar import Mask
+from seqpar.calls import Shape
 from seqpar.layout import LAYOUTS
-from seqpar.strategies import Shape
 
 
 def columns(ranks: int) -> list[int]:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from seqpar import Group, Mask, Plan, simulate
+from seqpar.calls import Shape, Volume, dry_run
 from seqpar.comm import silent
 from seqpar.layout import LAYOUTS, Layout
-from seqpar.strategies import Shape, Volume, dry_run
 from seqpar.testing import run_step
 
 COUNTED_ROWS, COUNTED_D = 4, 16  # of a rank and of a head where bytes are counted

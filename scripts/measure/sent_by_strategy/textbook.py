@@ -6,7 +6,7 @@ from fractions import Fraction
 from typing import Any
 
 from sent_by_strategy.routes import Way
-from seqpar.strategies import Shape
+from seqpar.calls import Shape
 
 
 def textbook(way: Way, ranks: int, length: int, shape: Shape) -> tuple[float, float] | None:

@@ -8,8 +8,9 @@ from sent_by_strategy.grids import best_grid, columns
 from sent_by_strategy.routes import Way, counts_agree, derived, summary
 from sent_by_strategy.textbook import textbook
 from seqpar import Mask
+from seqpar.calls import Shape
 from seqpar.layout import LAYOUTS
-from seqpar.strategies import STRATEGIES, Shape
+from seqpar.strategies import STRATEGIES
 
 SETTINGS = [(Mask(), "contiguous"), *((Mask(causal=True), kind) for kind in LAYOUTS)]
 ZIGZAG_RANKS = 16  # `least` with a causal mask stops here: pieces of 64 ranks take minutes to list

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from seqpar import Group, Mask, Plan, attention, simulate
+from seqpar.calls import Shape, dry_run, resolve
 from seqpar.commands import progress
 from seqpar.layout import LAYOUTS, visible_count
-from seqpar.strategies import Shape, dry_run, resolve
 
 HEADS_WITH_WINDOW, D_WITH_WINDOW = (2, 1), 64
 MASKS = {"full causal ring, zigzag": ("ring", "zigzag", False),

@@ -61,7 +61,7 @@ TENSOR_PARALLEL = [
     Plant("stored weights of heads apart drop as the first", "kernels/seqpar_kernels/dense.py",
           "keeps(batch, head + cells.head,", "keeps(batch, head,",
           "tests/strategies/test_first_head.py"),
-    Plant("compiled: the first head left out", "seqpar/strategies/options.py",
+    Plant("compiled: the first head left out", "seqpar/calls/options.py",
           "        values += kind.write(getattr(plan, name))",
           '        values += (0,) if name == "first_head" else kind.write(getattr(plan, name))',
           "tests/strategies/test_first_head.py"),

@@ -9,12 +9,12 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
+from seqpar.calls.options import told_of
 from seqpar.comm import Group, agreed
 from seqpar.functional import attention
 from seqpar.integrations.transformers.attention.terms import Layer, Terms, dropout_of
 from seqpar.integrations.transformers.documents import RowGroup
 from seqpar.strategies import Plan
-from seqpar.strategies.options import told_of
 
 
 @dataclass(frozen=True, eq=False)

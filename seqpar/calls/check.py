@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seqpar.calls.announce import announce, is_heard
+from seqpar.calls.invariance import check_cuts, invariant_implementation, is_invariant
+from seqpar.calls.options import told_of
+from seqpar.calls.shape import Shape
 from seqpar.comm import Grid, Group, agreed
 from seqpar.layout import Layout, Mask, check_rows, check_size
-from seqpar.strategies.announce import announce, is_heard
-from seqpar.strategies.invariance import check_cuts, invariant_implementation, is_invariant
-from seqpar.strategies.options import told_of
 from seqpar.strategies.plan import Plan
 from seqpar.strategies.registry import STRATEGIES
-from seqpar.strategies.shape import Shape
 from seqpar.version import VERSION
 from seqpar_kernels import TENSORS, Dropout, Implementation, Request, Score, choose, tile_border
 from seqpar_kernels.integers import is_integer

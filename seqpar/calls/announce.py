@@ -6,11 +6,11 @@ import logging
 
 import torch
 
+from seqpar.calls import dry_run
+from seqpar.calls.shape import Shape
 from seqpar.comm import Group
 from seqpar.layout import Layout, Mask
-from seqpar.strategies import dry_run
 from seqpar.strategies.plan import Plan
-from seqpar.strategies.shape import Shape
 
 LOGGER = logging.getLogger("seqpar")
 LOGGER.addHandler(logging.NullHandler())  # what is heard is the program's to say

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from seqpar.calls.shape import Shape, Volume
+from seqpar.calls.workspace import workspace
 from seqpar.comm import Grid, Group, Message, silent
 from seqpar.strategies.plan import Plan
 from seqpar.strategies.registry import STRATEGIES
-from seqpar.strategies.shape import Shape, Volume
-from seqpar.strategies.workspace import workspace
-from seqpar_kernels.torch_internals import DispatchMode
+from seqpar_kernels.torch_internals import DispatchMode, differentiating
 from seqpar_kernels.torch_ops import RUNS
 from seqpar_kernels.watching import Direction, watching
 
@@ -130,7 +130,8 @@ def steps(plan: Plan, shape: Shape, rank: int) -> Steps:
 def _run(plan: Plan, shape: Shape, rank: int, log: _Log) -> Iterator[Group]:
     """Runs forward and, if asked for more, backward; gives the group after each."""
     group = silent(rank, plan.group.size, log)
-    with watching(log):
+    # Who asks may be without gradients, or inside of an op, where torch takes autograd away.
+    with torch.inference_mode(mode=False), differentiating(), watching(log):
         plan, leaves = _without_content(plan, shape, group)
         q, k, v = leaves[:3]
         results = STRATEGIES[plan.strategy].attend(q, k, v, plan, with_lse=shape.with_lse)
