@@ -21,6 +21,7 @@ from seqpar_kernels import TENSORS, torch_internals
 from seqpar_kernels.torch_ops import define
 
 # Tensors, then what else a call is made of, see `options`.
+# docs/design.md: compiled, a whole call is one op
 _ARGUMENTS = (
     f"Tensor q, Tensor k, Tensor v, {', '.join(f'Tensor? {name}' for name in TENSORS)}, "
     f"str group, {SCHEMA}, bool[] learning, bool with_lse"

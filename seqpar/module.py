@@ -70,6 +70,7 @@ class Attention(nn.Module):
         """The plan of a call with this layout."""
         return Plan(
             self.group, layout, self.mask, self.score, self.strategy, self.implementation,
+            # docs/design.md: dropout is off in evaluation mode
             self.dropout if self.training else None, kv_layout, self.invariant, self.grid,
             self.head_chunks,
         )  # fmt: skip

@@ -49,6 +49,7 @@ def agreed(*axes: Any, operation: str | None = None) -> Iterator[dict[str, objec
     try:
         yield claim
     except Exception as error:
+        # docs/design.md: `agreed` is a `with` block
         _agree_along(axes, claim, f"{type(error).__name__}: {error}")
         raise
     _agree_along(axes, claim)

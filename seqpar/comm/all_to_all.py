@@ -147,6 +147,7 @@ def _to_heads(xs: Sequence[Tensor], all_to_all: AllToAll) -> Finish:
     staged: dict[tuple[int, int], Tensor] = {}
     receives = []
     for r, n in others:
+        # docs/design.md: rows come back in the order of the sequence
         target = ys[n][:, places[n][r][0][1]] if len(places[n][r]) == 1 else None
         if target is None or not target.is_contiguous():
             target = ys[n].new_empty(ys[n].shape[0], all_to_all.rows(n)[r], *ys[n].shape[2:])
@@ -180,6 +181,7 @@ def _repeat(y: Tensor, all_to_all: AllToAll, tensor: int) -> Tensor:
 def _to_rows(ys: Sequence[Tensor], all_to_all: AllToAll) -> Finish:
     """One message per rank and tensor; shares of a head are added once all are there."""
     rank, places, num_heads = all_to_all.group.rank, all_to_all.places, all_to_all.num_heads
+    # docs/design.md: a kv head that several ranks need is sent to each
     all_to_all = all_to_all.by_query_head()
     sends = [(r, _take(y, places[n][r])) for r in all_to_all.group.others for n, y in enumerate(ys)]
     receives = [

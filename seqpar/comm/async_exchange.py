@@ -72,6 +72,7 @@ class _Start(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
+        # docs/design.md: head chunks are asynchronous exchanges
         return None, *ctx.exchange.finish()
 
 

@@ -31,6 +31,7 @@ def combine(x: Tensor, group: Group, merge: Merge) -> Tensor:
     runs = shares(x.shape[0], group.size)
     mine = runs[group.rank]
     arriving = x.new_empty(group.size, mine.stop - mine.start, x.shape[1])
+    # docs/design.md: every message is point to point
     pending = group.exchange(
         "combine",
         [(r, x[runs[r]]) for r in group.others],

@@ -69,6 +69,7 @@ def _gather(x: Tensor, group: Group, rows: tuple[int, ...], dim: int) -> Tensor:
     x = x.movedim(dim, 0).contiguous()
     gathered = x.new_empty(sum(rows), *x.shape[1:])
     shards = gathered.split(list(rows))
+    # docs/design.md: every message is point to point
     pending = group.exchange(
         "all_gather", [(r, x) for r in group.others], [(r, shards[r]) for r in group.others]
     )

@@ -72,6 +72,7 @@ class GatherSchedule:
     def received(self, n: int) -> list[tuple[Piece, slice]]:
         """The pieces of chunk n that this rank then holds, its own too, and where they are."""
         due = self.due(n, self.rank)
+        # docs/design.md: no hop that nobody needs
         pieces = [p for p in due if p.owner == self.rank or self.wants(self.rank, p)]
         ends = list(accumulate((p.length for p in pieces), initial=0))
         return [(p, slice(a, b)) for p, a, b in zip(pieces, ends[:-1], ends[1:], strict=True)]

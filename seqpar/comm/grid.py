@@ -121,6 +121,7 @@ def grid(group: Group, *, ulysses: int | None = None, ring: int | None = None) -
 
 
 def _view(group: Group, members: Sequence[int]) -> Group:
+    # docs/design.md: a `Grid` is two views of one group
     return Group(_View(group.transport, tuple(members)), group.traffic)
 
 

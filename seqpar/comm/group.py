@@ -35,6 +35,7 @@ class Group:
     transport: Transport
     traffic: Traffic = field(default_factory=Traffic)
     # What compiled code calls it, since torch's ops take no objects; another one for every group.
+    # docs/design.md: compiled, a whole call is one op
     name: str = field(default_factory=lambda: f"group {next(_numbers)}", repr=False)
 
     # What has been logged of its calls, not to be logged again.

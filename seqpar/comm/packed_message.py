@@ -38,6 +38,7 @@ class PackedMessage:
         """The messages, each `[rows b h w]` and contiguous. Copies."""
         wide = [x if x.ndim == 4 else x.unsqueeze(-1) for x in block]
         return tuple(
+            # docs/design.md: tensors travel as packed messages
             torch.cat([x.transpose(0, 1) for x in wide if x.dtype == dtype], dim=-1).contiguous()
             for dtype in self.messages
         )

@@ -27,6 +27,7 @@ class ProcessTransport:
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
+        # docs/design.md: a `Group` does not keep its process group alive
         self._reference = weakref.ref(group)
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)

@@ -148,6 +148,7 @@ def once(
         return step()
     if replay.mode == "play":
         return replay.take(num)
+    # docs/design.md: a replay keeps what must not be done twice
     outside = _CURRENT.set(None)  # what the step is made of is not kept besides
     try:
         results = outline() if outline is not None and replay.mode == "outline" else step()

@@ -89,6 +89,7 @@ def ring_pass(
         if step + 1 < group.size:
             if held is not None and schedule.visits(schedule.at(1), owner):
                 sends += [(schedule.at(1), x) for x in held]
+            # docs/design.md: no hop that nobody needs
             if schedule.goes_far(step):
                 sends += [(schedule.at(step + 1), x) for x in own]
             if schedule.visits(group.rank, coming):
@@ -167,6 +168,7 @@ class RingSum:
             share += self._arrived
         self._arrived = None
         goes_on = schedule.visits(schedule.at(1), owner)
+        # docs/design.md: the ring's own gradients stay at home
         if share is not None and owner == rank and not (self._in_order and goes_on):
             self._total = share
         elif share is not None:

@@ -158,6 +158,7 @@ class ThreadTransport:
             assert x.is_contiguous(), "messages are received in one piece"
             awaited.append(((peer, self.rank, self._num_received[peer]), x))
             self._num_received[peer] += 1
+            # docs/design.md: the in-process world is stricter than a network
             if x.is_floating_point():
                 x.fill_(float("nan"))
         sent = [(x, copy) for _, x, copy in posted]

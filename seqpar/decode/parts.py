@@ -60,6 +60,7 @@ def part_of(
     sums = of_all.acc, of_all.m, of_all.l
     unfolded = (x.unflatten(1, (t, -1)).transpose(2, 3).flatten(2, 3) for x in sums)
     running.absorb_(Partial(*unfolded))
+    # docs/design.md: sinks join once, in `finish`
     out, lse = finish(running, accumulation_dtype(q.dtype), Score(), implementation=implementation)
     return torch.cat((out, lse.unsqueeze(-1)), dim=-1).flatten(0, 2)
 

@@ -55,6 +55,7 @@ def balanced(length: int, size: int, mask: Mask, *, multiple_of: int = 1) -> Lay
     circle = Circle(blocks, [(0, blocks.num_blocks)])
     shares: list[tuple[Span, ...]] = []
     for num_ranks in range(size, 0, -1):
+        # docs/design.md: `balanced` splits a necklace
         share, rest = circle.split(*_Choice(circle, size, num_ranks).best())
         shares.append(joined(blocks.span(*run) for run in share))
         circle = Circle(blocks, rest)

@@ -97,6 +97,7 @@ def joined_tiles(apart: tuple[Tile, ...]) -> tuple[Tile, ...]:
     """
     met: list[Tile] = []
     for tile in apart:
+        # docs/design.md: tiles that continue each other are joined
         if met and met[-1].continues_as(tile):
             met[-1] = replace(met[-1], rows=slice(met[-1].rows.start, tile.rows.stop))
         else:

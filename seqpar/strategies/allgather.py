@@ -39,6 +39,7 @@ def allgather_attention(
     with_lse: bool = False,  # noqa: ARG001 - it always may be
 ) -> tuple[Float[Tensor, "b sl hq vd"], Float[Tensor, "b sl hq"]]:
     """(out, lse) of this rank's rows of softmax(q k^T) v. The call has been checked; all ranks must call."""
+    # docs/design.md: the all-gather is the mesh of one column
     route: Route = MeshRoute(plan, column(plan))
     if plan.invariant:
         route = InOrderRoute(plan)

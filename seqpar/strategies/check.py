@@ -49,6 +49,7 @@ def agree_on_call(
     """
     if not isinstance(plan, Plan) or not isinstance(plan.group, Group):
         raise TypeError(f"attention takes a seqpar.Plan with a seqpar.Group, got {plan!r}")
+    # docs/design.md: agreement on every call
     with agreed(plan.group, operation) as claim:
         resolved = check_call(q, k, v, plan, with_lse=with_lse)
         claim |= _claim(q, k, v, resolved, with_lse, learning)
@@ -82,6 +83,7 @@ def resolve(plan: Plan, q: Tensor, v: Tensor, *, with_lse: bool = False) -> Plan
         NotImplementedError: no implementation serves them, or not the requested one.
     """
     plan = replace(plan, score=plan.score.resolve(q.shape[3]), dropout=plan.drops)
+    # docs/design.md: lse is differentiated where it is asked for
     request = Request.of(q, v, plan.score, plan.drops, plan.packed, lse=with_lse)
     invariant = is_invariant(plan, request)
     name: Implementation | None
@@ -98,6 +100,7 @@ def resolve(plan: Plan, q: Tensor, v: Tensor, *, with_lse: bool = False) -> Plan
         name = plan.implementation
     else:
         name = choose(request, plan.implementation)
+    # docs/design.md: `choice.py` alone decides
     return replace(plan, implementation=name, invariant=invariant)
 
 
@@ -122,6 +125,7 @@ def _check_layouts(plan: Plan) -> None:
     layout, keys, group, documents = plan.layout, plan.keys, plan.group, plan.mask.documents
     for each in (layout, keys):
         check_size(each, group.size)
+    # docs/design.md: keys of another length keep their own positions
     if len({span.step for each in (layout, keys) for spans in each.spans for span in spans}) > 1:
         raise ValueError(
             "queries and keys must be dealt in the same steps: both striped, or neither; "
@@ -139,6 +143,7 @@ def _check_layouts(plan: Plan) -> None:
 
 
 def _check_grid(plan: Plan) -> None:
+    # docs/design.md: a strategy says what kind it is
     grid, needs = plan.grid, STRATEGIES[plan.strategy].needs_grid
     if needs and not isinstance(grid, Grid):
         raise TypeError(

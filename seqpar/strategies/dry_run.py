@@ -133,6 +133,7 @@ def _run(plan: Plan, shape: Shape, rank: int, log: _Log) -> Iterator[Group]:
     with watching(log):
         plan, leaves = _without_content(plan, shape, group)
         q, k, v = leaves[:3]
+        # docs/design.md: a dry run is the strategy itself
         results = STRATEGIES[plan.strategy].attend(q, k, v, plan, with_lse=shape.with_lse)
         ends = [x for x in results[: 1 + shape.with_lse] if x is not None]
         del results

@@ -86,6 +86,7 @@ class Cut:
         start, stop = self.q[chunk][rank]
         kv_start = self.kv[chunk if len(self.kv) > 1 else 0][rank][0]
         first, last = start // group, (stop - 1) // group
+        # docs/design.md: ranks without heads run the same graph
         if start == stop:
             yield Run(start, slice(0, 0), slice(0, 0))
         elif in_order and heads.replicates:

@@ -20,6 +20,7 @@ def is_invariant(plan: Plan, request: Request) -> bool:
     if plan.invariant is not None:
         return plan.invariant
     order = STRATEGIES[plan.strategy].order
+    # docs/design.md: invariant bits
     if order is None or not order.by_default:
         return False
     return plan.implementation is None or plan.implementation in _able(order, request)

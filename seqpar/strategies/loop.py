@@ -130,6 +130,7 @@ class _Loop(torch.autograd.Function):
     def forward(
         ctx: Any, call: _Call, q: Tensor, k: Tensor, v: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
+        # docs/design.md: a replay keeps what must not be done twice
         out, lse = once(lambda: _forward(call, q, k, v, tensors), 2, lambda: like_results(q, v))
         ctx.call = call
         ctx.set_materialize_grads(False)
@@ -146,6 +147,7 @@ class _Loop(torch.autograd.Function):
         dout = torch.zeros_like(out) if dout is None else dout
         mine = Rows.of(q, out, dout, lse, dlse, implementation=plan.implementation)
         by_row = {name: torch.zeros_like(lse) for name in wanted if name in BY_BLOCKS}
+        # docs/design.md: gradients travel in float32
         into = Sums(accumulation_dtype(q.dtype), by_row)
         for met in call.route.meetings(mine, k, v, into):
             for rows, cols, block in plan.blocks(met.row_spans, met.col_spans, score, call.head):
@@ -194,6 +196,7 @@ def _share(x: Tensor, plan: Plan) -> Tensor:
     the others have nothing to add.
     """
     group, layout = plan.group, plan.layout
+    # docs/design.md: gradients of slopes and sinks are shares
     if not plan.invariant or group.size == 1:
         return sum_rows(x)
     pieces = tuple(Piece(rank, 0, n) for rank, n in enumerate(layout.rows))

@@ -134,6 +134,7 @@ def _scored(plan: Plan, names: tuple[str, ...], tensors: tuple[Tensor, ...]) -> 
 def _forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, ...]:
     """(q, k, v as products with the shard take them, p, out, lse) and the derivative of bent scores."""
     sharding, cells = _stored(plan, q.device)
+    # docs/design.md: materialised attention is three products
     keys = sharding.for_keys()
     q_x, k_x, v_x = sharding.of_rows(q), keys.of_cols(k), sharding.of_cols(v)
     s, bend = dense.scores_(keys.outer(q_x, k_x), cells)

@@ -31,6 +31,7 @@ def told(**options: object) -> dict[str, object]:
             for part in fields(Score):
                 x = getattr(value, part.name)
                 # Of tensors the type, not the values: to compare those would cost a wait for the device.
+                # docs/design.md: slopes and sinks are compared by presence and type
                 claim[part.name] = x.dtype if isinstance(x, Tensor) else x
         else:
             claim[name] = value
@@ -116,6 +117,7 @@ for _plain in ("str", "int", "bool", "float"):
     _KINDS[_plain] = _Kind((_plain,), _one, _same)
     _KINDS[f"{_plain} | None"] = _Kind((f"{_plain}?",), _one, _same)
 
+# docs/design.md: options are the fields of `Plan`
 _OPTIONS = tuple((f.name, _KINDS[str(f.type)]) for f in fields(Plan) if f.name != "group")
 _NAMES = tuple(name for name, _ in _OPTIONS)
 

@@ -91,8 +91,10 @@ class Plan:
             score: of the heads at hand, resolved.
             head: which of the call's query heads is the first at hand.
         """
+        # docs/design.md: a `Block` says everything but the tensors
         head, drops, packed = self.first_head + head, self.drops, self.packed
         needs_positions = score.needs_positions or drops or packed
+        # docs/design.md: tiles keep positions apart until joining is allowed
         made = tiles if needs_positions else tall_tiles
         for t in made(rows, cols, self.mask):
             block = Block(t.band, score, t.row, t.col, t.step, head, drops, packed)

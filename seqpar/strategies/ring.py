@@ -72,6 +72,7 @@ def ring_attention(
         head: which of the attention's query heads is the first of q.
     """
     score = plan.score.resolve(q.shape[-1]).of_heads(head, q.shape[2])
+    # docs/design.md: one rank alone calls an op
     if plan.group.size == 1 and all(len(x.spans[0]) <= 1 for x in (plan.layout, plan.keys)):
         band = plan.mask.band(Span(0, plan.layout.length), Span(0, plan.keys.length))
         first = plan.first_head + head
@@ -124,6 +125,7 @@ class RingRoute:
         rows = row_bytes(row_message(mine, plan.implementation))
         rows += row_bytes((mine.q, *into.learned.values()), into.dtype)
         keys = row_bytes((k, v)) + row_bytes((k, v), into.dtype)
+        # docs/design.md: what is smaller travels backward
         if rows * plan.layout.length < keys * plan.keys.length:
             return self._rows_travel(mine, k, v, into)
         return self._keys_travel(mine, k, v, into)
@@ -176,6 +178,7 @@ def _row_schedule(plan: Plan) -> RingSchedule:
 def _out_of_order(plan: Plan) -> str | None:
     """Why blocks do not arrive in the order of positions."""
     layout, keys, causal = plan.layout, plan.keys, plan.mask.causal
+    # docs/design.md: bits are promised by spans
     if causal and layout.is_in_order and keys.spans == layout.spans:
         return None
     return (

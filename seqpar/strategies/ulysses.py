@@ -69,6 +69,7 @@ def ulysses_attention(
     else:
         exchanges = _Exchanges(cut, inner, at_q[i], at_k[i], in_order=bool(plan.invariant))
         ys = _in_chunks((q, k, v), exchanges, attend)
+    # docs/design.md: lse is differentiated where it is asked for
     return ys[0], ys[1].squeeze(-1) if with_lse else None
 
 
@@ -160,6 +161,7 @@ def _in_chunks(xs: Sequence[Tensor], exchanges: _Exchanges, attend: _Attend) -> 
         ys = attend(chunk, coming[chunk].wait())
         if chunk > 0:
             arrived.append(leaving[-1].wait(kept=True))
+        # docs/design.md: head chunks are asynchronous exchanges
         leaving.append(exchanges.back(chunk, ys))
         del ys  # or it lives on while the next one is attended
     arrived.append(leaving[-1].wait())
