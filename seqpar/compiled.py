@@ -134,6 +134,7 @@ def _listed(replay: Replay, results: Sequence[Tensor | None], call: _Call) -> li
     inputs = call.q, call.k, call.v
     ends = [x for x in results if x is not None]
     kept = replay.tensors if any(call.learning) else []
+    # A strategy whose last step gives the results has them among what is kept: they are listed once.
     if kept and all(map(_same_storage, kept[-len(ends) :], ends)):
         kept, ends = kept[: -len(ends)], kept[-len(ends) :]
     listed: list[Tensor] = []
@@ -164,7 +165,7 @@ def _backward(grads: Sequence[Tensor | None], kept: Sequence[Tensor], *args: Any
     given: list[Tensor] = []
     for x, dx in zip(leaves, found, strict=True):
         dx = torch.zeros_like(x) if dx is None else dx.contiguous()
-        # Those of a single row of k and v came side by side, in one piece of memory.
+        # dk and dv of one row and head are contiguous parts of one message; an op gives no memory twice.
         given.append(dx.clone() if any(_same_storage(dx, y) for y in given) else dx)
     return given
 
@@ -174,6 +175,7 @@ def _backward_fake(
     kept: Sequence[Tensor],  # noqa: ARG001
     *args: Any,
 ) -> list[Tensor]:
+    # The last two of `_ARGUMENTS` are learning and with_lse.
     learning = args[-2]
     wanted = [x for x, learns in zip(args, learning, strict=False) if learns]
     return [x.new_empty(x.shape) for x in wanted if x is not None]
@@ -194,6 +196,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 def _differentiate(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     learned, tensors = ctx.saved_tensors[: len(TENSORS)], ctx.saved_tensors[len(TENSORS) :]
     if ctx.exchanged:
+        # Tensors of the right shapes that take no memory: their contents are not looked at.
         own = [tensors[0].new_empty(()).expand(shape) for shape in ctx.shapes]
         kept = tensors
     else:

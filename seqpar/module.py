@@ -174,5 +174,6 @@ class MaterialisedAttention(Attention):
         see nothing are zero; where there are sinks, rows sum to less than 1. Raises what
         `seqpar.attention` does.
         """
+        # Weights need no values, so k stands in for v in the checks.
         plan = agree_on_call(q, k, k, self.plan(layout, kv_layout), operation="weights")
         return attention_weights(q, k, plan)

@@ -87,6 +87,7 @@ def agree(group: Group, claim: Mapping[str, object], refusal: str | None = None)
     if _REFUSED not in digests and len(set(digests)) == 1:
         return
     everyone = group.transport.gather_objects((text, refusal))
+    # A rank that refused takes part so that the others can quote it; its caller raises its own error.
     if refusal is None:
         raise DesyncError(_explain(cast("list[tuple[dict[str, str], str | None]]", everyone)))
 
@@ -94,6 +95,7 @@ def agree(group: Group, claim: Mapping[str, object], refusal: str | None = None)
 def _digest(text: Mapping[str, str]) -> int:
     """63 bits of a hash, never the one that means refusal."""
     raw = hashlib.blake2b(repr(sorted(text.items())).encode(), digest_size=8).digest()
+    # Shifted, it fits a signed 64-bit integer; the lowest bit keeps it from being `_REFUSED`.
     return (int.from_bytes(raw, "little") >> 1) | 1
 
 

@@ -47,6 +47,7 @@ class AllToAll:
     def rows(self, tensor: int) -> tuple[int, ...]:
         """The number of rows of a tensor that every rank has."""
         places = self.places[tensor]
+        # Local rows follow on one another from 0, so the greatest stop is their number.
         return tuple(max((local.stop for local, _ in p), default=0) for p in places)
 
     def takes(self, tensor: int, rank: int) -> slice:
@@ -104,6 +105,7 @@ def serve(x: Tensor, runs: Sequence[tuple[slice, int]]) -> tuple[Tensor, ...]:
         runs: (heads, g): some heads, or with g > 1 one head, for each of g query heads.
     """
     stops = [0] + [heads.stop for heads, _ in runs]
+    # Where every head serves once, and in order, nothing is to be added: torch's own views will do.
     if stops == [heads.start for heads, _ in runs] + [x.shape[2]] and all(g == 1 for _, g in runs):
         return x.split([_length(heads) for heads, _ in runs], dim=2) if len(runs) > 1 else (x,)
     return _Serve.apply(x, runs)
@@ -142,6 +144,7 @@ def _to_heads(xs: Sequence[Tensor], all_to_all: AllToAll) -> Finish:
         )
         for n, x in enumerate(xs)
     )
+    # Messages between two ranks are told apart by their order alone, so all ranks list tensors alike.
     others = [(r, n) for r in all_to_all.group.others for n in range(len(xs))]
     sends = [(r, xs[n][:, :, all_to_all.takes(n, r)].contiguous()) for r, n in others]
     staged: dict[tuple[int, int], Tensor] = {}
@@ -221,6 +224,7 @@ def _fold(x: Tensor, group: int) -> Tensor:
     if group == 1:
         return x
     first, *others = x.unflatten(2, (-1, group)).unbind(3)
+    # A copy even where the type is wide already, because `+=` would write into x.
     total = first.to(accumulation_dtype(x.dtype), copy=True)
     for other in others:
         total += other

@@ -33,6 +33,7 @@ class AsyncExchange:
         self._there, self._back = there, back
         self._finish: Finish | None = None
         self.num = len(xs)
+        # This comes last: it begins the exchange, which sets `_finish`.
         self._token: Tensor | None = _Start.apply(self, *xs)
 
     def wait(self, *, kept: bool = False) -> tuple[Tensor, ...]:
@@ -65,6 +66,7 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, exchange: AsyncExchange, *xs: Tensor) -> Tensor:
         ctx.exchange = exchange
+        # While a replay plays, the wait is given the results, and nothing may be sent.
         if not plays():
             exchange.begin(xs, dual=False)
         return xs[0].new_empty(0)

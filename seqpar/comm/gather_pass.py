@@ -102,6 +102,7 @@ def gather_pass(
         chunk = message.empty(block[0], rows, block[0].shape[0], block[0].shape[2])
         for p, at in received:
             if p.owner == group.rank:
+                # Own rows of this chunk are packed where the chunk holds them, and sent from there.
                 packed[p] = tuple(x[at] for x in chunk)
                 for x, y in zip(message.unpack(packed[p]), block, strict=True):
                     x.copy_(y[:, p.rows])
@@ -113,6 +114,7 @@ def gather_pass(
             [(rank, x) for rank, p in sent[n] for x in packed[p]],
             [(p.owner, x[at]) for p, at in received if p.owner != group.rank for x in chunk],
         )
+        # No later chunk sends anything of this rank's, so its packed rows need not live on.
         if n >= last:
             packed.clear()
         return tuple(p for p, _ in received), chunk, pending
@@ -122,6 +124,7 @@ def gather_pass(
         assert coming is not None
         pieces, chunk, pending = coming
         pending.wait()
+        # Begun before this chunk is handed out, so that it comes while the caller computes.
         coming = start(n + 1) if n + 1 < schedule.num_chunks else None
         yield pieces, message.unpack(chunk)
 
@@ -215,4 +218,5 @@ def _start_home(
         [(rank, x) for rank, _, x in arriving],
     )
     arriving += [(group.rank, p, share[at]) for p, at in received if p.owner == group.rank]
+    # Own shares take their turn among those of other ranks: the sum has one order everywhere.
     return pending, sorted(arriving, key=lambda a: a[0])

@@ -15,6 +15,7 @@ from seqpar.comm.transport import Transport
 def gather_objects(transport: Transport, item: object) -> list[object]:
     """Every rank's small object, by rank. All ranks must call."""
     device = transport.control_device
+    # torch warns about memory that cannot be written, as that of bytes; a bytearray can be.
     raw = torch.frombuffer(bytearray(pickle.dumps(item)), dtype=torch.uint8).to(device)
     count = torch.tensor([raw.numel()], device=device)
     counts = gather_tensors(transport, "gather_objects", count, [count] * transport.size)

@@ -81,6 +81,7 @@ class ProcessTransport:
 
         NCCL wants every rank in the first call of a group, which an exchange need not have.
         """
+        # Agreement has already used the backend of the control device, on all ranks.
         if device.type not in {self.control_device.type, *self._prepared}:
             dist.all_reduce(torch.zeros(1, device=device), group=self._group)
             self._prepared.add(device.type)

@@ -149,7 +149,7 @@ def once(
     if replay.mode == "play":
         return replay.take(num)
     # docs/design.md: a replay keeps what must not be done twice
-    outside = _CURRENT.set(None)  # what the step is made of is not kept besides
+    outside = _CURRENT.set(None)  # or steps inside of this one would be kept a second time
     try:
         results = outline() if outline is not None and replay.mode == "outline" else step()
     finally:

@@ -98,13 +98,15 @@ def ring_pass(
                 receives = [(source, x) for x in arriving]
         pending = group.exchange(primitive, sends, receives)
         if step == 0:
+            # The rank's own tensors are handed out as they are; they may not have been packed.
             yield owner, block
         else:
             yield owner, None if held is None else message.unpack(held)
+        # The hop is waited for only here, so that the caller has computed while it was under way.
         pending.wait()
         held = arriving
         if step >= last_far:
-            own = ()  # or it lives on for the whole round
+            own = ()  # nobody is sent it any more, and it would live on for the whole round
 
 
 class RingSum:
@@ -150,6 +152,7 @@ class RingSum:
             self._share = None
             return None
         if self._in_order:
+            # What arrived is continued and not added to, so it must be here before the rank computes.
             self._land()
             self._share, self._arrived = self._arrived, None
         if self._share is None:
@@ -176,6 +179,7 @@ class RingSum:
         if self._is_continued(schedule.at(-step - 1)):
             self._for_next = self._empty(schedule.rows[schedule.at(-step - 1)])
             receives.append((schedule.at(-1), self._for_next))
+        # The sum for this rank's block is now at `last`, and comes home unless the next rank wants it too.
         last = schedule.at(step)
         if (
             step
@@ -198,6 +202,7 @@ class RingSum:
         if not schedule.visits(schedule.rank, owner):
             return False
         return (
+            # An owner hands its sum on only in order; otherwise its share stays at home.
             self._in_order if schedule.at(-1) == owner else schedule.follows(schedule.rank, owner)
         )
 
@@ -228,6 +233,7 @@ class _DoubleBuffer:
 
     def of(self, step: int, rows: int) -> Block:
         """The buffer of a step, for so many rows."""
+        # The other buffer has the block that is in use while this one is filled.
         buffer = self._buffers[step % 2]
         if buffer is None:
             buffer = self._message.empty(self._block[0], *self._shape)

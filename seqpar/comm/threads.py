@@ -87,6 +87,7 @@ class _World:
         with self._changed:
             self._awaited[rank] = ticket
             try:
+                # With this rank waiting too, the wait of another may be hopeless: it must look again.
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: ticket in self._mail or self._is_hopeless(ticket))
             finally:

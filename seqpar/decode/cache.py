@@ -66,6 +66,7 @@ class KVCache:
         with agreed(group, "KVCache") as claim:
             check_prefill(group, layout, k, v, mask, score)
             self._mask, self._score = continued(mask), score.resolve(k.shape[3])
+            # There are no queries yet, and k has the type, width and device that they must have.
             request = Request.of(k, v, self._score, documents=packed(self._mask))
             self.implementation = choose(request, implementation)
             claim |= {
@@ -190,6 +191,7 @@ class KVCache:
     def _append(self, k: Tensor, v: Tensor) -> None:
         owners = deal(self.rows, k.shape[1])
         mine = [n for n, owner in enumerate(owners) if owner == self.group.rank]
+        # Asked for before owners are added, since those are what length counts.
         first = self.length
         self._grown.append(k[:, mine], v[:, mine], [first + n for n in mine])
         self._owners += owners

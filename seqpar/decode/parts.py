@@ -80,6 +80,7 @@ def merged(
     # To the kernels every row is a head of one row.
     running = Partial.identity(out[:1, None], out.shape[2])
     for out_r, lse_r in zip(out, lse, strict=True):
+        # A normalised part is a partial of maximum lse and sum 1, or 0 where a row saw nothing.
         total = (lse_r > -torch.inf).to(lse_r.dtype)
         running.absorb_(Partial(out_r[None, None], lse_r[None, None], total[None, None]))
     return finish(running, dtype, score, implementation=implementation)[0][0, 0]

@@ -79,6 +79,7 @@ def extended(spans: Spans, position: int) -> Spans:
     if not spans:
         return (Span(position, 1),)
     *before, last = spans
+    # One position alone begins a progression of any step, whatever its own step says.
     step = position - last.start if last.length == 1 else last.step
     if last.start + last.length * step != position:
         return (*spans, Span(position, 1))

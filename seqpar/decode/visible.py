@@ -75,9 +75,8 @@ def _reach(rows: Span, mask: Mask) -> tuple[range, range]:
     """The positions that some of the rows see, and those that all of them see."""
     first, last = rows.start, rows.start + rows.length - 1
     (first_doc, first_end), (last_doc, last_end) = (_document(p, mask) for p in (first, last))
-    band = mask.band(
-        Span(0, 1), Span(0, 1)
-    )  # of any position, as it is told of columns relative to it
+    # The band of one position with itself is that of any, told of columns relative to the row.
+    band = mask.band(Span(0, 1), Span(0, 1))
     if band.lower is not None:
         first_doc, last_doc = max(first_doc, first + band.lower), max(last_doc, last + band.lower)
     if band.upper is not None:
@@ -90,6 +89,7 @@ def _document(position: int, mask: Mask) -> tuple[int, int]:
     """First position and last + 1 of the document of a position."""
     bounds = mask.bounds
     n = bisect_right(bounds, position)
+    # The last document is open, so its end lies beyond all positions.
     return bounds[n - 1], bounds[n] if n < len(bounds) else 2**62
 
 

@@ -81,6 +81,7 @@ class _Choice:
             arcs += find()
             if arcs and self._fits(best := min(arcs, key=self._cost)):
                 break
+        # `_cut_twice` finds arcs in any circle, so there is a best one even where none fits.
         return best[:2]
 
     def _range(self, left: int, whole: int) -> tuple[int, int]:
@@ -116,6 +117,7 @@ class _Choice:
             self.circle.work // self.num_ranks,
         )
         (least, most), (least_work, most_work) = self.rows, self.work
+        # Arcs begin on the first turn of the circle; the second is there for them to end on.
         for start, work in zip(borders[: len(borders) // 2], works, strict=False):
             first = max(bisect_left(borders, start + least), bisect_left(works, work + least_work))
             end = min(bisect_right(borders, start + most), bisect_right(works, work + most_work))
@@ -143,6 +145,7 @@ class _Choice:
             if nearby[0] > aim + slack or nearby[1] < aim - slack:
                 continue
             near = bisect_left(range(first, last + 1), aim, key=circle.work_before)
+            # The aim lies between these two places, or beyond both.
             for place in {first + max(0, near - 1), min(first + near, last)}:
                 between = abs(circle.work_before(place) - work)
                 yield (border, place, between) if begins else (place, border, between)
@@ -156,6 +159,7 @@ class _Choice:
         circle, num_ranks = self.circle, self.num_ranks
         for rows in {circle.num_blocks // num_ranks, -(-circle.num_blocks // num_ranks)}:
             starts = [n * rows for n in range(num_ranks + 1)]
+            # One arc more than ranks, of the next turn, so that neighbours are compared all the way round.
             before = [circle.work_before(n * rows) for n in range(num_ranks + 2)]
             works = [b - a for a, b in pairwise(before)]
             yield from ((a, a + rows, work) for a, work in zip(starts, works, strict=True))

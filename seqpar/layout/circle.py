@@ -21,6 +21,7 @@ class Blocks:
     def __init__(self, length: int, mask: Mask, multiple_of: int) -> None:
         self.length, self.multiple_of = length, multiple_of
         self.num_blocks = -(-length // multiple_of)
+        # A document meets itself from one position on, so one band serves them all.
         self._band = mask.band(Span(0, 1), Span(0, 1))
         self._bounds = sorted({0, length, *(mask.documents or ())})
         works = (self._band.count(b - a, b - a) for a, b in pairwise(self._bounds))
@@ -82,6 +83,7 @@ class Circle:
 
     def split(self, start: int, stop: int) -> tuple[Runs, Runs]:
         """The runs of the arc between two places, which is at most one turn, and those of the rest."""
+        # An empty circle has no turns; the 1 only keeps from dividing by zero.
         turns = start // max(1, self.num_blocks) * self.num_blocks
         start, stop = start - turns, stop - turns
         over = max(0, stop - self.num_blocks)

@@ -70,7 +70,9 @@ class Layout:
     @property
     def fingerprint(self) -> int:
         """A number that tells layouts of other spans apart, the same in every process."""
-        return hash(self.spans)  # of integers alone
+        return hash(
+            self.spans
+        )  # unlike that of a string, the hash of integers is the same everywhere
 
     @property
     def rows(self) -> tuple[int, ...]:

@@ -48,6 +48,7 @@ def tiles(rows: tuple[Span, ...], cols: tuple[Span, ...], mask: Mask) -> tuple[T
     Rows and columns are held in the order of their spans. Columns are visited from the last to the first.
     """
     met: list[Tile] = []
+    # Downwards, as kernels walk their tiles: the order of additions then follows from positions.
     for cols_at, col_span in reversed(list(held(cols))):
         for rows_at, row_span in held(rows):
             if sees(mask, row_span, col_span):

@@ -43,11 +43,13 @@ def _shared_documents(
     last = bisect_right(documents, min(rows.positions[-1], cols.positions[-1])) - 1
     if first > last:
         return iter(())
-    end = max(rows.positions.stop, cols.positions.stop)  # positions after the last boundary
+    # A growing sequence has no boundary behind its last document, and `end` stands in for it.
+    end = max(rows.positions.stop, cols.positions.stop)
     return pairwise((*documents[first : last + 2], end)[: last - first + 2])
 
 
 def _indices(span: Span, start: int, stop: int) -> tuple[int, int]:
     """First and last + 1 of the indices of the span's positions from `start` to `stop - 1`."""
+    # Two minus signs make the division round up: the first index that is not before p.
     first, end = (-((span.start - p) // span.step) for p in (start, stop))
     return min(max(0, first), span.length), min(max(0, end), span.length)

@@ -101,6 +101,7 @@ class InOrderRoute:
 
 def runs(layout: Layout) -> list[tuple[Piece, ...]]:
     """About as many runs of positions as ranks, cut where shards are: who holds which part of each."""
+    # Where the only shard begins at 0, there is nothing to cut at, and one run.
     unit = gcd(*(span.start for spans in layout.spans for span in spans)) or max(layout.length, 1)
     run = -(-layout.length // (layout.size * unit)) * unit
     cut: list[list[tuple[int, Piece]]] = [[] for _ in range(-(-layout.length // max(run, 1)))]

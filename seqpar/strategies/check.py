@@ -47,6 +47,7 @@ def agree_on_call(
         NotImplementedError: no implementation serves this device and dtype, or not the requested one.
         DesyncError: ranks differ, or another rank raised one of the above.
     """
+    # Without a group there is nobody to agree with, so this alone may be refused on one rank.
     if not isinstance(plan, Plan) or not isinstance(plan.group, Group):
         raise TypeError(f"attention takes a seqpar.Plan with a seqpar.Group, got {plan!r}")
     # docs/design.md: agreement on every call
@@ -56,6 +57,7 @@ def agree_on_call(
         if operation == "attention" and is_heard(plan.group):
             learns = tuple(name for name in TENSORS if claim[f"{name} learn"])
             announce(resolved, Shape.of(q, k, v, with_lse=with_lse, learns=learns), q.device)
+    # Only after agreement, because all ranks must come here and one that refused does not.
     plan.group.transport.prepare(q.device)
     return resolved
 
@@ -96,6 +98,7 @@ def resolve(plan: Plan, q: Tensor, v: Tensor, *, with_lse: bool = False) -> Plan
                 f"stored scores are made by torch and softened by torch or Triton, got implementation "
                 f"{plan.implementation!r}; 'reference', 'triton' or None can do it"
             )
+        # Only to refuse: without a name, torch or Triton makes the softmax, as the device has it.
         choose(request, plan.implementation)
         name = plan.implementation
     else:
@@ -240,6 +243,7 @@ def _claim(
         "widths (d, vd)": (q.shape[3], v.shape[3]),
         "dtype": q.dtype,
         "device": q.device.type,
+        # Backward sends the same for any of q, k and v, so which of them it is for need not agree.
         "requires_grad": any(learning[:3]),
         **{f"{name} learn": there for name, there in zip(TENSORS, learning[3:], strict=True)},
     }

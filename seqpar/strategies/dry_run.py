@@ -104,6 +104,7 @@ def sent(plan: Plan, shape: Shape, rank: int) -> Volume:
         plan: with its implementation resolved, see `resolve`.
         shape: of the call. q, k and v get gradients, and what it says learns.
     """
+    # The generator stops after forward, so the first total is read before backward has run.
     forward, total = (group.traffic.total for group in _run(plan, shape, rank, _Log()))
     return Volume(forward, total - forward)
 
@@ -136,6 +137,7 @@ def _run(plan: Plan, shape: Shape, rank: int, log: _Log) -> Iterator[Group]:
         # docs/design.md: a dry run is the strategy itself
         results = STRATEGIES[plan.strategy].attend(q, k, v, plan, with_lse=shape.with_lse)
         ends = [x for x in results[: 1 + shape.with_lse] if x is not None]
+        # A result that nobody asked for, such as lse, must not be alive when the caller counts.
         del results
         yield group
         given = torch.autograd.grad(ends, leaves, [torch.empty_like(x) for x in ends])
@@ -204,6 +206,7 @@ class _Ops(DispatchMode):
         run = RUNS.get(func.name())
         if run is None:
             return func(*args, **(kwargs or {}))
+        # torch takes a mode off while it dispatches; here it must see what the op does.
         with self:
             return run(*args)
 

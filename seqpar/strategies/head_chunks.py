@@ -125,6 +125,7 @@ def dealt(x: Tensor, ranges: Sequence[Ranges]) -> list[Sequence[Tensor]]:
     if len(ranges) == 1:
         return [(x,)]
     sizes = [b - a for of_rank in zip(*ranges, strict=True) for a, b in of_rank]
+    # The heads of a rank lie together, cut in chunks: so every n-th piece belongs to one chunk.
     pieces = x.split(sizes, dim=2)
     return [pieces[chunk :: len(ranges)] for chunk in range(len(ranges))]
 

@@ -37,6 +37,7 @@ def invariant_implementation(plan: Plan, request: Request) -> Implementation:
     able = _able(order, request)
     if plan.implementation is None:
         fast = (name for name in preference(request.device) if refusal(name, request) is None)
+        # The reference serves every request in a fixed order, so there always is one.
         return next(name for name in fast if name in able)
     name = choose(request, plan.implementation)
     if name not in able:

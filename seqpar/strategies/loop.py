@@ -133,6 +133,7 @@ class _Loop(torch.autograd.Function):
         # docs/design.md: a replay keeps what must not be done twice
         out, lse = once(lambda: _forward(call, q, k, v, tensors), 2, lambda: like_results(q, v))
         ctx.call = call
+        # An lse that nobody differentiates must come as `None`: zeros would look like a gradient.
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, out, lse, *tensors)
         return out, lse

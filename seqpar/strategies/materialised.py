@@ -117,6 +117,7 @@ class _Materialised(torch.autograd.Function):
         dx = dense.product_gradient_(ds, bend, cells)
         dq = sharding.for_keys().times(dx, k_x, ctx.shapes[0])
         dk = sharding.transposed_times(dx, q_x, ctx.shapes[1])
+        # Dropped weights for dv are a matrix too, so that of dq and dk goes first.
         del ds, dx
         dv = sharding.transposed_times(dense.dropped(p, cells), dout_x, ctx.shapes[2])
         shares = (

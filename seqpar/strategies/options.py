@@ -118,6 +118,7 @@ for _plain in ("str", "int", "bool", "float"):
     _KINDS[f"{_plain} | None"] = _Kind((f"{_plain}?",), _one, _same)
 
 # docs/design.md: options are the fields of `Plan`
+# The type of a field is text, because annotations in plan.py are not evaluated.
 _OPTIONS = tuple((f.name, _KINDS[str(f.type)]) for f in fields(Plan) if f.name != "group")
 _NAMES = tuple(name for name, _ in _OPTIONS)
 

@@ -84,6 +84,7 @@ def ring_attention(
 def _attend_alone(
     q: Tensor, k: Tensor, v: Tensor, block: Block, implementation: Implementation | None, *, with_lse: bool
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    # `once` will not do: the op is a node of autograd's graph, which `recalled` makes anew.
     replay = current_replay()
     if replay is not None and replay.mode == "play":
         out, lse = replay.take(2)
@@ -137,6 +138,7 @@ class RingRoute:
         into.dq = into.zeros(mine.q)
         for owner, block in ring_pass((k, v), schedule, plan.group):
             share = sums.open()
+            # Both are there or neither; a sum is opened and closed in every step, to keep ranks in step.
             if block is not None and share is not None:
                 (k_o, v_o), (dk_o, dv_o), cols = block, share, plan.keys.spans[owner]
                 yield Meeting(self._own, cols, mine, k_o, v_o, into.dq, dk_o, dv_o, into.learned)

@@ -128,6 +128,7 @@ class ByRows(Sharding):
 
     def transposed_times(self, x: Tensor, y: Tensor, shape: torch.Size) -> Tensor:
         """One block of columns at a time."""
+        # Nothing is read of this tensor but its shape, type and device.
         sums = RingSum((x.new_empty(shape),), self._schedule, self.group, x.dtype)
         for step in range(self.group.size):
             opened = sums.open()
@@ -184,6 +185,7 @@ class ByColumns(Sharding):
         """The maxima first, then the sums of exponentials relative to them."""
         before = tops.clone()
         self.group.all_reduce_(tops, "max")
+        # A row that sees nothing has the maximum -inf, and -inf - (-inf) would be NaN.
         sums.mul_(torch.exp(before - torch.where(tops == -torch.inf, 0.0, tops)))
         self.group.all_reduce_(sums, "sum")
 

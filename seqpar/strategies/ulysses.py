@@ -99,6 +99,7 @@ class _Attend:
         qs = q.split([run.num_q for run in runs], dim=2) if len(runs) > 1 else (q,)
         outs, lses = [], []
         for run, q_r in zip(runs, qs, strict=True):
+            # One list serves the runs of all chunks, because k and v may all come with the first.
             k_r, v_r = self._ks.pop(0), self._vs.pop(0)
             out, lse = ring_attention(
                 q_r, k_r, v_r, self._middle, with_lse=self._with_lse, head=run.head
@@ -200,6 +201,7 @@ def _middle(
     layout, at_q = _merged(plan.layout, grid.members)
     keys, at_k = _merged(plan.keys, grid.members)
     outer = Group.alone() if grid.shape[0] == 1 else grid.ring
+    # Invariant bits are seen to here, by how heads are cut; a single rank has no order to keep.
     middle = replace(
         plan,
         group=outer,
@@ -223,6 +225,7 @@ def _merged(
         rows = [
             (span, n, at) for n, rank in enumerate(ranks) for at, span in held(layout.spans[rank])
         ]
+        # Rows of a single rank stay in its own order, so that nothing is moved for it.
         if len(ranks) > 1:
             rows.sort(key=lambda row: row[0].start)
         places: list[list[tuple[slice, slice]]] = [[] for _ in ranks]

@@ -65,6 +65,7 @@ def _cut(x: Tensor, length: int) -> _Form:
     return tuple(shape), tuple(strides), x.dtype
 
 
+# The number of threads is there for the cache: what the op allocates depends on it.
 @lru_cache(maxsize=1024)
 def _measured(
     op: Any, forms: tuple[_Form, ...], flags: tuple[Any, ...], masked: bool, _num_threads: int
@@ -78,6 +79,7 @@ def _measured(
     for _, size in allocated(profiled):
         now += size
         most = max(most, now)
+    # Until here what the op gave is alive, so `now` is its size and not counted inside.
     del given
     return most - now
 
