@@ -16,6 +16,7 @@ if os.environ.get("SEQPAR_CHECK_SHAPES") == "1":  # for tests, and inherited by 
 
     require("beartype", by="SEQPAR_CHECK_SHAPES=1")
 
+    # docs/design.md: the shape check
     # Not what users call (Score, Dropout, attention, ...): that refuses by itself, and on all ranks.
     # Not the Triton kernels: their interpreter wants the functions as they were written.
     # Not what knows integers alone (bands, rectangles, layouts): there are no shapes, mypy has seen the

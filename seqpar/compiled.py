@@ -22,6 +22,7 @@ from seqpar_kernels import TENSORS, torch_internals
 from seqpar_kernels.torch_ops import define
 
 # Tensors, then what else a call is made of, see `options`.
+# docs/design.md: compiled, a whole call is one op
 _ARGUMENTS = (
     f"Tensor q, Tensor k, Tensor v, {', '.join(f'Tensor? {name}' for name in TENSORS)}, "
     f"str group, {SCHEMA}, bool[] learning, bool with_lse"
@@ -55,7 +56,7 @@ class _Call:
 
     @property
     def num_results(self) -> int:
-        """How many results there are: some strategies give lse though nobody asked."""
+        """The number of results: some strategies give lse though nobody asked."""
         return 2 if self.with_lse or not STRATEGIES[self.plan.strategy].exchanges_heads else 1
 
     @property
@@ -66,7 +67,7 @@ class _Call:
         return STRATEGIES[self.plan.strategy].exchanges_heads and size > 1
 
     def attend(self, plan: Plan) -> Sequence[Tensor | None]:
-        """(out, lse if there is one)."""
+        """Attends by the strategy of a plan: (out, lse if there is one)."""
         attend = STRATEGIES[plan.strategy].attend
         return attend(self.q, self.k, self.v, plan, with_lse=self.with_lse)
 
@@ -79,7 +80,7 @@ def is_traced() -> bool:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, with_lse: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """(out, lse if asked for) as the strategies give them, as one op of the graph that is being compiled."""
+    """Attends as one op of the graph that is being compiled; gives (out, lse if asked for)."""
     tensors = [getattr(plan.score, name) for name in TENSORS]
     inputs = (q, k, v, *tensors)
     learning = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs]
@@ -130,10 +131,11 @@ def _silent(name: str) -> Group:
 
 
 def _listed(replay: Replay, results: Sequence[Tensor | None], call: _Call) -> list[Tensor]:
-    """The results, then what else is kept for backward, if anything; no tensor twice, and no input."""
+    """Lists the results, then what else is kept for backward, if anything; no tensor twice, and no input."""
     inputs = call.q, call.k, call.v
     ends = [x for x in results if x is not None]
     kept = replay.tensors if any(call.learning) else []
+    # A strategy whose last step gives the results has them among what is kept: they are listed once.
     if kept and all(map(_same_storage, kept[-len(ends) :], ends)):
         kept, ends = kept[: -len(ends)], kept[-len(ends) :]
     listed: list[Tensor] = []
@@ -164,7 +166,7 @@ def _backward(grads: Sequence[Tensor | None], kept: Sequence[Tensor], *args: Any
     given: list[Tensor] = []
     for x, dx in zip(leaves, found, strict=True):
         dx = torch.zeros_like(x) if dx is None else dx.contiguous()
-        # Those of a single row of k and v came side by side, in one piece of memory.
+        # dk and dv of one row and head are contiguous parts of one message; an op gives no memory twice.
         given.append(dx.clone() if any(_same_storage(dx, y) for y in given) else dx)
     return given
 
@@ -174,6 +176,7 @@ def _backward_fake(
     kept: Sequence[Tensor],  # noqa: ARG001
     *args: Any,
 ) -> list[Tensor]:
+    # The last two of `_ARGUMENTS` are learning and with_lse.
     learning = args[-2]
     wanted = [x for x, learns in zip(args, learning, strict=False) if learns]
     return [x.new_empty(x.shape) for x in wanted if x is not None]
@@ -194,6 +197,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 def _differentiate(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     learned, tensors = ctx.saved_tensors[: len(TENSORS)], ctx.saved_tensors[len(TENSORS) :]
     if ctx.exchanged:
+        # Tensors of the right shapes that take no memory: their contents are not looked at.
         own = [tensors[0].new_empty(()).expand(shape) for shape in ctx.shapes]
         kept = tensors
     else:

@@ -110,6 +110,7 @@ def shard_batch(
         claim["labels"] = labels
         claim |= {"pad": (pad_to_multiple_of, pad_token_id)}
         sequences = _sequences(batch, kind, whole)
+        # docs/design.md: `shard_batch` compares the ranks' batches
         claim |= {f"batch[{name!r}]": fingerprint(x) for name, x in sequences.items()}
         sequences = sequences if labels == "own" else _shift(sequences)
         sequences = _pad(sequences, pad_to_multiple_of, pad_token_id)

@@ -36,6 +36,7 @@ def attention(
         NotImplementedError: the requested implementation cannot do what was asked.
         DesyncError: the ranks' calls differ, or another rank raised one of the above.
     """
+    # docs/design.md: autocast casts once, at the public function
     q, k, v = cast_by_autocast(q, k, v)
     if compiled.is_traced():
         return compiled.attention(q, k, v, plan)[0]

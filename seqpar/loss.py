@@ -67,6 +67,7 @@ def mean_loss(
         count = torch.as_tensor(num_tokens, device=token_losses.device)
     total = all_reduce(counted.sum(dtype=wide), group)
     mean = total / count.clamp(min=1).to(wide)
+    # docs/design.md: `mean_loss` sums gradients, not averages
     return mean if gradients == "sum" else _GradientTimes.apply(mean, group.size)
 
 

@@ -1,4 +1,4 @@
-"""What a call must fulfil, checked on every rank and agreed before the first collective."""
+"""Every rank checks here what a call must fulfil, and all agree on it before the first collective."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def agree_on_call(
     learning: tuple[bool, ...] | None = None,
     operation: str = "attention",
 ) -> Plan:
-    """The plan with its implementation chosen, if the call is legal here and the same on all ranks.
+    """Gives the plan with its implementation chosen, if the call is legal and the same on all ranks.
 
     All ranks must call.
 
@@ -47,20 +47,23 @@ def agree_on_call(
         NotImplementedError: no implementation serves this device and dtype, or not the requested one.
         DesyncError: ranks differ, or another rank raised one of the above.
     """
+    # Without a group there is nobody to agree with, so this alone may be refused on one rank.
     if not isinstance(plan, Plan) or not isinstance(plan.group, Group):
         raise TypeError(f"attention takes a seqpar.Plan with a seqpar.Group, got {plan!r}")
+    # docs/design.md: agreement on every call
     with agreed(plan.group, operation=operation) as claim:
         resolved = check_call(q, k, v, plan, with_lse=with_lse)
         claim |= _claim(q, k, v, resolved, with_lse, learning)
         if operation == "attention" and is_heard(plan.group):
             learns = tuple(name for name in TENSORS if claim[f"{name} learn"])
             announce(resolved, Shape.of(q, k, v, with_lse=with_lse, learns=learns), q.device)
+    # Only after agreement, because all ranks must come here and one that refused does not.
     plan.group.transport.prepare(q.device)
     return resolved
 
 
 def check_call(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, with_lse: bool = False) -> Plan:
-    """The plan with its implementation chosen, if the call is legal here. Sends nothing.
+    """Gives the plan with its implementation chosen, if the call is legal on this rank. Sends nothing.
 
     Raises:
         TypeError, ValueError, NotImplementedError: as `agree_on_call`.
@@ -73,7 +76,7 @@ def check_call(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, with_lse: bool = 
 
 
 def resolve(plan: Plan, q: Tensor, v: Tensor, *, with_lse: bool = False) -> Plan:
-    """The plan with all that is left open decided for these tensors: implementation, invariance, scale.
+    """Decides all that a plan leaves open for these tensors: implementation, invariance, scale.
 
     Sends nothing.
 
@@ -82,6 +85,7 @@ def resolve(plan: Plan, q: Tensor, v: Tensor, *, with_lse: bool = False) -> Plan
         NotImplementedError: no implementation serves them, or not the requested one.
     """
     plan = replace(plan, score=plan.score.resolve(q.shape[3]), dropout=plan.drops)
+    # docs/design.md: lse is differentiated where it is asked for
     request = Request.of(q, v, plan.score, plan.drops, plan.packed, lse=with_lse)
     invariant = is_invariant(plan, request)
     name: Implementation | None
@@ -94,10 +98,12 @@ def resolve(plan: Plan, q: Tensor, v: Tensor, *, with_lse: bool = False) -> Plan
                 f"stored scores are made by torch and softened by torch or Triton, got implementation "
                 f"{plan.implementation!r}; 'reference', 'triton' or None can do it"
             )
+        # Only to refuse: without a name, torch or Triton makes the softmax, as the device has it.
         choose(request, plan.implementation)
         name = plan.implementation
     else:
         name = choose(request, plan.implementation)
+    # docs/design.md: `choice.py` alone decides
     return replace(plan, implementation=name, invariant=invariant)
 
 
@@ -122,6 +128,7 @@ def _check_layouts(plan: Plan) -> None:
     layout, keys, group, documents = plan.layout, plan.keys, plan.group, plan.mask.documents
     for each in (layout, keys):
         check_size(each, group.size)
+    # docs/design.md: keys of another length keep their own positions
     if len({span.step for each in (layout, keys) for spans in each.spans for span in spans}) > 1:
         raise ValueError(
             "queries and keys must be dealt in the same steps: both striped, or neither; "
@@ -139,6 +146,7 @@ def _check_layouts(plan: Plan) -> None:
 
 
 def _check_grid(plan: Plan) -> None:
+    # docs/design.md: a strategy says what kind it is
     grid, needs = plan.grid, STRATEGIES[plan.strategy].needs_grid
     if needs and not isinstance(grid, Grid):
         raise TypeError(
@@ -221,7 +229,7 @@ def _check_heads(q: Tensor, score: Score) -> None:
 def _claim(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, with_lse: bool, learning: tuple[bool, ...] | None
 ) -> dict[str, Any]:
-    """What ranks must have in common in a call of a resolved plan."""
+    """The claim of a call: all that ranks must have in common, of a resolved plan."""
     learned = [plan.score.tensors.get(name) for name in TENSORS]
     if learning is None:
         wants = (x is not None and x.requires_grad for x in (q, k, v, *learned))
@@ -235,6 +243,7 @@ def _claim(
         "widths (d, vd)": (q.shape[3], v.shape[3]),
         "dtype": q.dtype,
         "device": q.device.type,
+        # Backward sends the same for any of q, k and v, so which of them it is for need not agree.
         "requires_grad": any(learning[:3]),
         **{f"{name} learn": there for name, there in zip(TENSORS, learning[3:], strict=True)},
     }

@@ -1,4 +1,4 @@
-"""What a plan sends, holds and computes on any rank: the strategy itself, run on tensors without content.
+"""Learns what a plan sends, holds and computes on any rank, by a run of the strategy without content.
 
 Tensors are on torch's meta device and the group is `silent`: nothing is computed and nothing sent, but all
 that would be is seen. There is no second description of a strategy to keep in step with it.
@@ -27,7 +27,7 @@ from seqpar_kernels.watching import Direction, watching
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes of tensors on one rank: at the fullest moment of forward, between, and of backward.
+    """The bytes of tensors on one rank: at the fullest moment of forward, between, and of backward.
 
     The caller's tensors are in it: q, k, v and out throughout, dout in backward.
     """
@@ -38,7 +38,7 @@ class Held:
 
     @property
     def peak(self) -> int:
-        """At the fullest moment of a step."""
+        """The bytes at the fullest moment of a step."""
         return max(self.forward, self.backward)
 
 
@@ -91,25 +91,26 @@ Step = Compute | Exchange | Wait | AllReduce
 
 @dataclass(frozen=True)
 class Steps:
-    """What a rank does, in its order."""
+    """The steps of a rank, in its order."""
 
     forward: tuple[Step, ...]
     backward: tuple[Step, ...]
 
 
 def sent(plan: Plan, shape: Shape, rank: int) -> Volume:
-    """What `rank` sends in a forward and a backward of a plan.
+    """Counts what `rank` sends in a forward and a backward of a plan.
 
     Args:
         plan: with its implementation resolved, see `resolve`.
         shape: of the call. q, k and v get gradients, and what it says learns.
     """
+    # The generator stops after forward, so the first total is read before backward has run.
     forward, total = (group.traffic.total for group in _run(plan, shape, rank, _Log()))
     return Volume(forward, total - forward)
 
 
 def held(plan: Plan, shape: Shape, rank: int) -> Held:
-    """What `rank` holds in a forward and a backward, see `sent`.
+    """Counts what `rank` holds in a forward and a backward; for the arguments see `sent`.
 
     What torch's attention on CPU allocates inside is measured, see `workspace`. Triton's kernels allocate
     nothing inside, the reference a tile; what other packages allocate inside is not counted.
@@ -120,7 +121,7 @@ def held(plan: Plan, shape: Shape, rank: int) -> Held:
 
 
 def steps(plan: Plan, shape: Shape, rank: int) -> Steps:
-    """What `rank` computes, sends and receives, in order, see `sent`. Stored scores are not in it."""
+    """Lists what `rank` computes (no stored scores), sends and receives; for the arguments see `sent`."""
     log = _Log()
     with _Ops():
         forward, backward = (log.take() for _ in _run(plan, shape, rank, log))
@@ -134,8 +135,10 @@ def _run(plan: Plan, shape: Shape, rank: int, log: _Log) -> Iterator[Group]:
     with torch.inference_mode(mode=False), differentiating(), watching(log):
         plan, leaves = _without_content(plan, shape, group)
         q, k, v = leaves[:3]
+        # docs/design.md: a dry run is the strategy itself
         results = STRATEGIES[plan.strategy].attend(q, k, v, plan, with_lse=shape.with_lse)
         ends = [x for x in results[: 1 + shape.with_lse] if x is not None]
+        # A result that nobody asked for, such as lse, must not be alive when the caller counts.
         del results
         yield group
         given = torch.autograd.grad(ends, leaves, [torch.empty_like(x) for x in ends])
@@ -162,13 +165,13 @@ def _without_content(plan: Plan, shape: Shape, group: Group) -> tuple[Plan, list
 
 
 class _Log:
-    """Notes what it is told, as a `Watcher` and as a `Listener`."""
+    """A list of steps, noted as they are told to it: it is a `Watcher` and a `Listener`."""
 
     def __init__(self) -> None:
         self._steps: list[Step] = []
 
     def take(self) -> tuple[Step, ...]:
-        """What has been noted since it was last asked."""
+        """Gives what has been noted since it was last asked."""
         taken, self._steps = tuple(self._steps), []
         return taken
 
@@ -192,7 +195,7 @@ class _Log:
 
 
 class _Ops(DispatchMode):
-    """Looks into this package's own ops, which are closed to others."""
+    """A mode that looks into this package's own ops, which are closed to other modes."""
 
     def __torch_dispatch__(
         self,
@@ -204,12 +207,13 @@ class _Ops(DispatchMode):
         run = RUNS.get(func.name())
         if run is None:
             return func(*args, **(kwargs or {}))
+        # torch takes a mode off while it dispatches; here it must see what the op does.
         with self:
             return run(*args)
 
 
 class _Storages(_Ops):
-    """Counts the bytes of the storages that are alive."""
+    """A mode that counts the bytes of the storages that are alive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -217,7 +221,7 @@ class _Storages(_Ops):
         self._alive = WeakIdKeyDictionary()
 
     def take(self) -> tuple[int, int]:
-        """(most since it was last asked, now)."""
+        """Gives the bytes that are alive: (most since it was last asked, now)."""
         taken, self._most = (self._most, self._now), self._now
         return taken
 

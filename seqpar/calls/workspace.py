@@ -1,7 +1,7 @@
-"""`workspace`: what torch's attention on CPU allocates inside of one call, measured and not modelled.
+"""`workspace` measures what torch's attention on CPU allocates inside of one call.
 
 The op is run on small tensors with the same strides under the profiler. What it takes grows with rows and
-with columns in straight lines once both are longer than its tiles, so three runs tell of any length.
+with columns in straight lines, once both are longer than its tiles: so three runs tell of any length.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _Form = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # of a tensor: sha
 
 
 def workspace(op: Any, args: tuple[Any, ...], options: dict[str, Any]) -> int:
-    """Bytes inside of a call of an op at its fullest moment, beside what it gives back; of others, 0.
+    """Counts the bytes inside of an op at its fullest moment, beside what it gives back; 0 for other ops.
 
     Args:
         op, args, options: the call; its tensors may be without content.
@@ -65,6 +65,7 @@ def _cut(x: Tensor, length: int) -> _Form:
     return tuple(shape), tuple(strides), x.dtype
 
 
+# The number of threads is there for the cache: what the op allocates depends on it.
 @lru_cache(maxsize=1024)
 def _measured(
     op: Any, forms: tuple[_Form, ...], flags: tuple[Any, ...], masked: bool, _num_threads: int
@@ -78,6 +79,7 @@ def _measured(
     for _, size in allocated(profiled):
         now += size
         most = max(most, now)
+    # Until here what the op gave is alive, so `now` is its size and not counted inside.
     del given
     return most - now
 

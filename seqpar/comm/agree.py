@@ -28,7 +28,7 @@ def agreed(*axes: Group, operation: str) -> Iterator[dict[str, object]]:
     `repr`. If the block raises, the error is raised here, and quoted by a DesyncError elsewhere.
 
     Args:
-        axes: the groups of this rank, one for each axis of a mesh. The ranks agree along each in turn, so
+        axes: the groups of this rank, one for each axis of a mesh. The ranks agree along each in turn:
             what one refuses is heard along the first axis, and by all ranks of the mesh along the last.
         operation: what the ranks are about to do.
 
@@ -39,6 +39,7 @@ def agreed(*axes: Group, operation: str) -> Iterator[dict[str, object]]:
     try:
         yield claim
     except Exception as error:
+        # docs/design.md: `agreed` is a `with` block
         _agree_along(axes, claim, f"{type(error).__name__}: {error}")
         raise
     _agree_along(axes, claim)
@@ -58,7 +59,7 @@ def _agree_along(
 
 
 def agree(group: Group, claim: Mapping[str, object], refusal: str | None = None) -> None:
-    """Returns if every rank makes the same claim, or if this rank refuses. All ranks must call.
+    """Compares the claims of all ranks, and returns if they are the same or this rank refuses. All must call.
 
     Costs one message of 8 bytes to every other rank; only a disagreement sends the claims themselves.
 
@@ -76,13 +77,15 @@ def agree(group: Group, claim: Mapping[str, object], refusal: str | None = None)
     if _REFUSED not in digests and len(set(digests)) == 1:
         return
     everyone = group.transport.gather_objects((text, refusal))
+    # A rank that refused takes part so that the others can quote it; its caller raises its own error.
     if refusal is None:
         raise DesyncError(_explain(cast("list[tuple[dict[str, str], str | None]]", everyone)))
 
 
 def _digest(text: Mapping[str, str]) -> int:
-    """63 bits of a hash, never the one that means refusal."""
+    """Hashes a claim to 63 bits, which are never those that mean refusal."""
     raw = hashlib.blake2b(repr(sorted(text.items())).encode(), digest_size=8).digest()
+    # Shifted, it fits a signed 64-bit integer; the lowest bit keeps it from being `_REFUSED`.
     return (int.from_bytes(raw, "little") >> 1) | 1
 
 
@@ -98,7 +101,7 @@ def _gather_digests(group: Group, digest: int) -> list[int]:
 
 
 def _explain(everyone: list[tuple[dict[str, str], str | None]]) -> str:
-    """Who refused and why; else which claims differ, and who makes which."""
+    """Says who refused and why; else which claims differ, and who makes which."""
     refusals = [f"rank {r}: {refusal}" for r, (_, refusal) in enumerate(everyone) if refusal]
     if refusals:
         return "refused on every rank because of " + "; ".join(refusals)

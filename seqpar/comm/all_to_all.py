@@ -34,8 +34,8 @@ class AllToAll:
         ranges: by tensor.
         num_heads: by tensor.
         repeats: by tensor: `None`, or by rank the range of query heads for each of which its head is
-            repeated after the exchange. Gradients then come back for every query head and are added in the
-            order of heads, so that sums do not depend on which rank took which.
+            repeated after the exchange. Gradients then come back for every query head. They are added in
+            the order of heads, so sums do not depend on which rank took which.
     """
 
     group: Group
@@ -47,6 +47,7 @@ class AllToAll:
     def rows(self, tensor: int) -> tuple[int, ...]:
         """The number of rows of a tensor that every rank has."""
         places = self.places[tensor]
+        # Local rows follow on one another from 0, so the greatest stop is their number.
         return tuple(max((local.stop for local, _ in p), default=0) for p in places)
 
     def takes(self, tensor: int, rank: int) -> slice:
@@ -96,7 +97,7 @@ def start_to_rows(ys: Sequence[Tensor], all_to_all: AllToAll) -> AsyncExchange:
 
 
 def serve(x: Tensor, runs: Sequence[tuple[slice, int]]) -> tuple[Tensor, ...]:
-    """For each run the heads of `x [b s h w]` it attends with, as views. Differentiable.
+    """Gives each run the heads of `x [b s h w]` that it attends with, as views. Differentiable.
 
     Gradients are added in the order of runs and of the query heads in them, in float32 or wider.
 
@@ -104,6 +105,7 @@ def serve(x: Tensor, runs: Sequence[tuple[slice, int]]) -> tuple[Tensor, ...]:
         runs: (heads, g): some heads, or with g > 1 one head, for each of g query heads.
     """
     stops = [0] + [heads.stop for heads, _ in runs]
+    # Where every head serves once, and in order, nothing is to be added: torch's own views will do.
     if stops == [heads.start for heads, _ in runs] + [x.shape[2]] and all(g == 1 for _, g in runs):
         return x.split([_length(heads) for heads, _ in runs], dim=2) if len(runs) > 1 else (x,)
     return _Serve.apply(x, runs)
@@ -134,7 +136,7 @@ class _Serve(torch.autograd.Function):
 
 
 def _to_heads(xs: Sequence[Tensor], all_to_all: AllToAll) -> Finish:
-    """One message per rank and tensor, received where it belongs if that is one piece."""
+    """Begins to bring rows to their heads: one message per rank and tensor, received in place if possible."""
     rank, places = all_to_all.group.rank, all_to_all.places
     ys = tuple(
         x.new_empty(
@@ -142,11 +144,13 @@ def _to_heads(xs: Sequence[Tensor], all_to_all: AllToAll) -> Finish:
         )
         for n, x in enumerate(xs)
     )
+    # Messages between two ranks are told apart by their order alone, so all ranks list tensors alike.
     others = [(r, n) for r in all_to_all.group.others for n in range(len(xs))]
     sends = [(r, xs[n][:, :, all_to_all.takes(n, r)].contiguous()) for r, n in others]
     staged: dict[tuple[int, int], Tensor] = {}
     receives = []
     for r, n in others:
+        # docs/design.md: rows come back in the order of the sequence
         target = ys[n][:, places[n][r][0][1]] if len(places[n][r]) == 1 else None
         if target is None or not target.is_contiguous():
             target = ys[n].new_empty(ys[n].shape[0], all_to_all.rows(n)[r], *ys[n].shape[2:])
@@ -178,8 +182,9 @@ def _repeat(y: Tensor, all_to_all: AllToAll, tensor: int) -> Tensor:
 
 
 def _to_rows(ys: Sequence[Tensor], all_to_all: AllToAll) -> Finish:
-    """One message per rank and tensor; shares of a head are added once all are there."""
+    """Begins to bring heads back to their rows; shares of a head are added once all are there."""
     rank, places, num_heads = all_to_all.group.rank, all_to_all.places, all_to_all.num_heads
+    # docs/design.md: a kv head that several ranks need is sent to each
     all_to_all = all_to_all.by_query_head()
     sends = [(r, _take(y, places[n][r])) for r in all_to_all.group.others for n, y in enumerate(ys)]
     receives = [
@@ -219,6 +224,7 @@ def _fold(x: Tensor, group: int) -> Tensor:
     if group == 1:
         return x
     first, *others = x.unflatten(2, (-1, group)).unbind(3)
+    # A copy even where the type is wide already, because `+=` would write into x.
     total = first.to(accumulation_dtype(x.dtype), copy=True)
     for other in others:
         total += other
@@ -244,5 +250,5 @@ def _length(s: slice) -> int:
 
 
 def _num_heads(ranges: Ranges) -> int:
-    """Of heads that are all taken."""
+    """Counts the heads of a tensor, all of which some rank takes."""
     return max(stop for _, stop in ranges)

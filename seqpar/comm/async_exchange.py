@@ -33,10 +33,11 @@ class AsyncExchange:
         self._there, self._back = there, back
         self._finish: Finish | None = None
         self.num = len(xs)
+        # This comes last: it begins the exchange, which sets `_finish`.
         self._token: Tensor | None = _Start.apply(self, *xs)
 
     def wait(self, *, kept: bool = False) -> tuple[Tensor, ...]:
-        """What the exchange brings. To be called once.
+        """Waits for what the exchange brings. To be called once.
 
         Args:
             kept: makes activation checkpointing recompute as far as here. It stops at the last tensor that
@@ -50,7 +51,7 @@ class AsyncExchange:
         self._finish = (self._back if dual else self._there)(xs)
 
     def finish(self) -> tuple[Tensor, ...]:
-        """What the exchange, or the dual, brings."""
+        """Waits for what the exchange, or the dual, brings."""
         finish, self._finish = self._finish, None
         assert finish is not None, "what was begun is waited for once"
         return finish()
@@ -65,6 +66,7 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, exchange: AsyncExchange, *xs: Tensor) -> Tensor:
         ctx.exchange = exchange
+        # While a replay plays, the wait is given the results, and nothing may be sent.
         if not plays():
             exchange.begin(xs, dual=False)
         return xs[0].new_empty(0)
@@ -72,6 +74,7 @@ class _Start(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
+        # docs/design.md: head chunks are asynchronous exchanges
         return None, *ctx.exchange.finish()
 
 

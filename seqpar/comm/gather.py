@@ -66,9 +66,11 @@ class _ReduceScatter(torch.autograd.Function):
 
 
 def _gather(x: Tensor, group: Group, rows: tuple[int, ...], dim: int) -> Tensor:
+    # With `dim` in front each shard is one piece of memory, which can be received in place.
     x = x.movedim(dim, 0).contiguous()
     gathered = x.new_empty(sum(rows), *x.shape[1:])
     shards = gathered.split(list(rows))
+    # docs/design.md: every message is point to point
     pending = group.exchange(
         "all_gather", [(r, x) for r in group.others], [(r, shards[r]) for r in group.others]
     )

@@ -28,12 +28,12 @@ class Piece:
 
     @property
     def rows(self) -> slice:
-        """Which, counted among those of the owner."""
+        """The rows of the piece, counted among those of its owner."""
         return slice(self.start, self.stop)
 
     @property
     def length(self) -> int:
-        """How many."""
+        """The number of rows."""
         return self.stop - self.start
 
 
@@ -42,13 +42,13 @@ Chunk = tuple[Piece, ...]
 
 @dataclass(frozen=True)
 class GatherSchedule:
-    """Which pieces are due when and where, and which ranks want them, besides their owners.
+    """A table of the pieces that are due at each rank in each chunk, and of the ranks that want them.
 
     Args:
         rank, size: of this rank in the group.
         num_chunks: how many there are.
         due: the pieces of chunk n for a rank.
-        wants: (rank, piece); this and `due` give the same answers on every rank.
+        wants: (rank, piece), where the rank is not the owner. This and `due` are the same on every rank.
     """
 
     rank: int
@@ -61,7 +61,7 @@ class GatherSchedule:
     def in_turn(
         rank: int, blocks: Sequence[Chunk], wants: Callable[[int, Piece], bool]
     ) -> GatherSchedule:
-        """One owner's pieces at a time, in chunk n of the owner n ranks before: all ranks send at once.
+        """The schedule in which chunk n of a rank is from the owner n ranks before it: all send at once.
 
         Args:
             blocks: by owner.
@@ -72,6 +72,7 @@ class GatherSchedule:
     def received(self, n: int) -> list[tuple[Piece, slice]]:
         """The pieces of chunk n that this rank then holds, its own too, and where they are."""
         due = self.due(n, self.rank)
+        # docs/design.md: no hop that nobody needs
         pieces = [p for p in due if p.owner == self.rank or self.wants(self.rank, p)]
         ends = list(accumulate((p.length for p in pieces), initial=0))
         return [(p, slice(a, b)) for p, a, b in zip(pieces, ends[:-1], ends[1:], strict=True)]
@@ -101,6 +102,7 @@ def gather_pass(
         chunk = message.empty(block[0], rows, block[0].shape[0], block[0].shape[2])
         for p, at in received:
             if p.owner == group.rank:
+                # Own rows of this chunk are packed where the chunk holds them, and sent from there.
                 packed[p] = tuple(x[at] for x in chunk)
                 for x, y in zip(message.unpack(packed[p]), block, strict=True):
                     x.copy_(y[:, p.rows])
@@ -112,6 +114,7 @@ def gather_pass(
             [(rank, x) for rank, p in sent[n] for x in packed[p]],
             [(p.owner, x[at]) for p, at in received if p.owner != group.rank for x in chunk],
         )
+        # No later chunk sends anything of this rank's, so its packed rows need not live on.
         if n >= last:
             packed.clear()
         return tuple(p for p, _ in received), chunk, pending
@@ -121,6 +124,7 @@ def gather_pass(
         assert coming is not None
         pieces, chunk, pending = coming
         pending.wait()
+        # Begun before this chunk is handed out, so that it comes while the caller computes.
         coming = start(n + 1) if n + 1 < schedule.num_chunks else None
         yield pieces, message.unpack(chunk)
 
@@ -183,7 +187,7 @@ class HomeSum:
 def send_home(
     block: Block, schedule: GatherSchedule, group: Group, *, primitive: str = "scatter"
 ) -> list[tuple[Piece, Block]]:
-    """What every rank, in order, has for pieces of this rank's rows, of a schedule of one chunk.
+    """Sends home what was gathered in one chunk; gives what each rank, in order, has for this rank's rows.
 
     Args:
         block: tensors `[b i h w]` or `[b i h]` of one dtype, of all rows that this rank has gathered.
@@ -209,4 +213,5 @@ def _start_home(
         [(rank, x) for rank, _, x in arriving],
     )
     arriving += [(group.rank, p, share[at]) for p, at in received if p.owner == group.rank]
+    # Own shares take their turn among those of other ranks: the sum has one order everywhere.
     return pending, sorted(arriving, key=lambda a: a[0])

@@ -15,10 +15,10 @@ Block = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class PackedMessage:
-    """How tensors `[b rows h w]` and `[b rows h]` travel together: side by side, rows first.
+    """The form in which tensors `[b rows h w]` and `[b rows h]` travel together: side by side, rows first.
 
-    Side by side means that k and v of a row are neighbours in memory and each is a view of what was
-    received, with stride 1 in its width: nothing is unpacked. Rows first means that some rows of a
+    Side by side means that k and v of a row are neighbours in memory. Each is a view of what was received,
+    with stride 1 in its width: nothing is unpacked. Rows first means that some rows of a
     packed message are one piece of memory, whatever the batch.
     """
 
@@ -44,6 +44,7 @@ class PackedMessage:
         """The messages, each `[rows b h w]` and contiguous. Copies."""
         wide = [x if x.ndim == 4 else x.unsqueeze(-1) for x in block]
         return tuple(
+            # docs/design.md: tensors travel as packed messages
             torch.cat([x.transpose(0, 1) for x in wide if x.dtype == dtype], dim=-1).contiguous()
             for dtype in self.messages
         )

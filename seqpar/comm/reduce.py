@@ -56,6 +56,7 @@ class _Replicate(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        # A clone, because gradients that come in belong to autograd and must not be written to.
         total = grad_outputs[0].contiguous().clone()
         all_reduce_(total, ctx.group)
         return total, None

@@ -21,7 +21,7 @@ Wants = Callable[[int, int], bool]  # (visitor, owner): whether the visitor want
 
 @dataclass(frozen=True)
 class RingSchedule:
-    """Who is where when: at step t the block of rank o is due at rank o + t * direction.
+    """A table of where blocks are: at step t the block of rank o is due at rank o + t * direction.
 
     A block goes from visitor to next neighbour; where that neighbour does not want it, the chain ends, and
     the next one that does gets it from the owner. So every rank that wants a block is sent it once.
@@ -89,6 +89,7 @@ def ring_pass(
         if step + 1 < group.size:
             if held is not None and schedule.visits(schedule.at(1), owner):
                 sends += [(schedule.at(1), x) for x in held]
+            # docs/design.md: no hop that nobody needs
             if schedule.goes_far(step):
                 sends += [(schedule.at(step + 1), x) for x in own]
             if schedule.visits(group.rank, coming):
@@ -97,13 +98,15 @@ def ring_pass(
                 receives = [(source, x) for x in arriving]
         pending = group.exchange(primitive, sends, receives)
         if step == 0:
+            # The rank's own tensors are handed out as they are; they may not have been packed.
             yield owner, block
         else:
             yield owner, None if held is None else message.unpack(held)
+        # The hop is waited for only here, so that the caller has computed while it was under way.
         pending.wait()
         held = arriving
         if step >= last_far:
-            own = ()  # or it lives on for the whole round
+            own = ()  # nobody is sent it any more, and it would live on for the whole round
 
 
 class RingSum:
@@ -155,6 +158,7 @@ class RingSum:
             self._share = None
             return None
         if self._in_order:
+            # What arrived is continued and not added to, so it must be here before the rank computes.
             self._land()
             self._share, self._arrived = self._arrived, None
         if self._share is None:
@@ -172,6 +176,7 @@ class RingSum:
             share += self._arrived
         self._arrived = None
         goes_on = schedule.visits(schedule.at(1), owner)
+        # docs/design.md: the ring's own gradients stay at home
         if share is not None and owner == rank and not (self._in_order and goes_on):
             self._total = share
         elif share is not None:
@@ -179,6 +184,7 @@ class RingSum:
         if self._is_continued(schedule.at(-step - 1)):
             self._for_next = self._empty(schedule.rows[schedule.at(-step - 1)])
             receives.append((schedule.at(-1), self._for_next))
+        # The sum for this rank's block is now at `last`, and comes home unless the next rank wants it too.
         last = schedule.at(step)
         if (
             step
@@ -201,6 +207,7 @@ class RingSum:
         if not schedule.visits(schedule.rank, owner):
             return False
         return (
+            # An owner hands its sum on only in order; otherwise its share stays at home.
             self._in_order if schedule.at(-1) == owner else schedule.follows(schedule.rank, owner)
         )
 
@@ -222,7 +229,7 @@ class RingSum:
 
 
 class _DoubleBuffer:
-    """Two blocks to receive in by turns, made when first needed."""
+    """A pair of blocks to receive in by turns, each made when it is first needed."""
 
     def __init__(self, block: Block, message: PackedMessage, rows: int) -> None:
         self._shape = rows, block[0].shape[0], block[0].shape[2]
@@ -231,6 +238,7 @@ class _DoubleBuffer:
 
     def of(self, step: int, rows: int) -> Block:
         """The buffer of a step, for so many rows."""
+        # The other buffer has the block that is in use while this one is filled.
         buffer = self._buffers[step % 2]
         if buffer is None:
             buffer = self._message.empty(self._block[0], *self._shape)

@@ -1,4 +1,4 @@
-"""What one rank's keys say of some queries, and how the parts of all ranks become one result."""
+"""Attends some queries to one rank's keys, and merges the parts of all ranks into one result."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def part_of(
     score: Score,
     implementation: Implementation,
 ) -> Float[Tensor, "n vd1"]:
-    """Out and lse of queries at consecutive positions over the keys held here, side by side.
+    """Attends queries at consecutive positions to the keys held here: out and lse, side by side.
 
     In the type of sums, one row for every query of every head: n = b * t * hq. Sinks are left out.
 
@@ -60,6 +60,7 @@ def part_of(
     sums = of_all.acc, of_all.m, of_all.l
     unfolded = (x.unflatten(1, (t, -1)).transpose(2, 3).flatten(2, 3) for x in sums)
     running.absorb_(Partial(*unfolded))
+    # docs/design.md: sinks join once, in `finish`
     out, lse = finish(running, accumulation_dtype(q.dtype), Score(), implementation=implementation)
     return torch.cat((out, lse.unsqueeze(-1)), dim=-1).flatten(0, 2)
 
@@ -70,7 +71,7 @@ def merged(
     score: Score,
     implementation: Implementation,
 ) -> Float[Tensor, "i vd"]:
-    """The out of rows of which each rank has `part_of`, in rank order.
+    """Merges the parts that ranks have of some rows by `part_of`, in rank order: the out of these rows.
 
     Args:
         score: whose tensors, one entry for each row here, join the rows once.
@@ -79,6 +80,7 @@ def merged(
     # To the kernels every row is a head of one row.
     running = Partial.identity(out[:1, None], out.shape[2])
     for out_r, lse_r in zip(out, lse, strict=True):
+        # A normalised part is a partial of maximum lse and sum 1, or 0 where a row saw nothing.
         total = (lse_r > -torch.inf).to(lse_r.dtype)
         running.absorb_(Partial(out_r[None, None], lse_r[None, None], total[None, None]))
     return finish(running, dtype, score, implementation=implementation)[0][0, 0]

@@ -15,7 +15,7 @@ from seqpar_kernels import Band
 
 @dataclass(frozen=True)
 class Tile:
-    """Local query rows, the key rows of the owner they meet, and what they see of them.
+    """A rectangle of scores: local query rows, the key rows of an owner that they meet, and what they see.
 
     `row` and `col` are the positions of the first of each, `step` lies between neighbours.
     """
@@ -48,6 +48,7 @@ def tiles(rows: tuple[Span, ...], cols: tuple[Span, ...], mask: Mask) -> tuple[T
     Rows and columns are held in the order of their spans. Columns are visited from the last to the first.
     """
     met: list[Tile] = []
+    # Downwards, as kernels walk their tiles: the order of additions then follows from positions.
     for cols_at, col_span in reversed(list(held(cols))):
         for rows_at, row_span in held(rows):
             if sees(mask, row_span, col_span):
@@ -65,7 +66,7 @@ def meets(rows: tuple[Span, ...], cols: tuple[Span, ...], mask: Mask) -> bool:
 
 
 def held(spans: Sequence[Span]) -> Iterator[tuple[slice, Span]]:
-    """Each span and where its positions are, held one span after the other."""
+    """Yields each span and where its positions are, held one span after the other."""
     start = 0
     for span in spans:
         yield slice(start, start + span.length), span
@@ -85,18 +86,19 @@ def part(spans: Sequence[Span], rows: slice) -> tuple[Span, ...]:
 
 @lru_cache(maxsize=1024)
 def tall_tiles(rows: tuple[Span, ...], cols: tuple[Span, ...], mask: Mask) -> tuple[Tile, ...]:
-    """`tiles`, joined."""
+    """The tiles that `tiles` gives, joined where one continues another."""
     return joined_tiles(tiles(rows, cols, mask))
 
 
 def joined_tiles(apart: tuple[Tile, ...]) -> tuple[Tile, ...]:
-    """The same scores in fewer tiles: those whose bands continue each other are joined.
+    """Joins tiles whose bands continue each other: the same scores in fewer tiles.
 
     The positions of a joined tile's rows need not be one progression, so it serves only where a band
     says all.
     """
     met: list[Tile] = []
     for tile in apart:
+        # docs/design.md: tiles that continue each other are joined
         if met and met[-1].continues_as(tile):
             met[-1] = replace(met[-1], rows=slice(met[-1].rows.start, tile.rows.stop))
         else:
@@ -105,7 +107,7 @@ def joined_tiles(apart: tuple[Tile, ...]) -> tuple[Tile, ...]:
 
 
 def work(layout: Layout, mask: Mask) -> tuple[int, ...]:
-    """Visible scores per rank when each attends its own rows to all keys: the ring's load balance."""
+    """Counts the scores that each rank's rows see of all keys: the ring's load balance."""
     everything = [span for spans in layout.spans for span in spans]
     return tuple(
         sum(visible_count(mask, row, col) for row in spans for col in everything)

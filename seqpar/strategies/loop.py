@@ -66,20 +66,21 @@ Differentiate = Callable[[Meeting], None]
 
 def zeros_for(x: Tensor) -> Tensor:
     """Zeros to sum the gradient of a tensor in."""
+    # docs/design.md: gradients travel in float32
     return torch.zeros(x.shape, dtype=accumulation_dtype(x.dtype), device=x.device)
 
 
 class Route(Protocol):
-    """How one rank meets the keys that its rows see."""
+    """A way for one rank to meet the keys that its rows see."""
 
     def rows(self, q: Tensor) -> tuple[Spans, Tensor]:
         """The query rows this rank works on."""
 
     def columns(self, k: Tensor, v: Tensor) -> Iterator[tuple[Spans, Tensor, Tensor]]:
-        """The keys and values that some of those rows see, in turn."""
+        """Yields the keys and values that some of the query rows see."""
 
     def merged(self, running: Partial) -> Partial:
-        """This rank's own rows, of all ranks that worked on them."""
+        """Merges for this rank's own rows what all ranks have that worked on them."""
 
     def backward(
         self, mine: Rows, k: Tensor, v: Tensor, learned: Learned, differentiate: Differentiate
@@ -93,7 +94,7 @@ class Route(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """What a call has besides tensors.
+    """All that a call has besides tensors.
 
     Args:
         score: of the query heads at hand, resolved, without its tensors.
@@ -115,7 +116,7 @@ class _Call:
 def attend_by(
     route: Route, q: Tensor, k: Tensor, v: Tensor, plan: Plan, score: Score, *, head: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """(out `[b sl hq vd]`, lse `[b sl hq]`) of this rank's rows.
+    """Attends along a route: (out `[b sl hq vd]`, lse `[b sl hq]`) of this rank's rows.
 
     Args:
         score: of the query heads at hand, resolved.
@@ -139,8 +140,10 @@ class _Loop(torch.autograd.Function):
     def forward(
         ctx: Any, call: _Call, q: Tensor, k: Tensor, v: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
+        # docs/design.md: a replay keeps what must not be done twice
         out, lse = once(lambda: _forward(call, q, k, v, tensors), 2, lambda: like_results(q, v))
         ctx.call = call
+        # An lse that nobody differentiates must come as `None`: zeros would look like a gradient.
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, out, lse, *tensors)
         return out, lse
@@ -198,12 +201,13 @@ def like_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _share(x: Tensor, plan: Plan) -> Tensor:
-    """What this rank's rows add to a gradient `[hq]` of which `x [b sl hq]` has a part for every row.
+    """Sums a gradient `[hq]` over this rank's rows, of which `x [b sl hq]` has a part each.
 
-    Where bits must not depend on the number of ranks, rank 0 adds all rows in the order of positions and
-    the others have nothing to add.
+    Where bits must not depend on the number of ranks, rank 0 adds all rows in the order of positions. The
+    others then have nothing to add.
     """
     group, layout = plan.group, plan.layout
+    # docs/design.md: gradients of slopes and sinks are shares
     if not plan.invariant or group.size == 1:
         return sum_rows(x)
     pieces = tuple(Piece(rank, 0, n) for rank, n in enumerate(layout.rows))

@@ -61,7 +61,7 @@ class Plan:
 
     @property
     def keys(self) -> Layout:
-        """Which rank holds which keys."""
+        """The layout of the keys."""
         return self.layout if self.kv_layout is None else self.kv_layout
 
     @property
@@ -85,14 +85,16 @@ class Plan:
     def blocks(
         self, rows: Spans, cols: Spans, score: Score, head: int
     ) -> Iterator[tuple[slice, slice, Block]]:
-        """(rows, columns, block) where the query rows of some spans see the keys of others.
+        """Yields (rows, columns, block) where the query rows of some spans see the keys of others.
 
         Args:
             score: of the heads at hand, resolved.
             head: which of the call's query heads is the first at hand.
         """
+        # docs/design.md: a `Block` says everything but the tensors
         head, drops, packed = self.first_head + head, self.drops, self.packed
         needs_positions = score.needs_positions or drops or packed
+        # docs/design.md: tiles keep positions apart until joining is allowed
         made = tiles if needs_positions else tall_tiles
         for t in made(rows, cols, self.mask):
             block = Block(t.band, score, t.row, t.col, t.step, head, drops, packed)

@@ -1,6 +1,6 @@
 """Ring attention: queries stay, and key/value blocks travel round the ranks that see them (context parallel).
 
-Each rank holds some rows of q, k and v. In P steps it meets every block of keys, its own first, then those of
+Each rank holds some rows of q, k and v. In P steps it meets every block of keys: its own first, then those of
 the ranks before it, while the next block is already on its way. Which rows a rank holds is data
 (`plan.layout`), so contiguous, zigzag, striped and uneven shards take the same way through this file.
 
@@ -79,6 +79,7 @@ def ring_attention(
         head: which of the attention's query heads is the first of q.
     """
     score = plan.score.resolve(q.shape[-1]).of_heads(head, q.shape[2])
+    # docs/design.md: one rank alone calls an op
     if plan.group.size == 1 and all(len(x.spans[0]) <= 1 for x in (plan.layout, plan.keys)):
         band = plan.mask.band(Span(0, plan.layout.length), Span(0, plan.keys.length))
         first = plan.first_head + head
@@ -90,6 +91,7 @@ def ring_attention(
 def _attend_alone(
     q: Tensor, k: Tensor, v: Tensor, block: Block, implementation: Implementation | None, *, with_lse: bool
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    # `once` will not do: the op is a node of autograd's graph, which `recalled` makes anew.
     replay = current_replay()
     if replay is not None and replay.mode == "play":
         out, lse = replay.take(2)
@@ -104,18 +106,18 @@ def _attend_alone(
 
 
 class RingRoute:
-    """Own rows; keys by `ring_pass`, in the order of the ring."""
+    """The route on which own rows meet keys by `ring_pass`, in the order of the ring."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._own = plan.layout.spans[plan.group.rank]
 
     def rows(self, q: Tensor) -> tuple[Spans, Tensor]:
-        """This rank's own."""
+        """The query rows of this rank, as they are."""
         return self._own, q
 
     def columns(self, k: Tensor, v: Tensor) -> Iterator[tuple[Spans, Tensor, Tensor]]:
-        """Block by block, this rank's first."""
+        """Yields the keys block by block, this rank's first."""
         for owner, block in ring_pass((k, v), _key_schedule(self._plan), self._plan.group):
             if block is not None:
                 k_o, v_o = block
@@ -133,6 +135,7 @@ class RingRoute:
         rows = row_bytes(row_message(mine, plan.implementation))
         rows += row_bytes((mine.q, *learned.values()), wide)
         keys = row_bytes((k, v)) + row_bytes((k, v), wide)
+        # docs/design.md: what is smaller travels backward
         if rows * plan.layout.length < keys * plan.keys.length:
             return self._rows_travel(mine, k, v, learned, differentiate)
         return self._keys_travel(mine, k, v, learned, differentiate)
@@ -144,6 +147,7 @@ class RingRoute:
         sums = RingSum((k, v), schedule, plan.group, in_order=bool(plan.invariant))
         dq = zeros_for(mine.q)
         for owner, block in ring_pass((k, v), schedule, plan.group):
+            # Sums move in every step, wanted or not, so that ranks stay in step.
             with sums.share() as share:
                 if block is not None and share is not None:
                     (k_o, v_o), (dk_o, dv_o), cols = block, share, plan.keys.spans[owner]
@@ -189,8 +193,9 @@ def _row_schedule(plan: Plan) -> RingSchedule:
 
 
 def _out_of_order(plan: Plan) -> str | None:
-    """Why blocks do not arrive in the order of positions."""
+    """Says why blocks do not arrive in the order of positions, or `None` if they do."""
     layout, keys, causal = plan.layout, plan.keys, plan.mask.causal
+    # docs/design.md: bits are promised by spans
     if causal and layout.is_in_order and keys.spans == layout.spans:
         return None
     return (

@@ -56,8 +56,8 @@ def ulysses_attention(
 ) -> tuple[Float[Tensor, "b sl hq vd"], Float[Tensor, "b sl hq"] | None]:
     """(out, lse if asked for) of this rank's rows. The call has been checked; all ranks must call.
 
-    Any head counts: ranges of query heads differ by at most one, a kv head is sent to every rank
-    whose query heads need it, and ranks beyond the number of heads attend nothing.
+    Any head counts will do. Ranges of query heads differ by at most one, and a kv head is sent to every rank
+    whose query heads need it. Ranks beyond the number of heads attend nothing.
     """
     grid = _grid(plan)
     (i, j), inner = grid.index_of(plan.group.rank), grid.ulysses
@@ -69,11 +69,12 @@ def ulysses_attention(
     else:
         exchanges = _Exchanges(cut, inner, at_q[i], at_k[i], in_order=bool(plan.invariant))
         ys = _in_chunks((q, k, v), exchanges, attend)
+    # docs/design.md: lse is differentiated where it is asked for
     return ys[0], ys[1].squeeze(-1) if with_lse else None
 
 
 class _Attend:
-    """What is done between the exchanges, chunk after chunk."""
+    """The attention between the exchanges, chunk after chunk."""
 
     def __init__(
         self, cut: Cut, rank: int, middle: Plan, *, in_order: bool, with_lse: bool
@@ -86,7 +87,7 @@ class _Attend:
         self._vs: list[Tensor] = []
 
     def __call__(self, chunk: int, came: Sequence[Tensor]) -> list[Tensor]:
-        """Out and, if asked for, lse `[b s h 1]`, of whole sequences of some heads.
+        """Attends whole sequences of some heads: out and, if asked for, lse `[b s h 1]`.
 
         Args:
             came: q of the chunk; k and v of the chunk, or with the first one of all.
@@ -98,6 +99,7 @@ class _Attend:
         qs = q.split([run.num_q for run in runs], dim=2) if len(runs) > 1 else (q,)
         outs, lses = [], []
         for run, q_r in zip(runs, qs, strict=True):
+            # One list serves the runs of all chunks, because k and v may all come with the first.
             k_r, v_r = self._ks.pop(0), self._vs.pop(0)
             out, lse = ring_attention(
                 q_r, k_r, v_r, self._middle, with_lse=self._with_lse, head=run.head
@@ -138,7 +140,7 @@ class _Exchanges:
 
 
 def _in_chunks(xs: Sequence[Tensor], exchanges: _Exchanges, attend: _Attend) -> list[Tensor]:
-    """What is attended of q, k, v, in the order of heads, with these rows.
+    """Attends q, k and v chunk by chunk; gives the results of own rows, in the order of heads.
 
     While a chunk is attended the next one comes and the one before goes back. Backward runs through the
     same in reverse, so each wait must come after the attention that it leaves time for.
@@ -160,6 +162,7 @@ def _in_chunks(xs: Sequence[Tensor], exchanges: _Exchanges, attend: _Attend) -> 
         ys = attend(chunk, coming[chunk].wait())
         if chunk > 0:
             arrived.append(leaving[-1].wait(kept=True))
+        # docs/design.md: head chunks are asynchronous exchanges
         leaving.append(exchanges.back(chunk, ys))
         del ys  # or it lives on while the next one is attended
     arrived.append(leaving[-1].wait())
@@ -194,10 +197,11 @@ def _grid(plan: Plan) -> Grid:
 def _middle(
     plan: Plan, grid: Grid
 ) -> tuple[Plan, tuple[tuple[Places, ...], ...], tuple[tuple[Places, ...], ...]]:
-    """The plan between the exchanges, and by ring index and rank where rows of q and of k then are."""
+    """The plan between the exchanges, and where the rows of q and of k then are, by ring index and rank."""
     layout, at_q = _merged(plan.layout, grid.members)
     keys, at_k = _merged(plan.keys, grid.members)
     outer = Group.alone() if grid.shape[0] == 1 else grid.ring
+    # Invariant bits are seen to here, by how heads are cut; a single rank has no order to keep.
     middle = replace(
         plan,
         group=outer,
@@ -221,6 +225,7 @@ def _merged(
         rows = [
             (span, n, at) for n, rank in enumerate(ranks) for at, span in held(layout.spans[rank])
         ]
+        # Rows of a single rank stay in its own order, so that nothing is moved for it.
         if len(ranks) > 1:
             rows.sort(key=lambda row: row[0].start)
         places: list[list[tuple[slice, slice]]] = [[] for _ in ranks]

@@ -59,5 +59,6 @@ def __getattr__(name: str) -> Any:
     """Finds the names that moved to the integration with transformers."""
     if name in ("ReplacedModel", "replace_attention"):
         # Found by its name: this package stands below the integrations and imports none of them.
+        # docs/design.md: `tensor_parallel` stands above `strategies`
         return getattr(import_module("seqpar.integrations.transformers"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

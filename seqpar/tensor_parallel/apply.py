@@ -86,6 +86,7 @@ def apply_policy(model: nn.Module, policy: Policy, mesh: Any) -> None:
     heads = _heads_here(model, rules, group.size)
     place(model, cuts, shared, axes[0])
     for path, number in heads.items():  # for dropout, which counts heads as in the whole layer
+        # docs/design.md: a record of a user's module is a hook on it
         record = CutRecord(first_head=group.rank * number)
         model.get_submodule(path).register_forward_hook(record)
     for path, cut in cuts.items():

@@ -124,6 +124,7 @@ class FusedQKV:
         """
         if component not in get_args(Component):
             raise ValueError(f"component must be q, k or v, got {component!r}")
+        # docs/design.md: a fused QKV weight is data
         place, counts = self.order.index(component), self.heads_per_block
         per_block = counts[place]
         if not 0 <= head < per_block * self.blocks:

@@ -103,6 +103,7 @@ class ParallelAttention(nn.Module):
         def empty(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.full(shape, torch.nan, device=device, dtype=dtype))
 
+        # docs/design.md: the layer has parameters of its own
         self.qkv_weight = empty(sum(self._sizes), width)
         self.out_weight = empty(width, self._sizes[0])
         self.register_parameter("qkv_bias", empty(sum(self._sizes)) if qkv.bias else None)
@@ -163,6 +164,7 @@ class ParallelAttention(nn.Module):
         """
         if self.tp.size > 1:
             x = replicate(x, self.tp)
+        # docs/design.md: the gradient of a replicated kv head is summed on the weight
         weight, bias = share_heads(self.qkv_weight, self.qkv_bias, self.tp, self.dealt)
         fused = F.linear(x, weight, bias)
         if self.clip is not None:
@@ -289,4 +291,5 @@ def _even_places(dealt: HeadSplit, rank: int) -> tuple[int, ...] | None:
     runs = [serving.count(kv) for kv in range(dealt.num_kv(rank))]
     if len(set(runs)) == 1:
         return None
+    # docs/design.md: uneven groups are made even by repeating kv heads
     return tuple(serving[:: gcd(*runs)])

@@ -8,6 +8,7 @@ from typing import Any
 import transformers
 from transformers import masking_utils
 
+# docs/design.md: what others do not document is named once
 TESTED = "5.17 to 5.24"
 MASKS = (
     "causal_mask_function", "bidirectional_mask_function", "sliding_window_causal_mask_function",

@@ -35,6 +35,7 @@ class Guard:
     def watch(self, model: nn.Module) -> None:
         """Looks at the calls of a model from now on; an earlier guard, perhaps over other ranks, goes."""
         _remove(model)
+        # docs/design.md: a record of a user's module is a hook on it
         model.register_forward_pre_hook(self, with_kwargs=True, prepend=True)
         if self.tp.size > 1:
             model.register_forward_hook(Draws(self))

@@ -119,6 +119,7 @@ def run_after(inner: PreTrainedModel, known: Before | Findings, *, across: Group
         DesyncError: another rank of those raised.
     """
     tokens = Tokens.of(inner)
+    # docs/design.md: a model is tried in four runs
     given, two = tokens.runs(inner, first=known.first_position), (0, PACKED_AT, tokens.num_rows)
     # Of the sequences that do not attend alone, WHOLE is one document, PACKED and APART are two.
     groups = RowGroup((0,), None), RowGroup((1, 2), two)
