@@ -55,7 +55,7 @@ class _Call:
 
     @property
     def num_results(self) -> int:
-        """How many results there are: some strategies give lse though nobody asked."""
+        """The number of results: some strategies give lse though nobody asked."""
         return 2 if self.with_lse or not STRATEGIES[self.plan.strategy].exchanges_heads else 1
 
     @property
@@ -66,7 +66,7 @@ class _Call:
         return STRATEGIES[self.plan.strategy].exchanges_heads and size > 1
 
     def attend(self, plan: Plan) -> Sequence[Tensor | None]:
-        """(out, lse if there is one)."""
+        """Attends by the strategy of a plan: (out, lse if there is one)."""
         attend = STRATEGIES[plan.strategy].attend
         return attend(self.q, self.k, self.v, plan, with_lse=self.with_lse)
 
@@ -79,7 +79,7 @@ def is_traced() -> bool:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, with_lse: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """(out, lse if asked for) as the strategies give them, as one op of the graph that is being compiled."""
+    """Attends as one op of the graph that is being compiled; gives (out, lse if asked for)."""
     tensors = [getattr(plan.score, name) for name in TENSORS]
     inputs = (q, k, v, *tensors)
     learning = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs]
@@ -130,7 +130,7 @@ def _silent(name: str) -> Group:
 
 
 def _listed(replay: Replay, results: Sequence[Tensor | None], call: _Call) -> list[Tensor]:
-    """The results, then what else is kept for backward, if anything; no tensor twice, and no input."""
+    """Lists the results, then what else is kept for backward, if anything; no tensor twice, and no input."""
     inputs = call.q, call.k, call.v
     ends = [x for x in results if x is not None]
     kept = replay.tensors if any(call.learning) else []

@@ -81,7 +81,7 @@ class Attention(nn.Module):
 
 
 class RingAttention(Attention):
-    """Queries stay, key/value blocks travel; no limit from heads; a rank holds its own rows only."""
+    """Lets queries stay and key/value blocks travel; no limit from heads; a rank holds its own rows only."""
 
     strategy = "ring"
 
@@ -123,7 +123,7 @@ class _GridAttention(Attention):
 
 
 class MeshAttention(_GridAttention):
-    """A tile of the score matrix for each rank: traffic falls with the root of P; no limit from heads.
+    """Gives each rank a tile of the score matrix: traffic falls with the root of P; no limit from heads.
 
     `grid.ring` counts the rows of tiles and `grid.ulysses` the columns. Best with a striped layout where
     the mask is causal.
@@ -133,7 +133,7 @@ class MeshAttention(_GridAttention):
 
 
 class HybridAttention(_GridAttention):
-    """Ulysses among neighbours, a ring outside: for more ranks than heads, and for slow links outside.
+    """Runs Ulysses among neighbours and a ring outside: for more ranks than heads, or slow links outside.
 
     Args:
         head_chunks: in how many chunks heads are exchanged; see `seqpar.Plan`.
@@ -147,7 +147,7 @@ class HybridAttention(_GridAttention):
 
 
 class MaterialisedAttention(Attention):
-    """The score matrix is really stored, in shards: for study, and to look at attention weights.
+    """Really stores the score matrix, in shards: for study, and to look at attention weights.
 
     Args:
         shard: by query `rows`, by key `columns`, or by `depth`, the width of heads.

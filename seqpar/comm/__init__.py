@@ -1,4 +1,4 @@
-"""How ranks talk: groups, primitives in dual pairs, agreement. The wires of all else."""
+"""Communication between ranks: groups, primitives in dual pairs, agreement. All else is built on it."""
 
 from seqpar.comm.agree import DesyncError, agree, agreed
 from seqpar.comm.all_to_all import (

@@ -36,7 +36,7 @@ def agreed(*axes: Any, operation: str | None = None) -> Iterator[dict[str, objec
     `repr`. If the block raises, the error is raised here, and quoted by a DesyncError elsewhere.
 
     Args:
-        axes: the groups of this rank, one for each axis of a mesh. The ranks agree along each in turn, so
+        axes: the groups of this rank, one for each axis of a mesh. The ranks agree along each in turn:
             what one refuses is heard along the first axis, and by all ranks of the mesh along the last.
         operation: what the ranks are about to do; may be given by place after one group.
 
@@ -69,7 +69,7 @@ def _agree_along(
 
 
 def agree(group: Group, claim: Mapping[str, object], refusal: str | None = None) -> None:
-    """Returns if every rank makes the same claim, or if this rank refuses. All ranks must call.
+    """Compares the claims of all ranks, and returns if they are the same or this rank refuses. All must call.
 
     Costs one message of 8 bytes to every other rank; only a disagreement sends the claims themselves.
 
@@ -93,7 +93,7 @@ def agree(group: Group, claim: Mapping[str, object], refusal: str | None = None)
 
 
 def _digest(text: Mapping[str, str]) -> int:
-    """63 bits of a hash, never the one that means refusal."""
+    """Hashes a claim to 63 bits, which are never those that mean refusal."""
     raw = hashlib.blake2b(repr(sorted(text.items())).encode(), digest_size=8).digest()
     # Shifted, it fits a signed 64-bit integer; the lowest bit keeps it from being `_REFUSED`.
     return (int.from_bytes(raw, "little") >> 1) | 1
@@ -111,7 +111,7 @@ def _gather_digests(group: Group, digest: int) -> list[int]:
 
 
 def _explain(everyone: list[tuple[dict[str, str], str | None]]) -> str:
-    """Who refused and why; else which claims differ, and who makes which."""
+    """Says who refused and why; else which claims differ, and who makes which."""
     refusals = [f"rank {r}: {refusal}" for r, (_, refusal) in enumerate(everyone) if refusal]
     if refusals:
         return "refused on every rank because of " + "; ".join(refusals)

@@ -34,8 +34,8 @@ class AllToAll:
         ranges: by tensor.
         num_heads: by tensor.
         repeats: by tensor: `None`, or by rank the range of query heads for each of which its head is
-            repeated after the exchange. Gradients then come back for every query head and are added in the
-            order of heads, so that sums do not depend on which rank took which.
+            repeated after the exchange. Gradients then come back for every query head. They are added in
+            the order of heads, so sums do not depend on which rank took which.
     """
 
     group: Group
@@ -97,7 +97,7 @@ def start_to_rows(ys: Sequence[Tensor], all_to_all: AllToAll) -> AsyncExchange:
 
 
 def serve(x: Tensor, runs: Sequence[tuple[slice, int]]) -> tuple[Tensor, ...]:
-    """For each run the heads of `x [b s h w]` it attends with, as views. Differentiable.
+    """Gives each run the heads of `x [b s h w]` that it attends with, as views. Differentiable.
 
     Gradients are added in the order of runs and of the query heads in them, in float32 or wider.
 
@@ -136,7 +136,7 @@ class _Serve(torch.autograd.Function):
 
 
 def _to_heads(xs: Sequence[Tensor], all_to_all: AllToAll) -> Finish:
-    """One message per rank and tensor, received where it belongs if that is one piece."""
+    """Begins to bring rows to their heads: one message per rank and tensor, received in place if possible."""
     rank, places = all_to_all.group.rank, all_to_all.places
     ys = tuple(
         x.new_empty(
@@ -182,7 +182,7 @@ def _repeat(y: Tensor, all_to_all: AllToAll, tensor: int) -> Tensor:
 
 
 def _to_rows(ys: Sequence[Tensor], all_to_all: AllToAll) -> Finish:
-    """One message per rank and tensor; shares of a head are added once all are there."""
+    """Begins to bring heads back to their rows; shares of a head are added once all are there."""
     rank, places, num_heads = all_to_all.group.rank, all_to_all.places, all_to_all.num_heads
     # docs/design.md: a kv head that several ranks need is sent to each
     all_to_all = all_to_all.by_query_head()
@@ -250,5 +250,5 @@ def _length(s: slice) -> int:
 
 
 def _num_heads(ranges: Ranges) -> int:
-    """Of heads that are all taken."""
+    """Counts the heads of a tensor, all of which some rank takes."""
     return max(stop for _, stop in ranges)

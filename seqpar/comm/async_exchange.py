@@ -37,7 +37,7 @@ class AsyncExchange:
         self._token: Tensor | None = _Start.apply(self, *xs)
 
     def wait(self, *, kept: bool = False) -> tuple[Tensor, ...]:
-        """What the exchange brings. To be called once.
+        """Waits for what the exchange brings. To be called once.
 
         Args:
             kept: makes activation checkpointing recompute as far as here. It stops at the last tensor that
@@ -51,7 +51,7 @@ class AsyncExchange:
         self._finish = (self._back if dual else self._there)(xs)
 
     def finish(self) -> tuple[Tensor, ...]:
-        """What the exchange, or the dual, brings."""
+        """Waits for what the exchange, or the dual, brings."""
         finish, self._finish = self._finish, None
         assert finish is not None, "what was begun is waited for once"
         return finish()

@@ -1,4 +1,4 @@
-"""Partial results that every rank has of the same items, merged into one result that all have.
+"""`combine`: merges the partial results that ranks have of the same items into one that all have.
 
 An all-reduce by hand: one message to every other rank, a merge in rank order, one message back. What a
 merge is, the caller says; a library's all-reduce knows sums only.
@@ -52,14 +52,14 @@ def combine(x: Tensor, group: Group, merge: Merge) -> Tensor:
 
 
 def combine_elements(num_items: int, rank: int, size: int) -> tuple[int, int]:
-    """How many items a rank sends to be merged, and how many merged: about n (P - 1) / P each."""
+    """Counts the items that a rank sends to be merged, and merged ones: about n (P - 1) / P each."""
     mine = shares(num_items, size)[rank]
     num_mine = mine.stop - mine.start
     return num_items - num_mine, num_mine * (size - 1)
 
 
 def shares(num_items: int, size: int) -> list[slice]:
-    """Which items each rank merges: runs whose lengths differ by at most one."""
+    """Deals the items to the ranks that merge them, in runs whose lengths differ by at most one."""
     short, longer = divmod(num_items, size)
     ends = accumulate((short + (r < longer) for r in range(size)), initial=0)
     return [slice(a, b) for a, b in pairwise(ends)]

@@ -28,12 +28,12 @@ class Piece:
 
     @property
     def rows(self) -> slice:
-        """Which, counted among those of the owner."""
+        """The rows of the piece, counted among those of its owner."""
         return slice(self.start, self.stop)
 
     @property
     def length(self) -> int:
-        """How many."""
+        """The number of rows."""
         return self.stop - self.start
 
 
@@ -42,13 +42,13 @@ Chunk = tuple[Piece, ...]
 
 @dataclass(frozen=True)
 class GatherSchedule:
-    """Which pieces are due when and where, and which ranks want them, besides their owners.
+    """A table of the pieces that are due at each rank in each chunk, and of the ranks that want them.
 
     Args:
         rank, size: of this rank in the group.
         num_chunks: how many there are.
         due: the pieces of chunk n for a rank.
-        wants: (rank, piece); this and `due` give the same answers on every rank.
+        wants: (rank, piece), where the rank is not the owner. This and `due` are the same on every rank.
     """
 
     rank: int
@@ -61,7 +61,7 @@ class GatherSchedule:
     def in_turn(
         rank: int, blocks: Sequence[Chunk], wants: Callable[[int, Piece], bool]
     ) -> GatherSchedule:
-        """One owner's pieces at a time, in chunk n of the owner n ranks before: all ranks send at once.
+        """The schedule in which chunk n of a rank is from the owner n ranks before it: all send at once.
 
         Args:
             blocks: by owner.
@@ -192,7 +192,7 @@ class HomeSum:
 def send_home(
     block: Block, schedule: GatherSchedule, group: Group, *, primitive: str = "scatter"
 ) -> list[tuple[Piece, Block]]:
-    """What every rank, in order, has for pieces of this rank's rows, of a schedule of one chunk.
+    """Sends home what was gathered in one chunk; gives what each rank, in order, has for this rank's rows.
 
     Args:
         block: tensors `[b i h w]` or `[b i h]` of one dtype, of all rows that this rank has gathered.

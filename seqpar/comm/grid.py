@@ -88,11 +88,11 @@ class Grid:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(ring size, ulysses size)."""
+        """The sizes of the two dimensions: (ring, ulysses)."""
         return len(self.members), len(self.members[0])
 
     def __deepcopy__(self, memo: object) -> Grid:
-        """Itself: a copied model talks to the same ranks."""
+        """Returns itself: a copied model talks to the same ranks."""
         return self
 
     def __repr__(self) -> str:
@@ -101,7 +101,7 @@ class Grid:
 
 
 def grid(group: Group, *, ulysses: int | None = None, ring: int | None = None) -> Grid:
-    """See `Group.grid`."""
+    """Arranges a group in two dimensions, see `Group.grid`."""
     for name, degree in (("ulysses", ulysses), ("ring", ring)):
         if degree is not None and not is_integer(degree):
             raise TypeError(f"{name} must be an integer, got {degree!r}")
@@ -126,7 +126,7 @@ def _view(group: Group, members: Sequence[int]) -> Group:
 
 
 class _View:
-    """Some ranks of a transport, counted anew. Everything goes point to point."""
+    """The transport of some ranks of another, counted anew. Everything goes point to point."""
 
     def __init__(self, whole: Transport, members: tuple[int, ...]) -> None:
         self._whole, self._members = whole, members

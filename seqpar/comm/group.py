@@ -27,7 +27,7 @@ _numbers = count()
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Rank, size and how to talk; counts what it sends in `traffic`.
+    """The ranks that share a sequence, as one of them sees it; counts what it sends in `traffic`.
 
     Make one with `Group.of` under torchrun, get one from `seqpar.simulate`, or take `Group.alone()`.
     """
@@ -122,7 +122,7 @@ class Group:
             self.transport.all_reduce(x, op)
 
     def __deepcopy__(self, memo: object) -> Group:
-        """Itself: a copied model talks to the same ranks."""
+        """Returns itself: a copied model talks to the same ranks."""
         return self
 
     def __repr__(self) -> str:
@@ -150,10 +150,10 @@ class _Alone:
         return _Done()
 
     def prepare(self, device: torch.device) -> None:
-        """Nobody to prepare for."""
+        """Does nothing: there is nobody to prepare for."""
 
     def all_reduce(self, x: Tensor, op: ReduceOp) -> None:
-        """Nothing to add."""
+        """Does nothing: there is nothing to add."""
 
     def gather_objects(self, item: object) -> list[object]:
         return [item]
@@ -161,4 +161,4 @@ class _Alone:
 
 class _Done:
     def wait(self) -> None:
-        """Nothing is under way."""
+        """Returns at once: nothing is under way."""

@@ -1,4 +1,4 @@
-"""Every rank's object or tensor, point to point. torch's gathering of objects needs numpy."""
+"""Gathers an object or a tensor of every rank, point to point; torch's gathering of objects needs numpy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from seqpar.comm.transport import Transport
 
 
 def gather_objects(transport: Transport, item: object) -> list[object]:
-    """Every rank's small object, by rank. All ranks must call."""
+    """Gathers every rank's small object, by rank. All ranks must call."""
     device = transport.control_device
     # torch warns about memory that cannot be written, as that of bytes; a bytearray can be.
     raw = torch.frombuffer(bytearray(pickle.dumps(item)), dtype=torch.uint8).to(device)
@@ -27,7 +27,7 @@ def gather_objects(transport: Transport, item: object) -> list[object]:
 def gather_tensors(
     transport: Transport, primitive: str, x: Tensor, shapes: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Every rank's tensor, by rank. All ranks must call.
+    """Gathers every rank's tensor, by rank. All ranks must call.
 
     Args:
         primitive: what the messages are called.

@@ -13,10 +13,10 @@ Block = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class PackedMessage:
-    """How tensors `[b rows h w]` and `[b rows h]` travel together: side by side, rows first.
+    """The form in which tensors `[b rows h w]` and `[b rows h]` travel together: side by side, rows first.
 
-    Side by side means that k and v of a row are neighbours in memory and each is a view of what was
-    received, with stride 1 in its width: nothing is unpacked. Rows first means that some rows of a
+    Side by side means that k and v of a row are neighbours in memory. Each is a view of what was received,
+    with stride 1 in its width: nothing is unpacked. Rows first means that some rows of a
     packed message are one piece of memory, whatever the batch.
     """
 

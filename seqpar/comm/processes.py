@@ -36,7 +36,7 @@ class ProcessTransport:
 
     @staticmethod
     def of(ranks: dist.ProcessGroup | DeviceMesh | None) -> ProcessTransport:
-        """See `Group.of`."""
+        """The transport of a process group or of a 1-D mesh, see `Group.of`."""
         if not (dist.is_available() and dist.is_initialized()):
             raise RuntimeError(
                 "torch.distributed is not initialised: launch with torchrun and call "
@@ -73,7 +73,7 @@ class ProcessTransport:
 
     @property
     def global_ranks(self) -> list[int]:
-        """By rank of this group, the rank among all processes."""
+        """The ranks of the group among all processes, by rank in the group."""
         return self._peers
 
     def prepare(self, device: torch.device) -> None:
@@ -97,17 +97,17 @@ class ProcessTransport:
         return _ProcessPending(primitive, self.rank, works, [x for _, x in (*sends, *receives)])
 
     def all_reduce(self, x: Tensor, op: ReduceOp) -> None:
-        """Reduces in place."""
+        """Reduces a tensor over all ranks, in place."""
         with _explained("all_reduce", self.rank):
             dist.all_reduce(x, _REDUCE_OPS[op], group=self._group)
 
     def gather_objects(self, item: object) -> list[object]:
-        """Every rank's object."""
+        """Gathers every rank's object, by rank."""
         return gather_objects(self, item)
 
 
 class _ProcessPending:
-    """Holds its buffers until the messages have gone."""
+    """Messages under way, whose buffers are held until they have gone."""
 
     def __init__(
         self, primitive: str, rank: int, works: Sequence[dist.Work], buffers: Sequence[Tensor]
@@ -122,7 +122,7 @@ class _ProcessPending:
 
 
 class _explained:  # noqa: N801 - reads as a phrase
-    """Says, when the wire breaks, where, and that the cause may be another rank."""
+    """Adds to an error of the wire where it broke, and that the cause may be another rank."""
 
     def __init__(self, primitive: str, rank: int) -> None:
         self._primitive, self._rank = primitive, rank

@@ -21,7 +21,7 @@ Mode = Literal["record", "play", "outline"]
 
 
 class Replay:
-    """What the steps of one computation gave, in their order.
+    """A record of what the steps of one computation gave, in their order.
 
     Args:
         tensors: what has been recorded elsewhere, to be played.
@@ -37,7 +37,7 @@ class Replay:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """What was kept, one after another."""
+        """The tensors that were kept, one after another."""
         return self._tensors
 
     @contextmanager
@@ -48,7 +48,7 @@ class Replay:
 
     @contextmanager
     def outline(self) -> Iterator[Replay]:
-        """As `record`, of tensors without content: steps that can tell what they give are not done."""
+        """Records on tensors without content: steps that can tell what they give are not done."""
         with self._used("outline"):
             yield self
 
@@ -60,10 +60,10 @@ class Replay:
             yield self
 
     def called(self, call: object) -> None:
-        """Says what the next steps are of: the same calls, in the same order, when the replay plays.
+        """Announces the call that the next steps belong to; when the replay plays, it must be the same again.
 
         Raises:
-            RuntimeError: they are others.
+            RuntimeError: it is another call than was recorded.
         """
         if self.mode != "play":
             self._calls.append(call)
@@ -78,14 +78,14 @@ class Replay:
         self._call += 1
 
     def keep(self, results: Results) -> None:
-        """Results of a step."""
+        """Keeps the results of a step."""
         kept = [x.detach() for x in results]  # shares the version, not the graph
         self._counts.append(len(kept))
         self._tensors += kept
         self._versions += [version(x) for x in kept]
 
     def take(self, num: int | None = None) -> Results:
-        """The results of the next step.
+        """Gives back the results of the next step.
 
         Args:
             num: how many they are, if they were recorded elsewhere.
@@ -137,7 +137,7 @@ def once(
     num: int | None = None,
     outline: Callable[[], Results] | None = None,
 ) -> Results:
-    """What the step gives, or gave when it was recorded.
+    """Does a step, or gives back what it gave when it was recorded.
 
     Args:
         num: how many results it has, unless only a replay that recorded it will play it.

@@ -21,7 +21,7 @@ Wants = Callable[[int, int], bool]  # (visitor, owner): whether the visitor want
 
 @dataclass(frozen=True)
 class RingSchedule:
-    """Who is where when: at step t the block of rank o is due at rank o + t * direction.
+    """A table of where blocks are: at step t the block of rank o is due at rank o + t * direction.
 
     A block goes from visitor to next neighbour; where that neighbour does not want it, the chain ends, and
     the next one that does gets it from the owner. So every rank that wants a block is sent it once.
@@ -224,7 +224,7 @@ class RingSum:
 
 
 class _DoubleBuffer:
-    """Two blocks to receive in by turns, made when first needed."""
+    """A pair of blocks to receive in by turns, each made when it is first needed."""
 
     def __init__(self, block: Block, message: PackedMessage, rows: int) -> None:
         self._shape = rows, block[0].shape[0], block[0].shape[2]

@@ -13,7 +13,7 @@ from seqpar.comm.transport import Message, Pending, ReduceOp
 
 
 class Listener(Protocol):
-    """Who is told what would be sent."""
+    """An object that is told what would be sent."""
 
     def exchange(
         self, number: int, primitive: str, sends: Sequence[Message], receives: Sequence[Message]
@@ -54,10 +54,10 @@ class _Silent:
         return _Held(number, [x for _, x in (*sends, *receives)], self._listener)
 
     def prepare(self, device: torch.device) -> None:
-        """Nothing to prepare."""
+        """Does nothing: there is nothing to prepare."""
 
     def all_reduce(self, x: Tensor, op: ReduceOp) -> None:  # noqa: ARG002
-        """Adds nothing."""
+        """Adds nothing, but tells the listener."""
         if self._listener is not None:
             self._listener.all_reduce(x)
 
@@ -66,7 +66,7 @@ class _Silent:
 
 
 class _Held:
-    """Holds its buffers until it is waited for, as real messages do."""
+    """Messages that are not sent, but hold their buffers until they are waited for, as real ones do."""
 
     def __init__(self, number: int, buffers: list[Tensor], listener: Listener | None) -> None:
         self._number, self._buffers, self._listener = number, buffers, listener

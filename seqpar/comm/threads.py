@@ -1,7 +1,7 @@
 """The in-process world: ranks are threads of one process. For notebooks, property tests, one GPU.
 
-It is stricter than a network: receive buffers hold NaN until they are waited for, a buffer changed
-while it is being sent is an error, and a wait that can never end is found and raised on every rank.
+It is stricter than a network. Receive buffers hold NaN until they are waited for. A buffer changed while it
+is being sent is an error. A wait that can never end is found and raised on every rank.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class _World:
 
     @property
     def unread(self) -> list[str]:
-        """What was posted and not collected, in words."""
+        """The messages that were posted and not collected, in words."""
         return [f"{what} from rank {a} to {b}" for (a, b, _), (what, _) in self._mail.items()]
 
     def leave(self, rank: int, error: BaseException | None) -> None:
@@ -141,11 +141,11 @@ class ThreadTransport:
 
     @property
     def global_ranks(self) -> list[int]:
-        """The ranks themselves."""
+        """The ranks themselves: there are no others."""
         return list(range(self.size))
 
     def prepare(self, device: torch.device) -> None:
-        """Nothing to prepare."""
+        """Does nothing: there is nothing to prepare."""
 
     def exchange(
         self, primitive: str, sends: Sequence[Message], receives: Sequence[Message]
@@ -166,7 +166,7 @@ class ThreadTransport:
         return _ThreadPending(self._world, primitive, sent, awaited)
 
     def all_reduce(self, x: Tensor, op: ReduceOp) -> None:
-        """Reduces in rank order, so that every rank gets the same bits."""
+        """Reduces a tensor in rank order, so that every rank gets the same bits."""
         everyone = [x if r == self.rank else torch.empty_like(x) for r in range(self.size)]
         others = [(r, y) for r, y in enumerate(everyone) if r != self.rank]
         self.exchange("all_reduce", [(r, x) for r, _ in others], others).wait()
@@ -174,7 +174,7 @@ class ThreadTransport:
         x.copy_(stacked.sum(0, dtype=x.dtype) if op == "sum" else stacked.amax(0))
 
     def gather_objects(self, item: object) -> list[object]:
-        """Every rank's object, passed by reference."""
+        """Gathers every rank's object, by rank, passed by reference."""
         others = [r for r in range(self.size) if r != self.rank]
         for r in others:
             self._post(r, "gather_objects", item)

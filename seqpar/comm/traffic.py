@@ -1,4 +1,4 @@
-"""`Traffic`: what this rank has sent, by primitive."""
+"""`Traffic`: counts of what this rank has sent, by primitive."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Traffic:
 
     @property
     def total(self) -> Count:
-        """All primitives together, agreement left out."""
+        """The count of all primitives together, without agreement."""
         return sum(self.by_primitive.values(), start=Count())
 
     def reset(self) -> None:

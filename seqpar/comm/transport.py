@@ -1,6 +1,7 @@
-"""What a group needs of the wire: point-to-point batches, a reduction, small objects.
+"""`Transport`: all that a group needs of the wire: point-to-point batches, a reduction, small objects.
 
-Two kinds exist: `processes.ProcessTransport` over torch.distributed and `threads.ThreadTransport`.
+Messages travel by `processes.ProcessTransport`, over torch.distributed, or by `threads.ThreadTransport`. A
+group of one, a dimension of a grid and a silent group have small transports of their own.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ class Transport(Protocol):
 
     @property
     def control_device(self) -> torch.device:
-        """Where tensors of a few bytes for agreement must live."""
+        """The device on which the few bytes of agreement must live."""
 
     @property
     def global_ranks(self) -> list[int]:
-        """By rank, what the whole world calls it."""
+        """The numbers of the ranks in the whole world, by rank."""
 
     def prepare(self, device: torch.device) -> None:
-        """To be called by all ranks before some of them exchange tensors of a device."""
+        """Prepares for tensors of a device. All ranks must call, before some of them exchange such."""
 
     def exchange(
         self, primitive: str, sends: Sequence[Message], receives: Sequence[Message]
@@ -48,4 +49,4 @@ class Transport(Protocol):
         """Reduces a contiguous tensor over all ranks, in place."""
 
     def gather_objects(self, item: object) -> list[object]:
-        """Every rank's small object, by rank."""
+        """Gathers every rank's small object, by rank."""

@@ -31,8 +31,8 @@ class KVCache:
     So all get the same output, to the bit. All sequences of a batch have one length; there is no padding.
     Nothing here has a gradient: tensors that require one are refused unless gradients are off.
 
-    Every method is agreed on by all ranks before it does anything, at the price of 8 bytes to every other
-    rank and one wait; `step` does the work of two for the price of one.
+    Every method is agreed on by all ranks before it does anything. That costs 8 bytes to every other rank
+    and one wait; `step` does the work of two for the price of one.
 
     Args:
         group: the ranks that share the sequence.
@@ -88,12 +88,12 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        """How many positions are in the cache, which is the position of the next token."""
+        """The number of positions in the cache, which is the position of the next token."""
         return self.prefill_length + len(self._owners)
 
     @property
     def rows(self) -> tuple[int, ...]:
-        """How many of them each rank holds."""
+        """The number of positions that each rank holds."""
         return tuple(self._rows)
 
     def append(self, k: Float[Tensor, "b t hkv d"], v: Float[Tensor, "b t hkv vd"]) -> None:
@@ -113,7 +113,7 @@ class KVCache:
         self._append(k, v)
 
     def attend(self, q: Float[Tensor, "b t hq d"]) -> Float[Tensor, "b t hq vd"]:
-        """softmax(scale q k^T + mask) v of queries at the last t positions in the cache, on every rank.
+        """Attends queries at the last t positions in the cache: softmax(scale q k^T + mask) v, on every rank.
 
         The keys of these positions must have been appended. Partial results are merged in float32 (float64)
         in rank order; `decode_volume` says what that sends.
@@ -185,7 +185,7 @@ class KVCache:
         self._grown.reorder(order)
 
     def _state(self, num: int) -> dict[str, object]:
-        """What ranks must have in common before any call."""
+        """The claim of any call: what ranks must have in common before it."""
         return {"length": self.length, "batch": self._prefill.k.shape[0], "positions": num}
 
     def _append(self, k: Tensor, v: Tensor) -> None:

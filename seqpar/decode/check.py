@@ -1,4 +1,4 @@
-"""What the calls of a cache must fulfil. Sends nothing; raises what every rank is then told."""
+"""Checks what the calls of a cache must fulfil. Sends nothing; raises what every rank is then told."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from seqpar_kernels import Score
 def check_prefill(
     group: Group, layout: Layout, k: Tensor, v: Tensor, mask: Mask, score: Score
 ) -> None:
-    """Raises where a cache cannot be made of this."""
+    """Raises where a cache cannot be made of these arguments."""
     for name, value, kind in (
         ("layout", layout, Layout), ("mask", mask, Mask), ("score", score, Score),
     ):  # fmt: skip

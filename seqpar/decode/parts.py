@@ -1,4 +1,4 @@
-"""What one rank's keys say of some queries, and how the parts of all ranks become one result."""
+"""Attends some queries to one rank's keys, and merges the parts of all ranks into one result."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def part_of(
     score: Score,
     implementation: Implementation,
 ) -> Float[Tensor, "n vd1"]:
-    """Out and lse of queries at consecutive positions over the keys held here, side by side.
+    """Attends queries at consecutive positions to the keys held here: out and lse, side by side.
 
     In the type of sums, one row for every query of every head: n = b * t * hq. Sinks are left out.
 
@@ -71,7 +71,7 @@ def merged(
     score: Score,
     implementation: Implementation,
 ) -> Float[Tensor, "i vd"]:
-    """The out of rows of which each rank has `part_of`, in rank order.
+    """Merges the parts that ranks have of some rows by `part_of`, in rank order: the out of these rows.
 
     Args:
         score: whose tensors, one entry for each row here, join the rows once.

@@ -1,4 +1,4 @@
-"""The rows of k and v that a rank holds: those of the prefill as they are, those that came since."""
+"""The rows of k and v that a rank holds: of the prefill as they are, and of the positions since."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Spans = tuple[Span, ...]
 
 @dataclass
 class Held:
-    """k and v of some rows, and their positions in the order in which they are held."""
+    """Some rows of k and v, and their positions in the order in which they are held."""
 
     k: Float[Tensor, "b j hkv d"]
     v: Float[Tensor, "b j hkv vd"]
@@ -75,7 +75,7 @@ class Grown:
 
 
 def extended(spans: Spans, position: int) -> Spans:
-    """The spans and one more position, greater than all, in as few spans as progressions allow."""
+    """Adds a position, greater than all, to spans, in as few spans as progressions allow."""
     if not spans:
         return (Span(position, 1),)
     *before, last = spans
@@ -87,7 +87,7 @@ def extended(spans: Spans, position: int) -> Spans:
 
 
 def deal(rows: Sequence[int], num_new: int) -> list[int]:
-    """Which rank stores each of the next positions: the one with the fewest rows, the lowest of those."""
+    """Deals the next positions: each to the rank with the fewest rows, the lowest of those."""
     counts, owners = list(rows), []
     for _ in range(num_new):
         owner = min(range(len(counts)), key=counts.__getitem__)

@@ -1,4 +1,4 @@
-"""What the last rows of a sequence see of the keys that a rank holds, as blocks for the kernels.
+"""`seen`: blocks, for the kernels, of what the last rows of a sequence see of the keys that a rank holds.
 
 Unlike two shards of one layout, queries lie side by side and keys may lie in steps; and nearly all keys
 are seen by every query, so that hardly any block needs a mask.
@@ -29,7 +29,7 @@ def packed(mask: Mask) -> Documents | None:
 
 @dataclass
 class Seen:
-    """Which columns every row sees, for any reason, and blocks of those that only some may see.
+    """The columns that every row sees, for any reason, and blocks of those that only some may see.
 
     Columns that all see need no mask and no positions, so that a kernel may take rows in any order.
     """
@@ -39,7 +39,7 @@ class Seen:
 
 
 def seen(rows: Span, spans: tuple[Span, ...], mask: Mask, score: Score) -> Seen:
-    """What consecutive positions see of the keys of some spans, held one span after the other.
+    """Finds what consecutive positions see of the keys of some spans, held one span after the other.
 
     Args:
         rows: of step 1, at least one.
@@ -62,7 +62,7 @@ def seen(rows: Span, spans: tuple[Span, ...], mask: Mask, score: Score) -> Seen:
 
 
 def _apart(rows: Span, cols: slice, span: Span, mask: Mask, score: Score) -> Iterator[Met]:
-    """Blocks of the queries in as many progressions as make the step of the keys."""
+    """Yields a block for each progression of the queries; these are as many as the step of the keys."""
     for first in range(min(span.step, rows.length)):
         progression = slice(first, rows.length, span.step)
         start, num = rows.start + first, len(range(first, rows.length, span.step))
@@ -86,7 +86,7 @@ def _reach(rows: Span, mask: Mask) -> tuple[range, range]:
 
 
 def _document(position: int, mask: Mask) -> tuple[int, int]:
-    """First position and last + 1 of the document of a position."""
+    """The document of a position: its first position, and its last + 1."""
     bounds = mask.bounds
     n = bisect_right(bounds, position)
     # The last document is open, so its end lies beyond all positions.

@@ -1,4 +1,4 @@
-"""`decode_volume`: what a rank sends to attend a sharded cache."""
+"""`decode_volume` counts what a rank sends to attend a sharded cache."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from seqpar_kernels import accumulation_dtype
 
 
 def decode_volume(num_queries: int, rank: int, size: int, shape: Shape) -> Count:
-    """What `rank` of `size` sends in one `KVCache.attend`, however long the sequence is.
+    """Counts what `rank` of `size` sends in one `KVCache.attend`, however long the sequence is.
 
-    With n = b * num_queries * hq rows of heads it is about (P-1)/P n (vd + 1) elements of out and lse in
-    float32 (float64) to be merged, and (P-1)/P n vd of the result in the type of q. `append`, `truncate`
-    and `reorder` send nothing.
+    There are n = b * num_queries * hq rows of heads. To be merged, about (P-1)/P n (vd + 1) elements of out
+    and lse are sent, in float32 (float64); then (P-1)/P n vd of the result, in the type of q. `append`,
+    `truncate` and `reorder` send nothing.
     """
     parts, merged = combine_elements(shape.batch * num_queries * shape.hq, rank, size)
     elements = parts * (shape.vd + 1), merged * shape.vd

@@ -1,4 +1,4 @@
-"""Who holds which positions, and what they may see: integers only, no communication.
+"""Layouts say who holds which positions, masks what these may see: integers only, no communication.
 
 A sharding is a set of arithmetic progressions of global positions (`Span`); two spans meet in a
 rectangle of scores whose visibility is one `Band`. Kernels and strategies never ask for more.

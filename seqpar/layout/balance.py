@@ -1,8 +1,8 @@
 """`balanced`: equal rows and equal work on every rank, for packed documents of any lengths.
 
-The blocks lie on a circle in order of position. Of the arcs that hold a rank's share of the rows some
-do more than its share of the work and some less, and from one arc to the next work changes by a block's
-at most: so one of them does just its share. A rank takes it, the gap closes, the next rank chooses. One
+The blocks lie on a circle in order of position. Of the arcs that hold a rank's share of the rows, some do
+more than its share of the work and some less. From one arc to the next, work changes by a block's at most:
+so one of them does just its share. A rank takes it, the gap closes, the next rank chooses. One
 causal document becomes a zigzag this way; of many, arcs begin and end where documents do.
 
 Source: Alon 1987, Splitting necklaces (2 * size - 2 cuts divide two measures fairly).
@@ -27,8 +27,8 @@ PPM = 10**6
 def balanced(length: int, size: int, mask: Mask, *, multiple_of: int = 1) -> Layout:
     """Every rank holds about as many rows as any other, and they see about as many keys under `mask`.
 
-    Both are within 5 % of their mean over ranks, or within two blocks of it (two that see the most) where
-    blocks are too coarse for 5 %; a short last block counts as a whole one. Where that leaves no more
+    Both are within 5 % of their mean over ranks. Where blocks are too coarse for 5 %, they are within two
+    blocks of it (two that see the most); a short last block counts as a whole one. Where that leaves no more
     than two blocks to a rank it may hold none: nothing is refused as impossible. There are at most
     2 * size - 1 spans in all, sorted by position on every rank, and ranks by their first position.
 
@@ -64,7 +64,7 @@ def balanced(length: int, size: int, mask: Mask, *, multiple_of: int = 1) -> Lay
 
 
 class _Choice:
-    """Which arc of the circle one of `num_ranks` ranks takes that share it, of `size` in all."""
+    """The choice of an arc by one of the `num_ranks` ranks, of `size` in all, that share what is left."""
 
     def __init__(self, circle: Circle, size: int, num_ranks: int) -> None:
         self.circle, self.size, self.num_ranks = circle, size, num_ranks
@@ -72,7 +72,7 @@ class _Choice:
         self.work = self._range(circle.work, circle.blocks.work)
 
     def best(self) -> tuple[int, int]:
-        """(start, stop) of the arc: with as few cuts as will do, and then as near the mean as can be."""
+        """Finds the arc (start, stop) with as few cuts as will do, and then as near the mean as can be."""
         circle = self.circle
         if self.num_ranks == 1 or circle.num_blocks == 0:
             return 0, circle.num_blocks
@@ -85,9 +85,9 @@ class _Choice:
         return best[:2]
 
     def _range(self, left: int, whole: int) -> tuple[int, int]:
-        """Least and most to take of what is left of a whole.
+        """The least and the most to take of what is left of a whole.
 
-        So that the rank is near its share of the whole, and the mean of the others nearer.
+        Within these the rank is near its share of the whole, and the mean of the others nearer.
         """
         others = self.num_ranks - 1
         least, most = _around(whole, self.size, PERMILLE)
@@ -110,7 +110,7 @@ class _Choice:
         return (0, cuts, off, start) if self._fits(arc) else (1, off, cuts, start)
 
     def _whole_documents(self) -> Iterator[tuple[int, int, int]]:
-        """Arcs within bounds that cut nothing, and their work: of each beginning, the nearest to the mean."""
+        """Finds arcs within bounds that cut nothing: of each beginning the one nearest to the mean work."""
         borders, works, goal = (
             self.circle.borders,
             self.circle.works,
@@ -128,7 +128,7 @@ class _Choice:
                 yield start, borders[n], works[n] - work
 
     def _cut_once(self) -> Iterator[tuple[int, int, int]]:
-        """Arcs within bounds of rows that cut nothing where they begin, or end, with the mean work."""
+        """Finds arcs within bounds of rows, with the mean work, that cut nothing where they begin, or end."""
         circle, goal = self.circle, self.circle.work // self.num_ranks
         borders, works, (least, most) = circle.borders, circle.works, self.rows
         slack = self.work[1] - self.work[0]
@@ -151,7 +151,7 @@ class _Choice:
                 yield (border, place, between) if begins else (place, border, between)
 
     def _cut_twice(self) -> Iterator[tuple[int, int, int]]:
-        """Arcs with the mean rows and about the mean work.
+        """Finds arcs with the mean rows and about the mean work.
 
         Arcs that lie side by side around the circle do the mean on average. Between one that does less
         and one that does more lies one that does neither.

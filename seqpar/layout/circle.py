@@ -50,8 +50,8 @@ class Circle:
     """Runs of blocks that no rank holds yet, joined end to end.
 
     A place is a number of blocks along the circle from where the first run begins; places from `num_blocks`
-    on are on the next turn. `borders` are the places where a cut parts no document, or one that is cut there
-    already, from the beginning of the first turn to the end of the second; `works` the work before each.
+    on are on the next turn. `borders` are the places where a cut parts no document, or one that is cut
+    there already. They go to the end of the second turn; `works` is the work before each.
     """
 
     def __init__(self, blocks: Blocks, runs: Runs) -> None:
@@ -71,14 +71,14 @@ class Circle:
         self.borders, self.works = map(list, zip(*borders, *next_turn, end, strict=True))
 
     def work_before(self, place: int) -> int:
-        """Work from where the first run begins up to a place."""
+        """The work from where the first run begins up to a place."""
         turns, place = divmod(place, self.num_blocks)
         n = bisect_right(self._places, place) - 1
         work = self.blocks.work_before(place - self._shift[n]) + self._work_shift[n]
         return turns * self.work + work
 
     def num_cuts(self, start: int, stop: int) -> int:
-        """How many documents are cut where the arc between two places begins and ends: 0 to 2."""
+        """Counts the documents that are cut where the arc between two places begins and ends: 0 to 2."""
         return sum(place % self.num_blocks not in self._uncut for place in (start, stop))
 
     def split(self, start: int, stop: int) -> tuple[Runs, Runs]:
@@ -99,7 +99,7 @@ class Circle:
         return [(a, b) for a, b in parts if a < b]
 
     def _borders_of(self, n: int) -> Iterator[tuple[int, int]]:
-        """Place of, and work before, the beginning of a run and the documents that begin in it."""
+        """Yields (place, work before it) of a run's beginning and of each document that begins in it."""
         (start, stop), borders = self.runs[n], self.blocks.borders
         shift, work_shift = self._shift[n], self._work_shift[n]
         yield start + shift, self._works[n]

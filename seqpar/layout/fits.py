@@ -1,4 +1,4 @@
-"""Whether a group and the tensors of a rank fit a layout; the words for when they do not."""
+"""Checks whether a group, and the tensors of a rank, fit a layout, and says so where they do not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How heads are dealt to ranks: contiguous ranges of query heads and the kv heads they need."""
+"""Heads are dealt to ranks here: contiguous ranges of query heads and the kv heads that they need."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class HeadSegment:
-    """Query heads of a rank, and its kv heads that serve them in equal groups. Local indices."""
+    """A run of a rank's query heads, and of its kv heads that serve them in equal groups. Local indices."""
 
     q: slice
     kv: slice
@@ -16,7 +16,7 @@ class HeadSegment:
 
 @dataclass(frozen=True)
 class HeadSplit:
-    """Per rank, a range (start, stop) of query heads and the range of kv heads they need.
+    """A range (start, stop) of query heads for each rank, and the range of kv heads that they need.
 
     Ranges of kv heads overlap where two ranks share one: it is replicated there. With more ranks
     than query heads some ranges are empty.
@@ -33,11 +33,11 @@ class HeadSplit:
         return sum(stop - start for start, stop in self.kv) > self.hkv
 
     def num_q(self, rank: int) -> int:
-        """How many query heads a rank takes."""
+        """The number of query heads that a rank takes."""
         return self.q[rank][1] - self.q[rank][0]
 
     def num_kv(self, rank: int) -> int:
-        """How many kv heads a rank needs."""
+        """The number of kv heads that a rank needs."""
         return self.kv[rank][1] - self.kv[rank][0]
 
     def segments(self, rank: int) -> Iterator[HeadSegment]:

@@ -1,4 +1,4 @@
-"""`Mask`: which keys a row may see, said once for the whole sequence."""
+"""`Mask` says which keys a row may see, once for the whole sequence."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ class Mask:
 
     @property
     def bounds(self) -> tuple[int, ...]:
-        """The boundaries of documents; of one document without any."""
+        """The boundaries of documents; (0,) where there is one document and no boundary."""
         return (0,) if self.documents is None else tuple(self.documents)
 
     def band(self, rows: Span, cols: Span) -> Band:
-        """What the positions of `rows` see of the positions of `cols`, both of the same step.
+        """The band that the positions of `rows` see of the positions of `cols`, both of the same step.
 
         Row i is position r + i * step, column j is c + j * step; dividing position bounds by the step
         rounds towards the inside of the mask.
@@ -71,5 +71,5 @@ class Mask:
 
 
 def _integers(bounds: Sequence[int] | Tensor) -> tuple[int, ...]:
-    """Boundaries as they are, but those of NumPy or torch as Python integers."""
+    """Turns integers of NumPy or torch into Python's; leaves all else as it is, to be refused."""
     return tuple(int(b) if hasattr(b, "item") and b == int(b) else b for b in bounds)

@@ -1,4 +1,4 @@
-"""`Layout`: which rank holds which positions of a sequence, for any length and any number of ranks.
+"""`Layout` says which rank holds which positions of a sequence, for any length and any number of ranks.
 
 One object shards, positions, masks and restores; nothing else in the package decides where a token
 lives. What is dealt are blocks of `multiple_of` consecutive positions, of which the last may be short:
@@ -76,7 +76,7 @@ class Layout:
 
     @property
     def rows(self) -> tuple[int, ...]:
-        """How many rows each rank holds."""
+        """The number of rows that each rank holds."""
         return tuple(sum(span.length for span in spans) for spans in self.spans)
 
     def positions(self, rank: int) -> Int[Tensor, "sl"]:
@@ -85,7 +85,7 @@ class Layout:
         return torch.cat(spans) if spans else torch.empty(0, dtype=torch.long)
 
     def places(self, rank: int) -> tuple[tuple[slice, slice], ...]:
-        """(local rows, global rows) of each span: where the rank's rows belong in the whole."""
+        """The places of a rank's rows in the whole: (local rows, global rows) of each of its spans."""
         ends = tuple(accumulate((s.length for s in self.spans[rank]), initial=0))
         return tuple(
             (slice(a, b), s.slice)
@@ -172,12 +172,12 @@ def striped(length: int, size: int, *, multiple_of: int = 1) -> Layout:
 
 
 def whole(length: int) -> Layout:
-    """Everything on one rank."""
+    """One rank holds everything."""
     return contiguous(length, 1)
 
 
 class MakeLayout(Protocol):
-    """What every entry of `LAYOUTS` is called with."""
+    """The signature of every entry of `LAYOUTS`."""
 
     def __call__(self, length: int, size: int, *, multiple_of: int = 1) -> Layout:
         """The layout of `length` positions over `size` ranks."""
@@ -192,7 +192,7 @@ LAYOUTS: dict[str, MakeLayout] = {
 
 
 def _cut(length: int, size: int, multiple_of: int, runs_per_rank: int = 1) -> list[Span]:
-    """Runs of blocks, in order, whose numbers of blocks differ by at most one."""
+    """Cuts a sequence into runs of blocks, in order, whose numbers of blocks differ by at most one."""
     _check(length, size, multiple_of)
     num_runs = size * runs_per_rank
     short, longer = divmod(-(-length // multiple_of), num_runs)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Span:
-    """Positions start, start + step, ..., `length` of them."""
+    """The positions start, start + step, ..., `length` of them."""
 
     start: int
     length: int
@@ -26,7 +26,7 @@ class Span:
 
 
 def joined(spans: Iterable[Span]) -> tuple[Span, ...]:
-    """The same positions in the same order, in as few spans as neighbours allow; no empty ones."""
+    """Joins neighbouring spans where it can: the same positions in the same order, and no empty span."""
     out: list[Span] = []
     for span in spans:
         last = out[-1] if out else None

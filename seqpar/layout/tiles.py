@@ -15,7 +15,7 @@ from seqpar_kernels import Band
 
 @dataclass(frozen=True)
 class Tile:
-    """Local query rows, the key rows of the owner they meet, and what they see of them.
+    """A rectangle of scores: local query rows, the key rows of an owner that they meet, and what they see.
 
     `row` and `col` are the positions of the first of each, `step` lies between neighbours.
     """
@@ -66,7 +66,7 @@ def meets(rows: tuple[Span, ...], cols: tuple[Span, ...], mask: Mask) -> bool:
 
 
 def held(spans: Sequence[Span]) -> Iterator[tuple[slice, Span]]:
-    """Each span and where its positions are, held one span after the other."""
+    """Yields each span and where its positions are, held one span after the other."""
     start = 0
     for span in spans:
         yield slice(start, start + span.length), span
@@ -86,12 +86,12 @@ def part(spans: Sequence[Span], rows: slice) -> tuple[Span, ...]:
 
 @lru_cache(maxsize=1024)
 def tall_tiles(rows: tuple[Span, ...], cols: tuple[Span, ...], mask: Mask) -> tuple[Tile, ...]:
-    """`tiles`, joined."""
+    """The tiles that `tiles` gives, joined where one continues another."""
     return joined_tiles(tiles(rows, cols, mask))
 
 
 def joined_tiles(apart: tuple[Tile, ...]) -> tuple[Tile, ...]:
-    """The same scores in fewer tiles: those whose bands continue each other are joined.
+    """Joins tiles whose bands continue each other: the same scores in fewer tiles.
 
     The positions of a joined tile's rows need not be one progression, so it serves only where a band
     says all.
@@ -107,7 +107,7 @@ def joined_tiles(apart: tuple[Tile, ...]) -> tuple[Tile, ...]:
 
 
 def work(layout: Layout, mask: Mask) -> tuple[int, ...]:
-    """Visible scores per rank when each attends its own rows to all keys: the ring's load balance."""
+    """Counts the scores that each rank's rows see of all keys: the ring's load balance."""
     everything = [span for spans in layout.spans for span in spans]
     return tuple(
         sum(visible_count(mask, row, col) for row in spans for col in everything)

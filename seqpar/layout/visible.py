@@ -1,4 +1,4 @@
-"""How much of the keys of one span the rows of another see, packed documents included."""
+"""Visibility between two spans: how many of their scores a mask shows, packed documents included."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from seqpar.layout.spans import Span
 
 
 def visible_count(mask: Mask, rows: Span, cols: Span) -> int:
-    """Number of scores of `rows` and `cols`, two spans of the same step, that `mask` shows.
+    """Counts the scores of `rows` and `cols`, two spans of the same step, that `mask` shows.
 
     Looks only at documents between the later of the two first positions and the earlier of the last.
     """
@@ -24,7 +24,7 @@ def sees(mask: Mask, rows: Span, cols: Span) -> bool:
 
 
 def _counts(mask: Mask, rows: Span, cols: Span) -> Iterator[int]:
-    """Visible scores in each document that both spans have a part in."""
+    """Counts the visible scores in each document that both spans have a part in."""
     if rows.length == 0 or cols.length == 0:
         return
     band = mask.band(rows, cols)
@@ -38,7 +38,7 @@ def _counts(mask: Mask, rows: Span, cols: Span) -> Iterator[int]:
 def _shared_documents(
     documents: Sequence[int], rows: Span, cols: Span
 ) -> Iterator[tuple[int, int]]:
-    """(start, stop) of every document that both spans may have a part in."""
+    """Yields (start, stop) of every document that both spans may have a part in."""
     first = bisect_right(documents, max(rows.start, cols.start)) - 1
     last = bisect_right(documents, min(rows.positions[-1], cols.positions[-1])) - 1
     if first > last:
@@ -49,7 +49,7 @@ def _shared_documents(
 
 
 def _indices(span: Span, start: int, stop: int) -> tuple[int, int]:
-    """First and last + 1 of the indices of the span's positions from `start` to `stop - 1`."""
+    """The indices, first and last + 1, of the span's positions from `start` to `stop - 1`."""
     # Two minus signs make the division round up: the first index that is not before p.
     first, end = (-((span.start - p) // span.step) for p in (start, stop))
     return min(max(0, first), span.length), min(max(0, end), span.length)

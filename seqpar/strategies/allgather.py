@@ -52,7 +52,7 @@ def column(plan: Plan) -> Grid:
 
 
 class InOrderRoute:
-    """Own rows; keys from the last to the first, whoever holds them."""
+    """The route of invariant bits: own rows meet keys from the last to the first, whoever holds them."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan, self._rank = plan, plan.group.rank
@@ -68,21 +68,21 @@ class InOrderRoute:
         )  # fmt: skip
 
     def rows(self, q: Tensor) -> tuple[Spans, Tensor]:
-        """This rank's own."""
+        """The query rows of this rank, as they are."""
         return self._plan.layout.spans[self._rank], q
 
     def columns(self, k: Tensor, v: Tensor) -> Iterator[tuple[Spans, Tensor, Tensor]]:
-        """A run of positions at a time."""
+        """Yields the keys of one run of positions after another."""
         for pieces, (k_c, v_c) in gather_pass((k, v), self._keys, self._plan.group):
             yield spans_of(pieces, self._plan.keys.spans), k_c, v_c
             del k_c, v_c  # or three chunks are held while the next but one is begun
 
     def merged(self, running: Partial) -> Partial:
-        """Nobody else worked on these rows."""
+        """The partial itself: nobody else worked on these rows."""
         return running
 
     def meetings(self, mine: Rows, k: Tensor, v: Tensor, into: Sums) -> Iterator[Meeting]:
-        """Own rows meet the keys downwards; then own keys meet the queries upwards."""
+        """Lets own rows meet the keys downwards; then own keys meet the queries upwards."""
         plan = self._plan
         own, own_keys = plan.layout.spans[self._rank], plan.keys.spans[self._rank]
         into.dq = into.zeros(mine.q)
@@ -100,7 +100,7 @@ class InOrderRoute:
 
 
 def runs(layout: Layout) -> list[tuple[Piece, ...]]:
-    """About as many runs of positions as ranks, cut where shards are: who holds which part of each."""
+    """Cuts positions, where shards are cut, into about as many runs as ranks; gives the pieces of each."""
     # Where the only shard begins at 0, there is nothing to cut at, and one run.
     unit = gcd(*(span.start for spans in layout.spans for span in spans)) or max(layout.length, 1)
     run = -(-layout.length // (layout.size * unit)) * unit

@@ -24,7 +24,7 @@ def is_heard(group: Group) -> bool:
 
 
 def announce(plan: Plan, shape: Shape, device: torch.device) -> None:
-    """A line about a call whose implementation is chosen, if its group has not had that line.
+    """Logs a line about a call whose implementation is chosen, unless its group has had that line.
 
     Boundaries of documents, seeds of dropout and where a layout is cut are not in it: they may be new in
     every step.
@@ -41,7 +41,7 @@ def announce(plan: Plan, shape: Shape, device: torch.device) -> None:
 
 
 def _described(plan: Plan, shape: Shape, device: torch.device) -> str:
-    """All that a line tells but for the bytes."""
+    """The text of the line about a call, but for its bytes."""
     score, grid = plan.score, plan.grid
     dtype = str(shape.dtype).removeprefix("torch.")
     widths = f"{shape.d}" if shape.vd == shape.d else f"{shape.d}, {shape.vd} of values"

@@ -1,4 +1,4 @@
-"""What a call must fulfil, checked on every rank and agreed before the first collective."""
+"""Every rank checks here what a call must fulfil, and all agree on it before the first collective."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def agree_on_call(
     learning: tuple[bool, ...] | None = None,
     operation: str = "attention",
 ) -> Plan:
-    """The plan with its implementation chosen, if the call is legal here and the same on all ranks.
+    """Gives the plan with its implementation chosen, if the call is legal and the same on all ranks.
 
     All ranks must call.
 
@@ -63,7 +63,7 @@ def agree_on_call(
 
 
 def check_call(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, with_lse: bool = False) -> Plan:
-    """The plan with its implementation chosen, if the call is legal here. Sends nothing.
+    """Gives the plan with its implementation chosen, if the call is legal on this rank. Sends nothing.
 
     Raises:
         TypeError, ValueError, NotImplementedError: as `agree_on_call`.
@@ -76,7 +76,7 @@ def check_call(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, with_lse: bool = 
 
 
 def resolve(plan: Plan, q: Tensor, v: Tensor, *, with_lse: bool = False) -> Plan:
-    """The plan with all that is left open decided for these tensors: implementation, invariance, scale.
+    """Decides all that a plan leaves open for these tensors: implementation, invariance, scale.
 
     Sends nothing.
 
@@ -229,7 +229,7 @@ def _check_heads(q: Tensor, score: Score) -> None:
 def _claim(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, with_lse: bool, learning: tuple[bool, ...] | None
 ) -> dict[str, Any]:
-    """What ranks must have in common in a call of a resolved plan."""
+    """The claim of a call: all that ranks must have in common, of a resolved plan."""
     learned = [plan.score.tensors.get(name) for name in TENSORS]
     if learning is None:
         wants = (x is not None and x.requires_grad for x in (q, k, v, *learned))

@@ -1,4 +1,4 @@
-"""What a plan sends, holds and computes on any rank: the strategy itself, run on tensors without content.
+"""Learns what a plan sends, holds and computes on any rank, by a run of the strategy without content.
 
 Tensors are on torch's meta device and the group is `silent`: nothing is computed and nothing sent, but all
 that would be is seen. There is no second description of a strategy to keep in step with it.
@@ -27,7 +27,7 @@ from seqpar_kernels.watching import Direction, watching
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes of tensors on one rank: at the fullest moment of forward, between, and of backward.
+    """The bytes of tensors on one rank: at the fullest moment of forward, between, and of backward.
 
     The caller's tensors are in it: q, k, v and out throughout, dout in backward.
     """
@@ -38,7 +38,7 @@ class Held:
 
     @property
     def peak(self) -> int:
-        """At the fullest moment of a step."""
+        """The bytes at the fullest moment of a step."""
         return max(self.forward, self.backward)
 
 
@@ -91,14 +91,14 @@ Step = Compute | Exchange | Wait | AllReduce
 
 @dataclass(frozen=True)
 class Steps:
-    """What a rank does, in its order."""
+    """The steps of a rank, in its order."""
 
     forward: tuple[Step, ...]
     backward: tuple[Step, ...]
 
 
 def sent(plan: Plan, shape: Shape, rank: int) -> Volume:
-    """What `rank` sends in a forward and a backward of a plan.
+    """Counts what `rank` sends in a forward and a backward of a plan.
 
     Args:
         plan: with its implementation resolved, see `resolve`.
@@ -110,7 +110,7 @@ def sent(plan: Plan, shape: Shape, rank: int) -> Volume:
 
 
 def held(plan: Plan, shape: Shape, rank: int) -> Held:
-    """What `rank` holds in a forward and a backward, see `sent`.
+    """Counts what `rank` holds in a forward and a backward; for the arguments see `sent`.
 
     What torch's attention on CPU allocates inside is measured, see `workspace`. Triton's kernels allocate
     nothing inside, the reference a tile; what other packages allocate inside is not counted.
@@ -121,7 +121,7 @@ def held(plan: Plan, shape: Shape, rank: int) -> Held:
 
 
 def steps(plan: Plan, shape: Shape, rank: int) -> Steps:
-    """What `rank` computes, sends and receives, in order, see `sent`. Stored scores are not in it."""
+    """Lists what `rank` computes (no stored scores), sends and receives; for the arguments see `sent`."""
     log = _Log()
     with _Ops():
         forward, backward = (log.take() for _ in _run(plan, shape, rank, log))
@@ -164,13 +164,13 @@ def _without_content(plan: Plan, shape: Shape, group: Group) -> tuple[Plan, list
 
 
 class _Log:
-    """Notes what it is told, as a `Watcher` and as a `Listener`."""
+    """A list of steps, noted as they are told to it: it is a `Watcher` and a `Listener`."""
 
     def __init__(self) -> None:
         self._steps: list[Step] = []
 
     def take(self) -> tuple[Step, ...]:
-        """What has been noted since it was last asked."""
+        """Gives what has been noted since it was last asked."""
         taken, self._steps = tuple(self._steps), []
         return taken
 
@@ -194,7 +194,7 @@ class _Log:
 
 
 class _Ops(DispatchMode):
-    """Looks into this package's own ops, which are closed to others."""
+    """A mode that looks into this package's own ops, which are closed to other modes."""
 
     def __torch_dispatch__(
         self,
@@ -212,7 +212,7 @@ class _Ops(DispatchMode):
 
 
 class _Storages(_Ops):
-    """Counts the bytes of the storages that are alive."""
+    """A mode that counts the bytes of the storages that are alive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -220,7 +220,7 @@ class _Storages(_Ops):
         self._alive = WeakIdKeyDictionary()
 
     def take(self) -> tuple[int, int]:
-        """(most since it was last asked, now)."""
+        """Gives the bytes that are alive: (most since it was last asked, now)."""
         taken, self._most = (self._most, self._now), self._now
         return taken
 

@@ -1,4 +1,4 @@
-"""How heads are cut in chunks, one of which is on its way while another is attended.
+"""Heads are cut in chunks here, one of which is on its way while another is attended.
 
 Integers and views only: exchanges and attention are in `ulysses`.
 """
@@ -17,10 +17,10 @@ from seqpar.layout import HeadSplit
 
 @dataclass(frozen=True)
 class Run:
-    """What is attended at once, of a chunk on one rank.
+    """The heads of a chunk that one rank attends at once.
 
-    With `group` 1 the query heads share the kv heads in equal groups as usual. With more, they are
-    that many and share one, and have gradients of k and v of their own to be added in their order.
+    With `group` 1 the query heads share the kv heads in equal groups as usual. With more, they are that many
+    and share one. Each then has gradients of k and v of its own, to be added in the order of heads.
 
     Args:
         head: which of the attention's query heads is the first.
@@ -35,12 +35,12 @@ class Run:
 
     @property
     def num_q(self) -> int:
-        """How many query heads there are."""
+        """The number of query heads."""
         return int(self.q.stop - self.q.start)
 
     @property
     def num_kv(self) -> int:
-        """How many kv heads the kernel meets."""
+        """The number of kv heads that the kernel meets."""
         return int(self.kv.stop - self.kv.start) * self.group
 
 
@@ -60,10 +60,10 @@ class Cut:
 
     @staticmethod
     def of(heads: HeadSplit, num_chunks: int) -> Cut:
-        """At most so many chunks: none that is empty on all ranks.
+        """Cuts heads in at most so many chunks, none of which is empty on all ranks.
 
-        K and v are cut too, and chunks then end where kv heads do, unless a kv head is on two ranks or a
-        rank has fewer of them than chunks.
+        K and v are cut too, unless a kv head is on two ranks or a rank has fewer of them than chunks. Chunks
+        then end where kv heads do.
         """
         group, ranks = heads.hq // heads.hkv, range(len(heads.q))
         num = min(num_chunks, max(map(heads.num_q, ranks)))
@@ -76,7 +76,7 @@ class Cut:
         return Cut(heads, q, kv)
 
     def runs(self, chunk: int, rank: int, *, in_order: bool) -> Iterator[Run]:
-        """What a rank attends of a chunk: one run of no heads at least.
+        """Yields the runs that a rank attends of a chunk: at least one, be it of no heads.
 
         Args:
             in_order: whether gradients of a kv head are added in the order of query heads. Where some kv
@@ -105,13 +105,13 @@ class Cut:
 
 
 def _part(start: int, stop: int, unit: int, part: int, num: int) -> tuple[int, int]:
-    """Part of a range of heads cut in `num`, not inside a unit, sizes differing by at most one."""
+    """Gives one of `num` parts of a range of heads, cut between units, whose sizes differ by at most one."""
     count = (stop - start) // unit
     return start + unit * (part * count // num), start + unit * ((part + 1) * count // num)
 
 
 def packed(ranges: Sequence[Ranges], chunk: int) -> Ranges:
-    """By rank, its heads in a tensor that has those of this chunk only."""
+    """The ranges of the ranks' heads in a tensor that has those of this chunk only."""
     if len(ranges) == 1:
         return ranges[0]
     stops = [0]
@@ -121,7 +121,7 @@ def packed(ranges: Sequence[Ranges], chunk: int) -> Ranges:
 
 
 def dealt(x: Tensor, ranges: Sequence[Ranges]) -> list[Sequence[Tensor]]:
-    """By chunk, the pieces of `x [b s h w]` it is made of: rank after rank, as views."""
+    """Deals `x [b s h w]` to chunks: for each the pieces it is made of, rank after rank, as views."""
     if len(ranges) == 1:
         return [(x,)]
     sizes = [b - a for of_rank in zip(*ranges, strict=True) for a, b in of_rank]
@@ -131,7 +131,7 @@ def dealt(x: Tensor, ranges: Sequence[Ranges]) -> list[Sequence[Tensor]]:
 
 
 def in_head_order(xs: Sequence[Tensor], ranges: Sequence[Ranges]) -> Tensor:
-    """`x [b s h w]` of the chunks of which `dealt` gives the pieces."""
+    """Puts chunks together to `x [b s h w]`: the inverse of `dealt`."""
     if len(xs) == 1:
         return xs[0]
     sizes = ([b - a for a, b in of_chunk] for of_chunk in ranges)

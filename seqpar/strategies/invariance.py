@@ -1,4 +1,4 @@
-"""When results are the same bits for any number of ranks, and what has to be refused for it.
+"""Invariant bits: when results are the same for any number of ranks, and what is refused for it.
 
 Sums of floats depend on their order, so the order must follow from positions and heads alone. Which
 strategy keeps it, and at what cost, is in docs/numerics.md.
@@ -11,7 +11,7 @@ from seqpar.strategies.registry import STRATEGIES
 from seqpar.strategies.strategy import Order
 from seqpar_kernels import Implementation, Request, choose, preference, refusal
 
-# They walk tiles in a fixed order, whatever blocks those come in.
+# These implementations walk tiles in a fixed order, whatever blocks the tiles come in.
 TILED: tuple[Implementation, ...] = ("reference", "triton")
 
 
@@ -81,7 +81,7 @@ def _order(plan: Plan) -> Order:
 
 
 def _able(order: Order, request: Request) -> set[Implementation]:
-    """Which implementations keep the order."""
+    """The implementations that keep the order."""
     able = {name for name in TILED if refusal(name, request) is None}
     if not order.cuts_sequences and request.device.type == "cpu":
         able.add("aten")  # a head is computed whole, and the op's bits do not depend on the others

@@ -51,8 +51,8 @@ class Meeting:
 class Sums:
     """The gradients of this rank's own rows, in the type of sums.
 
-    A route sets dq, dk and dv: those that other ranks add to are there once they have come home. `learned`
-    has what blocks add to, for each learned tensor a share of every row.
+    A route sets dq, dk and dv. Sums that other ranks add to are set when they have come home. `learned` has
+    a share of every row for each learned tensor, which blocks add to.
     """
 
     dtype: torch.dtype
@@ -67,24 +67,24 @@ class Sums:
 
 
 class Route(Protocol):
-    """How one rank meets the keys that its rows see."""
+    """A way for one rank to meet the keys that its rows see."""
 
     def rows(self, q: Tensor) -> tuple[Spans, Tensor]:
         """The query rows this rank works on."""
 
     def columns(self, k: Tensor, v: Tensor) -> Iterator[tuple[Spans, Tensor, Tensor]]:
-        """The keys and values that some of those rows see, in turn."""
+        """Yields the keys and values that some of the query rows see."""
 
     def merged(self, running: Partial) -> Partial:
-        """This rank's own rows, of all ranks that worked on them."""
+        """Merges for this rank's own rows what all ranks have that worked on them."""
 
     def meetings(self, mine: Rows, k: Tensor, v: Tensor, into: Sums) -> Iterator[Meeting]:
-        """What meets in backward, in turn. `into` holds the gradients once this is exhausted."""
+        """Yields what meets in backward. `into` holds the gradients once this is exhausted."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """What a call has besides tensors.
+    """All that a call has besides tensors.
 
     Args:
         score: of the query heads at hand, resolved, without its tensors.
@@ -106,7 +106,7 @@ class _Call:
 def attend_by(
     route: Route, q: Tensor, k: Tensor, v: Tensor, plan: Plan, score: Score, *, head: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """(out `[b sl hq vd]`, lse `[b sl hq]`) of this rank's rows.
+    """Attends along a route: (out `[b sl hq vd]`, lse `[b sl hq]`) of this rank's rows.
 
     Args:
         score: of the query heads at hand, resolved.
@@ -191,10 +191,10 @@ def like_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _share(x: Tensor, plan: Plan) -> Tensor:
-    """What this rank's rows add to a gradient `[hq]` of which `x [b sl hq]` has a part for every row.
+    """Sums a gradient `[hq]` over this rank's rows, of which `x [b sl hq]` has a part each.
 
-    Where bits must not depend on the number of ranks, rank 0 adds all rows in the order of positions and
-    the others have nothing to add.
+    Where bits must not depend on the number of ranks, rank 0 adds all rows in the order of positions. The
+    others then have nothing to add.
     """
     group, layout = plan.group, plan.layout
     # docs/design.md: gradients of slopes and sinks are shares

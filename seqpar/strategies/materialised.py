@@ -133,7 +133,7 @@ def _scored(plan: Plan, names: tuple[str, ...], tensors: tuple[Tensor, ...]) -> 
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, ...]:
-    """(q, k, v as products with the shard take them, p, out, lse) and the derivative of bent scores."""
+    """Gives (q, k, v as products with the shard take them, p, out, lse) and the derivative of bent scores."""
     sharding, cells = _stored(plan, q.device)
     # docs/design.md: materialised attention is three products
     keys = sharding.for_keys()
@@ -147,7 +147,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, ...]:
 
 
 def _stored(plan: Plan, device: torch.device) -> tuple[Sharding, dense.Cells]:
-    """Who stores what of the matrix, and what is done to the scores stored here."""
+    """The sharding of the matrix, and the cells of it that are stored here."""
     sharding = SHARDINGS[plan.strategy](plan.group, plan.layout, plan.keys)
     row, col = (x.to(device) for x in sharding.positions())
     position = Span(0, 1)
@@ -159,7 +159,7 @@ def _stored(plan: Plan, device: torch.device) -> tuple[Sharding, dense.Cells]:
 def _softmax(
     s: Float[Tensor, "b hq i j"], sharding: Sharding, plan: Plan
 ) -> tuple[Float[Tensor, "b hq i j"], Float[Tensor, "b sl hq"]]:
-    """The weights, and the lse of own rows."""
+    """Makes weights of scores: (weights, lse of own rows)."""
     implementation = plan.implementation
     tops = s.new_full(s.shape[:3], -torch.inf)
     sums = torch.zeros_like(tops)

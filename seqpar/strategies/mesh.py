@@ -54,7 +54,7 @@ def mesh_attention(
 
 
 class MeshRoute:
-    """The query rows of a grid row; the keys of a grid column, chunk by chunk."""
+    """The route on which the query rows of a grid row meet the keys of a grid column, chunk by chunk."""
 
     def __init__(self, plan: Plan, grid: Grid) -> None:
         self._plan, self._grid = plan, grid
@@ -79,18 +79,18 @@ class MeshRoute:
         )
 
     def rows(self, q: Tensor) -> tuple[Spans, Tensor]:
-        """Those of the grid row."""
+        """Gathers the query rows of the grid row."""
         spans, (gathered,) = self._gather_rows((q,))
         return spans, gathered
 
     def columns(self, k: Tensor, v: Tensor) -> Iterator[tuple[Spans, Tensor, Tensor]]:
-        """One rank's keys at a time, this rank's first."""
+        """Yields the keys of one rank after another, this rank's first."""
         for came, (k_c, v_c) in gather_pass((k, v), self._cols, self._grid.ring):
             yield spans_of(came, self._col_spans), k_c, v_c
             del k_c, v_c  # or three chunks are held while the next but one is begun
 
     def merged(self, running: Partial) -> Partial:
-        """This rank's rows of the partials of its grid row, merged in the order of ranks."""
+        """Merges, in the order of ranks, the partials that its grid row has of this rank's rows."""
         if self._rows.size == 1:
             return running
         parts = send_home((running.acc, running.m, running.l), self._rows, self._grid.ulysses)
@@ -102,7 +102,7 @@ class MeshRoute:
         return total
 
     def meetings(self, mine: Rows, k: Tensor, v: Tensor, into: Sums) -> Iterator[Meeting]:
-        """The rows of the grid row, gathered once, meet the keys chunk by chunk."""
+        """Lets the rows of the grid row, gathered once, meet the keys chunk by chunk."""
         spans, rows = self._gather_backward(mine)
         alone = self._rows.size == 1
         dq = into.zeros(rows.q)
@@ -131,7 +131,7 @@ class MeshRoute:
         return spans_of(came, self._row_spans), gathered
 
     def _gather_backward(self, mine: Rows) -> tuple[Spans, Rows]:
-        """The rows of the grid row."""
+        """Gathers the rows of the grid row, with all that backward needs of them."""
         if self._rows.size == 1:
             return self._row_spans[0], mine
         spans, message = self._gather_rows(row_message(mine, self._plan.implementation))
@@ -139,12 +139,12 @@ class MeshRoute:
 
 
 def lengths(spans: Sequence[Spans]) -> list[int]:
-    """How many positions each has."""
+    """Counts the positions of each list of spans."""
     return [sum(span.length for span in each) for each in spans]
 
 
 def pieces(owner: int, spans: Spans) -> tuple[Piece, ...]:
-    """A rank's rows in slices, so that what nobody sees is not sent: each span in as many as there may be."""
+    """Cuts a rank's rows in slices, so that what nobody sees is not sent; each span in as many as may be."""
     each = MOST_PIECES // len(spans) if spans else 0
     if each == 0:
         return (Piece(owner, 0, lengths([spans])[0]),)

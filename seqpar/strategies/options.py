@@ -1,4 +1,4 @@
-"""How the options of a plan are told, compared and written: derived from its fields, here alone.
+"""Options of a plan are told, compared and written here alone, all derived from its fields.
 
 Agreement and replay compare what is `told`. Compiled ops take what is `written`, since ops take neither plans
 nor groups, and `read` it again. A new field of `Plan` of a type that is known here needs no line elsewhere.
@@ -20,7 +20,7 @@ from seqpar_kernels import TENSORS, Dropout, Score
 
 
 def told(**options: object) -> dict[str, object]:
-    """What ranks compare of options by the names that users give them."""
+    """The claim that ranks compare of options, by the names that users give them."""
     claim: dict[str, object] = {}
     for name, value in options.items():
         if isinstance(value, Layout):
@@ -39,13 +39,13 @@ def told(**options: object) -> dict[str, object]:
 
 
 def told_of(plan: Plan) -> dict[str, object]:
-    """What ranks compare of a plan, and what must be the same when a call is recomputed."""
+    """The claim of a plan: what ranks compare, and what must be the same when a call is recomputed."""
     return told(**{name: getattr(plan, name) for name in _NAMES})
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """How values of a type are arguments of an op.
+    """The way in which values of a type are arguments of an op.
 
     Args:
         arguments: the types of torch's schema that a value is written as.
@@ -87,7 +87,7 @@ def _drops(dropout: Dropout | None) -> tuple[Any, ...]:
 
 
 def _dropout(_: Group, p: float | None, seed: Any) -> Dropout | None:
-    """A seed that is a symbol is of a plan that only tells shapes, which do not depend on it."""
+    """The dropout; `None` where the seed is a symbol, as in plans that only tell shapes, which need none."""
     return None if p is None or isinstance(seed, torch.SymInt) else Dropout(p, seed)
 
 
@@ -130,7 +130,7 @@ NUM_WRITTEN = sum(len(kind.arguments) for _, kind in _OPTIONS)
 
 
 def written(plan: Plan) -> list[Any]:
-    """The plan but for its group and tensors, as `SCHEMA`. Traced by compilers, so it makes no object."""
+    """Writes a plan, but for its group and tensors, as `SCHEMA`. Compilers trace this: it makes no object."""
     values: list[Any] = []
     for name, kind in _OPTIONS:
         values += kind.write(getattr(plan, name))
@@ -138,7 +138,7 @@ def written(plan: Plan) -> list[Any]:
 
 
 def read(group: Group, values: Iterator[Any]) -> Plan:
-    """The plan that was `written`, of the values up to its last, without tensors."""
+    """Reads a plan that was `written`, without tensors, and leaves the values behind its last."""
     options = {}
     for name, kind in _OPTIONS:
         options[name] = kind.read(group, *(next(values) for _ in kind.arguments))

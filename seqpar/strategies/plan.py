@@ -61,7 +61,7 @@ class Plan:
 
     @property
     def keys(self) -> Layout:
-        """Which rank holds which keys."""
+        """The layout of the keys."""
         return self.layout if self.kv_layout is None else self.kv_layout
 
     @property
@@ -85,7 +85,7 @@ class Plan:
     def blocks(
         self, rows: Spans, cols: Spans, score: Score, head: int
     ) -> Iterator[tuple[slice, slice, Block]]:
-        """(rows, columns, block) where the query rows of some spans see the keys of others.
+        """Yields (rows, columns, block) where the query rows of some spans see the keys of others.
 
         Args:
             score: of the heads at hand, resolved.

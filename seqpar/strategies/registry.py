@@ -1,4 +1,4 @@
-"""All strategies by name. A new one is a file of its own and a line here."""
+"""`STRATEGIES`: all strategies by name. A new one is a file of its own and a line here."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Ring attention: queries stay, and key/value blocks travel round the ranks that see them (context parallel).
 
-Each rank holds some rows of q, k and v. In P steps it meets every block of keys, its own first, then those of
+Each rank holds some rows of q, k and v. In P steps it meets every block of keys: its own first, then those of
 the ranks before it, while the next block is already on its way. Which rows a rank holds is data
 (`plan.layout`), so contiguous, zigzag, striped and uneven shards take the same way through this file.
 
@@ -99,18 +99,18 @@ def _attend_alone(
 
 
 class RingRoute:
-    """Own rows; keys by `ring_pass`, in the order of the ring."""
+    """The route on which own rows meet keys by `ring_pass`, in the order of the ring."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._own = plan.layout.spans[plan.group.rank]
 
     def rows(self, q: Tensor) -> tuple[Spans, Tensor]:
-        """This rank's own."""
+        """The query rows of this rank, as they are."""
         return self._own, q
 
     def columns(self, k: Tensor, v: Tensor) -> Iterator[tuple[Spans, Tensor, Tensor]]:
-        """Block by block, this rank's first."""
+        """Yields the keys block by block, this rank's first."""
         for owner, block in ring_pass((k, v), _key_schedule(self._plan), self._plan.group):
             if block is not None:
                 k_o, v_o = block
@@ -178,7 +178,7 @@ def _row_schedule(plan: Plan) -> RingSchedule:
 
 
 def _out_of_order(plan: Plan) -> str | None:
-    """Why blocks do not arrive in the order of positions."""
+    """Says why blocks do not arrive in the order of positions, or `None` if they do."""
     layout, keys, causal = plan.layout, plan.keys, plan.mask.causal
     # docs/design.md: bits are promised by spans
     if causal and layout.is_in_order and keys.spans == layout.spans:

@@ -13,7 +13,7 @@ from seqpar_kernels import accumulation_dtype
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of an attention call that do not depend on the rank.
+    """The sizes of an attention call that do not depend on the rank.
 
     Args:
         learns: the tensors of the score that get gradients, by name.
@@ -38,14 +38,14 @@ class Shape:
         return Shape(*sizes, q.dtype, learns, with_lse)
 
     def count(self, elements: int, *, wide: bool = False) -> Count:
-        """Elements per batch entry, in the type of the tensors or in the wider type of sums."""
+        """Counts elements, given per batch entry, in the type of the tensors or in the wider type of sums."""
         dtype = accumulation_dtype(self.dtype) if wide else self.dtype
         return Count(self.batch * elements, self.batch * elements * dtype.itemsize)
 
 
 @dataclass(frozen=True)
 class Volume:
-    """What one rank sends."""
+    """The elements and bytes that one rank sends."""
 
     forward: Count = Count()
     backward: Count = Count()

@@ -1,4 +1,4 @@
-"""Who stores which part of the score matrix, and how ranks multiply with it.
+"""A `Sharding` says who stores which part of the score matrix, and how ranks multiply with it.
 
 Attention over a stored matrix is three kinds of product, forward and backward: `outer` of row and column
 vectors makes a matrix, `times` column vectors makes row vectors, `transposed_times` row vectors makes
@@ -31,7 +31,7 @@ from seqpar_kernels import accumulation_dtype, dense
 
 @dataclass(frozen=True, eq=False)
 class Sharding:
-    """Which part of a matrix `[b hq i j]` each rank has. This one: all of it, on a rank that is alone.
+    """A part of a matrix `[b hq i j]` for each rank. Here it is all of it, on a rank that is alone.
 
     Row vectors `[b sl hq w]` and column vectors `[b slk hkv w]` are this rank's own; `of_rows` and
     `of_cols` make of them what products take. A statistic of rows is `[b sl hq]` at their owners and
@@ -55,7 +55,7 @@ class Sharding:
         return z
 
     def for_keys(self) -> Sharding:
-        """Who multiplies with the keys, which forward and backward both do."""
+        """The sharding that multiplies with the keys, as forward and backward both do."""
         return self
 
     def outer(self, y: Tensor, z: Tensor) -> Float[Tensor, "b hq i j"]:
@@ -81,7 +81,7 @@ class Sharding:
         return t.transpose(1, 2)
 
     def share(self, t: Float[Tensor, "b hq i"]) -> Float[Tensor, "b hq n"]:
-        """As much of a statistic of the columns here as no other rank counts too."""
+        """The part of a statistic of the columns here that no other rank counts too."""
         return t
 
     def combine_(self, tops: Float[Tensor, "b hq i"], sums: Float[Tensor, "b hq i"]) -> None:
@@ -93,7 +93,7 @@ class Sharding:
 
 
 class Gathered(Sharding):
-    """Own rows, whole: column vectors are gathered once and kept, little beside the matrix."""
+    """Each rank has its own rows, whole; column vectors, little beside the matrix, are gathered and kept."""
 
     def of_cols(self, z: Tensor) -> Tensor:
         """All columns, as the ranks hold them, one after another."""
@@ -101,18 +101,18 @@ class Gathered(Sharding):
 
 
 class ByRows(Sharding):
-    """Own rows, whole: column vectors travel round the ring, and sums for them come home by it."""
+    """Each rank has its own rows, whole; column vectors travel round the ring, and sums come home by it."""
 
     def for_keys(self) -> Sharding:
-        """Keys are gathered."""
+        """The sharding that gathers keys, since both directions need them."""
         return Gathered(self.group, self.rows, self.cols)
 
     def positions(self) -> tuple[Tensor, Tensor]:
-        """Own rows; the columns as the ranks hold them, one after another."""
+        """The positions of own rows, and of the columns as the ranks hold them, one after another."""
         return self.rows.positions(self.group.rank), self.cols.permutation()
 
     def outer(self, y: Tensor, z: Tensor) -> Tensor:
-        """One block of columns at a time."""
+        """Computes one block of columns at a time."""
         b, i, hq, _ = y.shape
         x = y.new_empty(b, hq, i, self.cols.length, dtype=accumulation_dtype(y.dtype))
         for cols, z_o in self._visits(z):
@@ -120,14 +120,14 @@ class ByRows(Sharding):
         return x
 
     def times(self, x: Tensor, z: Tensor, shape: torch.Size) -> Tensor:
-        """The sum over blocks of columns."""
+        """Sums what the blocks of columns give."""
         total = x.new_zeros(shape)
         for cols, z_o in self._visits(z):
             total += dense.times(x[..., cols], z_o)
         return total
 
     def transposed_times(self, x: Tensor, y: Tensor, shape: torch.Size) -> Tensor:
-        """One block of columns at a time."""
+        """Computes one block of columns at a time."""
         # Nothing is read of this tensor but its shape, type and device.
         sums = RingSum((x.new_empty(shape),), self._schedule, self.group, x.dtype)
         for step in range(self.group.size):
@@ -139,7 +139,7 @@ class ByRows(Sharding):
         return sums.home()[0]
 
     def in_order(self, x: Tensor) -> Tensor:
-        """Columns are whole."""
+        """Puts the columns, which are whole, in order."""
         return x[..., self.cols.inverse()]
 
     @property
@@ -147,7 +147,7 @@ class ByRows(Sharding):
         return RingSchedule(self.group.rank, self.cols.rows)
 
     def _visits(self, z: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """(columns, column vectors) of every rank."""
+        """Yields (columns, column vectors) of every rank."""
         for owner, block in ring_pass((z,), self._schedule, self.group):
             assert block is not None, "every block is wanted"
             yield self._place(owner), block[0]
@@ -158,31 +158,31 @@ class ByRows(Sharding):
 
 
 class ByColumns(Sharding):
-    """Own columns, whole: row vectors are gathered, sums for them reduce-scattered."""
+    """Each rank has its own columns, whole; row vectors are gathered, sums for them reduce-scattered."""
 
     def positions(self) -> tuple[Tensor, Tensor]:
-        """The rows as the ranks hold them, one after another; own columns."""
+        """The positions of the rows as the ranks hold them, one after another, and of own columns."""
         return self.rows.permutation(), self.cols.positions(self.group.rank)
 
     def of_rows(self, y: Tensor) -> Tensor:
-        """All rows."""
+        """Gathers all row vectors."""
         return all_gather(y, self.group, self.rows.rows, dim=1)
 
     def times(self, x: Tensor, z: Tensor, shape: torch.Size) -> Tensor:  # noqa: ARG002
-        """The sum over ranks of what their columns give."""
+        """Sums over ranks what their columns give."""
         return reduce_scatter(dense.times(x, z), self.group, self.rows.rows, dim=1)
 
     def spread(self, t: Tensor) -> Tensor:
-        """Of all rows."""
+        """Gathers the statistic of all rows."""
         return all_gather(t, self.group, self.rows.rows, dim=1).transpose(1, 2)
 
     def own(self, t: Tensor) -> Tensor:
-        """Some rows: every rank has the statistic of all."""
+        """Takes own rows out: every rank has the statistic of all."""
         start = sum(self.rows.rows[: self.group.rank])
         return t.narrow(2, start, self.rows.rows[self.group.rank]).transpose(1, 2)
 
     def combine_(self, tops: Tensor, sums: Tensor) -> None:
-        """The maxima first, then the sums of exponentials relative to them."""
+        """Combines the maxima first, then the sums of exponentials relative to them."""
         before = tops.clone()
         self.group.all_reduce_(tops, "max")
         # A row that sees nothing has the maximum -inf, and -inf - (-inf) would be NaN.
@@ -190,48 +190,48 @@ class ByColumns(Sharding):
         self.group.all_reduce_(sums, "sum")
 
     def in_order(self, x: Tensor) -> Tensor:
-        """Rows are whole."""
+        """Puts the rows, which are whole, in order."""
         return x[:, :, self.rows.inverse()]
 
 
 class ByDepth(Sharding):
-    """Everything on every rank, as the sum of what slices of the vectors' width give."""
+    """Every rank has the whole matrix, as the sum of what slices of the vectors' width give."""
 
     def of_rows(self, y: Tensor) -> Tensor:
-        """A slice of all rows."""
+        """Exchanges all of own rows for a slice of all rows."""
         return self._slice(y, self.rows)
 
     def of_cols(self, z: Tensor) -> Tensor:
-        """A slice of all columns."""
+        """Exchanges all of own columns for a slice of all columns."""
         return self._slice(z, self.cols)
 
     def outer(self, y: Tensor, z: Tensor) -> Tensor:
-        """The sum over slices, on every rank."""
+        """Sums what the slices give, on every rank."""
         x = dense.outer(y, z)
         self.group.all_reduce_(x, "sum")
         return x
 
     def times(self, x: Tensor, z: Tensor, shape: torch.Size) -> Tensor:
-        """A slice for all rows, exchanged for all slices of own rows."""
+        """Multiplies for a slice of all rows, and exchanges that for all slices of own rows."""
         return self._unslice(dense.times(x, z).to(z.dtype), self.rows, shape[3])
 
     def transposed_times(self, x: Tensor, y: Tensor, shape: torch.Size) -> Tensor:
-        """A slice for all columns, exchanged for all slices of own columns."""
+        """Multiplies for a slice of all columns, and exchanges that for all slices of own columns."""
         return self._unslice(
             dense.transposed_times(x, y, shape[2]).to(y.dtype), self.cols, shape[3]
         )
 
     def spread(self, t: Tensor) -> Tensor:
-        """Of all rows."""
+        """Gathers the statistic of all rows."""
         gathered = all_gather(t, self.group, self.rows.rows, dim=1)
         return gathered[:, self.rows.inverse()].transpose(1, 2)
 
     def own(self, t: Tensor) -> Tensor:
-        """Some rows: every rank has the statistic of all."""
+        """Takes own rows out: every rank has the statistic of all."""
         return self.share(t).transpose(1, 2)
 
     def share(self, t: Tensor) -> Tensor:
-        """Own rows, or every rank would count all."""
+        """Takes own rows out, or every rank would count all."""
         return t[..., self.rows.positions(self.group.rank)]
 
     def _slice(self, x: Tensor, layout: Layout) -> Tensor:
@@ -243,11 +243,11 @@ class ByDepth(Sharding):
         return x.transpose(2, 3).contiguous()
 
     def _all_to_all(self, layout: Layout, width: int) -> AllToAll:
-        """Entries of a vector are dealt as Ulysses deals heads."""
+        """The all-to-all in which entries of a vector are dealt as Ulysses deals heads."""
         places = tuple(layout.places(rank) for rank in range(layout.size))
         return AllToAll(self.group, (places,), (slices(width, layout.size),), (width,), (None,))
 
 
 def slices(width: int, size: int) -> tuple[tuple[int, int], ...]:
-    """By rank, the entries (start, stop) of a vector it takes: as even as can be, or none."""
+    """Deals the entries of a vector to ranks, as evenly as can be: (start, stop) of each."""
     return split_heads(width, 1, size).q

@@ -11,7 +11,7 @@ from seqpar.strategies.plan import Plan
 
 @dataclass(frozen=True)
 class Order:
-    """How a strategy gives the same bits for any number of ranks.
+    """The way in which a strategy gives the same bits for any number of ranks.
 
     Args:
         refusal: why a plan cannot have them, as an error message, or `None`.

@@ -1,4 +1,4 @@
-"""What query rows take along where they travel in backward, packed and unpacked here alone."""
+"""The message in which query rows travel in backward, packed and unpacked here alone."""
 
 from __future__ import annotations
 

@@ -56,8 +56,8 @@ def ulysses_attention(
 ) -> tuple[Float[Tensor, "b sl hq vd"], Float[Tensor, "b sl hq"] | None]:
     """(out, lse if asked for) of this rank's rows. The call has been checked; all ranks must call.
 
-    Any head counts: ranges of query heads differ by at most one, a kv head is sent to every rank
-    whose query heads need it, and ranks beyond the number of heads attend nothing.
+    Any head counts will do. Ranges of query heads differ by at most one, and a kv head is sent to every rank
+    whose query heads need it. Ranks beyond the number of heads attend nothing.
     """
     grid = _grid(plan)
     (i, j), inner = grid.index_of(plan.group.rank), grid.ulysses
@@ -74,7 +74,7 @@ def ulysses_attention(
 
 
 class _Attend:
-    """What is done between the exchanges, chunk after chunk."""
+    """The attention between the exchanges, chunk after chunk."""
 
     def __init__(
         self, cut: Cut, rank: int, middle: Plan, *, in_order: bool, with_lse: bool
@@ -87,7 +87,7 @@ class _Attend:
         self._vs: list[Tensor] = []
 
     def __call__(self, chunk: int, came: Sequence[Tensor]) -> list[Tensor]:
-        """Out and, if asked for, lse `[b s h 1]`, of whole sequences of some heads.
+        """Attends whole sequences of some heads: out and, if asked for, lse `[b s h 1]`.
 
         Args:
             came: q of the chunk; k and v of the chunk, or with the first one of all.
@@ -140,7 +140,7 @@ class _Exchanges:
 
 
 def _in_chunks(xs: Sequence[Tensor], exchanges: _Exchanges, attend: _Attend) -> list[Tensor]:
-    """What is attended of q, k, v, in the order of heads, with these rows.
+    """Attends q, k and v chunk by chunk; gives the results of own rows, in the order of heads.
 
     While a chunk is attended the next one comes and the one before goes back. Backward runs through the
     same in reverse, so each wait must come after the attention that it leaves time for.
@@ -197,7 +197,7 @@ def _grid(plan: Plan) -> Grid:
 def _middle(
     plan: Plan, grid: Grid
 ) -> tuple[Plan, tuple[tuple[Places, ...], ...], tuple[tuple[Places, ...], ...]]:
-    """The plan between the exchanges, and by ring index and rank where rows of q and of k then are."""
+    """The plan between the exchanges, and where the rows of q and of k then are, by ring index and rank."""
     layout, at_q = _merged(plan.layout, grid.members)
     keys, at_k = _merged(plan.keys, grid.members)
     outer = Group.alone() if grid.shape[0] == 1 else grid.ring

@@ -1,7 +1,7 @@
-"""`workspace`: what torch's attention on CPU allocates inside of one call, measured and not modelled.
+"""`workspace` measures what torch's attention on CPU allocates inside of one call.
 
 The op is run on small tensors with the same strides under the profiler. What it takes grows with rows and
-with columns in straight lines once both are longer than its tiles, so three runs tell of any length.
+with columns in straight lines, once both are longer than its tiles: so three runs tell of any length.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _Form = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # of a tensor: sha
 
 
 def workspace(op: Any, args: tuple[Any, ...], options: dict[str, Any]) -> int:
-    """Bytes inside of a call of an op at its fullest moment, beside what it gives back; of others, 0.
+    """Counts the bytes inside of an op at its fullest moment, beside what it gives back; 0 for other ops.
 
     Args:
         op, args, options: the call; its tensors may be without content.
