@@ -1,6 +1,7 @@
 """`Transport`: all that a group needs of the wire: point-to-point batches, a reduction, small objects.
 
-Two kinds exist: `processes.ProcessTransport` over torch.distributed and `threads.ThreadTransport`.
+Messages travel by `processes.ProcessTransport`, over torch.distributed, or by `threads.ThreadTransport`. A
+group of one, a dimension of a grid and a silent group have small transports of their own.
 """
 
 from __future__ import annotations
