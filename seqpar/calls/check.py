@@ -53,7 +53,8 @@ def agree_on_call(
     # docs/design.md: agreement on every call
     with agreed(plan.group, operation=operation) as claim:
         resolved = check_call(q, k, v, plan, with_lse=with_lse)
-        claim |= _claim(q, k, v, resolved, with_lse, learning)
+        if plan.group.size > 1:  # one rank has nobody to tell
+            claim |= _claim(q, k, v, resolved, with_lse, learning)
         if operation == "attention" and is_heard(plan.group):
             learns = tuple(name for name in TENSORS if claim[f"{name} learn"])
             announce(resolved, Shape.of(q, k, v, with_lse=with_lse, learns=learns), q.device)
@@ -84,9 +85,9 @@ def resolve(plan: Plan, q: Tensor, v: Tensor, *, with_lse: bool = False) -> Plan
         ValueError: bits cannot be invariant with this strategy, layout and mask.
         NotImplementedError: no implementation serves them, or not the requested one.
     """
-    plan = replace(plan, score=plan.score.resolve(q.shape[3]), dropout=plan.drops)
+    score = plan.score.resolve(q.shape[3])
     # docs/design.md: lse is differentiated where it is asked for
-    request = Request.of(q, v, plan.score, plan.drops, plan.packed, lse=with_lse)
+    request = Request.of(q, v, score, plan.drops, plan.packed, lse=with_lse)
     invariant = is_invariant(plan, request)
     name: Implementation | None
     if invariant:
@@ -104,7 +105,7 @@ def resolve(plan: Plan, q: Tensor, v: Tensor, *, with_lse: bool = False) -> Plan
     else:
         name = choose(request, plan.implementation)
     # docs/design.md: `choice.py` alone decides
-    return replace(plan, implementation=name, invariant=invariant)
+    return replace(plan, implementation=name, invariant=invariant, score=score, dropout=plan.drops)
 
 
 def _check_plan(plan: Plan) -> None:
