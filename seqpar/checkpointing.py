@@ -29,10 +29,10 @@ class _Again:
     """Plays the replay whenever it is entered: a graph that is kept goes backward more than once."""
 
     def __init__(self, replay: Replay) -> None:
-        self._tape = replay
+        self._replay = replay
 
     def __enter__(self) -> None:
-        self._playing = self._tape.play()
+        self._playing = self._replay.play()
         self._playing.__enter__()
 
     def __exit__(self, *error: object) -> None:

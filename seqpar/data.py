@@ -51,7 +51,7 @@ def unshard_sequence(x: Tensor, layout: Layout, group: Group, dim: int = 1) -> T
         other_dims = [n for i, n in enumerate(x.shape) if i != dim % x.ndim]
         claim |= {
             "layout": layout,
-            "spans": hash(layout.spans),
+            "spans": layout.fingerprint,
             "dtype": x.dtype,
             "dim": dim % x.ndim,
         }

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from seqpar.comm import Count
-from seqpar_kernels import accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -36,11 +35,6 @@ class Shape:
         """The sizes of `q [b sl hq d]`, `k [b sl hkv d]`, `v [b sl hkv vd]`, and what is wanted of it."""
         sizes = q.shape[0], q.shape[2], k.shape[2], q.shape[3], v.shape[3]
         return Shape(*sizes, q.dtype, learns, with_lse)
-
-    def count(self, elements: int, *, wide: bool = False) -> Count:
-        """Counts elements, given per batch entry, in the type of the tensors or in the wider type of sums."""
-        dtype = accumulation_dtype(self.dtype) if wide else self.dtype
-        return Count(self.batch * elements, self.batch * elements * dtype.itemsize)
 
 
 @dataclass(frozen=True)

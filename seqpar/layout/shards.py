@@ -46,6 +46,9 @@ class Layout:
         object.__setattr__(self, "code", repr((self.kind, self.length, self.size, spans)))
         if len(self.spans) != self.size:
             raise ValueError(f"a layout for {self.size} ranks needs as many lists of spans")
+        for span in (span for s in self.spans for span in s):
+            if span.step < 1:
+                raise ValueError(f"spans go upwards in steps of at least 1, got {span}")
         # Spans of one step and remainder must follow on one another, from the first to the last position.
         due = {
             span.step: list(range(min(span.step, self.length))) for s in self.spans for span in s

@@ -48,9 +48,7 @@ def allgather_attention(
 ) -> tuple[Float[Tensor, "b sl hq vd"], Float[Tensor, "b sl hq"]]:
     """(out, lse) of this rank's rows of softmax(q k^T) v. The call has been checked; all ranks must call."""
     # docs/design.md: the all-gather is the mesh of one column
-    route: Route = MeshRoute(plan, column(plan))
-    if plan.invariant:
-        route = InOrderRoute(plan)
+    route: Route = InOrderRoute(plan) if plan.invariant else MeshRoute(plan, column(plan))
     return attend_by(route, q, k, v, plan, plan.score.resolve(q.shape[-1]))
 
 

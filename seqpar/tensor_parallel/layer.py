@@ -194,16 +194,15 @@ class ParallelAttention(nn.Module):
         Raises:
             ValueError: slopes or sinks are not one per query head.
         """
-        terms: dict[str, Any] = {}
-        for name in ("alibi_slopes", "sinks"):
-            term = getattr(score, name)
-            if term is not None and len(term) != self.qkv.num_heads:
+        tensors = score.tensors
+        for name, term in tensors.items():
+            if len(term) != self.qkv.num_heads:
                 raise ValueError(
                     f"{name} must be one for each of {self.qkv.num_heads} query heads, got {len(term)}"
                 )
-            shared = term is not None and term.requires_grad and self.tp.size > 1
-            terms[name] = replicate(term, self.tp) if shared else term
-        whole = replace(score, **terms)
+            if term.requires_grad and self.tp.size > 1:
+                tensors[name] = replicate(term, self.tp)
+        whole = score.with_tensors(tensors)
         return whole.of_heads(self.first_head, self.dealt.num_q(self.tp.rank))
 
     def load_whole(self, state: Mapping[str, Tensor]) -> None:

@@ -142,3 +142,9 @@ def test_wrong_requests_are_refused():
         Layout("own", 4, 2, ((Span(0, 4),),))
     with pytest.raises(ValueError, match="multiple of hkv"):
         split_heads(3, 2, 1)
+
+
+@pytest.mark.parametrize("step", [0, -1])
+def test_spans_that_do_not_go_upwards_are_refused(step):
+    with pytest.raises(ValueError, match="in steps of at least 1, got Span"):
+        Layout("own", 2, 1, ((Span(1, 2, step),),))

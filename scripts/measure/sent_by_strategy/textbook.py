@@ -7,6 +7,7 @@ from typing import Any
 
 from sent_by_strategy.routes import Way
 from seqpar.calls import Shape
+from seqpar_kernels import accumulation_dtype
 
 
 def textbook(way: Way, ranks: int, length: int, shape: Shape) -> tuple[float, float] | None:
@@ -41,5 +42,7 @@ def textbook(way: Way, ranks: int, length: int, shape: Shape) -> tuple[float, fl
     if way.strategy not in table or way.invariant:
         return None
     a, b, c, e = table[way.strategy]
-    narrow, wide = (shape.count(1, wide=w).bytes for w in (False, True))
+    narrow, wide = (
+        shape.batch * dtype.itemsize for dtype in (shape.dtype, accumulation_dtype(shape.dtype))
+    )
     return float(narrow * a + wide * b), float(narrow * c + wide * e)
