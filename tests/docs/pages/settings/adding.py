@@ -1,8 +1,14 @@
 """What the blocks of docs/adding.md need."""
 
+from dataclasses import replace
+
+import pytest
 import torch
+from transformers import GraniteConfig, GraniteForCausalLM
 
 import seqpar
+from seqpar.integrations.transformers import replace_attention
+from seqpar.integrations.transformers.replace import original
 from seqpar.strategies import STRATEGIES
 
 
@@ -32,3 +38,26 @@ def layout():
     one = seqpar.Group.alone()
     alone = seqpar.RingAttention(one, mask=attend.mask)(x, x, x, seqpar.contiguous(100, 1))
     torch.testing.assert_close(whole, alone)
+
+
+def family():
+    """The model attends over ranks as on one device; a family that forgets a factor is refused."""
+    monkeypatch = pytest.MonkeyPatch()
+    names = {}
+    yield names
+    granite = names["granite"]
+    config = GraniteConfig(
+        vocab_size=16, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, attention_multiplier=0.3,
+    )  # fmt: skip
+    forgets = replace(granite, terms=lambda module: {"scaling": module.head_dim**-0.5})
+    for known, is_refused in ((forgets, True), (granite, False)):
+        monkeypatch.setattr(original, "FAMILIES", (*original.FAMILIES, known))
+        torch.manual_seed(0)
+        model = GraniteForCausalLM(config).double().eval()
+        if is_refused:
+            with pytest.raises(NotImplementedError, match="returns other"):
+                replace_attention(model)
+        else:
+            replace_attention(model)
+        monkeypatch.undo()
