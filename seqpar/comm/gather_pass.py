@@ -14,7 +14,7 @@ from itertools import accumulate
 from torch import Tensor
 
 from seqpar.comm.group import Group
-from seqpar.comm.packed_message import Block, PackedMessage
+from seqpar.comm.packed_message import PackedMessage, Tensors
 from seqpar.comm.transport import Pending
 
 
@@ -84,8 +84,8 @@ class GatherSchedule:
 
 
 def gather_pass(
-    block: Block, schedule: GatherSchedule, group: Group, *, primitive: str = "gather"
-) -> Iterator[tuple[Chunk, Block]]:
+    block: Tensors, schedule: GatherSchedule, group: Group, *, primitive: str = "gather"
+) -> Iterator[tuple[Chunk, Tensors]]:
     """Yields (pieces, their rows one after the other) for every chunk, as far as this rank wants them.
 
     Args:
@@ -94,9 +94,11 @@ def gather_pass(
     message = PackedMessage.of(block)
     sent = [schedule.sent(n) for n in range(schedule.num_chunks)]
     last = max((n for n, messages in enumerate(sent) if messages), default=-1)
-    packed: dict[Piece, Block] = {}  # own pieces as they are sent: where they are held, if they are
+    packed: dict[
+        Piece, Tensors
+    ] = {}  # own pieces as they are sent: where they are held, if they are
 
-    def start(n: int) -> tuple[Chunk, Block, Pending]:
+    def start(n: int) -> tuple[Chunk, Tensors, Pending]:
         received = schedule.received(n)
         rows = sum(p.length for p, _ in received)
         chunk = message.empty(block[0], rows, block[0].shape[0], block[0].shape[2])
@@ -141,7 +143,7 @@ class HomeSum:
 
     def __init__(
         self,
-        like: Block,
+        like: Tensors,
         schedule: GatherSchedule,
         group: Group,
         *,
@@ -156,7 +158,7 @@ class HomeSum:
         self._arriving: list[tuple[int, Piece, Tensor]] = []
 
     @contextmanager
-    def share(self) -> Iterator[Block]:
+    def share(self) -> Iterator[Tensors]:
         """The tensors to add this rank's share of the chunk to; then they go to the owners of the pieces."""
         rows = sum(p.length for p, _ in self._schedule.received(self._n))
         share = self._empty(rows).zero_()
@@ -167,7 +169,7 @@ class HomeSum:
         )
         self._n += 1
 
-    def home(self) -> Block:
+    def home(self) -> Tensors:
         """This rank's rows, with the shares of all ranks."""
         self._land()
         return self._message.unpack((self._total,))
@@ -185,8 +187,8 @@ class HomeSum:
 
 
 def send_home(
-    block: Block, schedule: GatherSchedule, group: Group, *, primitive: str = "scatter"
-) -> list[tuple[Piece, Block]]:
+    block: Tensors, schedule: GatherSchedule, group: Group, *, primitive: str = "scatter"
+) -> list[tuple[Piece, Tensors]]:
     """Sends home what was gathered in one chunk; gives what each rank, in order, has for this rank's rows.
 
     Args:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from seqpar_kernels import accumulation_dtype
 
-Block = tuple[Tensor, ...]
+Tensors = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class PackedMessage:
         """The dtype of each message."""
         return list(dict.fromkeys(self.dtypes))
 
-    def pack(self, block: Sequence[Tensor]) -> Block:
+    def pack(self, block: Sequence[Tensor]) -> Tensors:
         """The messages, each `[rows b h w]` and contiguous. Copies."""
         wide = [x if x.ndim == 4 else x.unsqueeze(-1) for x in block]
         return tuple(
@@ -49,7 +49,7 @@ class PackedMessage:
             for dtype in self.messages
         )
 
-    def unpack(self, messages: Sequence[Tensor]) -> Block:
+    def unpack(self, messages: Sequence[Tensor]) -> Tensors:
         """The tensors `[b rows h (w)]`, views of the messages."""
         parts = {
             dtype: iter(
@@ -65,7 +65,7 @@ class PackedMessage:
             x if w is not None else x.squeeze(-1) for x, w in zip(tensors, self.widths, strict=True)
         )
 
-    def empty(self, like: Tensor, rows: int, batch: int, heads: int) -> Block:
+    def empty(self, like: Tensor, rows: int, batch: int, heads: int) -> Tensors:
         """Messages to receive, on the device of a tensor."""
         return tuple(
             like.new_empty(rows, batch, heads, self._width(dtype), dtype=dtype)

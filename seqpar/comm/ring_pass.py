@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from seqpar.comm.group import Group
-from seqpar.comm.packed_message import Block, PackedMessage
+from seqpar.comm.packed_message import PackedMessage, Tensors
 from seqpar.comm.transport import Message, Pending
 
 Wants = Callable[[int, int], bool]  # (visitor, owner): whether the visitor wants the owner's block
@@ -42,6 +42,10 @@ class RingSchedule:
         """The rank so many steps ahead of this one."""
         return (self.rank + steps * self.direction) % self.size
 
+    def owner_at(self, step: int) -> int:
+        """The rank whose block is due here at this step: the one so many steps behind."""
+        return self.at(-step)
+
     @property
     def size(self) -> int:
         """The number of ranks."""
@@ -67,8 +71,8 @@ class RingSchedule:
 
 
 def ring_pass(
-    block: Block, schedule: RingSchedule, group: Group, *, primitive: str = "ring_pass"
-) -> Iterator[tuple[int, Block | None]]:
+    block: Tensors, schedule: RingSchedule, group: Group, *, primitive: str = "ring_pass"
+) -> Iterator[tuple[int, Tensors | None]]:
     """Yields (owner, block of that owner, or `None` if this rank does not want it), for all P owners.
 
     This rank's own comes first. A block must not be used once the next one is asked for, nor written to.
@@ -78,14 +82,14 @@ def ring_pass(
     """
     message = PackedMessage.of(block)
     own = message.pack(block) if schedule.is_awaited() else ()
-    held: Block | None = own
+    held: Tensors | None = own
     double = _DoubleBuffer(block, message, max(schedule.rows))
     last_far = max((step for step in range(group.size - 1) if schedule.goes_far(step)), default=0)
     for step in range(group.size):
-        owner, coming = schedule.at(-step), schedule.at(-step - 1)
+        owner, coming = schedule.owner_at(step), schedule.owner_at(step + 1)
         sends: list[Message] = []
         receives: list[Message] = []
-        arriving: Block | None = None
+        arriving: Tensors | None = None
         if step + 1 < group.size:
             if held is not None and schedule.visits(schedule.at(1), owner):
                 sends += [(schedule.at(1), x) for x in held]
@@ -113,7 +117,13 @@ class RingSum:
     """Sums, for each block, what every visitor adds to it, at the rank that owns it.
 
     In every step of a `ring_pass` on the same schedule, for a wanted block or not: `with sums.share()` gives
-    tensors to add to and sends them on. Sums follow the blocks and go home from where a chain ends.
+    tensors to add to and sends them on. Sums follow the blocks and go home from where a chain ends. Of three
+    ranks that want all blocks, on rank 0::
+
+        step   adds to the sum of   which then goes to   meanwhile comes the sum of
+        0      block 0, its own     nowhere
+        1      block 2              rank 1               block 1, from rank 2, to be added to
+        2      block 1              rank 1, its owner    block 0, from rank 2, with the others' shares
 
     Args:
         like: this rank's tensors that the sums are for; a sum has their shapes, all in the type of sums.
@@ -124,7 +134,7 @@ class RingSum:
 
     def __init__(
         self,
-        like: Block,
+        like: Tensors,
         schedule: RingSchedule,
         group: Group,
         *,
@@ -143,7 +153,7 @@ class RingSum:
         self._share: Tensor | None = None
 
     @contextmanager
-    def share(self) -> Iterator[Block | None]:
+    def share(self) -> Iterator[Tensors | None]:
         """The tensors to add this rank's share to, or `None` if it does not want the block.
 
         At the end of the `with` the sum goes to the next visitor, or home.
@@ -151,9 +161,9 @@ class RingSum:
         yield self._open()
         self._close()
 
-    def _open(self) -> Block | None:
+    def _open(self) -> Tensors | None:
         schedule, rank = self._schedule, self._schedule.rank
-        owner = schedule.at(-self._step)
+        owner = schedule.owner_at(self._step)
         if owner != rank and not schedule.visits(rank, owner):
             self._share = None
             return None
@@ -167,7 +177,7 @@ class RingSum:
 
     def _close(self) -> None:
         schedule, rank, step = self._schedule, self._schedule.rank, self._step
-        owner = schedule.at(-step)
+        owner = schedule.owner_at(step)
         self._land()
         share, self._share, self._step = self._share, None, step + 1
         sends: list[Message] = []
@@ -181,8 +191,8 @@ class RingSum:
             self._total = share
         elif share is not None:
             sends = [(schedule.at(1) if goes_on else owner, share)]
-        if self._is_continued(schedule.at(-step - 1)):
-            self._for_next = self._empty(schedule.rows[schedule.at(-step - 1)])
+        if self._is_continued(schedule.owner_at(step + 1)):
+            self._for_next = self._empty(schedule.rows[schedule.owner_at(step + 1)])
             receives.append((schedule.at(-1), self._for_next))
         # The sum for this rank's block is now at `last`, and comes home unless the next rank wants it too.
         last = schedule.at(step)
@@ -195,7 +205,7 @@ class RingSum:
             receives.append((last, self._for_home))
         self._pending = self._group.exchange(self._primitive, sends, receives)
 
-    def home(self) -> Block:
+    def home(self) -> Tensors:
         """This rank's own block, with the shares of all ranks."""
         self._land()
         assert self._total is not None, "every block had its step"
@@ -231,12 +241,12 @@ class RingSum:
 class _DoubleBuffer:
     """A pair of blocks to receive in by turns, each made when it is first needed."""
 
-    def __init__(self, block: Block, message: PackedMessage, rows: int) -> None:
+    def __init__(self, block: Tensors, message: PackedMessage, rows: int) -> None:
         self._shape = rows, block[0].shape[0], block[0].shape[2]
         self._block, self._message = block, message
-        self._buffers: list[Block | None] = [None, None]
+        self._buffers: list[Tensors | None] = [None, None]
 
-    def of(self, step: int, rows: int) -> Block:
+    def of(self, step: int, rows: int) -> Tensors:
         """The buffer of a step, for so many rows."""
         # The other buffer has the block that is in use while this one is filled.
         buffer = self._buffers[step % 2]

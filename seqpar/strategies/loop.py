@@ -171,7 +171,7 @@ class _Loop(torch.autograd.Function):
         sums = call.route.backward(mine, k, v, by_row, differentiate)
         shares = {**sums.learned, **finished_gradients(score, lse, mine.delta, wanted)}
         learned = (
-            _share(shares[name], plan).to(x.dtype) if name in wanted else None
+            _own_gradient(shares[name], plan).to(x.dtype) if name in wanted else None
             for name, x in zip(call.names, tensors, strict=True)
         )
         return None, *(x.to(q.dtype) for x in (sums.dq, sums.dk, sums.dv)), *learned
@@ -200,7 +200,7 @@ def like_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out, q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
 
 
-def _share(x: Tensor, plan: Plan) -> Tensor:
+def _own_gradient(x: Tensor, plan: Plan) -> Tensor:
     """Sums a gradient `[hq]` over this rank's rows, of which `x [b sl hq]` has a part each.
 
     Where bits must not depend on the number of ranks, rank 0 adds all rows in the order of positions. The

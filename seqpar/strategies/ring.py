@@ -5,7 +5,8 @@ the ranks before it, while the next block is already on its way. Which rows a ra
 (`plan.layout`), so contiguous, zigzag, striped and uneven shards take the same way through this file.
 
 A causal zigzag ring of three ranks: rank 0 holds runs 0 and 5 of six, rank 1 runs 1 and 4, rank 2 runs
-2 and 3. The table says in which step a run of query rows (down) meets a run of keys (across)::
+2 and 3, which are neighbours and so one span. The table says in which step a run of query rows (down) meets
+a run of keys (across)::
 
               keys of   rank 0  rank 1  rank 2  rank 2  rank 1  rank 0
               run          0       1       2       3       4       5
@@ -24,6 +25,9 @@ queries and slk of keys; o is the owner of the block at hand::
     forward    k_o, v_o travel
     backward   k_o, v_o travel, and one step behind them the sums of dk_o, dv_o in float32
                or, if that is fewer bytes, q_o, dout_o, lse_o, delta_o and the sum of dq_o
+
+Keys are fewer bytes where query heads share them, rows mostly where each has its own. Rows travel the other
+way round: in step t the keys of rank r meet the rows of rank r + t, in step 1 keys of rank 0 rows of rank 1.
 
 Source: Liu et al. 2023, Ring Attention (arXiv:2310.01889), section 3; that queries may travel backward,
 Sun et al. 2024, BurstAttention (arXiv:2403.09347).
@@ -132,11 +136,11 @@ class RingRoute:
     ) -> Gradients:
         """Keys travel and meet these rows, or rows travel and meet these keys: what is fewer bytes."""
         plan, wide = self._plan, mine.delta.dtype
-        rows = row_bytes(row_message(mine, plan.implementation))
-        rows += row_bytes((mine.q, *learned.values()), wide)
-        keys = row_bytes((k, v)) + row_bytes((k, v), wide)
+        row_cost = row_bytes(row_message(mine, plan.implementation))
+        row_cost += row_bytes((mine.q, *learned.values()), wide)
+        key_cost = row_bytes((k, v)) + row_bytes((k, v), wide)
         # docs/design.md: what is smaller travels backward
-        if rows * plan.layout.length < keys * plan.keys.length:
+        if row_cost * plan.layout.length < key_cost * plan.keys.length:
             return self._rows_travel(mine, k, v, learned, differentiate)
         return self._keys_travel(mine, k, v, learned, differentiate)
 
@@ -149,7 +153,8 @@ class RingRoute:
         for owner, block in ring_pass((k, v), schedule, plan.group):
             # Sums move in every step, wanted or not, so that ranks stay in step.
             with sums.share() as share:
-                if block is not None and share is not None:
+                if block is not None:
+                    assert share is not None, "blocks and their sums take the same way"
                     (k_o, v_o), (dk_o, dv_o), cols = block, share, plan.keys.spans[owner]
                     differentiate(Meeting(self._own, cols, mine, k_o, v_o, dq, dk_o, dv_o, learned))
         dk, dv = sums.home()
@@ -165,7 +170,8 @@ class RingRoute:
         dk, dv = zeros_for(k), zeros_for(v)
         for owner, block in ring_pass(row_message(mine, plan.implementation), schedule, plan.group):
             with sums.share() as share:
-                if block is not None and share is not None:
+                if block is not None:
+                    assert share is not None, "blocks and their sums take the same way"
                     rows, (dq_o, *by_row) = rows_of(block, lse_learns=mine.lse_learns), share
                     spans, learned_o = plan.layout.spans[owner], _named(learned, by_row)
                     differentiate(Meeting(spans, own_keys, rows, k, v, dq_o, dk, dv, learned_o))

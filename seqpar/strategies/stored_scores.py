@@ -131,7 +131,7 @@ class ByRows(Sharding):
         # Of this tensor only shape, type and device are read.
         sums = RingSum((x.new_empty(shape),), self._schedule, self.group)
         for step in range(self.group.size):
-            cols = self._place(self._schedule.at(-step))
+            cols = self._place(self._schedule.owner_at(step))
             with sums.share() as share:
                 assert share is not None, "every block is wanted"
                 share[0].add_(dense.transposed_times(x[..., cols], y, shape[2]))

@@ -255,7 +255,7 @@ def check_pieces(results, wanted):
     st.lists(st.sampled_from([torch.float64, torch.float32]), min_size=1, max_size=4),
     st.integers(1, 3), st.integers(0, 4), st.integers(1, 3),
 )  # fmt: skip
-def test_parcels_are_unpacked_as_they_were_packed(dtypes, batch, rows, heads):
+def test_messages_are_unpacked_as_they_were_packed(dtypes, batch, rows, heads):
     block = tuple(
         torch.randn((batch, rows, heads) + (n,) * (n > 0), dtype=dtype)
         for n, dtype in enumerate(dtypes)

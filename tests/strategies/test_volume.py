@@ -108,7 +108,7 @@ def narrow_and_wide(strategy, size, case, columns=1):
         return (2 * f * N * hk, f * N * hk), (0, 2 * f * N * hk)
     if strategy == "materialised_columns":
         return (f * N * hq, f * N * hq), (f * N * (hq + 4 * n_q), f * N * (hq + n_q))
-    assert strategy == "materialised_depth"
+    assert strategy == "materialised_depth", f"write the closed form of {strategy} here"
     exchanged, scores = f / P * N * (2 * hq + 2 * hk), 2 * f * n_q * N**2
     return (exchanged, exchanged), (scores, scores + f * N * n_q)
 

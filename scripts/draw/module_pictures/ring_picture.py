@@ -40,7 +40,7 @@ def meetings(layout: Layout, mask: Mask) -> list[Meeting]:
     found = []
     for step in range(layout.size):
         for rank in range(layout.size):
-            owner = RingSchedule(rank, layout.rows).at(-step)
+            owner = RingSchedule(rank, layout.rows).owner_at(step)
             met = tiles(layout.spans[rank], layout.spans[owner], mask)
             found.append(Meeting(step, rank, owner, met))
     return found

@@ -25,7 +25,7 @@ TENSOR_PARALLEL = [
     Plant("norms learn from this rank's heads only", f"{FOLDER}/layer.py",
           "{name: replicate(p, self.tp) for", "{name: p for", LAYER),
     Plant("slopes learn from this rank's heads only", f"{FOLDER}/layer.py",
-          "replicate(term, self.tp) if shared else term", "term", LAYER),
+          "tensors[name] = replicate(term, self.tp)", "tensors[name] = term", LAYER),
     Plant("every rank has the slopes of the first", f"{FOLDER}/layer.py",
           "whole.of_heads(self.first_head,", "whole.of_heads(0,", LAYER),
     Plant("every rank drops as the first", f"{FOLDER}/layer.py",
