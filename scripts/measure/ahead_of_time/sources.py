@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
@@ -19,19 +20,12 @@ POINTERS = {
 HEADS, KV_HEADS, BATCH = 32, 8, 2
 
 
-class Recorder:
-    """Stands in for a kernel and keeps what it was last launched with."""
+@dataclass(frozen=True)
+class Launch:
+    """What a kernel was launched with."""
 
-    def __init__(self) -> None:
-        self.args: tuple[Any, ...] = ()
-        self.kwargs: dict[str, Any] = {}
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Recorder:
-        return self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        """Keeps the arguments."""
-        self.args, self.kwargs = args, kwargs
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 def make_block(case: Case) -> Block:
@@ -44,14 +38,18 @@ def make_block(case: Case) -> Block:
     return Block(BANDS[case.mask], score, dropout=drop, documents=documents)
 
 
-def launch(case: Case) -> Recorder:
+def launch(case: Case) -> Launch:
     """The arguments that the launcher gives the kernel."""
-    recorders = {f"{name}_kernel": Recorder() for name in tuning.KERNELS}
+    launched: dict[Any, Launch] = {}
+
+    def record(kernel: Any, _programs: int, _on: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        launched[kernel] = Launch(args, kwargs)
+
     dtype, block, tiles = getattr(torch, case.dtype), make_block(case), tuning.Tiles(*case.tiles)
     meta = {"dtype": dtype, "device": "meta"}
     q, dout, out = (torch.empty(BATCH, case.length, HEADS, case.d, **meta) for _ in range(3))
     k, v = (torch.empty(BATCH, case.length, KV_HEADS, case.d, **meta) for _ in range(2))
-    with patch.multiple(triton_attention, family=lambda _: case.target, **recorders):
+    with patch.multiple(triton_attention, family=lambda _: case.target, launch=record):
         if case.kernel == "forward":
             triton_attention.forward(q, k, v, block, Partial.identity(q, case.d), tiles)
         else:
@@ -60,7 +58,7 @@ def launch(case: Case) -> Recorder:
             learned = dslopes if case.feature == "alibi" else None
             rows = Rows(q, out, dout, lse, delta)
             triton_attention.backward(rows, k, v, block, into, learned, (tiles, tiles))
-    return recorders[f"{case.kernel}_kernel"]
+    return launched[getattr(triton_attention, f"{case.kernel}_kernel")]
 
 
 def make_source(case: Case) -> tuple[ASTSource, dict[str, Any]]:
