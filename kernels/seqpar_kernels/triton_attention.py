@@ -15,9 +15,10 @@ import triton
 from jaxtyping import Float
 from torch import Tensor
 
-from seqpar_kernels.block import Block, Gradients, Rows
+from seqpar_kernels.block import Block
 from seqpar_kernels.choice import interprets
 from seqpar_kernels.partial import Partial
+from seqpar_kernels.rows import Gradients, Learned, Rows
 from seqpar_kernels.triton_backward import dkdv_kernel, dq_kernel
 from seqpar_kernels.triton_forward import forward_kernel
 from seqpar_kernels.tuning import L2_BYTES, Tiles, family, tiles_for
@@ -58,7 +59,7 @@ def backward(
     v: Float[Tensor, "b j hkv vd"],
     block: Block,
     into: Gradients,
-    dslopes: Float[Tensor, "b i hq"] | None,
+    learned: Learned,
     tiles: tuple[Tiles, Tiles] | None = None,
 ) -> None:
     """Adds the block's gradients to dq, dk, dv (and dslopes), given lse and delta of the whole rows.
@@ -69,6 +70,7 @@ def backward(
     dq, dk, dv = into
     assert all(x is None or _is_row_contiguous(x) for x in into), "gradients are written row by row"
     inputs = (q, k, v, dout, of.lse, of.delta)
+    dslopes = learned.get("alibi_slopes")
     by_rows, by_cols = tiles or (tiles_for("dq", q, v), tiles_for("dkdv", q, v))
     if dq is not None or dslopes is not None:
         scratch = torch.empty_like(q, dtype=of.lse.dtype) if dq is None else dq
@@ -127,9 +129,9 @@ def _constants(
         "COLS": tiles.cols,
         "CAP": score.softcap is not None,
         "BIAS": score.alibi_slopes is not None,
-        "DROPS": block.dropout is not None,
-        "PLAIN": score.is_plain and score.factor >= torch.finfo(torch.float32).tiny,
-        "LIMITED": block.documents is not None,
+        "DROPS": any(t.drops for t in block.acting),
+        "PLAIN": block.is_plain and score.factor >= torch.finfo(torch.float32).tiny,
+        "LIMITED": block.hides,
         "WIDE": tallest >= 2**31,
         "enable_fp_fusion": True,  # said aloud: versions of Triton differ in the default
         "num_warps": tiles.warps,
@@ -145,7 +147,7 @@ def padded(width: int) -> int:
 def _runtime(block: Block, q: Tensor, k: Tensor) -> tuple[int | float, ...]:
     """Band, positions and score terms, as the kernels take them."""
     i, j, band = q.shape[1], k.shape[1], block.band
-    drop = block.dropout
+    drop: Any = next((t for t in block.acting if t.drops), None)
     return (
         -i if band.lower is None else max(band.lower, -i),
         j if band.upper is None else min(band.upper, j),
@@ -162,7 +164,7 @@ def _walk_columns(block: Block, q: Tensor, k: Tensor, tiles: Tiles) -> dict[str,
     the lower diagonal does.
     """
     upper, lower = _cuts(block, q, k)
-    packed = block.documents is not None
+    packed = block.hides
     ragged = k.shape[1] % tiles.cols > 0
     return {
         "REVERSED": upper and not lower,
@@ -174,7 +176,7 @@ def _walk_columns(block: Block, q: Tensor, k: Tensor, tiles: Tiles) -> dict[str,
 def _walk_rows(block: Block, q: Tensor, k: Tensor, tiles: Tiles) -> dict[str, Any]:
     """For tiles of columns, which see their rows the other way round: as `_walk_columns`."""
     upper, lower = _cuts(block, q, k)
-    packed = block.documents is not None
+    packed = block.hides
     ragged = q.shape[1] % tiles.rows > 0
     return {
         "REVERSED": lower and not upper,

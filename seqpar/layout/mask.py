@@ -53,6 +53,11 @@ class Mask:
         """The boundaries of documents; of one document without any."""
         return (0,) if self.documents is None else tuple(self.documents)
 
+    @property
+    def packed(self) -> Documents | None:
+        """The documents, as kernels take them."""
+        return None if self.documents is None else Documents(self.bounds)
+
     def band(self, rows: Span, cols: Span) -> Band:
         """What the positions of `rows` see of the positions of `cols`, both of the same step.
 

@@ -80,8 +80,8 @@ def resolve(plan: Plan, q: Tensor, v: Tensor, *, with_lse: bool = False) -> Plan
         ValueError: bits cannot be invariant with this strategy, layout and mask.
         NotImplementedError: no implementation serves them, or not the requested one.
     """
-    plan = replace(plan, score=plan.score.resolve(q.shape[3]), dropout=plan.drops)
-    request = Request.of(q, v, plan.score, plan.drops, plan.packed, lse=with_lse)
+    plan = replace(plan, score=plan.score.resolve(q.shape[3]))
+    request = Request.of(q, v, (*plan.score.terms, *plan.terms), lse=with_lse)
     invariant = is_invariant(plan, request)
     name: Implementation | None
     if invariant:

@@ -16,7 +16,7 @@ from torch import Tensor
 from seqpar.comm import Grid, Group
 from seqpar.layout import Layout, Mask
 from seqpar.strategies.plan import Plan
-from seqpar_kernels import TENSORS, Dropout, Score
+from seqpar_kernels import TENSORS, Dropout, Score, Term
 
 
 def told(**options: object) -> dict[str, object]:
@@ -32,6 +32,8 @@ def told(**options: object) -> dict[str, object]:
                 x = getattr(value, part.name)
                 # Of tensors the type, not the values: to compare those would cost a wait for the device.
                 claim[part.name] = x.dtype if isinstance(x, Tensor) else x
+        elif isinstance(value, Term) and not value.acts:
+            claim[name] = None
         else:
             claim[name] = value
     return claim

@@ -35,7 +35,8 @@ def make_block(case: Case) -> Block:
     score = Score(case.d**-0.5, softcap=softcap, alibi_slopes=slopes)
     drop = Dropout(0.1, 2**62) if case.feature == "dropout" else None
     documents = Documents((0, case.length // 2)) if case.feature == "documents" else None
-    return Block(BANDS[case.mask], score, dropout=drop, documents=documents)
+    terms = tuple(term for term in (documents, drop) if term is not None)
+    return Block(BANDS[case.mask], score, terms=terms)
 
 
 def launch(case: Case) -> Launch:
@@ -54,8 +55,8 @@ def launch(case: Case) -> Launch:
             triton_attention.forward(q, k, v, block, Partial.identity(q, case.d), tiles)
         else:
             into = tuple(torch.empty_like(x, dtype=accumulation_dtype(dtype)) for x in (q, k, v))
-            lse, delta, dslopes = (into[0][..., 0].contiguous() for _ in range(3))
-            learned = dslopes if case.feature == "alibi" else None
+            lse, delta, by_row = (into[0][..., 0].contiguous() for _ in range(3))
+            learned = {name: by_row for name in block.score.tensors}
             rows = Rows(q, out, dout, lse, delta)
             triton_attention.backward(rows, k, v, block, into, learned, (tiles, tiles))
     return launched[getattr(triton_attention, f"{case.kernel}_kernel")]
