@@ -140,11 +140,13 @@ def _cudnn(request: Request) -> str | None:
 
 def _triton(request: Request) -> str | None:
     device = request.device
+    unknown = [kind.words for kind in TERMS if kind in request.terms and not kind.is_in_kernels()]
     here = "set TRITON_INTERPRET=1 before starting Python to run it on CPU tensors, for tests"
     return _first(
         (device.type not in ("cuda", "cpu"), f"does not run on {device.type}"),
         (request.dtype == torch.float64, "accumulates in float32 and refuses float64"),
         (max(request.d, request.vd) > 256, f"has no head dim above 256, got {_widths(request)}"),
+        (bool(unknown), f"has no kernel for {', '.join(unknown)}"),
         (find_spec("triton") is None, "is not installed: pip install triton"),
         (device.type == "cpu" and not interprets(), f"needs a GPU ({here})"),
         (device.type == "cuda" and not _is_ampere(device), "needs compute capability 8.0 or newer"),

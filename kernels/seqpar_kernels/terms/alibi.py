@@ -22,6 +22,7 @@ class Alibi(ScoreTerm):
 
     name, words = "alibi_slopes", "ALiBi"
     lacking = "does not add ALiBi on global positions"
+    kernels = "seqpar_kernels.terms.alibi_triton"
     needs_positions = changes_scores = True
 
     @staticmethod
@@ -44,6 +45,10 @@ class Alibi(ScoreTerm):
     def gradient(self, ds: Float[Tensor, "b hq i j"], place: Place) -> Float[Tensor, "b hq i"]:
         """-sum of ds * |row - column| over the columns of each row."""
         return -(ds * place.distance(ds.dtype)).sum(-1)
+
+    def values(self) -> tuple[Tensor]:
+        """The slopes."""
+        return (self.value.float().contiguous(),)
 
     def _slopes(self, s: Tensor) -> Float[Tensor, "hq 1 1"]:
         return self.value.to(s.dtype)[:, None, None]

@@ -38,6 +38,7 @@ class Dropout(Term):
 
     name, words = "dropout", "dropout"
     lacking = "cannot drop weights by their global position"
+    kernels = "seqpar_kernels.terms.dropout_triton"
     needs_positions = drops = True
 
     def __post_init__(self) -> None:
@@ -66,6 +67,14 @@ class Dropout(Term):
         """Zero for weights that are dropped, and `factor` for the others."""
         keeps = self.keeps(batch, head, place.row[:, None], place.col)
         return keeps.to(dtype) * self.factor
+
+    def values(self) -> tuple[float]:
+        """The factor."""
+        return (self.factor,)
+
+    def whole(self) -> tuple[int, int]:
+        """The seed and the threshold."""
+        return self.seed, self.threshold
 
     @property
     def threshold(self) -> int:

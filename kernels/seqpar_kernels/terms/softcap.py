@@ -24,6 +24,7 @@ class Softcap(ScoreTerm):
     name, words = "softcap", "softcap"
     lacking = "has no softcap"
     arguments = MappingProxyType({"flash_attn": "softcap"})
+    kernels = "seqpar_kernels.terms.softcap_triton"
     changes_scores = bends = True
 
     @staticmethod
@@ -44,3 +45,7 @@ class Softcap(ScoreTerm):
         slope = s.square().neg_().add_(1.0)
         s.mul_(self.value)
         return slope
+
+    def values(self) -> tuple[float]:
+        """The cap."""
+        return (self.value,)

@@ -53,6 +53,8 @@ class Term:
         lacking: what implementations lack that do not know it, as the end of a sentence that begins with
             their name. `None`: nothing, since they can be called so that it holds.
         arguments: by implementation, the argument of a foreign op that takes its value.
+        kernels: the module of its Triton functions, which `docs/adding.md` lists; imported when a kernel is
+            launched.
         needs_positions: whether it depends on where rows and columns are, besides the band.
         changes_scores: whether a visible score is more than scale * q.k.
         bends: whether the derivative of the score by scale * q.k differs from 1.
@@ -65,12 +67,18 @@ class Term:
     words: ClassVar[str]
     lacking: ClassVar[str | None] = None
     arguments: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    kernels: ClassVar[str | None] = None
     needs_positions: ClassVar[bool] = False
     changes_scores: ClassVar[bool] = False
     bends: ClassVar[bool] = False
     hides: ClassVar[bool] = False
     drops: ClassVar[bool] = False
     joins: ClassVar[bool] = False
+
+    @classmethod
+    def is_in_kernels(cls) -> bool:
+        """Whether Triton kernels do what it does in blocks: by its functions, or by limits alone."""
+        return cls.kernels is not None or not (cls.changes_scores or cls.drops)
 
     @property
     def acts(self) -> bool:
@@ -139,6 +147,20 @@ class Term:
     ) -> Float[Tensor, "b i hq"]:
         """Each row's share of the gradient of what is learned, in the type of lse."""
         raise NotImplementedError(f"{type(self).__name__} does not join rows")
+
+    # In the Triton kernels.
+
+    def values(self) -> tuple[float | Tensor, ...]:
+        """What its Triton functions take: floats, and float32 tensors that are contiguous."""
+        raise NotImplementedError(f"{type(self).__name__} has no Triton functions")
+
+    def whole(self) -> tuple[int, int] | None:
+        """Two more values that are integers, which only one term may have.
+
+        Kernels take them apart: of integers in a tuple Triton compiles those that are 1, or divisible by 16,
+        anew.
+        """
+        return None
 
     # As arguments of an op, which takes neither terms nor absent ones.
 

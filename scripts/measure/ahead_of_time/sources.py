@@ -67,20 +67,30 @@ def make_source(case: Case) -> tuple[ASTSource, dict[str, Any]]:
     kernel, launched = getattr(triton_attention, f"{case.kernel}_kernel"), launch(case)
     given = dict(zip(kernel.arg_names, launched.args, strict=False)) | launched.kwargs
     options = {name: given.pop(name) for name in list(given) if name not in kernel.arg_names}
-    types: dict[str, str] = {}
+    types: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+
+    def specialised(x: Any, path: tuple[int, ...], as_it_is: bool) -> Any:
+        """The type of an argument, whose constants and attributes are noted by its path."""
+        if isinstance(x, tuple):
+            return tuple(specialised(y, (*path, n), as_it_is) for n, y in enumerate(x))
+        special = isinstance(x, int) and not as_it_is
+        if special and x == 1:
+            constants[path] = x
+            return "constexpr"
+        if isinstance(x, torch.Tensor) or (special and x % 16 == 0):
+            attributes[path] = [["tt.divisibility", 16]]
+        if case.target == "gfx942" and is_small(x):
+            attributes[path].append(["tt.pointer_range", 32])
+        return type_name(x)
+
     for n, parameter in enumerate(kernel.params):
         x = given[parameter.name]
-        special = isinstance(x, int) and not parameter.do_not_specialize
-        if parameter.is_constexpr or (special and x == 1):
+        if parameter.is_constexpr:
             types[parameter.name], constants[n,] = "constexpr", x
-            continue
-        types[parameter.name] = type_name(x)
-        if isinstance(x, torch.Tensor) or (special and x % 16 == 0):
-            attributes[n,] = [["tt.divisibility", 16]]
-        if case.target == "gfx942" and is_small(x):
-            attributes[n,].append(["tt.pointer_range", 32])
+        else:
+            types[parameter.name] = specialised(x, (n,), bool(parameter.do_not_specialize))
     return ASTSource(kernel, types, constants, attributes), options
 
 
