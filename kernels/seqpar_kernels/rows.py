@@ -25,8 +25,8 @@ class Rows:
     """What the backward of some query rows needs to know of the whole attention.
 
     `delta` is rowsum(out * dout), less the gradient of lse if that is differentiated; `lse` is the natural
-    log of the sum over *all* keys and the sink. `out` is here for kernels that insist on computing delta
-    themselves, which is impossible where `lse_learns`; elsewhere the two agree.
+    log of the sum over *all* keys and what joins it in `finish`. `out` is here for kernels that insist on
+    computing delta themselves, which is impossible where `lse_learns`; elsewhere the two agree.
     """
 
     q: Float[Tensor, "b i hq d"]

@@ -36,7 +36,7 @@ def agree_on_call(
 
     Args:
         with_lse: whether lse is wanted too, and differentiable.
-        learning: which of q, k, v, slopes and sinks want gradients; by default those that say so.
+        learning: which of q, k, v and the score's tensors want gradients; by default those that say so.
         operation: what is done with the plan, the same on all ranks.
 
     Raises:
