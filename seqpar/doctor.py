@@ -21,16 +21,14 @@ from seqpar import __version__
 from seqpar.comm import simulate
 from seqpar.strategies import STRATEGIES
 from seqpar.testing import Case, Errors, ProcessWorld, errors_on_rank
-from seqpar_kernels import DTYPES, IMPLEMENTATIONS, Request, choose, preference, refusal
+from seqpar_kernels import DTYPES, IMPLEMENTATIONS, TERMS, Request, choose, preference, refusal
 
 PACKAGES = ("torch", "triton", "flash_attn")
 WIDTH = {"d": 64, "vd": 64}
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
-    "softcap": {"softcap": True},
-    "ALiBi": {"alibi": True},
-    "dropout": {"dropout": True},
-    "documents": {"documents": True},
+    # Those that join rows once ask nothing of an implementation.
+    **{kind.words: {"terms": frozenset({kind})} for kind in TERMS if not kind.joins},
     "head dim 512": {"d": 512, "vd": 512},
 }
 CHOSEN = "the first in order of preference that refuses nothing"

@@ -6,7 +6,7 @@ The mathematics is derived in `kernels/README.md`.
 """
 
 from seqpar_kernels.band import Band
-from seqpar_kernels.block import Block, Gradients, Rows
+from seqpar_kernels.block import Block
 from seqpar_kernels.choice import (
     DTYPES,
     IMPLEMENTATIONS,
@@ -19,24 +19,17 @@ from seqpar_kernels.choice import (
 )
 from seqpar_kernels.custom_ops import attention, attention_with_lse, recalled
 from seqpar_kernels.dispatch import attend, attend_backward, finish, tile_border
-from seqpar_kernels.documents import Documents
-from seqpar_kernels.dropout import Dropout
 from seqpar_kernels.partial import Partial, accumulation_dtype
-from seqpar_kernels.score import (
-    BY_BLOCKS,
-    TENSORS,
-    Score,
-    finished_gradients,
-    sink_gradient,
-    sink_gradient_rows,
-    sum_rows,
-)
+from seqpar_kernels.rows import Gradients, Rows
+from seqpar_kernels.score import BY_BLOCKS, TENSORS, Score, finished_gradients, sum_rows
+from seqpar_kernels.terms import TERMS, Documents, Dropout, Place, Term
 
 __all__ = [
     "BY_BLOCKS",
     "DTYPES",
     "IMPLEMENTATIONS",
     "TENSORS",
+    "TERMS",
     "Band",
     "Block",
     "Documents",
@@ -44,9 +37,11 @@ __all__ = [
     "Gradients",
     "Implementation",
     "Partial",
+    "Place",
     "Request",
     "Rows",
     "Score",
+    "Term",
     "accumulation_dtype",
     "attend",
     "attend_backward",
@@ -59,8 +54,6 @@ __all__ = [
     "preference",
     "recalled",
     "refusal",
-    "sink_gradient",
-    "sink_gradient_rows",
     "sum_rows",
     "tile_border",
 ]

@@ -13,10 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from seqpar_kernels.block import Block, Gradients, Rows
+from seqpar_kernels.block import Block
 from seqpar_kernels.partial import Partial
 from seqpar_kernels.rectangles import CAUSAL, FULL, Rectangle, cut, rectangles, strips
 from seqpar_kernels.reference import visibility
+from seqpar_kernels.rows import Gradients, Learned, Rows
 from seqpar_kernels.torch_internals import CPU_FLASH, attention_ops
 
 _forward, _backward = attention_ops(CPU_FLASH)
@@ -60,14 +61,14 @@ def backward(
     v: Float[Tensor, "b j hkv vd"],
     block: Block,
     into: Gradients,
-    dslopes: None = None,
+    learned: Learned,
 ) -> None:
     """Adds the block's gradients to those wanted of dq, dk, dv, given the out and lse of the whole rows.
 
     The op computes all three, and derives delta from `out` itself, so it wants `out` where other kernels
     want delta.
     """
-    assert dslopes is None, "blocks with ALiBi never come here"
+    assert not learned, "blocks with learned tensors never come here"
     assert not of.lse_learns, "rows whose delta is not that of `out` never come here"
     q, k, v, out, dout = _as_the_op_wants(of.q, k, v, of.out, of.dout)
     q, scale, sign = positive(q, block.score.factor)

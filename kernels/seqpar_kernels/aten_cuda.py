@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from seqpar_kernels.torch_internals import CUDA_FLASH, attention_ops
-from seqpar_kernels.windows import Adapter, Window
+from seqpar_kernels.windows import Adapter, Arguments, Window
 
 _forward, _backward = attention_ops(CUDA_FLASH)
 
 
 def _forward_op(
-    q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float, softcap: float
+    q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float, terms: Arguments
 ) -> tuple[Tensor, Tensor]:
-    assert softcap == 0, "blocks with a softcap never come here"
+    assert not terms, "blocks with terms that change scores never come here"
     out, lse, *_ = _forward(
         q, k, v, None, None, q.shape[1], k.shape[1], 0.0, False, False,
         scale=scale, window_size_left=window.left, window_size_right=window.right,
@@ -36,9 +36,9 @@ def _backward_op(
     lse: Tensor,
     window: Window,
     scale: float,
-    softcap: float,
+    terms: Arguments,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    assert softcap == 0, "blocks with a softcap never come here"
+    assert not terms, "blocks with terms that change scores never come here"
     # The state of a dropout that is off, which is never read.
     seed = torch.empty(0, dtype=torch.uint64, device=q.device)
     return _backward(
@@ -47,4 +47,4 @@ def _backward_op(
     )  # fmt: skip
 
 
-ADAPTER = Adapter(_forward_op, _backward_op)
+ADAPTER = Adapter("aten", _forward_op, _backward_op)

@@ -7,7 +7,7 @@ call that passes `choose` runs, so ranks can agree on it before they communicate
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -16,9 +16,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from seqpar_kernels.documents import Documents
-from seqpar_kernels.dropout import Dropout
-from seqpar_kernels.score import Score
+from seqpar_kernels.terms import TERMS, Term
 from seqpar_kernels.torch_internals import CPU_FLASH, CUDA_FLASH, CUDNN, missing
 from seqpar_kernels.watching import watcher
 
@@ -41,28 +39,14 @@ class Request:
     dtype: torch.dtype
     d: int
     vd: int
-    softcap: bool = False
-    alibi: bool = False
-    dropout: bool = False
-    documents: bool = False
+    terms: frozenset[type[Term]] = frozenset()
     lse: bool = False  # whether lse, too, is differentiated
 
     @staticmethod
-    def of(
-        q: Tensor,
-        v: Tensor,
-        score: Score,
-        dropout: Dropout | None = None,
-        documents: Documents | None = None,
-        *,
-        lse: bool = False,
-    ) -> Request:
-        """What a call asks for."""
-        return Request(
-            q.device, q.dtype, q.shape[-1], v.shape[-1],
-            score.softcap is not None, score.alibi_slopes is not None,
-            dropout is not None, documents is not None, lse,
-        )  # fmt: skip
+    def of(q: Tensor, v: Tensor, terms: Iterable[Term], *, lse: bool = False) -> Request:
+        """What a call with these terms asks for."""
+        kinds = frozenset(type(term) for term in terms if term.acts and not term.joins)
+        return Request(q.device, q.dtype, q.shape[-1], v.shape[-1], kinds, lse)
 
 
 def choose(request: Request, requested: Implementation | None = None) -> Implementation:
@@ -125,7 +109,7 @@ def _reference(request: Request) -> str | None:  # noqa: ARG001 - it can do ever
 
 
 def _aten(request: Request) -> str | None:
-    lacking = "has no softcap" if request.softcap else _lacks(request)
+    lacking = _lacks(request)
     on_cuda = request.device.type != "cpu"
     lacking = lacking or _absent(CUDA_FLASH if on_cuda else CPU_FLASH)
     if lacking or not on_cuda:
@@ -142,7 +126,7 @@ def _flash_attn(request: Request) -> str | None:
     version = metadata.version("flash-attn")
     if tuple(int(x) for x in version.split(".")[:2]) < (2, 7):
         return f"needs flash-attn 2.7 or newer, got {version}"
-    return _flash(request) or _lacks(request)
+    return _flash(request) or _lacks(request, "flash_attn")
 
 
 def _cudnn(request: Request) -> str | None:
@@ -156,11 +140,13 @@ def _cudnn(request: Request) -> str | None:
 
 def _triton(request: Request) -> str | None:
     device = request.device
+    unknown = [kind.words for kind in TERMS if kind in request.terms and not kind.is_in_kernels()]
     here = "set TRITON_INTERPRET=1 before starting Python to run it on CPU tensors, for tests"
     return _first(
         (device.type not in ("cuda", "cpu"), f"does not run on {device.type}"),
         (request.dtype == torch.float64, "accumulates in float32 and refuses float64"),
         (max(request.d, request.vd) > 256, f"has no head dim above 256, got {_widths(request)}"),
+        (bool(unknown), f"has no kernel for {', '.join(unknown)}"),
         (find_spec("triton") is None, "is not installed: pip install triton"),
         (device.type == "cpu" and not interprets(), f"needs a GPU ({here})"),
         (device.type == "cuda" and not _is_ampere(device), "needs compute capability 8.0 or newer"),
@@ -186,12 +172,16 @@ def _flash(request: Request) -> str | None:
     )
 
 
-def _lacks(request: Request) -> str | None:
-    """What a kernel lacks that does not know the place of a block, and derives delta from `out`."""
+def _lacks(request: Request, name: Implementation | None = None) -> str | None:
+    """What a kernel lacks that does not know the place of a block, and derives delta from `out`.
+
+    Args:
+        name: of the implementation, if terms may say that its op takes them.
+    """
+    unknown = (kind for kind in TERMS if kind in request.terms and name not in kind.arguments)
     return _first(
+        *((kind.lacking is not None, str(kind.lacking)) for kind in unknown),
         (request.lse, "derives delta from out, and so cannot differentiate lse"),
-        (request.alibi, "does not add ALiBi on global positions"),
-        (request.dropout, "cannot drop weights by their global position"),
     )
 
 

@@ -11,17 +11,17 @@ from torch import Tensor
 
 from seqpar_kernels import aten_cuda
 from seqpar_kernels.torch_internals import CUDNN, attention_ops
-from seqpar_kernels.windows import Adapter, Window
+from seqpar_kernels.windows import Adapter, Arguments, Window
 
 _forward, _backward = attention_ops(CUDNN)
 
 
 def _forward_op(
-    q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float, softcap: float
+    q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float, terms: Arguments
 ) -> tuple[Tensor, Tensor]:
     causal = _is_causal(q, k, window)
     if causal is None:
-        return aten_cuda.ADAPTER.forward_op(q, k, v, window, scale, softcap)
+        return aten_cuda.ADAPTER.forward_op(q, k, v, window, scale, terms)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out, lse, *_ = _forward(q, k, v, None, True, 0.0, causal, False, scale=scale)
     return out.transpose(1, 2), lse.reshape(q.shape[:3])
@@ -36,11 +36,11 @@ def _backward_op(
     lse: Tensor,
     window: Window,
     scale: float,
-    softcap: float,
+    terms: Arguments,
 ) -> tuple[Tensor, Tensor, Tensor]:
     causal = _is_causal(q, k, window)
     if causal is None:
-        return aten_cuda.ADAPTER.backward_op(dout, q, k, v, out, lse, window, scale, softcap)
+        return aten_cuda.ADAPTER.backward_op(dout, q, k, v, out, lse, window, scale, terms)
     dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
     seed = torch.zeros((), dtype=torch.int64, device=q.device)  # of a dropout that is off
     dq, dk, dv = _backward(
@@ -61,4 +61,4 @@ def _is_causal(q: Tensor, k: Tensor, window: Window) -> bool | None:
     return True if square else None
 
 
-ADAPTER = Adapter(_forward_op, _backward_op)
+ADAPTER = Adapter("cudnn", _forward_op, _backward_op)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,21 +15,24 @@ from jaxtyping import Float
 from torch import Tensor
 
 from seqpar_kernels.band import Band
-from seqpar_kernels.block import Block, Rows
+from seqpar_kernels.block import Block
 from seqpar_kernels.choice import Implementation, Request, choose
 from seqpar_kernels.dispatch import attend, attend_backward, finish
-from seqpar_kernels.documents import Documents
-from seqpar_kernels.dropout import Dropout
 from seqpar_kernels.partial import Partial, accumulation_dtype
+from seqpar_kernels.rows import Rows
 from seqpar_kernels.score import BY_BLOCKS, TENSORS, Score, finished_gradients, sum_rows
+from seqpar_kernels.terms import TERMS, ScoreTerm
 from seqpar_kernels.torch_ops import define
 
-# Tensors first; what follows describes the block. Ops take no dataclasses.
-_BLOCK = (
-    f"{', '.join(f'Tensor? {name}' for name in TENSORS)}, int? lower, int? upper, "
-    "float scale, float? softcap, int[4] place, float dropout, int seed, int[]? documents, "
-    "bool lse_learns, str? implementation"
-)
+# Ops take no dataclasses. Tensors first; what follows describes the block.
+_TERMS = tuple(kind for kind in TERMS if kind.name not in TENSORS)
+_NUM_ARGUMENTS = {kind: len(tuple(kind.schema())) for kind in _TERMS}
+_BLOCK = ", ".join((
+    *(f"Tensor? {name}" for name in TENSORS),
+    "int? lower, int? upper, float scale, int[4] place",
+    *(f"{type_} {name}" for kind in _TERMS for type_, name in kind.schema()),
+    "bool lse_learns, str? implementation",
+))  # fmt: skip
 
 
 def attention(
@@ -41,7 +45,7 @@ def attention(
 ) -> tuple[Float[Tensor, "b i hq vd"], Float[Tensor, "b i hq"]]:
     """(out, lse) of a block that holds all the keys of its rows. out is differentiable, lse is not.
 
-    Gradients reach q, k, v and, where they learn, the block's ALiBi slopes and sinks.
+    Gradients reach q, k, v and, where they learn, the tensors of the block's score.
 
     Raises:
         ValueError: hq is not a multiple of hkv.
@@ -82,39 +86,38 @@ def recalled(
     return _Recalled.apply(q, k, v, *described, *results)
 
 
-def _described(block: Block) -> tuple[Any, ...]:
+def _described(block: Block) -> list[Any]:
     """The block as the ops take it."""
-    score, drop = block.score, block.dropout
-    return (
-        *(getattr(score, name) for name in TENSORS), block.band.lower, block.band.upper,
-        score.factor, score.softcap, [block.row, block.col, block.step, block.head],
-        drop.p if drop else 0.0, drop.seed if drop else 0,
-        list(block.documents.bounds) if block.documents else None,
-    )  # fmt: skip
+    given = {type(term): term.written() for term in block.acting}
+    values: list[Any] = [block.score.tensors.get(name) for name in TENSORS]
+    values += block.band.lower, block.band.upper, block.score.factor
+    values.append([block.row, block.col, block.step, block.head])
+    for kind in _TERMS:
+        values += given.get(kind) or [None] * _NUM_ARGUMENTS[kind]
+    return values
 
 
 def _block(*described: Any) -> Block:
     """The block that was `_described`."""
-    tensors = dict(zip(TENSORS, described, strict=False))
-    lower, upper, scale, softcap, place, dropout, seed, documents = described[len(TENSORS) :]
-    row, col, step, head = place
-    return Block(
-        Band(lower, upper),
-        Score(scale, softcap, **tensors),
-        row=row,
-        col=col,
-        step=step,
-        head=head,
-        dropout=Dropout(dropout, seed) if dropout else None,
-        documents=None if documents is None else Documents(tuple(documents)),
-    )
+    values = iter(described)
+    fields = {name: next(values) for name in TENSORS}
+    lower, upper, scale, (row, col, step, head) = (next(values) for _ in range(4))
+    terms = []
+    for kind in _TERMS:
+        term = kind.read([next(values) for _ in range(_NUM_ARGUMENTS[kind])])
+        if isinstance(term, ScoreTerm):
+            fields[kind.name] = term.value
+        elif term is not None:
+            terms.append(term)
+    score = replace(Score(scale), **fields)
+    return Block(Band(lower, upper), score, row, col, step, head, tuple(terms))
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     *described, lse_learns, implementation = args
     block = _block(*described)
     # The forward of an implementation that has no such backward is not worth having.
-    asked = Request.of(q, v, block.score, block.dropout, block.documents, lse=lse_learns)
+    asked = Request.of(q, v, block.acting, lse=lse_learns)
     implementation = choose(asked, implementation)
     running = Partial.identity(q, v.shape[-1])
     attend(q, k, v, block, into=running, implementation=implementation)

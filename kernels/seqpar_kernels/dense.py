@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property, reduce
 from itertools import product
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from seqpar_kernels.band import Band
-from seqpar_kernels.documents import Documents
-from seqpar_kernels.dropout import Dropout
 from seqpar_kernels.partial import accumulation_dtype, without_autocast
 from seqpar_kernels.score import Score
+from seqpar_kernels.terms import Place, Term
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,39 +27,34 @@ class Cells:
     """Part of a score matrix: its rows and columns by position, and what is done to the scores.
 
     Args:
-        row, col: global positions, int64, on the device of the scores.
+        place: of the rows, columns and query heads at hand, on the device of the scores.
         band: row i sees column j iff band.lower <= col[j] - row[i] <= band.upper.
         score: of all query heads, with the scale resolved.
-        dropout: of the weights, or `None`.
-        documents: of the whole sequence, or `None` if it is one.
-        head: which of all query heads is the first at hand.
+        terms: what is done besides the score.
     """
 
-    row: Int[Tensor, "i"]
-    col: Int[Tensor, "j"]
+    place: Place
     band: Band
     score: Score
-    dropout: Dropout | None = None
-    documents: Documents | None = None
-    head: int = 0
+    terms: tuple[Term, ...] = ()
+
+    @cached_property
+    def acting(self) -> tuple[Term, ...]:
+        """All terms that do something, in the order in which they are applied."""
+        return tuple(term for term in (*self.score.terms, *self.terms) if term.acts)
 
     def visible(self) -> Bool[Tensor, "i j"]:
         """True where a row sees a column."""
-        ahead = self.col - self.row[:, None]
+        ahead = self.place.col - self.place.row[:, None]
         seen = torch.ones_like(ahead, dtype=torch.bool)
         if self.band.lower is not None:
             seen &= ahead >= self.band.lower
         if self.band.upper is not None:
             seen &= ahead <= self.band.upper
-        if self.documents is not None:
-            borders = torch.tensor(self.documents.bounds[1:], device=self.row.device)
-            row, col = (torch.searchsorted(borders, x, right=True) for x in (self.row, self.col))
-            seen &= row[:, None] == col
+        for term in self.acting:
+            if term.hides:
+                seen &= term.visible(self.place)
         return seen
-
-    def distance(self, dtype: torch.dtype) -> Float[Tensor, "i j"]:
-        """How many positions lie between each row and each column."""
-        return (self.row[:, None] - self.col).abs().to(dtype)
 
 
 def scores_(
@@ -68,17 +63,14 @@ def scores_(
     """Turns products q.k into scores, in place; hidden ones become -inf.
 
     Returns:
-        The scores, and with a softcap their derivative by scale * q.k.
+        The scores, and where terms bend them their derivative by scale * q.k.
     """
-    score, bend = cells.score, None
-    x.mul_(score.factor)
-    if score.softcap is not None:
-        x.div_(score.softcap).tanh_()
-        bend = x.square().neg_().add_(1.0)
-        x.mul_(score.softcap)
-    if score.alibi_slopes is not None:
-        slopes = score.alibi_slopes.to(x.dtype)[:, None, None]
-        x.addcmul_(slopes, cells.distance(x.dtype), value=-1)
+    bend = None
+    x.mul_(cells.score.factor)
+    for term in cells.acting:
+        if term.changes_scores:
+            slope = term.scores_(x, cells.place)
+            bend = _product(bend, slope)
     return x.masked_fill_(~cells.visible(), -torch.inf), bend
 
 
@@ -94,22 +86,25 @@ def learned_gradients(
     ds: Float[Tensor, "b hq i j"], cells: Cells, wanted: Collection[str]
 ) -> dict[str, Float[Tensor, "b hq i"]]:
     """What each row of the matrix adds to the gradients of those tensors of the score that scores know."""
-    if "alibi_slopes" not in wanted:
-        return {}
-    return {"alibi_slopes": -(ds * cells.distance(ds.dtype)).sum(-1)}
+    return {
+        term.name: term.gradient(ds, cells.place)
+        for term in cells.acting
+        if term.changes_scores and term.name in wanted
+    }
 
 
 def dropped(x: Float[Tensor, "b hq i j"], cells: Cells) -> Float[Tensor, "b hq i j"]:
-    """The weights, or their gradients, times what dropout multiplies them by; `x` itself without dropout."""
-    if cells.dropout is None:
+    """The weights, or their gradients, times what terms multiply them by; `x` itself where none does."""
+    dropping = [term for term in cells.acting if term.drops]
+    if not dropping:
         return x
     y = torch.empty_like(x)
-    # The generator works in several int64 temporaries: of one head, not of all.
-    for place in product(*(range(n) for n in x.shape[:2])):
-        batch, head = (torch.full((), n, device=x.device) for n in place)
-        keeps = cells.dropout.keeps(batch, head + cells.head, cells.row[:, None], cells.col)
-        torch.mul(x[place], keeps, out=y[place])
-    return y.mul_(cells.dropout.factor)
+    # A generator works in several int64 temporaries: of one head, not of all.
+    for n, h in product(*(range(n) for n in x.shape[:2])):
+        batch, head = (torch.full((), n, device=x.device) for n in (n, h + cells.place.head))
+        by = (term.multiplier(batch, head, cells.place, x.dtype) for term in dropping)
+        torch.mul(x[n, h], reduce(torch.mul, by), out=y[n, h])
+    return y
 
 
 def outer(y: Float[Tensor, "b i hq w"], z: Float[Tensor, "b j hkv w"]) -> Float[Tensor, "b hq i j"]:
@@ -131,6 +126,11 @@ def transposed_times(
     """X^T y, summed over the query heads that a kv head serves, in float32 or wider."""
     stacked = rearrange(x, "b (g r) i j -> b g j (r i)", g=hkv)
     return rearrange(_matmul(stacked, _grouped(y, hkv)), "b g j w -> b j g w")
+
+
+def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """The product of two derivatives, of which `None` is 1."""
+    return b if a is None else a if b is None else a.mul_(b)
 
 
 def _grouped(y: Tensor, hkv: int) -> Float[Tensor, "b g ri w"]:

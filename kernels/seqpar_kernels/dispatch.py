@@ -6,7 +6,6 @@ Every strategy calls these and nothing else; here an implementation is chosen an
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from types import ModuleType
 
 import torch
@@ -14,10 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from seqpar_kernels import aten, aten_cuda, cudnn, flash_attn, reference
-from seqpar_kernels.block import Block, Gradients, Rows
+from seqpar_kernels.block import Block
 from seqpar_kernels.choice import Implementation, Request, choose, fuses
 from seqpar_kernels.partial import Partial, without_autocast
-from seqpar_kernels.rectangles import documents
+from seqpar_kernels.rows import Gradients, Learned, Rows
 from seqpar_kernels.score import Score
 from seqpar_kernels.tuning import KERNELS, tiles_for
 from seqpar_kernels.watching import Direction, Unlaunched, watcher
@@ -36,7 +35,7 @@ def attend(
     """Attends one block of query rows over one block of key rows and continues `into`, in place.
 
     A row that sees nothing leaves `into` as it was, so masked blocks and empty tensors are legal and
-    exact. Sinks are not added here but once for each row, by `finish`.
+    exact. Terms that join a row once are not added here but by `finish`.
 
     Args:
         block: what the rows see, and the score with its scale resolved.
@@ -61,7 +60,7 @@ def attend_backward(
     block: Block,
     *,
     into: Gradients,
-    learned: Mapping[str, Float[Tensor, "b i hq"]] | None = None,
+    learned: Learned | None = None,
     implementation: Implementation | None = None,
 ) -> None:
     """Adds the block's share of (dq, dk, dv) to `into`, in place.
@@ -84,7 +83,7 @@ def attend_backward(
     _tell("backward", rows.q, k, block)
     with without_autocast(rows.q.device):
         chosen = _chosen(rows.q, v, block, implementation, lse_learns=rows.lse_learns)
-        chosen.backward(rows, k, v, block, into, (learned or {}).get("alibi_slopes"))
+        chosen.backward(rows, k, v, block, into, learned or {})
 
 
 def finish(
@@ -99,12 +98,12 @@ def finish(
     Args:
         score: with the terms that join a row once, not with each of its blocks.
     """
-    sinks = score.sinks
+    joined = score.joined()
     if fuses(running.acc, implementation):
         from seqpar_kernels import triton_softmax
 
-        return triton_softmax.finish(running.acc, running.m, running.l, dtype, sinks)
-    return running.finish(dtype, sinks)
+        return triton_softmax.finish(running.acc, running.m, running.l, dtype, joined)
+    return running.finish(dtype, joined)
 
 
 def tile_border(
@@ -132,7 +131,7 @@ def _chosen(
     lse_learns: bool = False,
 ) -> ModuleType | Adapter | Unlaunched:
     """What has the `forward` and the `backward` of the implementation."""
-    request = Request.of(q, v, block.score, block.dropout, block.documents, lse=lse_learns)
+    request = Request.of(q, v, block.acting, lse=lse_learns)
     name = choose(request, implementation)
     if name == "triton":  # lazily: importing seqpar must not need it
         from seqpar_kernels import triton_attention
@@ -152,7 +151,7 @@ def _tell(direction: Direction, q: Tensor, k: Tensor, block: Block) -> None:
     if told is None:
         return
     (b, i, hq, _), j, visible = q.shape, k.shape[1], 0
-    for rows, cols in documents(block, i, j):
+    for rows, cols in block.parts(i, j):
         band = block.band.at(rows.start, cols.start)
         visible += band.count(rows.stop - rows.start, cols.stop - cols.start)
     told.block(direction, i, j, b * hq * visible)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seqpar_kernels.windows import Adapter, Window
+from seqpar_kernels.windows import Adapter, Arguments, Window
+
+# What the package asks to be told of terms that are not there.
+_OFF: Arguments = {"softcap": 0.0, "alibi_slopes": None}
 
 
 def _forward_op(
-    q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float, softcap: float
+    q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float, terms: Arguments
 ) -> tuple[Tensor, Tensor]:
     from flash_attn.flash_attn_interface import _flash_attn_forward
 
     out, lse, *_ = _flash_attn_forward(
         q, k, v, 0.0, scale, **_sides(window),
-        softcap=softcap, alibi_slopes=None, return_softmax=False,
+        return_softmax=False, **_OFF | terms,
     )  # fmt: skip
     return out, lse
 
@@ -29,14 +32,14 @@ def _backward_op(
     lse: Tensor,
     window: Window,
     scale: float,
-    softcap: float,
+    terms: Arguments,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from flash_attn.flash_attn_interface import _flash_attn_backward
 
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     _flash_attn_backward(
         dout, q, k, v, out, lse, dq, dk, dv, 0.0, scale, **_sides(window),
-        softcap=softcap, alibi_slopes=None,
+        **_OFF | terms,
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
     return dq, dk, dv
@@ -51,4 +54,4 @@ def _sides(window: Window) -> dict[str, int | bool]:
     }
 
 
-ADAPTER = Adapter(_forward_op, _backward_op)
+ADAPTER = Adapter("flash_attn", _forward_op, _backward_op)

@@ -76,23 +76,23 @@ class Partial:
         self.m.masked_fill_(self.l == 0, float("-inf"))
 
     def finish(
-        self, dtype: torch.dtype | None = None, sinks: Float[Tensor, "h"] | None = None
+        self, dtype: torch.dtype | None = None, joined: Float[Tensor, "h"] | None = None
     ) -> tuple[Float[Tensor, "*batch vd"], Float[Tensor, "*batch"]]:
         """Normalises, in place: (out, lse). A row that saw nothing gives out = 0, lse = -inf.
 
         Args:
             dtype: of `out`; by default that of the sums.
-            sinks: one logit for each head, which adds exp(sink) to the sum: lse has it in it.
+            joined: one logit for each head, which adds its exponential to the sum: lse has it in it.
         """
-        if sinks is None:
+        if joined is None:
             lse = torch.log(self.l).add_(self.m)
             out = self.acc.div_(self.l.masked_fill(self.l == 0, 1.0).unsqueeze(-1))
         else:
-            sinks = sinks.to(self.m.dtype)
-            top = torch.maximum(self.m, sinks)
+            joined = joined.to(self.m.dtype)
+            top = torch.maximum(self.m, joined)
             top = torch.where(top == -torch.inf, 0.0, top)
             keep = torch.exp(self.m - top)
-            total = self.l * keep + torch.exp(sinks - top)
+            total = self.l * keep + torch.exp(joined - top)
             lse = torch.log(total).add_(top)
             seen = total.masked_fill(total == 0, 1.0)
             out = self.acc.mul_(keep.unsqueeze(-1)).div_(seen.unsqueeze(-1))

@@ -35,22 +35,11 @@ CAUSAL = Band(upper=0)
 def cut(
     block: Block, num_rows: int, num_cols: int, how: Callable[[Band, int, int], Iterator[Rectangle]]
 ) -> Iterator[Rectangle]:
-    """`how` applied to each part of the block whose rows and columns are in one document."""
-    for rows, cols in documents(block, num_rows, num_cols):
+    """`how` applied to each part of the block whose rows and columns terms let see each other."""
+    for rows, cols in block.parts(num_rows, num_cols):
         band = block.band.at(rows.start, cols.start)
         for part in how(band, rows.stop - rows.start, cols.stop - cols.start):
             yield Rectangle(_moved(part.rows, rows.start), _moved(part.cols, cols.start), part.band)
-
-
-def documents(block: Block, num_rows: int, num_cols: int) -> Iterator[tuple[slice, slice]]:
-    """(rows, columns) of each document that has some of both; of the whole block if there are none."""
-    if block.documents is None:
-        yield slice(0, num_rows), slice(0, num_cols)
-        return
-    cols = dict(block.documents.runs(block.col, num_cols, block.step))
-    for document, rows in block.documents.runs(block.row, num_rows, block.step):
-        if document in cols:
-            yield rows, cols[document]
 
 
 def rectangles(band: Band, num_rows: int, num_cols: int) -> Iterator[Rectangle]:

@@ -18,8 +18,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from seqpar_kernels.band import Band
-from seqpar_kernels.block import Block, Gradients, Rows
+from seqpar_kernels.block import Block
 from seqpar_kernels.partial import Partial
+from seqpar_kernels.rows import Gradients, Learned, Rows
+from seqpar_kernels.terms import Place
 
 TILE = 64
 
@@ -59,9 +61,9 @@ def backward(
     v: Float[Tensor, "b j hkv vd"],
     block: Block,
     into: Gradients,
-    dslopes: Float[Tensor, "b i hq"] | None,
+    learned: Learned,
 ) -> None:
-    """Adds the block's gradients to those wanted of dq, dk, dv (and to dslopes), in the type of lse."""
+    """Adds the block's gradients to those wanted of dq, dk, dv and learned tensors, in the type of lse."""
     dq, dk, dv = into
     group, dtype, scale = of.q.shape[2] // k.shape[2], of.lse.dtype, block.score.factor
     for rows, tiles in _walk(block, of.q, k):
@@ -69,17 +71,16 @@ def backward(
         lse_t, delta_t = (_load(x.unsqueeze(-1), rows, dtype) for x in (of.lse, of.delta))
         for cols, tile in tiles:
             k_t, v_t = (_load(x, cols, dtype, group) for x in (k, v))
-            s, slope_of_cap = _scores(q_t, k_t, tile)
+            s, bend = _scores(q_t, k_t, tile)
             p = torch.exp(s - lse_t)
             p = p.masked_fill(~_visible(tile, rows, cols, s.device), 0.0)
             kept = _kept(tile, p)
             ds = p * (dout_t @ v_t.mT * kept - delta_t)
-            dx = ds * slope_of_cap * scale
-            if dslopes is not None:
-                _add(
-                    (ds * -_distance(tile, ds)).sum(-1, keepdim=True),
-                    dslopes[:, rows].unsqueeze(-1),
-                )
+            dx = ds * bend * scale
+            for term in tile.acting:
+                if term.name in learned:
+                    share = term.gradient(ds, _place(tile, ds.device))
+                    _add(share.unsqueeze(-1), learned[term.name][:, rows].unsqueeze(-1))
             if dq is not None:
                 _add(dx @ k_t, dq[:, rows])
             if dk is not None and dv is not None:
@@ -148,10 +149,9 @@ def _visible(tile: Block, rows: slice, cols: slice, device: torch.device) -> Boo
     visible = visibility(tile.band, TILE, TILE, device)
     visible[num_rows:] = False
     visible[:, num_cols:] = False
-    limits = tile.row_limits(TILE, num_cols, device)
-    if limits is not None:
-        col = torch.arange(TILE, device=device)
-        visible &= (col >= limits[:, :1]) & (col < limits[:, 1:])
+    for term in tile.acting:
+        if term.hides:
+            visible &= term.visible(_place(tile, device))
     return visible
 
 
@@ -160,35 +160,28 @@ def _scores(
 ) -> tuple[Float[Tensor, "b hq 64 64"], Tensor | float]:
     """The scores, nothing hidden, and their derivative by scale * q.k."""
     s = (q @ k.mT) * tile.score.factor
-    slope_of_cap: Tensor | float = 1.0
-    if tile.score.softcap is not None:
-        bent = torch.tanh(s / tile.score.softcap)
-        s, slope_of_cap = bent * tile.score.softcap, 1 - bent.square()
-    if tile.score.alibi_slopes is not None:
-        s = s - tile.score.alibi_slopes.to(s.dtype)[:, None, None] * _distance(tile, s)
-    return s, slope_of_cap
-
-
-def _distance(tile: Block, s: Float[Tensor, "b hq 64 64"]) -> Float[Tensor, "64 64"]:
-    """How many positions lie between each row and each column."""
-    row, col = _positions(tile, s.device)
-    return (row - col).abs().to(s.dtype)
+    bend: Tensor | float = 1.0
+    for term in tile.acting:
+        if term.changes_scores:
+            slope = term.tile_scores_(s, _place(tile, s.device))
+            bend = bend if slope is None else bend * slope
+    return s, bend
 
 
 def _kept(tile: Block, p: Float[Tensor, "b hq 64 64"]) -> Tensor | float:
-    """What dropout multiplies the weights by."""
-    if tile.dropout is None:
-        return 1.0
-    batch = torch.arange(p.shape[0], device=p.device)[:, None, None, None]
-    head = torch.arange(p.shape[1], device=p.device)[:, None, None] + tile.head
-    keeps = tile.dropout.keeps(batch, head, *_positions(tile, p.device))
-    return keeps.to(p.dtype) * tile.dropout.factor
+    """What terms multiply the weights by."""
+    kept: Tensor | float = 1.0
+    for term in tile.acting:
+        if term.drops:
+            batch = torch.arange(p.shape[0], device=p.device)[:, None, None, None]
+            head = torch.arange(p.shape[1], device=p.device)[:, None, None] + tile.head
+            kept = kept * term.multiplier(batch, head, _place(tile, p.device), p.dtype)
+    return kept
 
 
-def _positions(tile: Block, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Global positions of the rows `[64 1]` and of the columns `[64]`."""
-    place = tile.step * torch.arange(TILE, device=device)
-    return (tile.row + place)[:, None], tile.col + place
+def _place(tile: Block, device: torch.device) -> Place:
+    """Where a whole tile lies, also past the end of its block."""
+    return tile.place(TILE, TILE, device)
 
 
 def _length(part: slice) -> int:

@@ -49,8 +49,9 @@ def join_(
     implementation: Implementation | None = None,
 ) -> None:
     """Continues the maximum and sum of each row with the terms that join it once, in place."""
-    if score.sinks is not None:
-        columns = score.sinks.to(s.dtype)[:, None, None].expand(*s.shape[:3], 1)
+    joined = score.joined()
+    if joined is not None:
+        columns = joined.to(s.dtype)[:, None, None].expand(*s.shape[:3], 1)
         add_sums_(columns, m, l, implementation=implementation)
 
 

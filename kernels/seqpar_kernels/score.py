@@ -1,14 +1,17 @@
-"""`Score`: what happens to q.k before the softmax, and the sink that joins it."""
+"""`Score`: what happens to q.k before the softmax and beside it. The public record, which names its terms."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, reduce
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from seqpar_kernels.terms import TERMS, ScoreTerm, check_number
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,25 +44,19 @@ class Score:
     sinks: Float[Tensor, "hq"] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("scale", "softcap"):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name} must be a number or None, got {value!r}")
-            if not -math.inf < value < math.inf:
-                raise ValueError(f"{name} must be finite, got {value}")
-            object.__setattr__(self, name, float(value))  # so that 1 and 1.0 print alike
-        if self.softcap is not None and self.softcap <= 0:
-            raise ValueError(f"softcap must be positive, got {self.softcap}; None means no cap")
-        for name in ("alibi_slopes", "sinks"):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if not isinstance(value, Tensor) or not value.is_floating_point():
-                raise TypeError(f"{name} must be a floating point tensor [hq], got {value!r}")
-            if value.ndim != 1:
-                raise ValueError(f"{name} must be 1-D, [hq], got {tuple(value.shape)}")
+        if self.scale is not None:
+            object.__setattr__(self, "scale", check_number("scale", self.scale))
+        for kind in _NAMED:
+            value = getattr(self, kind.name)
+            if value is not None:
+                object.__setattr__(self, kind.name, kind.checked(value))
+
+    @cached_property
+    def terms(self) -> tuple[ScoreTerm, ...]:
+        """What is done besides the scale, in the order in which it is applied."""
+        return tuple(
+            kind(value) for kind in _NAMED if (value := getattr(self, kind.name)) is not None
+        )
 
     def resolve(self, d: int) -> Score:
         """The same terms with the scale written out for vectors of width `d`."""
@@ -89,23 +86,17 @@ class Score:
         Args:
             learns: the tensors that get gradients, by name.
         """
-        words = []
-        for name, text in (("alibi_slopes", "ALiBi slopes"), ("sinks", "sinks")):
-            if getattr(self, name) is not None:
-                words.append(f"{text} that learn" if name in learns else text)
-        if self.softcap is not None:
-            words.insert(self.alibi_slopes is not None, f"softcap {self.softcap:g}")
-        return words
+        return [term.told(term.name in learns) for term in self.terms]
 
     @property
     def bends(self) -> bool:
         """Whether the derivative of a score by scale * q.k differs from 1, and has to be kept with it."""
-        return self.softcap is not None
+        return any(term.bends for term in self.terms)
 
     @property
     def needs_positions(self) -> bool:
         """Whether a score depends on where its row and column are, besides the band."""
-        return self.alibi_slopes is not None
+        return any(term.needs_positions for term in self.terms)
 
     @property
     def factor(self) -> float:
@@ -113,14 +104,20 @@ class Score:
         assert self.scale is not None, "strategies resolve the score before they call a kernel"
         return self.scale
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether the score is scale * q.k and nothing else."""
-        return self.softcap is None and self.alibi_slopes is None
+    def joined(self) -> Float[Tensor, "hq"] | None:
+        """The logits that take part in the softmax of a row once, and have no value; `None` without any."""
+        logits = [term.joined() for term in self.terms if term.joins]
+        return None if not logits else reduce(torch.logaddexp, logits)
 
 
-TENSORS = ("alibi_slopes", "sinks")  # the fields of `Score` that are tensors `[hq]`
-BY_BLOCKS = ("alibi_slopes",)  # of which each block gives a share of the gradient
+_FIELDS = {field.name for field in fields(Score)}
+_NAMED: tuple[type[ScoreTerm], ...] = tuple(
+    kind for kind in TERMS if issubclass(kind, ScoreTerm) and kind.name in _FIELDS
+)
+# The fields of `Score` that are tensors `[hq]`, and those of them of which blocks give shares of gradients.
+_OF_TENSORS = tuple(kind for kind in _NAMED if [t for t, _ in kind.schema()] == ["Tensor?"])
+TENSORS = tuple(kind.name for kind in _OF_TENSORS)
+BY_BLOCKS = tuple(kind.name for kind in _OF_TENSORS if not kind.joins)
 
 
 def finished_gradients(
@@ -130,27 +127,11 @@ def finished_gradients(
     wanted: Collection[str],
 ) -> dict[str, Float[Tensor, "b i hq"]]:
     """Each row's share of the gradients of those tensors of a score that join in `finish`, by name."""
-    if score.sinks is None or "sinks" not in wanted:
-        return {}
-    return {"sinks": sink_gradient_rows(score.sinks, lse, delta)}
-
-
-def sink_gradient(
-    sinks: Float[Tensor, "hq"], lse: Float[Tensor, "b i hq"], delta: Float[Tensor, "b i hq"]
-) -> Float[Tensor, "hq"]:
-    """These rows' share of the gradient of the sinks."""
-    return sum_rows(sink_gradient_rows(sinks, lse, delta)).to(sinks.dtype)
-
-
-def sink_gradient_rows(
-    sinks: Float[Tensor, "hq"], lse: Float[Tensor, "b i hq"], delta: Float[Tensor, "b i hq"]
-) -> Float[Tensor, "b i hq"]:
-    """Each row's share of the gradient of its head's sink, in the type of lse.
-
-    A sink is a key whose value is zero, so its ds is p (0 - delta). `lse` has the sink in it.
-    """
-    shares = -(torch.exp(sinks.to(lse.dtype) - lse) * delta)
-    return shares.masked_fill_(lse == -torch.inf, 0.0)
+    return {
+        term.name: term.joined_gradient(lse, delta)
+        for term in score.terms
+        if term.joins and term.name in wanted
+    }
 
 
 def sum_rows(x: Float[Tensor, "b i hq"]) -> Float[Tensor, "hq"]:

@@ -1,13 +1,15 @@
 """Launches the Triton kernels: the `triton` implementation of `attend` and `attend_backward`.
 
-A launch allocates nothing but two integers a row for packed documents, copies of inputs whose rows are
-not contiguous, and a dq nobody wants where the slopes learn.
+A launch allocates nothing but two integers a row where terms hide scores, copies of inputs whose rows are
+not contiguous, and a dq nobody wants where tensors of terms learn.
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from threading import Lock
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,13 +17,16 @@ import triton
 from jaxtyping import Float
 from torch import Tensor
 
-from seqpar_kernels.block import Block, Gradients, Rows
+from seqpar_kernels.block import Block
 from seqpar_kernels.choice import interprets
 from seqpar_kernels.partial import Partial
+from seqpar_kernels.rows import Gradients, Learned, Rows
+from seqpar_kernels.terms import Term
 from seqpar_kernels.triton_backward import dkdv_kernel, dq_kernel
 from seqpar_kernels.triton_forward import forward_kernel
 from seqpar_kernels.tuning import L2_BYTES, Tiles, family, tiles_for
 
+HOOKS = ("load", "score", "share", "draw", "weigh")  # the Triton functions that a term may have
 _INTERPRETER = Lock()  # it patches triton.language while a kernel runs, and ranks may be threads
 
 
@@ -44,7 +49,7 @@ def forward(
     assert _is_row_contiguous(into.acc), "acc is written row by row"
     launch(
         forward_kernel, num_tiles * packs, q,
-        q, k, v, into.acc, into.m, into.l, _given(limits, q), _given(_slopes(block), q),
+        q, k, v, into.acc, into.m, into.l, _given(limits, q), _values(block),
         *_strides(q, k, v, into.acc, into.m),
         q.shape[1], k.shape[1], q.shape[2], packs, num_tiles, _section(k, v, packs),
         *_runtime(block, q, k),
@@ -58,40 +63,43 @@ def backward(
     v: Float[Tensor, "b j hkv vd"],
     block: Block,
     into: Gradients,
-    dslopes: Float[Tensor, "b i hq"] | None,
+    learned: Learned,
     tiles: tuple[Tiles, Tiles] | None = None,
 ) -> None:
-    """Adds the block's gradients to dq, dk, dv (and dslopes), given lse and delta of the whole rows.
+    """Adds the block's gradients to dq, dk, dv and learned tensors, given lse and delta of the whole rows.
 
-    One kernel gives dq and dslopes, one dk and dv; each runs only if something of it is wanted.
+    One kernel gives dq and what is learned, one dk and dv; each runs only if something of it is wanted.
     """
     q, k, v, dout = (_rows_contiguous(x) for x in (of.q, k, v, of.dout))
     dq, dk, dv = into
     assert all(x is None or _is_row_contiguous(x) for x in into), "gradients are written row by row"
     inputs = (q, k, v, dout, of.lse, of.delta)
     by_rows, by_cols = tiles or (tiles_for("dq", q, v), tiles_for("dkdv", q, v))
-    if dq is not None or dslopes is not None:
+    if dq is not None or learned:
         scratch = torch.empty_like(q, dtype=of.lse.dtype) if dq is None else dq
-        _launch_dq(inputs, block, scratch, dslopes, by_rows)
+        _launch_dq(inputs, block, scratch, learned, by_rows)
     if dk is not None and dv is not None:
         _launch_dkdv(inputs, block, dk, dv, by_cols)
 
 
 def _launch_dq(
-    inputs: tuple[Tensor, ...], block: Block, dq: Tensor, dslopes: Tensor | None, tiles: Tiles
+    inputs: tuple[Tensor, ...], block: Block, dq: Tensor, learned: Learned, tiles: Tiles
 ) -> None:
-    q, k, v, dout, _, delta = inputs
+    q, k, v, dout, *_ = inputs
     b, i, hq, _ = q.shape
     pack = _pack(q, k, tiles)
     num_tiles, packs = triton.cdiv(i * pack, tiles.rows), b * hq // pack
     limits = block.row_limits(i, k.shape[1], q.device)
-    by_row = _given(dslopes, delta)
+    shares, by_row = [], []
+    for n, (term, functions) in enumerate(kernels_of(block)):
+        if term.name in learned:
+            shares.append((n, functions.share))
+            by_row.append((learned[term.name], *learned[term.name].stride()))
     launch(
         dq_kernel, num_tiles * packs, q,
-        *inputs, dq, by_row, _given(limits, q), _given(_slopes(block), q),
-        *_strides(*inputs, dq, by_row),
+        *inputs, dq, _given(limits, q), _values(block), tuple(by_row), *_strides(*inputs, dq),
         i, k.shape[1], hq, packs, num_tiles, _section(k, v, packs), *_runtime(block, q, k),
-        PACK=pack, LEARNS=dslopes is not None, **_walk_columns(block, q, k, tiles),
+        PACK=pack, SHARES=tuple(shares), **_walk_columns(block, q, k, tiles),
         **_constants(block, tiles, q, k, v, dout),
     )  # fmt: skip
 
@@ -105,7 +113,7 @@ def _launch_dkdv(
     limits = block.col_limits(i, k.shape[1], q.device)
     launch(
         dkdv_kernel, num_tiles * heads, q,
-        *inputs, dk, dv, _given(limits, q), _given(_slopes(block), q),
+        *inputs, dk, dv, _given(limits, q), _values(block),
         *_strides(*inputs, dk, dv),
         i, k.shape[1], hkv, heads, num_tiles, _section(q, dout, heads), *_runtime(block, q, k),
         **_walk_rows(block, q, k, tiles), **_constants(block, tiles, q, k, v, dout),
@@ -115,7 +123,7 @@ def _launch_dkdv(
 def _constants(
     block: Block, tiles: Tiles, q: Tensor, k: Tensor, v: Tensor, *others: Tensor
 ) -> dict[str, Any]:
-    d, vd, score = q.shape[3], v.shape[3], block.score
+    d, vd = q.shape[3], v.shape[3]
     tallest = max(tiles.rows, tiles.cols) * max(x.stride(1) for x in (q, k, v, *others))
     return {
         "GROUP": q.shape[2] // k.shape[2],
@@ -125,11 +133,9 @@ def _constants(
         "PADDED_VD": padded(vd),
         "ROWS": tiles.rows,
         "COLS": tiles.cols,
-        "CAP": score.softcap is not None,
-        "BIAS": score.alibi_slopes is not None,
-        "DROPS": block.dropout is not None,
-        "PLAIN": score.is_plain and score.factor >= torch.finfo(torch.float32).tiny,
-        "LIMITED": block.documents is not None,
+        **_functions(block),
+        "PLAIN": block.is_plain and block.score.factor >= torch.finfo(torch.float32).tiny,
+        "LIMITED": block.hides,
         "WIDE": tallest >= 2**31,
         "enable_fp_fusion": True,  # said aloud: versions of Triton differ in the default
         "num_warps": tiles.warps,
@@ -143,15 +149,14 @@ def padded(width: int) -> int:
 
 
 def _runtime(block: Block, q: Tensor, k: Tensor) -> tuple[int | float, ...]:
-    """Band, positions and score terms, as the kernels take them."""
+    """Band, positions, scale and whole numbers of terms, as the kernels take them."""
     i, j, band = q.shape[1], k.shape[1], block.band
-    drop = block.dropout
+    whole = next((whole for term, _ in kernels_of(block) if (whole := term.whole())), (0, 0))
     return (
         -i if band.lower is None else max(band.lower, -i),
         j if band.upper is None else min(band.upper, j),
         block.row, block.col, block.step, block.head, block.score.factor,
-        block.score.softcap or 1.0,
-        *((drop.seed, drop.threshold, drop.factor) if drop else (0, 0, 1.0)),
+        *whole,
     )  # fmt: skip
 
 
@@ -162,7 +167,7 @@ def _walk_columns(block: Block, q: Tensor, k: Tensor, tiles: Tiles) -> dict[str,
     the lower diagonal does.
     """
     upper, lower = _cuts(block, q, k)
-    packed = block.documents is not None
+    packed = block.hides
     ragged = k.shape[1] % tiles.cols > 0
     return {
         "REVERSED": upper and not lower,
@@ -174,7 +179,7 @@ def _walk_columns(block: Block, q: Tensor, k: Tensor, tiles: Tiles) -> dict[str,
 def _walk_rows(block: Block, q: Tensor, k: Tensor, tiles: Tiles) -> dict[str, Any]:
     """For tiles of columns, which see their rows the other way round: as `_walk_columns`."""
     upper, lower = _cuts(block, q, k)
-    packed = block.documents is not None
+    packed = block.hides
     ragged = q.shape[1] % tiles.rows > 0
     return {
         "REVERSED": lower and not upper,
@@ -206,9 +211,40 @@ def _section(x: Tensor, y: Tensor, programs: int) -> int:
     return max(1, min(programs, together * programs // heads))
 
 
-def _slopes(block: Block) -> Tensor | None:
-    slopes = block.score.alibi_slopes
-    return None if slopes is None else slopes.float().contiguous()
+def kernels_of(block: Block) -> list[tuple[Term, ModuleType]]:
+    """The terms that do something inside of kernels, with the modules of their functions."""
+    return [
+        (term, import_module(term.kernels)) for term in block.acting if term.kernels is not None
+    ]
+
+
+def _functions(block: Block) -> dict[str, Any]:
+    """The functions of the terms, as the kernels take them, and which term takes the whole numbers.
+
+    The source of functions in a tuple is no part of what Triton looks compiled kernels up by (3.6 to 3.9), so
+    a change in one would go unnoticed. Here it is: a constant of its own.
+    """
+    kernels = kernels_of(block)
+    whole = [n for n, (term, _) in enumerate(kernels) if term.whole()]
+    assert len(whole) <= 1, "kernels have whole numbers for one term"
+    return {
+        **{
+            f"{hook.upper()}S": tuple(getattr(functions, hook, None) for _, functions in kernels)
+            for hook in HOOKS
+            if hook != "share"
+        },
+        "WHOLE": whole[0] if whole else -1,
+        "SOURCES": "".join(
+            getattr(getattr(functions, hook, None), "cache_key", "")
+            for _, functions in kernels
+            for hook in HOOKS
+        ),
+    }
+
+
+def _values(block: Block) -> tuple[tuple[float | Tensor, ...], ...]:
+    """The values of the terms, as the kernels take them."""
+    return tuple(term.values() for term, _ in kernels_of(block))
 
 
 def _given(x: Tensor | None, instead: Tensor) -> Tensor:

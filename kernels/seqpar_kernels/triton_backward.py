@@ -13,61 +13,63 @@ import triton.language as tl
 
 from seqpar_kernels.triton_terms import (
     LOG2E,
-    distance,
     dot,
     dot_add,
-    keeps,
+    draws,
     load_tile,
+    loaded,
     places,
     program,
     scores,
     sees,
     unit,
     visits,
+    weighed,
 )
 
 
 @triton.jit
 def _weights(
-    x, dp, lse, delta, visible, batch, head, i, j, slope,
-    row, col, step, scale, softcap, seed, threshold, factor,
-    CAP: tl.constexpr, BIAS: tl.constexpr, DROPS: tl.constexpr, PLAIN: tl.constexpr,
+    x, dp, lse, delta, visible, place, values, scale,
+    SCORES: tl.constexpr, DRAWS: tl.constexpr, WEIGHS: tl.constexpr, PLAIN: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """(p after dropout, ds, dx) of a tile, from x = q.k and dp = dout.v.
 
     Everything broadcasts, so the tile may lie either way round. dx is the gradient of q.k.
     """
-    s, bend = scores(x, i, j, row - col, step, slope, scale, softcap, CAP, BIAS, PLAIN)
+    s, bend = scores(x, place, values, scale, SCORES, PLAIN)
     p = tl.exp2(s * (unit(scale, PLAIN) * LOG2E) - lse * LOG2E)
     if MASKED:
         p = tl.where(visible, p, 0.0)
-    dropped = p
-    if DROPS:
-        kept = keeps(seed, threshold, batch, head, i, j, row, col, step)
-        dropped = tl.where(kept, p * factor, 0.0)
-        dp = tl.where(kept, dp * factor, 0.0)
+    drawn = draws(place, values, DRAWS)
+    dropped = weighed(p, drawn, values, WEIGHS)
+    dp = weighed(dp, drawn, values, WEIGHS)
     ds = p * (dp - delta)
     return dropped, ds, ds * (bend * scale)
 
 
 @triton.jit(do_not_specialize=[
     "num_rows", "num_cols", "heads", "all_packs", "num_tiles", "section",
-    "lower", "upper", "row", "col", "step", "head0", "seed", "threshold",
+    "lower", "upper", "row", "col", "step", "head0", "whole_0", "whole_1",
 ])  # fmt: skip
 def dq_kernel(
-    Q, K, V, DOUT, LSE, DELTA, DQ, DSLOPES, LIMITS, SLOPES,
+    Q, K, V, DOUT, LSE, DELTA, DQ, LIMITS, VALUES, LEARNED,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, dout_b, dout_s, dout_h,
-    lse_b, lse_s, lse_h, delta_b, delta_s, delta_h, dq_b, dq_s, dq_h, dsl_b, dsl_s, dsl_h,
+    lse_b, lse_s, lse_h, delta_b, delta_s, delta_h, dq_b, dq_s, dq_h,
     num_rows, num_cols, heads, all_packs, num_tiles, section,
-    lower, upper, row, col, step, head0, scale, softcap, seed, threshold, factor,
+    lower, upper, row, col, step, head0, scale, whole_0, whole_1,
     GROUP: tl.constexpr, PACK: tl.constexpr, D: tl.constexpr, VD: tl.constexpr,
     PADDED_D: tl.constexpr, PADDED_VD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    CAP: tl.constexpr, BIAS: tl.constexpr, DROPS: tl.constexpr, PLAIN: tl.constexpr,
+    LOADS: tl.constexpr, SCORES: tl.constexpr, DRAWS: tl.constexpr, WEIGHS: tl.constexpr,
+    WHOLE: tl.constexpr, SOURCES: tl.constexpr, PLAIN: tl.constexpr,
     LIMITED: tl.constexpr, REVERSED: tl.constexpr, WIDE: tl.constexpr,
-    FROM: tl.constexpr, TO: tl.constexpr, LEARNS: tl.constexpr,
+    FROM: tl.constexpr, TO: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
-    """Adds to dq `[b i hq d]` and, if LEARNS, to dslopes `[b i hq]`, float32. Else as `forward_kernel`."""
+    """Adds to dq `[b i hq d]` and to each (pointer, strides) of LEARNED `[b i hq]`, float32.
+
+    LEARNED has one entry for each of SHARES: (term, function). Else as `forward_kernel`.
+    """
     tile, pack = program(num_tiles, all_packs, section, REVERSED)
     batch, h = pack // (heads // PACK), (pack % (heads // PACK)) * PACK
     b64, h64, g64 = batch.to(tl.int64), h.to(tl.int64), (h // GROUP).to(tl.int64)
@@ -77,7 +79,7 @@ def dq_kernel(
     i, head = index // PACK, h + index % PACK
     first, end = sees(i, lower, upper, num_cols, LIMITS, LIMITED)
     start, inner, inner_stop, stop = visits(first, end, COLS, FROM == 1)
-    slope = tl.load(SLOPES + head) if BIAS else head.to(tl.float32) * 0.0
+    values = loaded(VALUES, (whole_0, whole_1), head[:, None], LOADS, WHOLE)
 
     d, e = tl.arange(0, PADDED_D), tl.arange(0, PADDED_VD)
     narrow, wide = inside[:, None] & (d < D)[None, :], inside[:, None] & (e < VD)[None, :]
@@ -91,8 +93,10 @@ def dq_kernel(
     delta = tl.load(DELTA + delta_at, mask=inside, other=0.0)
     dq_at = DQ + b64 * dq_b + h64 * dq_h + places(index, dq_s, dq_h, PACK)[:, None] + d[None, :]
     dq = tl.load(dq_at, mask=narrow, other=0.0)
-    dsl_at = DSLOPES + b64 * dsl_b + h64 * dsl_h + places(index, dsl_s, dsl_h, PACK)
-    dslope = tl.load(dsl_at, mask=inside, other=0.0) if LEARNS else delta * 0.0
+    shares = ()
+    for n in tl.static_range(len(SHARES)):
+        x_at = _learned_at(LEARNED[n], b64, h64, index, PACK)
+        shares = shares + (tl.load(x_at, mask=inside, other=0.0),)
 
     K += b64 * k_b + g64 * k_h
     V += b64 * v_b + g64 * v_h
@@ -107,34 +111,50 @@ def dq_kernel(
             v = load_tile(V, t * COLS, v_s, num_cols, COLS, VD, PADDED_VD, phase != 1, WIDE)
             x = dot(q, tl.trans(k))
             dp = dot(dout, tl.trans(v))
+            place = i[:, None], j[None, :], row, col, step, batch, head[:, None] + head0
             _, ds, dx = _weights(
-                x, dp, lse[:, None], delta[:, None], visible, batch, head[:, None] + head0,
-                i[:, None], j[None, :], slope[:, None],
-                row, col, step, scale, softcap, seed, threshold, factor,
-                CAP, BIAS, DROPS, PLAIN, phase != 1,
+                x, dp, lse[:, None], delta[:, None], visible, place, values, scale,
+                SCORES, DRAWS, WEIGHS, PLAIN, phase != 1,
             )  # fmt: skip
-            if LEARNS:
-                dslope -= tl.sum(ds * distance(i[:, None], j[None, :], row - col, step), 1)
+            shares = _shared(shares, ds, place, values, SHARES)
             dq = dot_add(dx, k, dq)
 
     tl.store(dq_at, dq, mask=narrow)
-    if LEARNS:
-        tl.store(dsl_at, dslope, mask=inside)
+    for n in tl.static_range(len(SHARES)):
+        tl.store(_learned_at(LEARNED[n], b64, h64, index, PACK), shares[n], mask=inside)
+
+
+@triton.jit
+def _learned_at(x, batch, head, index, PACK: tl.constexpr):
+    """Where the rows of a tile are in one of LEARNED."""
+    pointer, x_b, x_s, x_h = x
+    return pointer + batch * x_b + head * x_h + places(index, x_s, x_h, PACK)
+
+
+@triton.jit
+def _shared(shares, ds, place, values, SHARES: tl.constexpr):
+    """The sums of each row, continued with a tile."""
+    continued = ()
+    for n in tl.static_range(len(SHARES)):
+        t: tl.constexpr = SHARES[n][0]
+        continued = continued + (shares[n] + SHARES[n][1](ds, place, values[t]),)
+    return continued
 
 
 @triton.jit(do_not_specialize=[
     "num_rows", "num_cols", "kv_heads", "all_heads", "num_tiles", "section",
-    "lower", "upper", "row", "col", "step", "head0", "seed", "threshold",
+    "lower", "upper", "row", "col", "step", "head0", "whole_0", "whole_1",
 ])  # fmt: skip
 def dkdv_kernel(
-    Q, K, V, DOUT, LSE, DELTA, DK, DV, LIMITS, SLOPES,
+    Q, K, V, DOUT, LSE, DELTA, DK, DV, LIMITS, VALUES,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, dout_b, dout_s, dout_h,
     lse_b, lse_s, lse_h, delta_b, delta_s, delta_h, dk_b, dk_s, dk_h, dv_b, dv_s, dv_h,
     num_rows, num_cols, kv_heads, all_heads, num_tiles, section,
-    lower, upper, row, col, step, head0, scale, softcap, seed, threshold, factor,
+    lower, upper, row, col, step, head0, scale, whole_0, whole_1,
     GROUP: tl.constexpr, D: tl.constexpr, VD: tl.constexpr,
     PADDED_D: tl.constexpr, PADDED_VD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    CAP: tl.constexpr, BIAS: tl.constexpr, DROPS: tl.constexpr, PLAIN: tl.constexpr,
+    LOADS: tl.constexpr, SCORES: tl.constexpr, DRAWS: tl.constexpr, WEIGHS: tl.constexpr,
+    WHOLE: tl.constexpr, SOURCES: tl.constexpr, PLAIN: tl.constexpr,
     LIMITED: tl.constexpr, REVERSED: tl.constexpr, WIDE: tl.constexpr,
     FROM: tl.constexpr, TO: tl.constexpr,
 ):  # fmt: skip
@@ -182,14 +202,13 @@ def dkdv_kernel(
             lse = tl.load(LSE + b64 * lse_b + h64 * lse_h + i64 * lse_s, mask=there, other=0.0)
             delta_at = DELTA + b64 * delta_b + h64 * delta_h + i64 * delta_s
             delta = tl.load(delta_at, mask=there, other=0.0)
-            slope = tl.load(SLOPES + h) if BIAS else 0.0
+            values = loaded(VALUES, (whole_0, whole_1), h, LOADS, WHOLE)
             x = dot(k, tl.trans(q))
             dp = dot(v, tl.trans(dout))
+            place = i[None, :], j[:, None], row, col, step, batch, h + head0
             p, _, dx = _weights(
-                x, dp, lse[None, :], delta[None, :], visible, batch, h + head0,
-                i[None, :], j[:, None], slope,
-                row, col, step, scale, softcap, seed, threshold, factor,
-                CAP, BIAS, DROPS, PLAIN, phase != 1,
+                x, dp, lse[None, :], delta[None, :], visible, place, values, scale,
+                SCORES, DRAWS, WEIGHS, PLAIN, phase != 1,
             )  # fmt: skip
             dv = dot_add(p, dout, dv)
             dk = dot_add(dx, q, dk)

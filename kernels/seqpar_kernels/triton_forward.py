@@ -13,33 +13,33 @@ from seqpar_kernels.triton_terms import (
     LOG2E,
     dot,
     dot_add,
-    keeps,
+    draws,
     load_tile,
+    loaded,
     places,
     program,
     scores,
     sees,
     unit,
     visits,
+    weighed,
 )
 
 
 @triton.jit
 def _step(
-    acc, m, l, q, K, V, t, i, slope, first, end, batch, head,
-    k_stride, v_stride, num_cols, row, col, step, scale, softcap, seed, threshold, factor,
+    acc, m, l, q, K, V, t, i, first, end, batch, head, values,
+    k_stride, v_stride, num_cols, row, col, step, scale,
     D: tl.constexpr, VD: tl.constexpr, PADDED_D: tl.constexpr, PADDED_VD: tl.constexpr,
-    COLS: tl.constexpr, CAP: tl.constexpr, BIAS: tl.constexpr, DROPS: tl.constexpr,
+    COLS: tl.constexpr, SCORES: tl.constexpr, DRAWS: tl.constexpr, WEIGHS: tl.constexpr,
     PLAIN: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """(acc, m, l) continued with key tile t."""
     j = t * COLS + tl.arange(0, COLS)
     k = load_tile(K, t * COLS, k_stride, num_cols, COLS, D, PADDED_D, MASKED, WIDE)
     x = dot(q, tl.trans(k))
-    s, _ = scores(
-        x, i[:, None], j[None, :], row - col, step, slope[:, None], scale, softcap,
-        CAP, BIAS, PLAIN,
-    )  # fmt: skip
+    place = i[:, None], j[None, :], row, col, step, batch, head[:, None]
+    s, _ = scores(x, place, values, scale, SCORES, PLAIN)
     if MASKED:
         s = tl.where((j[None, :] >= first[:, None]) & (j[None, :] < end[:, None]), s, float("-inf"))
     top = tl.maximum(m, tl.max(s, 1) * unit(scale, PLAIN))
@@ -48,9 +48,7 @@ def _step(
     p = tl.exp2(s * (unit(scale, PLAIN) * LOG2E) - (origin * LOG2E)[:, None])
     shrink = tl.exp2((m - origin) * LOG2E)
     l = l * shrink + tl.sum(p, 1)
-    if DROPS:
-        kept = keeps(seed, threshold, batch, head[:, None], i[:, None], j[None, :], row, col, step)
-        p = tl.where(kept, p * factor, 0.0)
+    p = weighed(p, draws(place, values, DRAWS), values, WEIGHS)
     v = load_tile(V, t * COLS, v_stride, num_cols, COLS, VD, PADDED_VD, MASKED, WIDE)
     acc = dot_add(p, v, acc * shrink[:, None])
     return acc, top, l
@@ -58,24 +56,25 @@ def _step(
 
 @triton.jit(do_not_specialize=[
     "num_rows", "num_cols", "heads", "all_packs", "num_tiles", "section",
-    "lower", "upper", "row", "col", "step", "head0", "seed", "threshold",
+    "lower", "upper", "row", "col", "step", "head0", "whole_0", "whole_1",
 ])  # fmt: skip
 def forward_kernel(
-    Q, K, V, ACC, M, L, LIMITS, SLOPES,
+    Q, K, V, ACC, M, L, LIMITS, VALUES,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, acc_b, acc_s, acc_h, m_b, m_s, m_h,
     num_rows, num_cols, heads, all_packs, num_tiles, section,
-    lower, upper, row, col, step, head0, scale, softcap, seed, threshold, factor,
+    lower, upper, row, col, step, head0, scale, whole_0, whole_1,
     GROUP: tl.constexpr, PACK: tl.constexpr, D: tl.constexpr, VD: tl.constexpr,
     PADDED_D: tl.constexpr, PADDED_VD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    CAP: tl.constexpr, BIAS: tl.constexpr, DROPS: tl.constexpr, PLAIN: tl.constexpr,
+    LOADS: tl.constexpr, SCORES: tl.constexpr, DRAWS: tl.constexpr, WEIGHS: tl.constexpr,
+    WHOLE: tl.constexpr, SOURCES: tl.constexpr, PLAIN: tl.constexpr,
     LIMITED: tl.constexpr, REVERSED: tl.constexpr, WIDE: tl.constexpr,
     FROM: tl.constexpr, TO: tl.constexpr,
 ):  # fmt: skip
     """Q `[b i hq d]`, k `[b j hkv d]`, v `[b j hkv vd]`; acc `[b i hq vd]`, m, l `[b i hq]` float32.
 
     A program takes PACK query heads of one kv head, ROWS / PACK rows of each. LIMITS `[i 2]` int32 are
-    the columns of a row's document, SLOPES `[hq]` float32; both may be dummies. FROM and TO leave out the
-    phases that this block does not have.
+    the columns that terms show a row, or a dummy. VALUES and the functions, LOADS to WEIGHS, are those of
+    terms, see `triton_terms`. FROM and TO leave out the phases that this block does not have.
     """
     tile, pack = program(num_tiles, all_packs, section, REVERSED)
     batch, h = pack // (heads // PACK), (pack % (heads // PACK)) * PACK
@@ -86,7 +85,7 @@ def forward_kernel(
     i, head = index // PACK, h + index % PACK
     first, end = sees(i, lower, upper, num_cols, LIMITS, LIMITED)
     start, inner, inner_stop, stop = visits(first, end, COLS, FROM == 1)
-    slope = tl.load(SLOPES + head) if BIAS else scale * 0.0 + head.to(tl.float32) * 0.0
+    values = loaded(VALUES, (whole_0, whole_1), head[:, None], LOADS, WHOLE)
 
     d, e = tl.arange(0, PADDED_D), tl.arange(0, PADDED_VD)
     q_at = Q + b64 * q_b + h64 * q_h + places(index, q_s, q_h, PACK)[:, None] + d[None, :]
@@ -107,9 +106,9 @@ def forward_kernel(
         low = inner_stop if phase == 0 else inner if phase == 1 else start
         for n in range(0, high - low):
             acc, m, l = _step(
-                acc, m, l, q, K, V, high - 1 - n, i, slope, first, end, batch, head + head0,
-                k_s, v_s, num_cols, row, col, step, scale, softcap, seed, threshold, factor,
-                D, VD, PADDED_D, PADDED_VD, COLS, CAP, BIAS, DROPS, PLAIN, phase != 1, WIDE,
+                acc, m, l, q, K, V, high - 1 - n, i, first, end, batch, head + head0, values,
+                k_s, v_s, num_cols, row, col, step, scale,
+                D, VD, PADDED_D, PADDED_VD, COLS, SCORES, DRAWS, WEIGHS, PLAIN, phase != 1, WIDE,
             )  # fmt: skip
 
     tl.store(acc_at, acc, mask=wide)

@@ -58,11 +58,11 @@ def merge_kernel(
 
 @triton.jit
 def finish_kernel(
-    ACC, M, L, SINKS, OUT, LSE, count, B, C,
+    ACC, M, L, JOINED, OUT, LSE, count, B, C,
     a0, a1, a2, m0, m1, m2, o0, o1, o2, l0, l1, l2,
-    WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, SINKING: tl.constexpr,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, JOINS: tl.constexpr,
 ):  # fmt: skip
-    """Out = acc / l and lse = m + log l, with exp(sink) of the row's head (dim C) in l if SINKING."""
+    """Out = acc / l and lse = m + log l, with exp(joined) of the row's head (dim C) in l if JOINS."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there, e = n < count, tl.arange(0, PADDED)
     wide = there[:, None] & (e < WIDTH)[None, :]
@@ -71,12 +71,12 @@ def finish_kernel(
     l = tl.load(L + m_at, mask=there, other=0.0)
     acc_at = ACC + _at(n, B, C, a0, a1, a2)[:, None] + e[None, :]
     acc = tl.load(acc_at, mask=wide & (l != 0.0)[:, None], other=0.0)
-    if SINKING:
-        sink = tl.load(SINKS + n % C, mask=there, other=0.0).to(m.dtype)
-        top = tl.maximum(m, sink)
+    if JOINS:
+        logit = tl.load(JOINED + n % C, mask=there, other=0.0).to(m.dtype)
+        top = tl.maximum(m, logit)
         top = tl.where(top == float("-inf"), 0.0, top)
         keep = tl.exp2((m - top) * LOG2E)
-        l = l * keep + tl.exp2((sink - top) * LOG2E)
+        l = l * keep + tl.exp2((logit - top) * LOG2E)
         acc, m = acc * keep[:, None], top
     seen = tl.where(l == 0.0, 1.0, l)
     out_at = OUT + _at(n, B, C, o0, o1, o2)[:, None] + e[None, :]
@@ -191,7 +191,7 @@ def finish(
     m: Float[Tensor, "a b c"],
     l: Float[Tensor, "a b c"],
     dtype: torch.dtype,
-    sinks: Float[Tensor, "c"] | None = None,
+    joined: Float[Tensor, "c"] | None = None,
 ) -> tuple[Float[Tensor, "a b c w"], Float[Tensor, "a b c"]]:
     """(out, lse) in one pass, out in `dtype`; see `Partial.finish`. Leaves the partial as it was."""
     out, lse = torch.empty_like(acc, dtype=dtype), torch.empty_like(m)
@@ -199,9 +199,9 @@ def finish(
     rows = max(1, ELEMENTS // triton.next_power_of_2(width))
     _launch(
         finish_kernel, acc.shape[:3], rows,
-        (acc, m, l, m if sinks is None else sinks.contiguous(), out, lse),
+        (acc, m, l, m if joined is None else joined.contiguous(), out, lse),
         (acc, m, out, lse), (),
-        WIDTH=width, PADDED=triton.next_power_of_2(width), SINKING=sinks is not None,
+        WIDTH=width, PADDED=triton.next_power_of_2(width), JOINS=joined is not None,
     )  # fmt: skip
     return out, lse
 

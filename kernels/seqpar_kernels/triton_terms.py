@@ -1,8 +1,12 @@
-"""What the Triton kernels share: loading tiles, who sees whom, scores, dropout, order of programs.
+"""What the Triton kernels share: loading tiles, who sees whom, what terms do, order of programs.
 
 Visibility is one range of columns per row (and, seen from the keys, one range of rows per column),
 whatever it comes from: band, document or the end of the tensor. The ranges of consecutive rows move
 one way, so their smallest and largest ends say which tiles to visit and which of them need a mask.
+
+Terms come as tuples of functions, one for each term or `None`, and a tuple of their values. Functions are
+told a place: (i, j, row, col, step, batch, head), where i and j are rows and columns of the block and
+broadcast, row, col and step make positions of them, and head is that of the whole attention.
 """
 
 from __future__ import annotations
@@ -13,7 +17,6 @@ import triton
 import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-ROUNDS: tl.constexpr = tl.constexpr(7)  # as in dropout.py
 INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
@@ -109,45 +112,53 @@ def program(num_tiles, num_heads, section, REVERSED: tl.constexpr):
 
 
 @triton.jit
-def tanh(x):
-    """Within one rounding step or two of float32. Source: Moshier, Cephes, tanhf."""
-    z = x * x
-    near = -5.70498872745e-3
-    near = near * z + 2.06390887954e-2
-    near = near * z - 5.37397155531e-2
-    near = near * z + 1.33314422036e-1
-    near = near * z - 3.33332819422e-1
-    near = near * z * x + x
-    a = tl.abs(x)
-    far = 1.0 - 2.0 / (tl.exp2(a * (2.0 * LOG2E)) + 1.0)
-    far = tl.where(x < 0, -far, far)
-    return tl.where(a < 0.625, near, far)
+def loaded(VALUES, whole, head, LOADS: tl.constexpr, WHOLE: tl.constexpr):
+    """What terms take into the walk over tiles, in their order. Heads are those of the block."""
+    ready = ()
+    for t in tl.static_range(len(LOADS)):
+        values = VALUES[t]
+        if LOADS[t] is not None:
+            values = LOADS[t](values, head)
+        if t == WHOLE:
+            values = values + whole
+        ready = ready + (values,)
+    return ready
 
 
 @triton.jit
-def distance(i, j, apart, step):
-    """How many positions lie between row i and column j, which broadcast; float32."""
-    return tl.abs((i - j) * step + apart).to(tl.float32)
-
-
-@triton.jit
-def scores(
-    x, i, j, apart, step, slope, scale, softcap,
-    CAP: tl.constexpr, BIAS: tl.constexpr, PLAIN: tl.constexpr,
-):  # fmt: skip
-    """(s, ds / d(scale x)) for x = q.k of rows i and columns j. A plain score stays x: see `unit`."""
+def scores(x, place, values, scale, SCORES: tl.constexpr, PLAIN: tl.constexpr):
+    """(s, ds / d(scale x)) for x = q.k at a place. A plain score stays x: see `unit`."""
     bend = 1.0
     if PLAIN:
         s = x
     else:
         s = x * scale
-        if CAP:
-            bent = tanh(s / softcap)
-            s = bent * softcap
-            bend = 1.0 - bent * bent
-        if BIAS:
-            s = s - slope * distance(i, j, apart, step)
+        for t in tl.static_range(len(SCORES)):
+            if SCORES[t] is not None:
+                s, slope = SCORES[t](s, place, values[t])
+                bend = bend * slope
     return s, bend
+
+
+@triton.jit
+def draws(place, values, DRAWS: tl.constexpr):
+    """What terms draw of the weights at a place, for `weighed`, in their order."""
+    drawn = ()
+    for t in tl.static_range(len(DRAWS)):
+        if DRAWS[t] is not None:
+            drawn = drawn + (DRAWS[t](place, values[t]),)
+        else:
+            drawn = drawn + (0,)
+    return drawn
+
+
+@triton.jit
+def weighed(x, drawn, values, WEIGHS: tl.constexpr):
+    """Weights, or their gradients, times what terms multiply them by."""
+    for t in tl.static_range(len(WEIGHS)):
+        if WEIGHS[t] is not None:
+            x = WEIGHS[t](x, drawn[t], values[t])
+    return x
 
 
 @triton.jit
@@ -156,14 +167,3 @@ def unit(scale, PLAIN: tl.constexpr):
     if PLAIN:
         return scale
     return scale * 0.0 + 1.0
-
-
-@triton.jit
-def keeps(seed, threshold, batch, head, i, j, row, col, step):
-    """Whether dropout keeps the weights of rows i and columns j, which broadcast; see dropout.py."""
-    r, c = row + i * step, col + j * step
-    nothing = (r * 0 + c * 0).to(tl.uint32)
-    c0, c1 = c.to(tl.uint32) + nothing, r.to(tl.uint32) + nothing
-    c2, c3 = head.to(tl.uint32) + nothing, batch.to(tl.uint32) + nothing
-    word, _, _, _ = tl.philox(seed, c0, c1, c2, c3, n_rounds=ROUNDS)
-    return word >= threshold.to(tl.uint32)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
@@ -18,11 +18,14 @@ from torch import Tensor
 
 from seqpar_kernels.aten import positive
 from seqpar_kernels.band import Band
-from seqpar_kernels.block import Block, Gradients, Rows
+from seqpar_kernels.block import Block
 from seqpar_kernels.choice import fuses
 from seqpar_kernels.partial import Partial
 from seqpar_kernels.rectangles import Rectangle, cut
+from seqpar_kernels.rows import Gradients, Learned, Rows
+from seqpar_kernels.terms import ScoreTerm
 
+Arguments = dict[str, Any]  # of an op, for terms that it knows
 ALIGNED = 8  # elements: the op loads 16 bytes at a time, and its widths are multiples of this
 
 
@@ -44,9 +47,9 @@ class ForwardOp(Protocol):
     """Attention of some rows under one window."""
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float, softcap: float
+        self, q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float, terms: Arguments
     ) -> tuple[Tensor, Tensor]:
-        """(out `[b i hq w]`, lse `[b hq i]`). A softcap of zero is none."""
+        """(out `[b i hq w]`, lse `[b hq i]`)."""
 
 
 class BackwardOp(Protocol):
@@ -62,15 +65,20 @@ class BackwardOp(Protocol):
         lse: Tensor,
         window: Window,
         scale: float,
-        softcap: float,
+        terms: Arguments,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(dq, dk, dv), in the type of q."""
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An implementation made of two ops that take windows."""
+    """An implementation made of two ops that take windows.
 
+    Args:
+        name: of the implementation whose ops these are, by which terms say what argument they are.
+    """
+
+    name: str
     forward_op: ForwardOp
     backward_op: BackwardOp
 
@@ -85,11 +93,11 @@ class Adapter:
         """Continues `into` with the block, one call for each of its windows."""
         q, k, v = _as_the_op_wants(q, k, v)
         q, scale, _ = positive(q, block.score.factor)
-        softcap = block.score.softcap or 0.0
+        terms = self._arguments(block)
         for window in windows(block, q.shape[1], k.shape[1]):
             rows, cols = window.rows, window.cols
             out, lse = self.forward_op(
-                q[:, rows], k[:, cols], v[:, cols], window=window, scale=scale, softcap=softcap
+                q[:, rows], k[:, cols], v[:, cols], window=window, scale=scale, terms=terms
             )
             _merge_(into[rows], out[..., : into.acc.shape[-1]], lse.transpose(1, 2))
 
@@ -100,36 +108,44 @@ class Adapter:
         v: Float[Tensor, "b j hkv vd"],
         block: Block,
         into: Gradients,
-        dslopes: Tensor | None = None,
+        learned: Learned,
     ) -> None:
         """Adds the block's gradients to those wanted of dq, dk, dv, given out and lse of the whole rows.
 
         The op computes all three, and derives delta from `out` and `dout` itself, both in the type of q.
         """
-        assert dslopes is None, "blocks with ALiBi never come here"
+        assert not learned, "blocks with learned tensors never come here"
         assert not of.lse_learns, "rows whose delta is not that of `out` never come here"
         out, dout = of.out.to(of.q.dtype), of.dout.to(of.q.dtype)
         q, k, v, out, dout = _as_the_op_wants(of.q, k, v, out, dout)
         q, scale, sign = positive(q, block.score.factor)
-        softcap = block.score.softcap or 0.0
+        terms = self._arguments(block)
         for window in windows(block, q.shape[1], k.shape[1]):
             rows, cols = window.rows, window.cols
             lse = of.lse[:, rows].transpose(1, 2).contiguous()
             dq, dk, dv = self.backward_op(
                 dout[:, rows], q[:, rows], k[:, cols], v[:, cols], out[:, rows], lse,
-                window=window, scale=scale, softcap=softcap,
+                window=window, scale=scale, terms=terms,
             )  # fmt: skip
             parts = (rows, dq, sign), (cols, dk, 1), (cols, dv, 1)
             for total, (part, grad, factor) in zip(into, parts, strict=True):
                 if total is not None:
                     total[:, part].add_(grad[..., : total.shape[-1]], alpha=factor)
 
+    def _arguments(self, block: Block) -> Arguments:
+        """What the op is told of the terms of the block, by the name of its argument."""
+        given: Arguments = {}
+        for term in block.acting:
+            if self.name in term.arguments:
+                assert isinstance(term, ScoreTerm), "an argument is one value"
+                given[term.arguments[self.name]] = term.value
+        return given
+
 
 def windows(block: Block, num_rows: int, num_cols: int) -> Iterator[Window]:
     """Disjoint windows that together hold exactly the visible scores of the block.
 
-    One for each document that has both rows and columns here; three at most where it has more rows
-    than columns.
+    One for each part of the block, such as a document; three at most where it has more rows than columns.
     """
     for part in cut(block, num_rows, num_cols, _pieces):
         nq, nk = part.rows.stop - part.rows.start, part.cols.stop - part.cols.start

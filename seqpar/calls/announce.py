@@ -52,7 +52,7 @@ def _described(plan: Plan, shape: Shape, device: torch.device) -> str:
         f"batch {shape.batch}",
         f"{shape.hq} heads ({shape.hkv} of keys) of width {widths}",
         *score.told(shape.learns),
-        f"dropout {plan.drops.p:g}" if plan.drops else "",
+        *(term.told() for term in plan.terms),
         f"{plan.head_chunks} chunks of heads" if plan.head_chunks > 1 else "",
         "invariant bits" if plan.invariant else "",
         "with lse" if shape.with_lse else "",
@@ -69,10 +69,10 @@ def _laid_out(layout: Layout) -> str:
 
 
 def _visible(mask: Mask) -> str:
-    """The mask in words."""
+    """The band of the mask in words."""
     seen = "causal" if mask.causal else "full"
     window = f" window {mask.window}" if mask.window is not None else ""
-    return seen + window + (" documents" if mask.documents is not None else "")
+    return seen + window
 
 
 def _size(num_bytes: int) -> str:

@@ -37,7 +37,7 @@ def agree_on_call(
 
     Args:
         with_lse: whether lse is wanted too, and differentiable.
-        learning: which of q, k, v, slopes and sinks want gradients; by default those that say so.
+        learning: which of q, k, v and the score's tensors want gradients; by default those that say so.
         operation: what is done with the plan, the same on all ranks.
 
     Raises:
@@ -87,7 +87,7 @@ def resolve(plan: Plan, q: Tensor, v: Tensor, *, with_lse: bool = False) -> Plan
     """
     score = plan.score.resolve(q.shape[3])
     # docs/design.md: lse is differentiated where it is asked for
-    request = Request.of(q, v, score, plan.drops, plan.packed, lse=with_lse)
+    request = Request.of(q, v, (*score.terms, *plan.terms), lse=with_lse)
     invariant = is_invariant(plan, request)
     name: Implementation | None
     if invariant:
@@ -105,7 +105,7 @@ def resolve(plan: Plan, q: Tensor, v: Tensor, *, with_lse: bool = False) -> Plan
     else:
         name = choose(request, plan.implementation)
     # docs/design.md: `choice.py` alone decides
-    return replace(plan, implementation=name, invariant=invariant, score=score, dropout=plan.drops)
+    return replace(plan, implementation=name, invariant=invariant, score=score)
 
 
 def _check_plan(plan: Plan) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from seqpar.comm import Grid, Group
 from seqpar.layout import Layout, Mask
 from seqpar.strategies.plan import Plan
-from seqpar_kernels import TENSORS, Dropout, Score
+from seqpar_kernels import TENSORS, TERMS, Score, Term
 
 
 def told(**options: object) -> dict[str, object]:
@@ -33,6 +33,8 @@ def told(**options: object) -> dict[str, object]:
                 # Of tensors the type, not the values: to compare those would cost a wait for the device.
                 # docs/design.md: slopes and sinks are compared by presence and type
                 claim[part.name] = x.dtype if isinstance(x, Tensor) else x
+        elif isinstance(value, Term) and not value.acts:
+            claim[name] = None
         else:
             claim[name] = value
     return claim
@@ -82,13 +84,19 @@ def _mask(mask: Mask) -> tuple[Any, ...]:
     return mask.causal, mask.window, None if mask.documents is None else list(mask.documents)
 
 
-def _drops(dropout: Dropout | None) -> tuple[Any, ...]:
-    return (None, None) if dropout is None else (dropout.p, dropout.seed)
+def _term_kind(kind: type[Term]) -> _Kind:
+    """How a term that a plan may hold is written: as its parameters, of which integers may be symbols."""
+    names = tuple(part.name for part in fields(kind))
 
+    def write(term: Term | None) -> tuple[Any, ...]:
+        return tuple(None if term is None else getattr(term, name) for name in names)
 
-def _dropout(_: Group, p: float | None, seed: Any) -> Dropout | None:
-    """The dropout; `None` where the seed is a symbol, as in plans that only tell shapes, which need none."""
-    return None if p is None or isinstance(seed, torch.SymInt) else Dropout(p, seed)
+    def read(_: Group, *values: Any) -> Term | None:
+        """A symbol is of a plan that only tells shapes, which do not depend on it."""
+        return None if any(isinstance(x, torch.SymInt) for x in values) else kind.read(values)
+
+    types = ("SymInt?" if type_ == "int?" else type_ for type_, _ in kind.schema())
+    return _Kind(tuple(types), write, read)
 
 
 # Of a score what is no tensor: tensors are arguments of their own.
@@ -110,12 +118,14 @@ _KINDS = {
     "Grid | None": _Kind(("str?",), _code, _grid),
     "Mask": _Kind(("bool", "int?", "int[]?"), _mask, lambda _, *parts: Mask(*parts)),
     "Score": _Kind(("float?",) * len(_NUMBERS), _numbers, _score),
-    "Dropout | None": _Kind(("float?", "SymInt?"), _drops, _dropout),
     "Implementation | None": _Kind(("str?",), _one, _same),
 }
 for _plain in ("str", "int", "bool", "float"):
     _KINDS[_plain] = _Kind((_plain,), _one, _same)
     _KINDS[f"{_plain} | None"] = _Kind((f"{_plain}?",), _one, _same)
+
+for _term in TERMS:
+    _KINDS[f"{_term.__name__} | None"] = _term_kind(_term)
 
 # docs/design.md: options are the fields of `Plan`
 # The type of a field is text, because annotations in plan.py are not evaluated.

@@ -33,7 +33,8 @@ def part_of(
 ) -> Float[Tensor, "n vd1"]:
     """Attends queries at consecutive positions to the keys held here: out and lse, side by side.
 
-    In the type of sums, one row for every query of every head: n = b * t * hq. Sinks are left out.
+    In the type of sums, one row for every query of every head: n = b * t * hq.
+    Terms that join rows once are left out.
 
     Args:
         first: position of the first query.

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from seqpar.layout import Mask, Span, held
-from seqpar_kernels import Block, Documents, Score
+from seqpar_kernels import Block, Score, Term
 
 Met = tuple[slice, slice, Block]
 
@@ -22,9 +22,9 @@ def continued(mask: Mask) -> Mask:
     return replace(mask, documents=bounds if len(bounds) > 1 else None)
 
 
-def packed(mask: Mask) -> Documents | None:
-    """The documents of a mask, as kernels take them."""
-    return None if mask.documents is None else Documents(tuple(mask.documents))
+def terms_of(mask: Mask) -> tuple[Term, ...]:
+    """What is done besides the score, as kernels take it."""
+    return () if mask.packed is None else (mask.packed,)
 
 
 @dataclass
@@ -67,7 +67,7 @@ def _apart(rows: Span, cols: slice, span: Span, mask: Mask, score: Score) -> Ite
         progression = slice(first, rows.length, span.step)
         start, num = rows.start + first, len(range(first, rows.length, span.step))
         band = mask.band(Span(start, num, span.step), span)
-        block = Block(band, score, start, span.start, span.step, documents=packed(mask))
+        block = Block(band, score, start, span.start, span.step, terms=terms_of(mask))
         yield progression, cols, block
 
 

@@ -54,6 +54,11 @@ class Mask:
         """The boundaries of documents; (0,) where there is one document and no boundary."""
         return (0,) if self.documents is None else tuple(self.documents)
 
+    @property
+    def packed(self) -> Documents | None:
+        """The documents, as kernels take them."""
+        return None if self.documents is None else Documents(self.bounds)
+
     def band(self, rows: Span, cols: Span) -> Band:
         """The band that the positions of `rows` see of the positions of `cols`, both of the same step.
 

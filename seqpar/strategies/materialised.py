@@ -18,7 +18,7 @@ from seqpar.layout import Span
 from seqpar.strategies.plan import Plan
 from seqpar.strategies.stored_scores import ByColumns, ByDepth, ByRows, Sharding
 from seqpar.strategies.strategy import Strategy
-from seqpar_kernels import dense, finished_gradients, sum_rows
+from seqpar_kernels import Place, dense, finished_gradients, sum_rows
 from seqpar_kernels.row_softmax import add_dot_, add_sums_, join_, score_gradient, weights
 
 SHARDINGS: dict[str, type[Sharding]] = {
@@ -152,7 +152,7 @@ def _stored(plan: Plan, device: torch.device) -> tuple[Sharding, dense.Cells]:
     row, col = (x.to(device) for x in sharding.positions())
     position = Span(0, 1)
     band = plan.mask.band(position, position)
-    cells = dense.Cells(row, col, band, plan.score, plan.drops, plan.packed, plan.first_head)
+    cells = dense.Cells(Place(row, col, plan.first_head), band, plan.score, plan.terms)
     return sharding, cells
 
 

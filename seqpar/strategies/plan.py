@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from seqpar.comm import Grid, Group
 from seqpar.layout import Layout, Mask, Span, meets, tall_tiles, tiles
-from seqpar_kernels import Block, Documents, Dropout, Implementation, Score
+from seqpar_kernels import Block, Dropout, Implementation, Score, Term
 
 Spans = tuple[Span, ...]
 _DEFAULT = "default"
@@ -65,14 +65,10 @@ class Plan:
         return self.layout if self.kv_layout is None else self.kv_layout
 
     @property
-    def drops(self) -> Dropout | None:
-        """The dropout, unless its p is zero."""
-        return self.dropout if self.dropout is not None and self.dropout.p > 0 else None
-
-    @property
-    def packed(self) -> Documents | None:
-        """The documents of the mask, as kernels take them."""
-        return None if self.mask.documents is None else Documents(tuple(self.mask.documents))
+    def terms(self) -> tuple[Term, ...]:
+        """What is done besides the score, as kernels take it."""
+        named = (self.dropout, self.mask.packed)
+        return tuple(term for term in named if term is not None and term.acts)
 
     def outline(self) -> Plan:
         """A plan of the same shapes for tensors without content, which drops nothing."""
@@ -92,10 +88,10 @@ class Plan:
             head: which of the call's query heads is the first at hand.
         """
         # docs/design.md: a `Block` says everything but the tensors
-        head, drops, packed = self.first_head + head, self.drops, self.packed
-        needs_positions = score.needs_positions or drops or packed
+        head, terms = self.first_head + head, self.terms
+        needs_positions = any(term.needs_positions for term in (*score.terms, *terms))
         # docs/design.md: tiles keep positions apart until joining is allowed
         made = tiles if needs_positions else tall_tiles
         for t in made(rows, cols, self.mask):
-            block = Block(t.band, score, t.row, t.col, t.step, head, drops, packed)
+            block = Block(t.band, score, t.row, t.col, t.step, head, terms)
             yield t.rows, t.cols, block

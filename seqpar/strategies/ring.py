@@ -86,8 +86,7 @@ def ring_attention(
     # docs/design.md: one rank alone calls an op
     if plan.group.size == 1 and all(len(x.spans[0]) <= 1 for x in (plan.layout, plan.keys)):
         band = plan.mask.band(Span(0, plan.layout.length), Span(0, plan.keys.length))
-        first = plan.first_head + head
-        block = Block(band, score, head=first, dropout=plan.drops, documents=plan.packed)
+        block = Block(band, score, head=plan.first_head + head, terms=plan.terms)
         return _attend_alone(q, k, v, block, plan.implementation, with_lse=with_lse)
     return attend_by(RingRoute(plan), q, k, v, plan, score, head=head)
 

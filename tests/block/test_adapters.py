@@ -216,7 +216,7 @@ def attended(module, q, k, v, dout, block, ends):
     dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype) for x in (q, k, v))
     for a, b in hops:
         into = dq, dk[:, a:b], dv[:, a:b]
-        module.backward(rows, k[:, a:b], v[:, a:b], block.at(0, a), into, None)
+        module.backward(rows, k[:, a:b], v[:, a:b], block.at(0, a), into, {})
     return out, lse, dq, dk, dv
 
 
@@ -245,8 +245,8 @@ def test_equals_the_reference(
     q, k = normal(0, batch, num_rows, hq, d), normal(1, batch, num_cols, hkv, d)
     v, dout = normal(2, batch, num_cols, hkv, vd), normal(3, batch, num_rows, hq, vd)
     score = Score(scale, softcap=softcap if name == "flash_attn" else None)
-    documents = None if bounds is None else Documents((0, *sorted(bounds)))
-    block = Block(band, score, *at, documents=documents)
+    documents = () if bounds is None else (Documents((0, *sorted(bounds))),)
+    block = Block(band, score, *at, terms=documents)
     ends = [0, *sorted(min(c, num_cols) for c in cuts), num_cols]
     got = attended(ADAPTERS[name], q, k, v, dout, block, ends)
     expected = attended(reference, q, k, v, dout, block, [0, num_cols])
@@ -318,11 +318,11 @@ def test_adds_to_what_is_wanted_and_refuses_a_delta_of_its_own(name):
     out, lse, *whole = attended(ADAPTERS[name], q, k, v, dout, block, [0, 20])
     for wanted in ((True, False, False), (False, True, True)):
         into = tuple(torch.zeros_like(q) if want else None for want in wanted)
-        backward(Rows.of(q, out, dout, lse), k, v, block, into, None)
+        backward(Rows.of(q, out, dout, lse), k, v, block, into, {})
         for x, y in zip(into, whole, strict=True):
             assert x is None or torch.equal(x, y)
     with pytest.raises(AssertionError, match="never come here"):
-        backward(Rows.of(q, out, dout, lse, lse), k, v, block, tuple(whole), None)
+        backward(Rows.of(q, out, dout, lse, lse), k, v, block, tuple(whole), {})
 
 
 def test_flash_attn_is_deterministic_on_request():

@@ -21,7 +21,7 @@ from seqpar_kernels import (
     attend_backward,
     choose,
 )
-from seqpar_kernels.dropout import philox
+from seqpar_kernels.terms.dropout import philox
 
 HERE = ("reference", "aten")
 SCORE = Score(0.4)
@@ -261,7 +261,7 @@ def test_unknown_or_unfit_implementations_are_refused():
     with pytest.raises(NotImplementedError, match="head dim above 256, got 320 and 8"):
         choose(Request(cpu, torch.float32, 320, 8), "triton")
     with pytest.raises(NotImplementedError, match=r"'aten' cannot drop .*'reference' does all"):
-        choose(Request(cpu, torch.float32, 8, 8, dropout=True), "aten")
+        choose(Request(cpu, torch.float32, 8, 8, frozenset({Dropout})), "aten")
     with pytest.raises(NotImplementedError, match="float8"):
         choose(Request(cpu, torch.float8_e4m3fn, 8, 8), None)
     q, k = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 2, 4)

@@ -24,7 +24,7 @@ from seqpar_kernels import (
     attend,
     attend_backward,
     finish,
-    sink_gradient_rows,
+    finished_gradients,
     sum_rows,
     tile_border,
 )
@@ -57,7 +57,7 @@ def blocks_of(implementation, dtype, heads):
     everything = Block(
         Band(-90, 0),
         Score(0.4, 5.0, slopes, torch.linspace(-1, 2, heads, dtype=dtype, device=device)),
-        row=3, col=3, step=2, head=1, dropout=Dropout(0.2, 7), documents=Documents((0, 50, 190)),
+        row=3, col=3, step=2, head=1, terms=(Documents((0, 50, 190)), Dropout(0.2, 7)),
     )  # fmt: skip
     return [everything] if implementation == "triton" else [PLAIN, everything]
 
@@ -99,7 +99,7 @@ def run(tensors, block, implementation, cuts=()):
         outs.append(out)
         lses.append(lse)
         if block.score.sinks is not None:
-            by_row.append(sink_gradient_rows(block.score.sinks, lse, of.delta))
+            by_row += finished_gradients(block.score, lse, of.delta, {"sinks"}).values()
     results = {"out": torch.cat(outs, 1), "lse": torch.cat(lses, 1), "dq": dq, "dk": dk, "dv": dv}
     if dslopes is not None:
         results |= {"dslopes": sum_rows(dslopes), "dsinks": sum_rows(torch.cat(by_row, 1))}

@@ -32,7 +32,7 @@ BLOCKS = {
     "everything": Block(
         Band(-20, 3),
         Score(0.4, 5.0, torch.tensor([0.1, 0.2]).double(), torch.tensor([0.5, -1.0]).double()),
-        row=3, col=1, step=2, head=1, dropout=Dropout(0.3, 7), documents=Documents((0, 9, 30)),
+        row=3, col=1, step=2, head=1, terms=(Documents((0, 9, 30)), Dropout(0.3, 7)),
     ),
 }  # fmt: skip
 
@@ -53,12 +53,12 @@ def problem(block):
 def test_the_ops_pass_the_checks_of_torch(name, lse_learns):
     block = BLOCKS[name]
     (q, k, v), _ = problem(block)
-    score, drop = block.score, block.dropout
+    documents, drop = block.terms or (None, None)
+    score, place = block.score, [block.row, block.col, block.step, block.head]
     described = (
-        score.alibi_slopes, score.sinks, block.band.lower, block.band.upper, score.factor,
-        score.softcap, [block.row, block.col, block.step, block.head], drop.p if drop else 0.0,
-        drop.seed if drop else 0, list(block.documents.bounds) if block.documents else None,
-        lse_learns, None,
+        score.alibi_slopes, score.sinks, block.band.lower, block.band.upper, score.factor, place,
+        score.softcap, list(documents.bounds) if documents else None,
+        drop.p if drop else None, drop.seed if drop else None, lse_learns, None,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.seqpar.attention_forward, (q, k, v, *described))
     out, lse = (x.detach() for x in attention(q, k, v, block))
@@ -93,8 +93,9 @@ def test_the_op_hands_on_everything_it_is_told():
         ):
             assert torch.equal(got, expected)
         for change in (
-            {"row": 4}, {"col": 2}, {"step": 1}, {"head": 0}, {"dropout": Dropout(0.3, 8)},
-            {"dropout": None}, {"documents": None}, {"band": Band(-2, 3)},
+            {"row": 4}, {"col": 2}, {"step": 1}, {"head": 0}, {"band": Band(-2, 3)},
+            {"terms": block.terms[:1]}, {"terms": block.terms[1:]},
+            {"terms": (block.terms[0], Dropout(0.3, 8))},
         ):  # fmt: skip
             assert not torch.equal(attention(q, k, v, replace(block, **change))[0], out), change
         with pytest.raises(NotImplementedError, match="'aten' has no softcap"):
@@ -125,7 +126,7 @@ def test_a_differentiable_lse_wants_an_implementation_that_can():
         with pytest.raises(NotImplementedError, match="cannot differentiate lse"):
             attend_backward(shifted[0:3], k, v, BLOCKS["plain"], into=into, implementation="aten")
         with pytest.raises(AssertionError, match="never come here"):
-            aten.backward(shifted, k, v, BLOCKS["plain"], into)
+            aten.backward(shifted, k, v, BLOCKS["plain"], into, {})
 
 
 def test_a_second_derivative_is_refused():

@@ -16,6 +16,8 @@ from seqpar.testing.budget import max_error
 from seqpar.testing.drawn import examples
 from seqpar.testing.oracle import Terms
 from seqpar_kernels import (
+    BY_BLOCKS,
+    TENSORS,
     Band,
     Block,
     Documents,
@@ -27,7 +29,8 @@ from seqpar_kernels import (
     attend,
     attend_backward,
     finish,
-    sink_gradient,
+    finished_gradients,
+    sum_rows,
     triton_attention,
 )
 from seqpar_kernels.tuning import Tiles
@@ -63,13 +66,14 @@ def make_block(band, score, place, bounds, hq, device=DEVICE, wide=torch.float32
     """The block of a drawn problem; slopes and sinks on the device."""
     slopes = torch.linspace(0.3, 0.01, hq, device=device, dtype=wide) if "slopes" in score else None
     sinks = torch.linspace(-1.0, 2.0, hq, device=device, dtype=wide) if "sinks" in score else None
+    documents = [] if bounds is None else [Documents((0, *sorted(bounds)))]
+    dropout = [Dropout(score["dropout"], SEED)] if "dropout" in score else []
     return Block(
         band,
         Score(score["scale"], score.get("softcap"), slopes, sinks),
         **place,
         head=2,
-        dropout=Dropout(score["dropout"], SEED) if "dropout" in score else None,
-        documents=None if bounds is None else Documents((0, *sorted(bounds))),
+        terms=(*documents, *dropout),
     )
 
 
@@ -80,8 +84,8 @@ def seen_by_definition(block, num_rows, num_cols):
     upper = 10**9 if block.band.upper is None else block.band.upper
     seen = (j >= i + lower) & (j <= i + upper)
     row, col = block.row + block.step * i[:, 0], block.col + block.step * j[0]
-    if block.documents is not None:
-        bounds = torch.tensor(block.documents.bounds)
+    for documents in (term for term in block.terms if isinstance(term, Documents)):
+        bounds = torch.tensor(documents.bounds)
         seen &= (row[:, None, None] >= bounds).sum(-1) == (col[:, None] >= bounds).sum(-1)
     return seen, row, col
 
@@ -92,7 +96,7 @@ def run(tensors, block, hops, how):
     `how` is the name of an implementation, or the tiles for the Triton kernels.
     """
     q, k, v, dout = tensors
-    sinks, name = block.score.sinks, how if isinstance(how, str) else "triton"
+    name = how if isinstance(how, str) else "triton"
     running = Partial.identity(q, v.shape[-1])
     for a, b in reversed(hops):
         part = q, k[:, a:b], v[:, a:b], block.at(0, a)
@@ -104,7 +108,7 @@ def run(tensors, block, hops, how):
     out, lse = finish(running, q.dtype, block.score, implementation=name)
     rows = Rows.of(q, out, dout, lse, implementation=name)
     dq, dk, dv = (torch.zeros(x.shape, device=x.device, dtype=lse.dtype) for x in (q, k, v))
-    dslopes = None if block.score.alibi_slopes is None else torch.zeros_like(lse)
+    learned = {n: torch.zeros_like(lse) for n in BY_BLOCKS if n in block.score.tensors}
     for a, b in reversed(hops):
         part = rows, k[:, a:b], v[:, a:b], block.at(0, a)
         into = dq, dk[:, a:b], dv[:, a:b]
@@ -112,16 +116,14 @@ def run(tensors, block, hops, how):
             attend_backward(
                 *part,
                 into=into,
-                learned={} if dslopes is None else {"alibi_slopes": dslopes},
+                learned=learned,
                 implementation=how,
             )
         else:
-            triton_attention.backward(*part, into, dslopes, (how, how))
+            triton_attention.backward(*part, into, learned, (how, how))
     results = [out, dq, dk, dv]
-    if dslopes is not None:
-        results.append(dslopes.sum((0, 1)))
-    if sinks is not None:
-        results.append(sink_gradient(sinks, lse, rows.delta))
+    learned |= finished_gradients(block.score, lse, rows.delta, TENSORS)
+    results += [sum_rows(x) for x in learned.values()]
     return results, (*raw, dq, dk, dv)
 
 
@@ -244,7 +246,7 @@ def test_cutting_queries_at_tile_borders_changes_no_bit(dtype):
     dq, dk, dv = (torch.zeros(x.shape, device=DEVICE) for x in (q, k, v))
     for a, b in ((0, 16), (16, 48), (48, 64)):
         into = dq[:, a:b], dk, dv
-        triton_attention.backward(rows[a:b], k, v, block.at(a, 0), into, None, (tiles, tiles))
+        triton_attention.backward(rows[a:b], k, v, block.at(a, 0), into, {}, (tiles, tiles))
     for a, b in zip((dq, dk, dv), whole[3:], strict=True):
         assert torch.equal(a, b)
 

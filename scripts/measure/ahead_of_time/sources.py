@@ -35,7 +35,8 @@ def make_block(case: Case) -> Block:
     score = Score(case.d**-0.5, softcap=softcap, alibi_slopes=slopes)
     drop = Dropout(0.1, 2**62) if case.feature == "dropout" else None
     documents = Documents((0, case.length // 2)) if case.feature == "documents" else None
-    return Block(BANDS[case.mask], score, dropout=drop, documents=documents)
+    terms = tuple(term for term in (documents, drop) if term is not None)
+    return Block(BANDS[case.mask], score, terms=terms)
 
 
 def launch(case: Case) -> Launch:
@@ -54,8 +55,8 @@ def launch(case: Case) -> Launch:
             triton_attention.forward(q, k, v, block, Partial.identity(q, case.d), tiles)
         else:
             into = tuple(torch.empty_like(x, dtype=accumulation_dtype(dtype)) for x in (q, k, v))
-            lse, delta, dslopes = (into[0][..., 0].contiguous() for _ in range(3))
-            learned = dslopes if case.feature == "alibi" else None
+            lse, delta, by_row = (into[0][..., 0].contiguous() for _ in range(3))
+            learned = {name: by_row for name in block.score.tensors}
             rows = Rows(q, out, dout, lse, delta)
             triton_attention.backward(rows, k, v, block, into, learned, (tiles, tiles))
     return launched[getattr(triton_attention, f"{case.kernel}_kernel")]
@@ -66,20 +67,30 @@ def make_source(case: Case) -> tuple[ASTSource, dict[str, Any]]:
     kernel, launched = getattr(triton_attention, f"{case.kernel}_kernel"), launch(case)
     given = dict(zip(kernel.arg_names, launched.args, strict=False)) | launched.kwargs
     options = {name: given.pop(name) for name in list(given) if name not in kernel.arg_names}
-    types: dict[str, str] = {}
+    types: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+
+    def specialised(x: Any, path: tuple[int, ...], as_it_is: bool) -> Any:
+        """The type of an argument, whose constants and attributes are noted by its path."""
+        if isinstance(x, tuple):
+            return tuple(specialised(y, (*path, n), as_it_is) for n, y in enumerate(x))
+        special = isinstance(x, int) and not as_it_is
+        if special and x == 1:
+            constants[path] = x
+            return "constexpr"
+        if isinstance(x, torch.Tensor) or (special and x % 16 == 0):
+            attributes[path] = [["tt.divisibility", 16]]
+        if case.target == "gfx942" and is_small(x):
+            attributes[path].append(["tt.pointer_range", 32])
+        return type_name(x)
+
     for n, parameter in enumerate(kernel.params):
         x = given[parameter.name]
-        special = isinstance(x, int) and not parameter.do_not_specialize
-        if parameter.is_constexpr or (special and x == 1):
+        if parameter.is_constexpr:
             types[parameter.name], constants[n,] = "constexpr", x
-            continue
-        types[parameter.name] = type_name(x)
-        if isinstance(x, torch.Tensor) or (special and x % 16 == 0):
-            attributes[n,] = [["tt.divisibility", 16]]
-        if case.target == "gfx942" and is_small(x):
-            attributes[n,].append(["tt.pointer_range", 32])
+        else:
+            types[parameter.name] = specialised(x, (n,), bool(parameter.do_not_specialize))
     return ASTSource(kernel, types, constants, attributes), options
 
 

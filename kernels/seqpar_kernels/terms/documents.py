@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
+
+from seqpar_kernels.terms.term import Place, Term
 
 
 @dataclass(frozen=True)
-class Documents:
+class Documents(Term):
     """Boundaries 0 = b0 <= b1 <= ... <= bn: document n holds positions b(n) to b(n+1) - 1.
 
     Two equal boundaries are an empty document. Positions from the last boundary on are one more.
@@ -24,6 +26,9 @@ class Documents:
 
     bounds: tuple[int, ...]
 
+    name, words = "documents", "documents"
+    needs_positions = hides = True
+
     def __post_init__(self) -> None:
         if not all(isinstance(b, int) and not isinstance(b, bool) for b in self.bounds):
             raise TypeError(f"documents must be integer boundaries, got {self.bounds!r}")
@@ -33,13 +38,25 @@ class Documents:
                 f"got {self.bounds!r}"
             )
 
+    def visible(self, place: Place) -> Bool[Tensor, "i j"]:
+        """True where a row and a column are of one document."""
+        borders = torch.tensor(self.bounds[1:], device=place.row.device)
+        row, col = (torch.searchsorted(borders, x, right=True) for x in (place.row, place.col))
+        return row[:, None] == col
+
+    def parts(
+        self, row: int, num_rows: int, col: int, num_cols: int, step: int
+    ) -> Iterator[tuple[slice, slice]]:
+        """(rows, columns) of each document that has some of both."""
+        cols = dict(self.runs(col, num_cols, step))
+        for document, rows in self.runs(row, num_rows, step):
+            if document in cols:
+                yield rows, cols[document]
+
     def limits(
         self, start: int, length: int, others: int, num_others: int, step: int, device: torch.device
     ) -> Int[Tensor, "length 2"]:
-        """Per position, the range of others in the same document, as indices (first, last + 1).
-
-        Positions are start, start + step, ... and the others likewise from `others` on. int32.
-        """
+        """Per position, the range of others in the same document."""
         ends = torch.tensor([*self.bounds[1:], torch.iinfo(torch.int64).max >> 1], device=device)
         starts = torch.tensor(self.bounds, device=device)
         positions = start + step * torch.arange(length, device=device)

@@ -10,8 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from seqpar_kernels.terms.term import Place, Term
 
 ROUNDS = 7  # the fewest that passed every test of BigCrush in the source
 _MULTIPLIERS, _WEYL = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
@@ -19,7 +21,7 @@ _WORD = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
-class Dropout:
+class Dropout(Term):
     """Drops each weight with probability `p` and divides the others by 1 - p.
 
     The counter is (column, row, head, batch), the key is the seed. Columns, rows and heads are global, the
@@ -34,6 +36,11 @@ class Dropout:
     p: float
     seed: int
 
+    name, words = "dropout", "dropout"
+    lacking = "cannot drop weights by their global position"
+    kernels = "seqpar_kernels.terms.dropout_triton"
+    needs_positions = drops = True
+
     def __post_init__(self) -> None:
         if isinstance(self.p, bool) or not isinstance(self.p, (int, float)):
             raise TypeError(f"p must be a number, got {self.p!r}")
@@ -44,6 +51,30 @@ class Dropout:
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be in [0, 2**63), got {self.seed}")
         object.__setattr__(self, "p", float(self.p))
+
+    @property
+    def acts(self) -> bool:
+        """Whether any weight may be dropped."""
+        return self.p > 0
+
+    def told(self, learns: bool = False) -> str:  # noqa: ARG002 - nothing of it learns
+        """The probability. The seed is left out: it may be new in every step."""
+        return f"dropout {self.p:g}"
+
+    def multiplier(
+        self, batch: Int[Tensor, "..."], head: Int[Tensor, "..."], place: Place, dtype: torch.dtype
+    ) -> Float[Tensor, "..."]:
+        """Zero for weights that are dropped, and `factor` for the others."""
+        keeps = self.keeps(batch, head, place.row[:, None], place.col)
+        return keeps.to(dtype) * self.factor
+
+    def values(self) -> tuple[float]:
+        """The factor."""
+        return (self.factor,)
+
+    def whole(self) -> tuple[int, int]:
+        """The seed and the threshold."""
+        return self.seed, self.threshold
 
     @property
     def threshold(self) -> int:

@@ -1,0 +1,227 @@
+"""`Term`: one thing that is done to scores besides the scale, as all layers ask for it.
+
+A term is one file beside this one and one entry of `TERMS`. Each hook has a default that leaves scores
+alone, so that a term overrides what it does and nothing else. Docs: `docs/adding.md`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+# How the fields of a term are arguments of an op, by their annotation. A term may be absent.
+_ARGUMENTS = {
+    "float": "float?",
+    "int": "int?",
+    "tuple[int, ...]": "int[]?",
+    "Float[Tensor, 'hq']": "Tensor?",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where scores are in the whole attention.
+
+    Args:
+        row, col: global positions of the rows and columns at hand, int64.
+        head: which of all query heads is the first at hand.
+    """
+
+    row: Int[Tensor, "i"]
+    col: Int[Tensor, "j"]
+    head: int
+
+    def distance(self, dtype: torch.dtype) -> Float[Tensor, "i j"]:
+        """How many positions lie between each row and each column."""
+        return (self.row[:, None] - self.col).abs().to(dtype)
+
+
+@dataclass(frozen=True)
+class Term:
+    """What is done to the scores of all blocks of a call. Its fields are its parameters.
+
+    Args:
+        name: of the term where users name it: the field of `Score`, `Plan` or `Mask` that holds it.
+        words: what it is called in messages.
+        lacking: what implementations lack that do not know it, as the end of a sentence that begins with
+            their name. `None`: nothing, since they can be called so that it holds.
+        arguments: by implementation, the argument of a foreign op that takes its value.
+        kernels: the module of its Triton functions, which `docs/adding.md` lists; imported when a kernel is
+            launched.
+        needs_positions: whether it depends on where rows and columns are, besides the band.
+        changes_scores: whether a visible score is more than scale * q.k.
+        bends: whether the derivative of the score by scale * q.k differs from 1.
+        hides: whether it makes scores invisible.
+        drops: whether it multiplies the weights.
+        joins: whether it takes part in each row once, in `finish`, and never in a block.
+    """
+
+    name: ClassVar[str]
+    words: ClassVar[str]
+    lacking: ClassVar[str | None] = None
+    arguments: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    kernels: ClassVar[str | None] = None
+    needs_positions: ClassVar[bool] = False
+    changes_scores: ClassVar[bool] = False
+    bends: ClassVar[bool] = False
+    hides: ClassVar[bool] = False
+    drops: ClassVar[bool] = False
+    joins: ClassVar[bool] = False
+
+    @classmethod
+    def is_in_kernels(cls) -> bool:
+        """Whether Triton kernels do what it does in blocks: by its functions, or by limits alone."""
+        return cls.kernels is not None or not (cls.changes_scores or cls.drops)
+
+    @property
+    def acts(self) -> bool:
+        """Whether it does anything with these parameters."""
+        return True
+
+    def told(self, learns: bool = False) -> str:
+        """The term in words."""
+        return f"{self.words} that learn" if learns else self.words
+
+    # On scores, in each block.
+
+    def scores_(
+        self, s: Float[Tensor, "b hq i j"], place: Place
+    ) -> Float[Tensor, "b hq i j"] | None:
+        """Changes scores in place. Gives their derivative by what they were, or `None` for 1."""
+        raise NotImplementedError(f"{type(self).__name__} does not change scores")
+
+    def tile_scores_(
+        self, s: Float[Tensor, "b hq i j"], place: Place
+    ) -> Float[Tensor, "b hq i j"] | None:
+        """As `scores_`, with bits that do not depend on where a tile is cut; it may take more memory."""
+        return self.scores_(s, place)
+
+    def gradient(self, ds: Float[Tensor, "b hq i j"], place: Place) -> Float[Tensor, "b hq i"]:
+        """Each row's share of the gradient of a learned tensor, from that of the scores it gave."""
+        raise NotImplementedError(f"nothing of {type(self).__name__} is learned in blocks")
+
+    # On what is visible.
+
+    def visible(self, place: Place) -> Bool[Tensor, "i j"]:
+        """True where a row sees a column."""
+        raise NotImplementedError(f"{type(self).__name__} hides nothing")
+
+    def limits(
+        self, start: int, length: int, others: int, num_others: int, step: int, device: torch.device
+    ) -> Int[Tensor, "length 2"]:
+        """Per position, the range of others that it sees, as indices (first, last + 1); int32.
+
+        Positions are start, start + step, ... and the others likewise from `others` on.
+        """
+        raise NotImplementedError(f"{type(self).__name__} hides nothing")
+
+    def parts(
+        self, row: int, num_rows: int, col: int, num_cols: int, step: int
+    ) -> Iterator[tuple[slice, slice]]:
+        """(rows, columns) of parts of a block that are visible, but for its band, and hold all that is."""
+        raise NotImplementedError(f"{type(self).__name__} hides nothing")
+
+    # On weights.
+
+    def multiplier(
+        self, batch: Int[Tensor, "..."], head: Int[Tensor, "..."], place: Place, dtype: torch.dtype
+    ) -> Float[Tensor, "..."]:
+        """What weights `[... i j]` are multiplied by. Batch and head broadcast against `[i j]`."""
+        raise NotImplementedError(f"{type(self).__name__} leaves weights alone")
+
+    # On rows, once.
+
+    def joined(self) -> Float[Tensor, "hq"]:
+        """The logit that takes part in the softmax of each row of a head, and has no value."""
+        raise NotImplementedError(f"{type(self).__name__} does not join rows")
+
+    def joined_gradient(
+        self, lse: Float[Tensor, "b i hq"], delta: Float[Tensor, "b i hq"]
+    ) -> Float[Tensor, "b i hq"]:
+        """Each row's share of the gradient of what is learned, in the type of lse."""
+        raise NotImplementedError(f"{type(self).__name__} does not join rows")
+
+    # In the Triton kernels.
+
+    def values(self) -> tuple[float | Tensor, ...]:
+        """What its Triton functions take: floats, and float32 tensors that are contiguous."""
+        raise NotImplementedError(f"{type(self).__name__} has no Triton functions")
+
+    def whole(self) -> tuple[int, int] | None:
+        """Two more values that are integers, which only one term may have.
+
+        Kernels take them apart: of integers in a tuple Triton compiles those that are 1, or divisible by 16,
+        anew.
+        """
+        return None
+
+    # As arguments of an op, which takes neither terms nor absent ones.
+
+    @classmethod
+    def schema(cls) -> Iterator[tuple[str, str]]:
+        """(type in torch's schema, name) of each argument."""
+        for n, field in enumerate(fields(cls)):
+            yield _ARGUMENTS[str(field.type)], f"{cls.name}{n or ''}"
+
+    def written(self) -> list[Any]:
+        """The values of `schema`."""
+        values = (getattr(self, field.name) for field in fields(self))
+        return [list(x) if isinstance(x, tuple) else x for x in values]
+
+    @classmethod
+    def read(cls, values: Collection[Any]) -> Term | None:
+        """The term that was `written`; `None` if there was none."""
+        if any(x is None for x in values):
+            return None
+        return cls(*(tuple(x) if isinstance(x, list) else x for x in values))
+
+
+def check_number(name: str, value: object) -> float:
+    """The value as a finite float.
+
+    Raises:
+        TypeError: it is not a number.
+        ValueError: it is not finite.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number or None, got {value!r}")
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)  # so that 1 and 1.0 print alike
+
+
+def check_per_head(name: str, value: object) -> Tensor:
+    """The value as a tensor with one entry for each query head.
+
+    Raises:
+        TypeError: it is not a floating point tensor.
+        ValueError: it is not 1-D.
+    """
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating point tensor [hq], got {value!r}")
+    if value.ndim != 1:
+        raise ValueError(f"{name} must be 1-D, [hq], got {tuple(value.shape)}")
+    return value
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreTerm(Term):
+    """A term that `Score` names, whose field holds the value itself. The value is checked there."""
+
+    value: Any
+
+    @staticmethod
+    def checked(value: Any) -> Any:
+        """The value, if it is legal.
+
+        Raises:
+            TypeError, ValueError: it is not.
+        """
+        raise NotImplementedError
