@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from shutil import copytree
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -37,7 +38,15 @@ class AttentionModel(nn.Module):
 
 @contextmanager
 def saved(model: Any) -> Iterator[str]:
-    """A folder with a model of transformers, the same on all processes: only the first one's is filled."""
+    """A folder with a model of transformers, which writes on the first process only; the others copy it.
+
+    Each has its own, because one may be done, and delete it, before another has read it.
+    """
     with TemporaryDirectory() as path:
         model.save_pretrained(path)
-        yield seqpar.Group.of().transport.gather_objects(path)[0]
+        ranks = seqpar.Group.of().transport
+        first = str(ranks.gather_objects(path)[0])
+        if first != path:
+            copytree(first, path, dirs_exist_ok=True)
+        ranks.gather_objects("copied")
+        yield path
