@@ -46,9 +46,8 @@ def attend(
         ValueError: hq is not a multiple of hkv.
         NotImplementedError: the implementation cannot do what is asked.
     """
-    if _nothing_to_do(q, k, block):
+    if _nothing_to_do(q, k, block) or _is_only_told("forward", q, k, block):
         return
-    _tell("forward", q, k, block)
     with without_autocast(q.device):
         _chosen(q, v, block, implementation).forward(q, k, v, block, into)
 
@@ -78,9 +77,8 @@ def attend_backward(
     """
     if (into[1] is None) != (into[2] is None):
         raise ValueError("dk and dv come together: give both to add to, or None for both")
-    if _nothing_to_do(rows.q, k, block):
+    if _nothing_to_do(rows.q, k, block) or _is_only_told("backward", rows.q, k, block):
         return
-    _tell("backward", rows.q, k, block)
     with without_autocast(rows.q.device):
         chosen = _chosen(rows.q, v, block, implementation, lse_learns=rows.lse_learns)
         chosen.backward(rows, k, v, block, into, learned or {})
@@ -145,16 +143,17 @@ def _chosen(
     return adapters.get(name, reference)
 
 
-def _tell(direction: Direction, q: Tensor, k: Tensor, block: Block) -> None:
-    """Tells of a block that is to be computed, in a dry run."""
+def _is_only_told(direction: Direction, q: Tensor, k: Tensor, block: Block) -> bool:
+    """Tells of a block that is to be computed, in a dry run. Whether that is all."""
     told = watcher()
     if told is None:
-        return
+        return False
     (b, i, hq, _), j, visible = q.shape, k.shape[1], 0
     for rows, cols in block.parts(i, j):
         band = block.band.at(rows.start, cols.start)
         visible += band.count(rows.stop - rows.start, cols.stop - cols.start)
     told.block(direction, i, j, b * hq * visible)
+    return not told.walks
 
 
 def _nothing_to_do(q: Tensor, k: Tensor, block: Block) -> bool:

@@ -15,7 +15,14 @@ Direction = Literal["forward", "backward"]
 
 
 class Watcher(Protocol):
-    """Who is told."""
+    """Who is told.
+
+    Args:
+        walks: whether implementations do all that they do but for arithmetic; otherwise a block is told
+            of and left alone.
+    """
+
+    walks: bool
 
     def block(self, direction: Direction, rows: int, cols: int, scores: int) -> None:
         """A block of scores is computed, or differentiated.

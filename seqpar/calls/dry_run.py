@@ -7,9 +7,10 @@ that would be is seen. There is no second description of a strategy to keep in s
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from threading import Thread
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,9 +21,11 @@ from seqpar.calls.workspace import workspace
 from seqpar.comm import Grid, Group, Message, silent
 from seqpar.strategies.plan import Plan
 from seqpar.strategies.registry import STRATEGIES
-from seqpar_kernels.torch_internals import DispatchMode, differentiating
+from seqpar_kernels.torch_internals import DRY_RUNS, DispatchMode, parts
 from seqpar_kernels.torch_ops import RUNS
 from seqpar_kernels.watching import Direction, watching
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -104,9 +107,14 @@ def sent(plan: Plan, shape: Shape, rank: int) -> Volume:
         plan: with its implementation resolved, see `resolve`.
         shape: of the call. q, k and v get gradients, and what it says learns.
     """
+
     # The generator stops after forward, so the first total is read before backward has run.
-    forward, total = (group.traffic.total for group in _run(plan, shape, rank, _Log()))
-    return Volume(forward, total - forward)
+    def run() -> Volume:
+        groups = _run(plan, shape, rank, _Log(walks=False))
+        forward, total = (group.traffic.total for group in groups)
+        return Volume(forward, total - forward)
+
+    return _apart(run)
 
 
 def held(plan: Plan, shape: Shape, rank: int) -> Held:
@@ -115,24 +123,58 @@ def held(plan: Plan, shape: Shape, rank: int) -> Held:
     What torch's attention on CPU allocates inside is measured, see `workspace`. Triton's kernels allocate
     nothing inside, the reference a tile; what other packages allocate inside is not counted.
     """
-    with _Storages() as storages:
-        (forward, kept), (backward, _) = (storages.take() for _ in _run(plan, shape, rank, _Log()))
-    return Held(forward, kept, backward)
+    parts(DRY_RUNS)
+
+    def run() -> Held:
+        with _Storages() as storages:
+            phases = (storages.take() for _ in _run(plan, shape, rank, _Log(walks=True)))
+            (forward, kept), (backward, _) = phases
+        return Held(forward, kept, backward)
+
+    return _apart(run)
 
 
 def steps(plan: Plan, shape: Shape, rank: int) -> Steps:
     """Lists what `rank` computes (no stored scores), sends and receives; for the arguments see `sent`."""
-    log = _Log()
-    with _Ops():
-        forward, backward = (log.take() for _ in _run(plan, shape, rank, log))
-    return Steps(forward, backward)
+    parts(DRY_RUNS)
+
+    def run() -> Steps:
+        log = _Log(walks=False)
+        with _Ops():
+            forward, backward = (log.take() for _ in _run(plan, shape, rank, log))
+        return Steps(forward, backward)
+
+    return _apart(run)
+
+
+def _apart(run: Callable[[], T]) -> T:
+    """What a function gives on a thread of its own, where nothing of the caller's is on.
+
+    That would be hooks on what autograd saves (checkpointing, offloading), modes of torch, a replay, an op
+    that is being computed, inference mode. Only the detection of anomalies is the whole process's.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def body() -> None:
+        try:
+            with torch.autograd.set_detect_anomaly(mode=False):
+                results.append(run())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = Thread(target=body, name="seqpar dry run")
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 def _run(plan: Plan, shape: Shape, rank: int, log: _Log) -> Iterator[Group]:
     """Runs forward and, if asked for more, backward; gives the group after each."""
     group = silent(rank, plan.group.size, log)
-    # Who asks may be without gradients, or inside of an op, where torch takes autograd away.
-    with torch.inference_mode(mode=False), differentiating(), watching(log):
+    with watching(log):
         plan, leaves = _without_content(plan, shape, group)
         q, k, v = leaves[:3]
         # docs/design.md: a dry run is the strategy itself
@@ -167,7 +209,8 @@ def _without_content(plan: Plan, shape: Shape, group: Group) -> tuple[Plan, list
 class _Log:
     """A list of steps, noted as they are told to it: it is a `Watcher` and a `Listener`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, walks: bool) -> None:
+        self.walks = walks
         self._steps: list[Step] = []
 
     def take(self) -> tuple[Step, ...]:

@@ -20,6 +20,14 @@ Results = tuple[Tensor, ...]
 Mode = Literal["record", "play", "outline"]
 
 
+def _differing(then: object, now: object) -> str:
+    """In what two calls differ, in words."""
+    if not isinstance(then, dict) or not isinstance(now, dict):
+        return f"{then or 'no call'} then, {now} now"
+    names = [name for name in now if repr(then.get(name)) != repr(now[name])]
+    return ", ".join(f"{name} {then.get(name)} then, {now[name]} now" for name in names)
+
+
 class Replay:
     """A record of what the steps of one computation gave, in their order.
 
@@ -72,8 +80,8 @@ class Replay:
         if recorded != call:
             raise RuntimeError(
                 "attention is called otherwise when it is recomputed than it was before: "
-                f"{recorded} then, {call} now; what is assigned to a module (its dropout, its score) must be "
-                "assigned inside of what is checkpointed"
+                f"{_differing(recorded, call)}; what is assigned to a module (its dropout, its score) must "
+                "be assigned inside of what is checkpointed"
             )
         self._call += 1
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import seqpar
 from seqpar import Dropout, Mask, Plan, Score, attention, simulate
@@ -176,3 +177,52 @@ def test_a_log_that_fails_on_one_rank_is_an_error_on_all():
     finally:
         announce.LOGGER.setLevel(level)
         announce.LOGGER.removeFilter(refuse)
+
+
+def offloaded(function, x):
+    with torch.autograd.graph.save_on_cpu():
+        return function(x)
+
+
+def watched(function, x):
+    with torch.autograd.detect_anomaly(check_nan=False):
+        return function(x)
+
+
+WAYS = {
+    "plain": lambda function, x: function(x),
+    "checkpoint": lambda function, x: checkpoint(function, x, use_reentrant=False),
+    "kept": lambda function, x: checkpoint(
+        function, x, use_reentrant=False, context_fn=seqpar.keep_attention
+    ),
+    "selective": lambda function, x: checkpoint(
+        function, x, use_reentrant=False,
+        context_fn=lambda: create_selective_checkpoint_contexts([torch.ops.aten.mul.Tensor]),
+    ),
+    "offloaded": offloaded,
+    "watched": watched,
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
+@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("strategy", ["ring", "ulysses"])
+def test_what_is_on_where_a_call_is_told_changes_nothing(heard, strategy, name):
+    """What a line says is learnt apart: not by the caller's hooks and modes, nor into its replay."""
+
+    def fn(group):
+        layout = seqpar.zigzag(16, 2)
+        attend = {"ring": seqpar.RingAttention, "ulysses": seqpar.UlyssesAttention}[strategy](group)
+        x = torch.randn(1, 8, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+        def block(x):
+            return x + attend(x.sin(), x.cos() * 2, x.tanh(), layout)
+
+        return torch.autograd.grad(WAYS[name](block, x).square().sum(), x)[0]
+
+    found = simulate(2, fn)
+    (line,) = heard()
+    assert "bytes backward" in line
+    announce.LOGGER.setLevel(logging.WARNING)
+    for here, there in zip(found, simulate(2, fn), strict=True):
+        assert torch.equal(here, there)
