@@ -17,7 +17,7 @@ from seqpar.comm import Group, agreed, combine
 from seqpar.decode.check import check_new, check_prefill, check_queries
 from seqpar.decode.parts import merged, part_of
 from seqpar.decode.rows import Grown, Held, deal
-from seqpar.decode.visible import continued, terms_of
+from seqpar.decode.visible import continued
 from seqpar.layout import Layout, Mask
 from seqpar.strategies.options import told
 from seqpar_kernels import Implementation, Request, Score, choose
@@ -65,7 +65,7 @@ class KVCache:
         with agreed(group, "KVCache") as claim:
             check_prefill(group, layout, k, v, mask, score)
             self._mask, self._score = continued(mask), score.resolve(k.shape[3])
-            terms = (*self._score.terms, *terms_of(self._mask))
+            terms = (*self._score.terms, *self._mask.terms)
             request = Request.of(k, v, terms)
             self.implementation = choose(request, implementation)
             claim |= {
