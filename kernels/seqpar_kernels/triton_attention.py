@@ -213,6 +213,7 @@ def _section(x: Tensor, y: Tensor, programs: int) -> int:
 
 def kernels_of(block: Block) -> list[tuple[Term, ModuleType]]:
     """The terms that do something inside of kernels, with the modules of their functions."""
+    # docs/design.md: the Triton kernels compose terms
     return [
         (term, import_module(term.kernels)) for term in block.acting if term.kernels is not None
     ]

@@ -52,7 +52,7 @@ def _described(plan: Plan, shape: Shape, device: torch.device) -> str:
         f"batch {shape.batch}",
         f"{shape.hq} heads ({shape.hkv} of keys) of width {widths}",
         *score.told(shape.learns),
-        *(term.told() for term in plan.terms),
+        *(term.told() for term in plan.terms if not term.hides),
         f"{plan.head_chunks} chunks of heads" if plan.head_chunks > 1 else "",
         "invariant bits" if plan.invariant else "",
         "with lse" if shape.with_lse else "",
@@ -69,10 +69,10 @@ def _laid_out(layout: Layout) -> str:
 
 
 def _visible(mask: Mask) -> str:
-    """The band of the mask in words."""
+    """The mask in words."""
     seen = "causal" if mask.causal else "full"
     window = f" window {mask.window}" if mask.window is not None else ""
-    return seen + window
+    return " ".join((seen + window, *(term.told() for term in mask.terms)))
 
 
 def _size(num_bytes: int) -> str:

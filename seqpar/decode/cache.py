@@ -18,7 +18,7 @@ from seqpar.comm import Group, agreed, combine
 from seqpar.decode.check import check_new, check_prefill, check_queries
 from seqpar.decode.parts import merged, part_of
 from seqpar.decode.rows import Grown, Held, deal
-from seqpar.decode.visible import continued, terms_of
+from seqpar.decode.visible import continued
 from seqpar.layout import Layout, Mask
 from seqpar_kernels import Implementation, Request, Score, choose
 from seqpar_kernels.integers import is_integer
@@ -67,7 +67,7 @@ class KVCache:
             check_prefill(group, layout, k, v, mask, score)
             self._mask, self._score = continued(mask), score.resolve(k.shape[3])
             # There are no queries yet, and k has the type, width and device that they must have.
-            terms = (*self._score.terms, *terms_of(self._mask))
+            terms = (*self._score.terms, *self._mask.terms)
             request = Request.of(k, v, terms)
             self.implementation = choose(request, implementation)
             claim |= {

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from seqpar.layout import Mask, Span, held
-from seqpar_kernels import Block, Score, Term
+from seqpar_kernels import Block, Score
 
 Met = tuple[slice, slice, Block]
 
@@ -20,11 +20,6 @@ def continued(mask: Mask) -> Mask:
     """The mask of a sequence that grows: its last document is open."""
     bounds = mask.bounds[:-1]
     return replace(mask, documents=bounds if len(bounds) > 1 else None)
-
-
-def terms_of(mask: Mask) -> tuple[Term, ...]:
-    """What is done besides the score, as kernels take it."""
-    return () if mask.packed is None else (mask.packed,)
 
 
 @dataclass
@@ -67,7 +62,7 @@ def _apart(rows: Span, cols: slice, span: Span, mask: Mask, score: Score) -> Ite
         progression = slice(first, rows.length, span.step)
         start, num = rows.start + first, len(range(first, rows.length, span.step))
         band = mask.band(Span(start, num, span.step), span)
-        block = Block(band, score, start, span.start, span.step, terms=terms_of(mask))
+        block = Block(band, score, start, span.start, span.step, terms=mask.terms)
         yield progression, cols, block
 
 

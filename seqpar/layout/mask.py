@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from seqpar.layout.spans import Span
-from seqpar_kernels import Band, Documents
+from seqpar_kernels import Band, Documents, Term
 from seqpar_kernels.integers import is_integer
 
 
@@ -55,9 +55,9 @@ class Mask:
         return (0,) if self.documents is None else tuple(self.documents)
 
     @property
-    def packed(self) -> Documents | None:
-        """The documents, as kernels take them."""
-        return None if self.documents is None else Documents(self.bounds)
+    def terms(self) -> tuple[Term, ...]:
+        """What hides scores besides the band, as kernels take it."""
+        return () if self.documents is None else (Documents(self.bounds),)
 
     def band(self, rows: Span, cols: Span) -> Band:
         """The band that the positions of `rows` see of the positions of `cols`, both of the same step.

@@ -67,7 +67,7 @@ class Plan:
     @property
     def terms(self) -> tuple[Term, ...]:
         """What is done besides the score, as kernels take it."""
-        named = (self.dropout, self.mask.packed)
+        named = (*self.mask.terms, self.dropout)
         return tuple(term for term in named if term is not None and term.acts)
 
     def outline(self) -> Plan:

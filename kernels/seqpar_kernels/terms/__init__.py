@@ -7,6 +7,7 @@ from seqpar_kernels.terms.sinks import Sinks
 from seqpar_kernels.terms.softcap import Softcap
 from seqpar_kernels.terms.term import Place, ScoreTerm, Term, check_number
 
+# docs/design.md: a term is one file
 # In the order in which they are applied. What bends scores comes before what learns in each block, since
 # gradients of learned tensors are taken from those of the finished scores.
 TERMS: tuple[type[Term], ...] = (Softcap, Alibi, Documents, Sinks, Dropout)
