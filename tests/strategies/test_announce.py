@@ -56,7 +56,7 @@ def test_a_plan_is_told_in_one_line_whatever_the_seed_and_the_documents(heard):
     plain, packed = heard()
     assert plain.startswith(f"{begin}, {sizes}, aten in float32 on cpu; rank 0 sends ")
     assert packed.startswith(
-        f"{begin}, {sizes}, dropout 0.5, documents, reference in float32 on cpu; "
+        f"{begin} documents, {sizes}, dropout 0.5, reference in float32 on cpu; "
     )
 
 
