@@ -184,7 +184,7 @@ def _backward_fake(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     num = 3 + len(TENSORS)
-    call, ctx.rest = _Call.of(inputs, _silent), inputs[num:]
+    call, ctx.rest = _Call.of(inputs, Group.named), inputs[num:]
     ctx.num_learning = 1 + call.with_lse  # an lse that nobody asked for has no gradient
     ctx.mark_non_differentiable(*output[ctx.num_learning :])
     # Of own rows that were exchanged backward needs the shape alone.

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from seqpar.calls.options import told
 from seqpar.comm import Group, agreed, all_gather
 from seqpar.layout import LAYOUTS, Layout, Mask, balanced, check_rows, check_size
 
@@ -50,8 +51,7 @@ def unshard_sequence(x: Tensor, layout: Layout, group: Group, dim: int = 1) -> T
         needs_grad = x.requires_grad and torch.is_grad_enabled()
         other_dims = [n for i, n in enumerate(x.shape) if i != dim % x.ndim]
         claim |= {
-            "layout": layout,
-            "spans": layout.fingerprint,
+            **told(layout=layout),
             "dtype": x.dtype,
             "dim": dim % x.ndim,
         }

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from threading import Thread
 from typing import Any, TypeVar
 
 import torch
@@ -108,8 +108,8 @@ def sent(plan: Plan, shape: Shape, rank: int) -> Volume:
         shape: of the call. q, k and v get gradients, and what it says learns.
     """
 
-    # The generator stops after forward, so the first total is read before backward has run.
     def run() -> Volume:
+        # The generator stops after forward, so the first total is read before backward has run.
         groups = _run(plan, shape, rank, _Log(walks=False))
         forward, total = (group.traffic.total for group in groups)
         return Volume(forward, total - forward)
@@ -153,22 +153,13 @@ def _apart(run: Callable[[], T]) -> T:
     That would be hooks on what autograd saves (checkpointing, offloading), modes of torch, a replay, an op
     that is being computed, inference mode. Only the detection of anomalies is the whole process's.
     """
-    results: list[T] = []
-    errors: list[BaseException] = []
 
-    def body() -> None:
-        try:
-            with torch.autograd.set_detect_anomaly(mode=False):
-                results.append(run())
-        except BaseException as error:
-            errors.append(error)
+    def without_anomalies() -> T:
+        with torch.autograd.set_detect_anomaly(mode=False):
+            return run()
 
-    thread = Thread(target=body, name="seqpar dry run")
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-    return results[0]
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(without_anomalies).result()
 
 
 def _run(plan: Plan, shape: Shape, rank: int, log: _Log) -> Iterator[Group]:

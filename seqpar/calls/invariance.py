@@ -51,13 +51,17 @@ def invariant_implementation(plan: Plan, request: Request) -> Implementation:
 def check_cuts(plan: Plan, border: int | None) -> None:
     """Returns if shards are cut where the order of additions does not notice.
 
+    For plans that have an `invariant_implementation`.
+
     Args:
         border: of the implementation's tiles, `None` where sequences cannot be cut.
 
     Raises:
         ValueError: they are not; the message says where to cut.
     """
-    if not _order(plan).cuts_sequences:
+    order = STRATEGIES[plan.strategy].order
+    assert order is not None, "plans without are refused where the implementation is chosen"
+    if not order.cuts_sequences:
         return
     for layout in (plan.layout, plan.keys):
         if border is None or not layout.is_cut_at(border):

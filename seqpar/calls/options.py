@@ -136,7 +136,6 @@ _NAMES = tuple(name for name, _ in _OPTIONS)
 SCHEMA = ", ".join(
     f"{kind} {name}{n or ''}" for name, of in _OPTIONS for n, kind in enumerate(of.arguments)
 )
-NUM_WRITTEN = sum(len(kind.arguments) for _, kind in _OPTIONS)
 
 
 def written(plan: Plan) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -54,7 +55,7 @@ class Mask:
         """The boundaries of documents; (0,) where there is one document and no boundary."""
         return (0,) if self.documents is None else tuple(self.documents)
 
-    @property
+    @cached_property
     def terms(self) -> tuple[Term, ...]:
         """What hides scores besides the band, as kernels take it."""
         return () if self.documents is None else (Documents(self.bounds),)

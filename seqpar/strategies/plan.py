@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from seqpar.comm import Grid, Group
 from seqpar.layout import Layout, Mask, Span, meets, tall_tiles, tiles
@@ -64,7 +65,7 @@ class Plan:
         """The layout of the keys."""
         return self.layout if self.kv_layout is None else self.kv_layout
 
-    @property
+    @cached_property
     def terms(self) -> tuple[Term, ...]:
         """What is done besides the score, as kernels take it."""
         named = (*self.mask.terms, self.dropout)
