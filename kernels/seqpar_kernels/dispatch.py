@@ -12,15 +12,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from seqpar_kernels import aten, aten_cuda, cudnn, flash_attn, reference
+from seqpar_kernels import aten, reference
 from seqpar_kernels.block import Block
 from seqpar_kernels.choice import Implementation, Request, choose, fuses
+from seqpar_kernels.flash import ADAPTERS, Adapter
 from seqpar_kernels.partial import Partial, without_autocast
 from seqpar_kernels.rows import Gradients, Learned, Rows
 from seqpar_kernels.score import Score
 from seqpar_kernels.tuning import KERNELS, tiles_for
 from seqpar_kernels.watching import Direction, Unlaunched, watcher
-from seqpar_kernels.windows import Adapter
 
 
 def attend(
@@ -135,12 +135,11 @@ def _chosen(
         from seqpar_kernels import triton_attention
 
         return triton_attention
-    if name == "aten":
-        return aten_cuda.ADAPTER if q.device.type == "cuda" else aten
-    if watcher() is not None and name != "reference":
+    if name == "aten" and q.device.type != "cuda":
+        return aten
+    if watcher() is not None and name in ADAPTERS:
         return Unlaunched()
-    adapters = {"flash_attn": flash_attn.ADAPTER, "cudnn": cudnn.ADAPTER}
-    return adapters.get(name, reference)
+    return ADAPTERS.get(name, reference)
 
 
 def _is_only_told(direction: Direction, q: Tensor, k: Tensor, block: Block) -> bool:

@@ -9,22 +9,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.utils._pytree import tree_map
 
-from seqpar_kernels import Band, Block, Documents, Partial, Rows, Score, reference
-from seqpar_kernels import aten_cuda as on_aten
-from seqpar_kernels import cudnn as on_cudnn
-from seqpar_kernels import flash_attn as on_flash_attn
+from seqpar_kernels import Band, Block, Documents, Partial, Rows, Score, flash, reference
+from seqpar_kernels.flash import ADAPTERS
 from seqpar_kernels.windows import windows
 
-ADAPTERS = {
-    "flash_attn": on_flash_attn.ADAPTER,
-    "aten": on_aten.ADAPTER,
-    "cudnn": on_cudnn.ADAPTER,
-}
 BANDS = st.builds(Band, st.none() | st.integers(-75, 20), st.none() | st.integers(-20, 75))
 SIZES = st.integers(0, 70)
 CLOSE = {"rtol": 0, "atol": 1e-11}
-REAL = SimpleNamespace(forward=on_aten._forward, backward=on_aten._backward)
-REAL_CUDNN = SimpleNamespace(forward=on_cudnn._forward, backward=on_cudnn._backward)
+REAL = SimpleNamespace(forward=flash._forward, backward=flash._backward)
+REAL_CUDNN = SimpleNamespace(forward=flash._cudnn, backward=flash._cudnn_back)
 
 
 def inside(nq, nk, left, right):
@@ -193,10 +186,10 @@ def _fakes():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "flash_attn", package)
         patch.setitem(sys.modules, "flash_attn.flash_attn_interface", interface)
-        patch.setattr(on_aten, "_forward", aten_forward)
-        patch.setattr(on_aten, "_backward", aten_backward)
-        patch.setattr(on_cudnn, "_forward", cudnn_forward)
-        patch.setattr(on_cudnn, "_backward", cudnn_backward)
+        patch.setattr(flash, "_forward", aten_forward)
+        patch.setattr(flash, "_backward", aten_backward)
+        patch.setattr(flash, "_cudnn", cudnn_forward)
+        patch.setattr(flash, "_cudnn_back", cudnn_backward)
         yield
 
 
@@ -329,6 +322,6 @@ def test_flash_attn_is_deterministic_on_request():
     q, k, v, dout = (normal(n, 1, 5, 1, 8) for n in range(4))
     torch.use_deterministic_algorithms(True)
     try:
-        attended(on_flash_attn.ADAPTER, q, k, v, dout, Block(Band(), Score(0.2)), [0, 5])
+        attended(ADAPTERS["flash_attn"], q, k, v, dout, Block(Band(), Score(0.2)), [0, 5])
     finally:
         torch.use_deterministic_algorithms(False)
