@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from seqpar.integrations.transformers.internals import attention_name
 from seqpar.integrations.transformers.probe.compare import Rows, difference, rows_of
 from seqpar.integrations.transformers.probe.tokens import Tokens
 
@@ -21,11 +22,13 @@ class Before:
     """What a model gave while it attended by itself: the runs without a mask.
 
     Args:
+        attention: the name of its attention, as transformers has it.
         outputs: of the tokens in order.
         first_position: what it counts their positions from.
         packed: its outputs for two documents in one sequence.
     """
 
+    attention: str
     outputs: Rows
     first_position: int
     packed: Rows
@@ -51,7 +54,7 @@ def run_before(inner: PreTrainedModel) -> Before:
             moved = inner(**tokens.runs(inner, first=after_padding).numbered)
             if difference(outputs, rows_of(moved, 0)) is None:
                 first, numbered = after_padding, moved
-    return Before(outputs, first, rows_of(numbered, 1))
+    return Before(attention_name(inner.config), outputs, first, rows_of(numbered, 1))
 
 
 @contextmanager

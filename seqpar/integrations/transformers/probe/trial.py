@@ -130,17 +130,17 @@ def run_after(inner: PreTrainedModel, known: Before | Findings, *, across: Group
     with evaluating(inner):
         with _explained(inner), trace.watching():
             output = inner(**given.both, seqpar=trace)
-        masked = rows_of(inner(**given.masked, seqpar=again), 0)
-    ours = [rows_of(output, sequence) for sequence in SEQUENCES]
-    counts_seen = difference(ours[APART], masked, PACKED_AT) is not None
+        masked = inner(**given.masked, seqpar=again)
     with agreed(across, operation="trying out"):
         _check_rows(inner, trace, again)
+        ours = [rows_of(output, sequence) for sequence in SEQUENCES]
+        counts_seen = difference(ours[APART], rows_of(masked, 0), PACKED_AT) is not None
         if isinstance(known, Findings):
             packs = known.packs
             _check_unchanged(inner, known.counts_seen, counts_seen)
         else:
-            _check_equal(inner, known.outputs, ours[WHOLE])
             packs = difference(known.packed, ours[PACKED], PACKED_AT) is None
+            _check_equal(inner, known, ours[WHOLE])
     calls = Counter(trace.attending)
     once = [module for module in trace.attending if calls[module] == 1]
     return Findings(
@@ -191,12 +191,11 @@ def _check_rows(inner: PreTrainedModel, trace: Trace, again: Trace) -> None:
             )
 
 
-def _check_equal(inner: PreTrainedModel, expected: Rows, ours: Rows) -> None:
-    found = difference(expected, ours)
+def _check_equal(inner: PreTrainedModel, known: Before, ours: Rows) -> None:
+    found = difference(known.outputs, ours)
     if found is not None:
-        own = "eager" if handover_of(inner) is None else "its own"
         raise NotImplementedError(
-            f"{type(inner).__name__} returns other {found[0]} than with {own} attention, off by "
+            f"{type(inner).__name__} returns other {found[0]} than with {known.attention} attention, off by "
             f"{found[1]:.2g}: layers do something that does not reach the attention function, or it numbers "
             "positions in a way of its own"
         )

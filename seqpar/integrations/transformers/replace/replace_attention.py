@@ -56,11 +56,11 @@ def replace_attention(model: nn.Module, tp: Group | None = None) -> ReplacedMode
     tp = Group.alone() if tp is None else tp
     with agreed(tp, operation="replace_attention") as claim:
         inner = inner_model(model)
+        check_config(model, inner)
         if handover_of(model) is not None or attention_name(inner.config) == NAME:
             raise RuntimeError(
                 f"{type(inner).__name__} attends over ranks already; restore() or switch it back first"
             )
-        check_config(model, inner)
         originals = originals_of(model, inner)
         switches = {original.family.switches for original in originals}
         handover = Handover(tp, switches=switches == {True})
@@ -68,12 +68,12 @@ def replace_attention(model: nn.Module, tp: Group | None = None) -> ReplacedMode
             ReplacedAttention(original, handover, device="meta")
         claim |= {"model": type(inner).__name__, **dict(layouts(originals))}
         register()
-    replaced = ReplacedModel(model, handover, originals)
     with agreed(tp, operation="replace_attention: as it was") as claim:
         with _noted([original.module for original in originals], sequence=0) as own:
             before = run_before(inner)
         claim |= {n: (tuple(x.shape), x.dtype) for n, x in before.outputs.items()}
     _check_ranks(tp, inner, before)
+    replaced = ReplacedModel(model, inner, handover, originals, attention=before.attention)
     try:
         replaced.replace()
         with agreed(tp, operation="replace_attention: trying out"):

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from seqpar.comm import agreed
 from seqpar.integrations.transformers.attention.replacement import Handover, Replacement
 from seqpar.integrations.transformers.attention.terms import Layer
-from seqpar.integrations.transformers.internals import attention_name, name_attention
-from seqpar.integrations.transformers.probe.config import inner_model
+from seqpar.integrations.transformers.internals import name_attention
 from seqpar.integrations.transformers.replace.original import Original
 from seqpar.tensor_parallel.check_state import check_state
 from seqpar.tensor_parallel.layer import ParallelAttention
@@ -119,14 +119,26 @@ class ReplacedAttention(Replacement):
 
 
 class ReplacedModel:
-    """A model whose attention was replaced. Made by `replace_attention`."""
+    """A model whose attention was replaced. Made by `replace_attention`.
 
-    def __init__(self, model: nn.Module, handover: Handover, originals: list[Original]) -> None:
+    Args:
+        attention: the name of the implementation that it used before.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inner: PreTrainedModel,
+        handover: Handover,
+        originals: list[Original],
+        *,
+        attention: str,
+    ) -> None:
         self.model, self.tp = model, handover.group
         self.replacements: list[ReplacedAttention] = []
-        self._inner, self._handover, self._originals = inner_model(model), handover, originals
+        self._inner, self._handover, self._originals = inner, handover, originals
         self._names = tuple(model.state_dict())
-        self._before = attention_name(self._inner.config)
+        self._before = attention
         self._hooks: list[Any] = []
 
     def replace(self) -> None:
