@@ -16,7 +16,7 @@ from torch import Tensor
 from seqpar.comm import Group, agreed, all_reduce, all_reduce_
 from seqpar_kernels import accumulation_dtype
 
-Gradients = Literal["sum", "mean"]
+Reduction = Literal["sum", "mean"]
 
 
 def mean_loss(
@@ -25,7 +25,7 @@ def mean_loss(
     *,
     valid: Bool[Tensor, "*tokens"] | None = None,
     num_tokens: Int[Tensor, ""] | int | None = None,
-    gradients: Gradients = "sum",
+    gradients: Reduction = "sum",
 ) -> Float[Tensor, ""]:
     """The mean over the valid tokens of all ranks, the same on every rank. All ranks must call.
 
@@ -195,8 +195,8 @@ def _check_valid(valid: Tensor | None, token_losses: Tensor) -> None:
 
 
 def _check_options(num_tokens: Tensor | int | None, gradients: str) -> None:
-    if gradients not in get_args(Gradients):
-        raise ValueError(f"gradients must be one of {get_args(Gradients)}, got {gradients!r}")
+    if gradients not in get_args(Reduction):
+        raise ValueError(f"gradients must be one of {get_args(Reduction)}, got {gradients!r}")
     if isinstance(num_tokens, Tensor) and num_tokens.ndim:
         raise ValueError(f"num_tokens must be one number, got {tuple(num_tokens.shape)}")
     if num_tokens is not None and not isinstance(num_tokens, Tensor) and num_tokens < 0:

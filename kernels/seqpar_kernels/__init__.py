@@ -20,7 +20,7 @@ from seqpar_kernels.choice import (
 from seqpar_kernels.custom_ops import attention, attention_with_lse, recalled
 from seqpar_kernels.dispatch import attend, attend_backward, finish, tile_border
 from seqpar_kernels.partial import Partial, accumulation_dtype
-from seqpar_kernels.rows import Gradients, Rows
+from seqpar_kernels.rows import Rows, RunningGradients
 from seqpar_kernels.score import BY_BLOCKS, TENSORS, Score, finished_gradients, sum_rows
 from seqpar_kernels.terms import TERMS, Documents, Dropout, Place, Term
 
@@ -34,12 +34,12 @@ __all__ = [
     "Block",
     "Documents",
     "Dropout",
-    "Gradients",
     "Implementation",
     "Partial",
     "Place",
     "Request",
     "Rows",
+    "RunningGradients",
     "Score",
     "Term",
     "accumulation_dtype",

@@ -17,7 +17,7 @@ from seqpar_kernels.block import Block
 from seqpar_kernels.partial import Partial
 from seqpar_kernels.rectangles import CAUSAL, FULL, Rectangle, cut, rectangles, strips
 from seqpar_kernels.reference import visibility
-from seqpar_kernels.rows import Gradients, Learned, Rows
+from seqpar_kernels.rows import Learned, Rows, RunningGradients
 from seqpar_kernels.torch_internals import CPU_FLASH, attention_ops
 
 _forward, _backward = attention_ops(CPU_FLASH)
@@ -60,7 +60,7 @@ def backward(
     k: Float[Tensor, "b j hkv d"],
     v: Float[Tensor, "b j hkv vd"],
     block: Block,
-    into: Gradients,
+    into: RunningGradients,
     learned: Learned,
 ) -> None:
     """Adds the block's gradients to those wanted of dq, dk, dv, given the out and lse of the whole rows.

@@ -17,7 +17,7 @@ from seqpar_kernels.block import Block
 from seqpar_kernels.choice import Implementation, Request, choose, fuses
 from seqpar_kernels.flash import ADAPTERS, Adapter
 from seqpar_kernels.partial import Partial, without_autocast
-from seqpar_kernels.rows import Gradients, Learned, Rows
+from seqpar_kernels.rows import Learned, Rows, RunningGradients
 from seqpar_kernels.score import Score
 from seqpar_kernels.tuning import KERNELS, tiles_for
 from seqpar_kernels.watching import Direction, Unlaunched, watcher
@@ -58,7 +58,7 @@ def attend_backward(
     v: Float[Tensor, "b j hkv vd"],
     block: Block,
     *,
-    into: Gradients,
+    into: RunningGradients,
     learned: Learned | None = None,
     implementation: Implementation | None = None,
 ) -> None:

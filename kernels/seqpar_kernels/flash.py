@@ -20,7 +20,7 @@ from seqpar_kernels.aten import positive
 from seqpar_kernels.block import Block
 from seqpar_kernels.choice import fuses
 from seqpar_kernels.partial import Partial
-from seqpar_kernels.rows import Gradients, Learned, Rows
+from seqpar_kernels.rows import Learned, Rows, RunningGradients
 from seqpar_kernels.terms import ScoreTerm
 from seqpar_kernels.torch_internals import CUDA_FLASH, CUDNN, attention_ops
 from seqpar_kernels.windows import Window, windows
@@ -99,7 +99,7 @@ class Adapter:
         k: Float[Tensor, "b j hkv d"],
         v: Float[Tensor, "b j hkv vd"],
         block: Block,
-        into: Gradients,
+        into: RunningGradients,
         learned: Learned,
     ) -> None:
         """Adds the block's gradients to those wanted of dq, dk, dv, given out and lse of the whole rows.

@@ -20,7 +20,7 @@ from torch import Tensor
 from seqpar_kernels.band import Band
 from seqpar_kernels.block import Block
 from seqpar_kernels.partial import Partial
-from seqpar_kernels.rows import Gradients, Learned, Rows
+from seqpar_kernels.rows import Learned, Rows, RunningGradients
 from seqpar_kernels.terms import Place
 
 TILE = 64
@@ -60,7 +60,7 @@ def backward(
     k: Float[Tensor, "b j hkv d"],
     v: Float[Tensor, "b j hkv vd"],
     block: Block,
-    into: Gradients,
+    into: RunningGradients,
     learned: Learned,
 ) -> None:
     """Adds the block's gradients to those wanted of dq, dk, dv and learned tensors, in the type of lse."""

@@ -1,4 +1,4 @@
-"""`Rows`: what a backward needs to know of its query rows; `Gradients`: what it adds to."""
+"""`Rows`: what a backward needs to know of its query rows; `RunningGradients`: what it adds to."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from seqpar_kernels.row_softmax import add_dot_
 
 # dq `[b i hq d]`, dk `[b j hkv d]`, dv `[b j hkv vd]`, float32 or wider, that a backward adds to. `None`
 # is not wanted: dq, or both dk and dv.
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+RunningGradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 # By the name of a learned tensor, `[b i hq]` of what a backward adds each row's share of its gradient to.
 Learned = Mapping[str, Tensor]
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from seqpar_kernels.block import Block
 from seqpar_kernels.choice import interprets
 from seqpar_kernels.partial import Partial
-from seqpar_kernels.rows import Gradients, Learned, Rows
+from seqpar_kernels.rows import Learned, Rows, RunningGradients
 from seqpar_kernels.terms import Term
 from seqpar_kernels.triton_backward import dkdv_kernel, dq_kernel
 from seqpar_kernels.triton_forward import forward_kernel
@@ -62,7 +62,7 @@ def backward(
     k: Float[Tensor, "b j hkv d"],
     v: Float[Tensor, "b j hkv vd"],
     block: Block,
-    into: Gradients,
+    into: RunningGradients,
     learned: Learned,
     tiles: tuple[Tiles, Tiles] | None = None,
 ) -> None:

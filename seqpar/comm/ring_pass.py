@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -113,6 +114,14 @@ def ring_pass(
             own = ()  # nobody is sent it any more, and it would live on for the whole round
 
 
+class _Coming(NamedTuple):
+    """Sums on their way here: one to be continued, and one of this rank's own block."""
+
+    pending: Pending
+    for_next: Tensor | None
+    for_home: Tensor | None
+
+
 class RingSum:
     """Sums, for each block, what every visitor adds to it, at the rank that owns it.
 
@@ -145,12 +154,9 @@ class RingSum:
         self._message = PackedMessage.of(like).of_sums()
         self._primitive = primitive
         self._step = 0
-        self._pending: Pending | None = None
-        self._for_next: Tensor | None = None  # on its way to be continued here
-        self._for_home: Tensor | None = None  # on its way to this rank as its owner
-        self._arrived: Tensor | None = None
-        self._total: Tensor | None = None
-        self._share: Tensor | None = None
+        self._coming: _Coming | None = None
+        self._arrived: Tensor | None = None  # a sum to be continued here, in the step that begins
+        self._total: Tensor | None = None  # of this rank's own block
 
     @contextmanager
     def share(self) -> Iterator[Tensors | None]:
@@ -158,42 +164,45 @@ class RingSum:
 
         At the end of the `with` the sum goes to the next visitor, or home.
         """
-        yield self._open()
-        self._close()
+        share = self._begun()
+        yield None if share is None else self._message.unpack((share,))
+        self._land()
+        if share is not None and self._arrived is not None:
+            share += self._arrived
+        self._arrived = None
+        self._hand_on(share)
+        self._step += 1
 
-    def _open(self) -> Tensors | None:
+    def _begun(self) -> Tensor | None:
+        """What this rank adds its share to in this step: zeros, or what arrived."""
         schedule, rank = self._schedule, self._schedule.rank
         owner = schedule.owner_at(self._step)
         if owner != rank and not schedule.visits(rank, owner):
-            self._share = None
             return None
         if self._in_order:
             # What arrived is continued and not added to, so it must be here before the rank computes.
             self._land()
-            self._share, self._arrived = self._arrived, None
-        if self._share is None:
-            self._share = self._empty(schedule.rows[owner]).zero_()
-        return self._message.unpack((self._share,))
+            arrived, self._arrived = self._arrived, None
+            if arrived is not None:
+                return arrived
+        return self._empty(schedule.rows[owner]).zero_()
 
-    def _close(self) -> None:
+    def _hand_on(self, share: Tensor | None) -> None:
+        """Sends the sum of this step on, or home, and begins to receive those that come here."""
         schedule, rank, step = self._schedule, self._schedule.rank, self._step
-        owner = schedule.owner_at(step)
-        self._land()
-        share, self._share, self._step = self._share, None, step + 1
+        owner, coming = schedule.owner_at(step), schedule.owner_at(step + 1)
         sends: list[Message] = []
         receives: list[Message] = []
-        if share is not None and self._arrived is not None:
-            share += self._arrived
-        self._arrived = None
         goes_on = schedule.visits(schedule.at(1), owner)
         # docs/design.md: the ring's own gradients stay at home
         if share is not None and owner == rank and not (self._in_order and goes_on):
             self._total = share
         elif share is not None:
             sends = [(schedule.at(1) if goes_on else owner, share)]
-        if self._is_continued(schedule.owner_at(step + 1)):
-            self._for_next = self._empty(schedule.rows[schedule.owner_at(step + 1)])
-            receives.append((schedule.at(-1), self._for_next))
+        for_next = for_home = None
+        if self._is_continued(coming):
+            for_next = self._empty(schedule.rows[coming])
+            receives.append((schedule.at(-1), for_next))
         # The sum for this rank's block is now at `last`, and comes home unless the next rank wants it too.
         last = schedule.at(step)
         if (
@@ -201,9 +210,10 @@ class RingSum:
             and schedule.visits(last, rank)
             and not schedule.visits(schedule.at(step + 1), rank)
         ):
-            self._for_home = self._empty(schedule.rows[rank])
-            receives.append((last, self._for_home))
-        self._pending = self._group.exchange(self._primitive, sends, receives)
+            for_home = self._empty(schedule.rows[rank])
+            receives.append((last, for_home))
+        pending = self._group.exchange(self._primitive, sends, receives)
+        self._coming = _Coming(pending, for_next, for_home)
 
     def home(self) -> Tensors:
         """This rank's own block, with the shares of all ranks."""
@@ -222,16 +232,16 @@ class RingSum:
         )
 
     def _land(self) -> None:
-        if self._pending is not None:
-            self._pending.wait()
-            self._pending = None
-        if self._for_next is not None:
-            self._arrived, self._for_next = self._for_next, None
-        if self._for_home is not None:
-            self._total = (
-                self._for_home if self._total is None else self._total.add_(self._for_home)
-            )
-            self._for_home = None
+        """Waits for what is on its way here."""
+        coming, self._coming = self._coming, None
+        if coming is None:
+            return
+        coming.pending.wait()
+        if coming.for_next is not None:
+            self._arrived = coming.for_next
+        if coming.for_home is not None:
+            total = self._total
+            self._total = coming.for_home if total is None else total.add_(coming.for_home)
 
     def _empty(self, rows: int) -> Tensor:
         b, _, h = self._like[0].shape[:3]

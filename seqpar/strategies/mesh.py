@@ -64,7 +64,8 @@ class MeshRoute:
     """The route on which the query rows of a grid row meet the keys of a grid column, chunk by chunk."""
 
     def __init__(self, plan: Plan, grid: Grid) -> None:
-        self._plan, self._grid = plan, grid
+        self._plan = plan
+        self._in_row, self._in_column = grid.ulysses, grid.ring
         i, j = grid.index_of(plan.group.rank)
         row, col = grid.members[i], [members[j] for members in grid.members]
         self._row_spans = [plan.layout.spans[r] for r in row]
@@ -92,7 +93,7 @@ class MeshRoute:
 
     def columns(self, k: Tensor, v: Tensor) -> Iterator[tuple[Spans, Tensor, Tensor]]:
         """Yields the keys of one rank after another, this rank's first."""
-        for came, (k_c, v_c) in gather_pass((k, v), self._cols, self._grid.ring):
+        for came, (k_c, v_c) in gather_pass((k, v), self._cols, self._in_column):
             yield spans_of(came, self._col_spans), k_c, v_c
             del k_c, v_c  # or three chunks are held while the next but one is begun
 
@@ -100,7 +101,7 @@ class MeshRoute:
         """Merges, in the order of ranks, the partials that its grid row has of this rank's rows."""
         if self._rows.size == 1:
             return running
-        parts = send_home((running.acc, running.m, running.l), self._rows, self._grid.ulysses)
+        parts = send_home((running.acc, running.m, running.l), self._rows, self._in_row)
         if not parts:  # no rows here
             return running[slice(0, 0)]
         total, *others = (Partial(*(x.contiguous() for x in part)) for _, part in parts)
@@ -116,8 +117,8 @@ class MeshRoute:
         alone = self._rows.size == 1
         dq = zeros_for(rows.q)
         by_row = learned if alone else {name: zeros_for(rows.lse) for name in learned}
-        sums = HomeSum((k, v), self._cols, self._grid.ring)
-        for came, (k_c, v_c) in gather_pass((k, v), self._cols, self._grid.ring):
+        sums = HomeSum((k, v), self._cols, self._in_column)
+        for came, (k_c, v_c) in gather_pass((k, v), self._cols, self._in_column):
             cols = spans_of(came, self._col_spans)
             with sums.share() as (dk_c, dv_c):
                 differentiate(Meeting(spans, cols, rows, k_c, v_c, dq, dk_c, dv_c, by_row))
@@ -127,7 +128,7 @@ class MeshRoute:
             return Gradients(dq, dk, dv, learned)
         total = zeros_for(mine.q)
         totals, shares = (total, *learned.values()), (dq, *by_row.values())
-        for _, parts in send_home(shares, self._rows, self._grid.ulysses):
+        for _, parts in send_home(shares, self._rows, self._in_row):
             for x, share in zip(totals, parts, strict=True):
                 x += share
         return Gradients(total, dk, dv, learned)
@@ -135,7 +136,7 @@ class MeshRoute:
     def _gather_rows(self, block: tuple[Tensor, ...]) -> tuple[Spans, tuple[Tensor, ...]]:
         if self._rows.size == 1:
             return self._row_spans[0], block
-        ((came, gathered),) = gather_pass(block, self._rows, self._grid.ulysses)
+        ((came, gathered),) = gather_pass(block, self._rows, self._in_row)
         return spans_of(came, self._row_spans), gathered
 
     def _gather_backward(self, mine: Rows) -> tuple[Spans, Rows]:

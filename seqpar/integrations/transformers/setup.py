@@ -18,7 +18,7 @@ from seqpar.integrations.transformers.internals import attention_name
 from seqpar.integrations.transformers.probe.config import check_config, inner_model
 from seqpar.integrations.transformers.probe.trial import try_out
 from seqpar.integrations.transformers.sharding import Sharding
-from seqpar.loss import Gradients, mean_loss
+from seqpar.loss import Reduction, mean_loss
 from seqpar.module import Attention
 from seqpar_kernels import accumulation_dtype
 
@@ -138,7 +138,7 @@ class SequenceParallel:
         batch: Mapping[str, Any],
         *,
         everyone: Group | None = None,
-        gradients: Gradients = "sum",
+        gradients: Reduction = "sum",
         num_tokens: Tensor | int | None = None,
         token_losses: TokenLosses | None = None,
         **options: Any,
