@@ -28,7 +28,7 @@ WIDTH = {"d": 64, "vd": 64}
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     # Those that join rows once ask nothing of an implementation.
-    **{kind.words: {"terms": frozenset({kind})} for kind in TERMS if not kind.joins},
+    **{kind.words: {"terms": (kind,)} for kind in TERMS if not kind.joins},
     "head dim 512": {"d": 512, "vd": 512},
 }
 CHOSEN = "the first in order of preference that refuses nothing"

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from seqpar_kernels.terms import TERMS, Term
+from seqpar_kernels.terms import Term
 from seqpar_kernels.torch_internals import CPU_FLASH, CUDA_FLASH, CUDNN, missing
 from seqpar_kernels.watching import watcher
 
@@ -39,14 +39,14 @@ class Request:
     dtype: torch.dtype
     d: int
     vd: int
-    terms: frozenset[type[Term]] = frozenset()
+    terms: tuple[type[Term], ...] = ()
     lse: bool = False  # whether lse, too, is differentiated
 
     @staticmethod
     def of(q: Tensor, v: Tensor, terms: Iterable[Term], *, lse: bool = False) -> Request:
         """What a call with these terms asks for."""
-        kinds = frozenset(type(term) for term in terms if term.acts and not term.joins)
-        return Request(q.device, q.dtype, q.shape[-1], v.shape[-1], kinds, lse)
+        kinds = dict.fromkeys(type(term) for term in terms if term.acts and not term.joins)
+        return Request(q.device, q.dtype, q.shape[-1], v.shape[-1], tuple(kinds), lse)
 
 
 def choose(request: Request, requested: Implementation | None = None) -> Implementation:
@@ -140,7 +140,7 @@ def _cudnn(request: Request) -> str | None:
 
 def _triton(request: Request) -> str | None:
     device = request.device
-    unknown = [kind.words for kind in TERMS if kind in request.terms and not kind.is_in_kernels()]
+    unknown = [kind.words for kind in request.terms if not kind.is_in_kernels()]
     here = "set TRITON_INTERPRET=1 before starting Python to run it on CPU tensors, for tests"
     return _first(
         (device.type not in ("cuda", "cpu"), f"does not run on {device.type}"),
@@ -178,9 +178,13 @@ def _lacks(request: Request, name: Implementation | None = None) -> str | None:
     Args:
         name: of the implementation, if terms may say that its op takes them.
     """
-    unknown = (kind for kind in TERMS if kind in request.terms and name not in kind.arguments)
+    unknown = (kind for kind in request.terms if name not in kind.arguments)
     return _first(
-        *((kind.lacking is not None, str(kind.lacking)) for kind in unknown),
+        # What only hides is cut into parts, see `Block.parts`.
+        *(
+            (kind.changes_scores or kind.drops, kind.lacking or f"has no {kind.words}")
+            for kind in unknown
+        ),
         (request.lse, "derives delta from out, and so cannot differentiate lse"),
     )
 

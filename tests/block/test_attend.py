@@ -1,6 +1,7 @@
 """One block, any band, keys in any number of hops, equals dense attention under the same mask."""
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from seqpar_kernels import (
     attend_backward,
     choose,
 )
+from seqpar_kernels.terms import Term
 from seqpar_kernels.terms.dropout import philox
 
 HERE = ("reference", "aten")
@@ -246,6 +248,23 @@ def test_a_normalised_part_and_a_running_one_merge_alike():
         torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
 
 
+@dataclass(frozen=True)
+class Halved(Term):
+    """A term that is no entry of the list."""
+
+    name, words = "halved", "halved scores"
+    changes_scores = bends = True
+
+
+@pytest.mark.parametrize("implementation", ["aten", "flash_attn", "triton"])
+def test_a_term_that_is_not_listed_is_refused_by_those_that_do_not_know_it(implementation):
+    q, k = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4)
+    block = Block(Band(), SCORE, terms=(Halved(),))
+    assert choose(Request.of(q, k, block.acting)) == "reference"
+    with pytest.raises(NotImplementedError, match=rf"{implementation}' .*'reference' does all"):
+        attend(q, k, k, block, into=Partial.identity(q, 4), implementation=implementation)
+
+
 def test_unknown_or_unfit_implementations_are_refused():
     cpu, meta = torch.device("cpu"), torch.device("meta")
     assert choose(Request(cpu, torch.bfloat16, 8, 8), None) == "aten"
@@ -261,7 +280,7 @@ def test_unknown_or_unfit_implementations_are_refused():
     with pytest.raises(NotImplementedError, match="head dim above 256, got 320 and 8"):
         choose(Request(cpu, torch.float32, 320, 8), "triton")
     with pytest.raises(NotImplementedError, match=r"'aten' cannot drop .*'reference' does all"):
-        choose(Request(cpu, torch.float32, 8, 8, frozenset({Dropout})), "aten")
+        choose(Request(cpu, torch.float32, 8, 8, (Dropout,)), "aten")
     with pytest.raises(NotImplementedError, match="float8"):
         choose(Request(cpu, torch.float8_e4m3fn, 8, 8), None)
     q, k = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 2, 4)

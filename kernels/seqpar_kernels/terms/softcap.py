@@ -22,7 +22,6 @@ class Softcap(ScoreTerm):
     value: float
 
     name, words = "softcap", "softcap"
-    lacking = "has no softcap"
     arguments = MappingProxyType({"flash_attn": "softcap"})
     kernels = "seqpar_kernels.terms.softcap_triton"
     changes_scores = bends = True

@@ -51,7 +51,7 @@ class Term:
         name: of the term where users name it: the field of `Score`, `Plan` or `Mask` that holds it.
         words: what it is called in messages.
         lacking: what implementations lack that do not know it, as the end of a sentence that begins with
-            their name. `None`: nothing, since they can be called so that it holds.
+            their name; by default "has no" and its words. They lack nothing of what only hides.
         arguments: by implementation, the argument of a foreign op that takes its value.
         kernels: the module of its Triton functions, which `docs/adding.md` lists; imported when a kernel is
             launched.
