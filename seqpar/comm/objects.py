@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from seqpar.comm.transport import Transport
+from seqpar.comm.transport import AGREE, Transport
 
 
 def gather_objects(transport: Transport, item: object) -> list[object]:
@@ -22,6 +22,21 @@ def gather_objects(transport: Transport, item: object) -> list[object]:
     shapes = [raw.new_empty(int(n)) for n in counts]
     everyone = gather_tensors(transport, "gather_objects", raw, shapes)
     return [cast("object", pickle.loads(bytes(x.tolist()))) for x in everyone]
+
+
+def largest(transport: Transport, x: Tensor) -> Tensor:
+    """The elementwise maximum over ranks, in ceil(log2 P) rounds of one message each. All ranks must call.
+
+    In round n a rank hears from the one 2^n places before it what that rank and those before it know.
+    Source: Hensgen, Finkel and Manber 1988, the dissemination barrier.
+    """
+    rank, size, reach = transport.rank, transport.size, 1
+    while reach < size:
+        heard = torch.empty_like(x)
+        sends, receives = [((rank + reach) % size, x)], [((rank - reach) % size, heard)]
+        transport.exchange(AGREE, sends, receives).wait()
+        x, reach = torch.maximum(x, heard), 2 * reach
+    return x
 
 
 def gather_tensors(

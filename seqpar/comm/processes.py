@@ -5,13 +5,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from seqpar.comm.objects import gather_objects
-from seqpar.comm.transport import Message, ReduceOp
+from seqpar.comm.objects import gather_objects, largest
+from seqpar.comm.transport import AGREE, Message, Operation, ReduceOp
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -67,9 +68,14 @@ class ProcessTransport:
     @property
     def control_device(self) -> torch.device:
         """The CPU where the group's backend serves it, else this process's accelerator."""
-        if "gloo" in str(dist.get_backend_config(self._group)):
+        if self._has_tags:
             return torch.device("cpu")
         return torch.device(torch.accelerator.current_accelerator() or "cpu")
+
+    @property
+    def _has_tags(self) -> bool:
+        """Whether messages on the control device are told apart: gloo has tags, NCCL none."""
+        return "gloo" in str(dist.get_backend_config(self._group))
 
     @property
     def global_ranks(self) -> list[int]:
@@ -87,11 +93,16 @@ class ProcessTransport:
             self._prepared.add(device.type)
 
     def exchange(
-        self, primitive: str, sends: Sequence[Message], receives: Sequence[Message]
+        self,
+        primitive: str,
+        sends: Sequence[Message],
+        receives: Sequence[Message],
+        operation: Operation = (),
     ) -> _ProcessPending:
         """Starts a batch of isend and irecv."""
-        ops = [dist.P2POp(dist.isend, x, self._peers[peer], self._group) for peer, x in sends]
-        ops += [dist.P2POp(dist.irecv, x, self._peers[peer], self._group) for peer, x in receives]
+        group, peers, tag = self._group, self._peers, _tag(primitive, operation)
+        ops = [dist.P2POp(dist.isend, x, peers[peer], group, tag) for peer, x in sends]
+        ops += [dist.P2POp(dist.irecv, x, peers[peer], group, tag) for peer, x in receives]
         with _explained(primitive, self.rank):
             works = dist.batch_isend_irecv(ops) if ops else []
         return _ProcessPending(primitive, self.rank, works, [x for _, x in (*sends, *receives)])
@@ -101,9 +112,23 @@ class ProcessTransport:
         with _explained("all_reduce", self.rank):
             dist.all_reduce(x, _REDUCE_OPS[op], group=self._group)
 
+    def largest(self, x: Tensor) -> Tensor:
+        """The elementwise maximum over ranks of a few numbers on the control device."""
+        if self._has_tags:
+            # docs/design.md: agreement never meets data
+            return largest(self, x)
+        x = x.clone()
+        self.all_reduce(x, "max")
+        return x
+
     def gather_objects(self, item: object) -> list[object]:
         """Gathers every rank's object, by rank."""
         return gather_objects(self, item)
+
+
+def _tag(primitive: str, operation: Operation) -> int:
+    """What gloo tells messages apart by, 31 bits: two that should not meet do in one of 10^9 cases."""
+    return 1 if primitive == AGREE else crc32(f"{primitive}{operation}".encode()) >> 2 | 1 << 30
 
 
 class _ProcessPending:

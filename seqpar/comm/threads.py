@@ -16,7 +16,8 @@ from torch import Tensor
 
 from seqpar.comm.agree import DesyncError
 from seqpar.comm.group import Group
-from seqpar.comm.transport import Message, ReduceOp
+from seqpar.comm.objects import largest
+from seqpar.comm.transport import Message, Operation, ReduceOp
 
 T = TypeVar("T")
 _Ticket = tuple[int, int, int]  # (source, destination, how many messages went before)
@@ -148,12 +149,19 @@ class ThreadTransport:
         """Does nothing: there is nothing to prepare."""
 
     def exchange(
-        self, primitive: str, sends: Sequence[Message], receives: Sequence[Message]
+        self,
+        primitive: str,
+        sends: Sequence[Message],
+        receives: Sequence[Message],
+        operation: Operation = (),
     ) -> _ThreadPending:
         """Posts copies of what is sent and notes what is to be received."""
+        what = (
+            f"{primitive} of operation {'.'.join(map(str, operation))}" if operation else primitive
+        )
         posted = [(peer, x, x.detach().clone()) for peer, x in sends]
         for peer, _, copy in posted:
-            self._post(peer, primitive, copy)
+            self._post(peer, what, copy)
         awaited = []
         for peer, x in receives:
             assert x.is_contiguous(), "messages are received in one piece"
@@ -163,7 +171,7 @@ class ThreadTransport:
             if x.is_floating_point():
                 x.fill_(float("nan"))
         sent = [(x, copy) for _, x, copy in posted]
-        return _ThreadPending(self._world, primitive, sent, awaited)
+        return _ThreadPending(self._world, what, sent, awaited)
 
     def all_reduce(self, x: Tensor, op: ReduceOp) -> None:
         """Reduces a tensor in rank order, so that every rank gets the same bits."""
@@ -172,6 +180,10 @@ class ThreadTransport:
         self.exchange("all_reduce", [(r, x) for r, _ in others], others).wait()
         stacked = torch.stack(everyone)
         x.copy_(stacked.sum(0, dtype=x.dtype) if op == "sum" else stacked.amax(0))
+
+    def largest(self, x: Tensor) -> Tensor:
+        """The elementwise maximum over ranks of a few numbers."""
+        return largest(self, x)
 
     def gather_objects(self, item: object) -> list[object]:
         """Gathers every rank's object, by rank, passed by reference."""

@@ -14,6 +14,12 @@ from torch import Tensor
 
 Message = tuple[int, Tensor]  # (peer, contiguous tensor)
 ReduceOp = Literal["sum", "max"]
+Operation = tuple[
+    int, ...
+]  # numbers of what a group and, inside of it, a view of it agreed on last
+AGREE = (
+    "agree"  # the primitive of agreement: its messages meet each other whatever the operations are
+)
 
 
 class Pending(Protocol):
@@ -41,12 +47,24 @@ class Transport(Protocol):
         """Prepares for tensors of a device. All ranks must call, before some of them exchange such."""
 
     def exchange(
-        self, primitive: str, sends: Sequence[Message], receives: Sequence[Message]
+        self,
+        primitive: str,
+        sends: Sequence[Message],
+        receives: Sequence[Message],
+        operation: Operation = (),
     ) -> Pending:
-        """Starts all sends and receives at once. Messages between two ranks keep their order."""
+        """Starts all sends and receives at once. Messages between two ranks keep their order.
+
+        Args:
+            operation: which of a group's operations the messages are part of. Where the wire can tell
+                messages apart, one never arrives as part of another operation or primitive.
+        """
 
     def all_reduce(self, x: Tensor, op: ReduceOp) -> None:
         """Reduces a contiguous tensor over all ranks, in place."""
+
+    def largest(self, x: Tensor) -> Tensor:
+        """The elementwise maximum over ranks of a few numbers on the control device."""
 
     def gather_objects(self, item: object) -> list[object]:
         """Gathers every rank's small object, by rank."""

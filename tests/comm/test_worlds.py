@@ -38,7 +38,8 @@ def test_a_rank_that_returned_is_not_waited_for():
             all_gather(torch.ones(1), group, [1, 1], 0)
 
     with pytest.raises(
-        DesyncError, match="rank 0 waits for rank 1 in all_gather, but rank 1 has returned"
+        DesyncError,
+        match="rank 0 waits for rank 1 in all_gather of operation 0, but rank 1 has returned",
     ):
         simulate(2, fn)
 
