@@ -89,7 +89,7 @@ def test_messages_that_nobody_receives_are_found():
     def fn(group):
         group.exchange("lost", [(1 - group.rank, torch.ones(1))], [])
 
-    with pytest.raises(DesyncError, match="lost from rank 0 to 1"):
+    with pytest.raises(DesyncError, match="lost of operation 0 from rank 0 to 1"):
         simulate(2, fn)
 
 
