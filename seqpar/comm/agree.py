@@ -74,6 +74,7 @@ def agree(group: Group, claim: Mapping[str, object], refusal: str | None = None)
     if group.size == 1:
         return
     group.calls.number += 1
+    group.calls.name = str(claim.get("operation", ""))
     text = {name: repr(value) for name, value in claim.items()}
     text["number of the operation"] = str(group.calls.number)
     lowest, highest = _extremes(group, _digest(text) if refusal is None else _REFUSED)

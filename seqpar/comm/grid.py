@@ -13,7 +13,7 @@ from torch import Tensor
 
 from seqpar.comm.group import Calls, Group
 from seqpar.comm.objects import gather_objects, gather_tensors, largest
-from seqpar.comm.transport import Message, Operation, Pending, ReduceOp, Transport
+from seqpar.comm.transport import NO_OPERATION, Message, Operation, Pending, ReduceOp, Transport
 from seqpar_kernels.integers import is_integer
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ class _View:
         primitive: str,
         sends: Sequence[Message],
         receives: Sequence[Message],
-        operation: Operation = (),
+        operation: Operation = NO_OPERATION,
     ) -> Pending:
         sends, receives = ([(self._members[r], x) for r, x in ms] for ms in (sends, receives))
         return self._whole.exchange(primitive, sends, receives, operation)
@@ -159,8 +159,8 @@ class _View:
         stacked = torch.stack(everyone)
         x.copy_(stacked.sum(0, dtype=x.dtype) if op == "sum" else stacked.amax(0))
 
-    def largest(self, x: Tensor) -> Tensor:
-        return largest(self, x)
+    def largest(self, x: Tensor, operation: Operation) -> Tensor:
+        return largest(self, x, operation)
 
     def gather_objects(self, item: object) -> list[object]:
         return gather_objects(self, item)

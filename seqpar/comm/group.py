@@ -13,7 +13,15 @@ from torch import Tensor
 
 from seqpar.comm.processes import ProcessTransport
 from seqpar.comm.traffic import Count, Traffic
-from seqpar.comm.transport import AGREE, Message, Operation, Pending, ReduceOp, Transport
+from seqpar.comm.transport import (
+    AGREE,
+    NO_OPERATION,
+    Message,
+    Operation,
+    Pending,
+    ReduceOp,
+    Transport,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -31,12 +39,14 @@ class Calls:
 
     Args:
         number: of those so far, the same on all ranks of the group.
+        name: of the last.
         with_backward: the number of those that agree once more on their way back.
         trusted: calls that were compared once and are not compared again.
         of: those of the whole group, of which this one is a view.
     """
 
     number: int = 0
+    name: str = ""
     with_backward: int = 0
     trusted: set[str] = field(default_factory=set)
     of: Calls | None = None
@@ -44,7 +54,8 @@ class Calls:
     @property
     def operation(self) -> Operation:
         """The operation that is under way."""
-        return (*(self.of.operation if self.of else ()), self.number)
+        whole = self.of.operation.numbers if self.of else ()
+        return Operation((*whole, self.number), self.name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,17 +93,24 @@ class Group:
         return group
 
     @staticmethod
-    def of(ranks: ProcessGroup | DeviceMesh | None = None) -> Group:
+    def of(ranks: ProcessGroup | DeviceMesh | None = None, *, patience: float = 60.0) -> Group:
         """The group of a process group or of a 1-D device mesh; by default of all processes.
 
-        Creates no process group and communicates nothing.
+        Creates no process group and communicates nothing. From then on a thread of this process tells the
+        others, through the store of torch.distributed, that it lives and what it waits for.
+
+        Args:
+            patience: for how many seconds a rank may be waited for that says nothing, or that waits in
+                turn for this one at another operation. Then the wait ends in an error that names it. A rank
+                that computes is waited for. The same on all ranks.
 
         Raises:
             RuntimeError: torch.distributed is not initialised.
-            ValueError: the mesh has more than one dimension, or this process is not a member.
+            ValueError: the mesh has more than one dimension, or this process is not a member, or patience is
+                no positive number.
             TypeError: `ranks` is neither a process group nor a device mesh.
         """
-        return Group(ProcessTransport.of(ranks))
+        return Group(ProcessTransport.of(ranks, patience))
 
     @staticmethod
     def alone() -> Group:
@@ -141,7 +159,7 @@ class Group:
         """The elementwise maximum over ranks of a few numbers on the control device; for agreement."""
         elements = (self.size - 1).bit_length() * x.numel()
         self.traffic.record(AGREE, Count(elements, elements * x.element_size()))
-        return self.transport.largest(x)
+        return self.transport.largest(x, self.calls.operation)
 
     def all_reduce_(self, x: Tensor, op: ReduceOp) -> None:
         """Reduces in place and counts the 2 (P - 1) / P of the tensor that a ring sends."""
@@ -177,7 +195,7 @@ class _Alone:
         primitive: str,
         sends: Sequence[Message],
         receives: Sequence[Message],
-        operation: Operation = (),  # noqa: ARG002
+        operation: Operation = NO_OPERATION,  # noqa: ARG002
     ) -> Pending:
         assert not [*sends, *receives], f"{primitive}: one rank sends to nobody"
         return _Done()
@@ -188,7 +206,7 @@ class _Alone:
     def all_reduce(self, x: Tensor, op: ReduceOp) -> None:
         """Does nothing: there is nothing to add."""
 
-    def largest(self, x: Tensor) -> Tensor:
+    def largest(self, x: Tensor, operation: Operation) -> Tensor:  # noqa: ARG002
         return x
 
     def gather_objects(self, item: object) -> list[object]:

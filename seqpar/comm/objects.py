@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from seqpar.comm.transport import AGREE, Transport
+from seqpar.comm.transport import AGREE, Operation, Transport
 
 
 def gather_objects(transport: Transport, item: object) -> list[object]:
@@ -24,7 +24,7 @@ def gather_objects(transport: Transport, item: object) -> list[object]:
     return [cast("object", pickle.loads(bytes(x.tolist()))) for x in everyone]
 
 
-def largest(transport: Transport, x: Tensor) -> Tensor:
+def largest(transport: Transport, x: Tensor, operation: Operation) -> Tensor:
     """The elementwise maximum over ranks, in ceil(log2 P) rounds of one message each. All ranks must call.
 
     In round n a rank hears from the one 2^n places before it what that rank and those before it know.
@@ -34,7 +34,7 @@ def largest(transport: Transport, x: Tensor) -> Tensor:
     while reach < size:
         heard = torch.empty_like(x)
         sends, receives = [((rank + reach) % size, x)], [((rank - reach) % size, heard)]
-        transport.exchange(AGREE, sends, receives).wait()
+        transport.exchange(AGREE, sends, receives, operation).wait()
         x, reach = torch.maximum(x, heard), 2 * reach
     return x
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from seqpar.comm.group import Group
-from seqpar.comm.transport import Message, Operation, Pending, ReduceOp
+from seqpar.comm.transport import NO_OPERATION, Message, Operation, Pending, ReduceOp
 
 
 class Listener(Protocol):
@@ -50,7 +50,7 @@ class _Silent:
         primitive: str,
         sends: Sequence[Message],
         receives: Sequence[Message],
-        operation: Operation = (),  # noqa: ARG002
+        operation: Operation = NO_OPERATION,  # noqa: ARG002
     ) -> Pending:
         number, self._number = self._number, self._number + 1
         if self._listener is not None:
@@ -65,7 +65,7 @@ class _Silent:
         if self._listener is not None:
             self._listener.all_reduce(x)
 
-    def largest(self, x: Tensor) -> Tensor:
+    def largest(self, x: Tensor, operation: Operation) -> Tensor:  # noqa: ARG002
         return x
 
     def gather_objects(self, item: object) -> list[object]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from seqpar.comm.agree import DesyncError
 from seqpar.comm.group import Group
 from seqpar.comm.objects import largest
-from seqpar.comm.transport import Message, Operation, ReduceOp
+from seqpar.comm.transport import AGREE, NO_OPERATION, Message, Operation, ReduceOp
 
 T = TypeVar("T")
 _Ticket = tuple[int, int, int]  # (source, destination, how many messages went before)
@@ -153,12 +153,13 @@ class ThreadTransport:
         primitive: str,
         sends: Sequence[Message],
         receives: Sequence[Message],
-        operation: Operation = (),
+        operation: Operation = NO_OPERATION,
     ) -> _ThreadPending:
         """Posts copies of what is sent and notes what is to be received."""
-        what = (
-            f"{primitive} of operation {'.'.join(map(str, operation))}" if operation else primitive
-        )
+        what = primitive
+        if primitive != AGREE and operation.numbers:
+            numbers = ".".join(map(str, operation.numbers))
+            what += f" of {operation.name or 'operation'} {numbers}"
         posted = [(peer, x, x.detach().clone()) for peer, x in sends]
         for peer, _, copy in posted:
             self._post(peer, what, copy)
@@ -181,9 +182,9 @@ class ThreadTransport:
         stacked = torch.stack(everyone)
         x.copy_(stacked.sum(0, dtype=x.dtype) if op == "sum" else stacked.amax(0))
 
-    def largest(self, x: Tensor) -> Tensor:
+    def largest(self, x: Tensor, operation: Operation) -> Tensor:
         """The elementwise maximum over ranks of a few numbers."""
-        return largest(self, x)
+        return largest(self, x, operation)
 
     def gather_objects(self, item: object) -> list[object]:
         """Gathers every rank's object, by rank, passed by reference."""
