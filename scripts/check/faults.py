@@ -31,13 +31,15 @@ def main() -> None:
     parser.add_argument(
         "--strategies", nargs="+", choices=list(STRATEGIES), default=list(STRATEGIES)
     )
+    phases = {phase.__name__: phase for phase in faults.PHASES}
+    parser.add_argument("--phases", nargs="+", choices=list(phases), default=list(phases))
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--markdown", type=Path, help="write the table here too")
     args = parser.parse_args()
     names = [fault.__name__ for fault in faults.FAULTS]
     lines = [f"| strategy | phase | {' | '.join(names)} |", "|---" * (2 + len(names)) + "|"]
     well = True
-    rows = [(strategy, phase) for strategy in args.strategies for phase in faults.PHASES]
+    rows = [(strategy, phases[name]) for strategy in args.strategies for name in args.phases]
     for strategy, phase in progress.track(rows, "faults"):
         cells = []
         for fault in faults.FAULTS:

@@ -153,6 +153,7 @@ class Watch:
 
     def _look(self, wait: Wait) -> str | None:
         """Why a wait will not end, if that is known."""
+        # docs/design.md: a wait is watched, not timed
         seconds = time.monotonic() - wait.since
         if seconds < self.patience / BEATS:
             return None
