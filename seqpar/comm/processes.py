@@ -145,9 +145,12 @@ class ProcessTransport:
         primitive: str,
         operation: Operation = NO_OPERATION,
     ) -> None:
-        others = [peer for rank, peer in enumerate(self._peers) if rank != self.rank]
-        with self._waiting(others, primitive, operation):
+        with self._waiting(self._others, primitive, operation):
             dist.all_reduce(x, op, group=self._group)
+
+    @property
+    def _others(self) -> list[int]:
+        return [peer for rank, peer in enumerate(self._peers) if rank != self.rank]
 
     def _waiting(self, peers: Sequence[int], primitive: str, operation: Operation) -> _Waiting:
         what = f"{primitive} of {operation.name}" if operation.name else primitive
@@ -160,12 +163,12 @@ class ProcessTransport:
         if not self._has_tags:
             group.abort()
             return
-        # gloo gives up all connections when one wait takes too long, and has no other way.
-        other = next(peer for rank, peer in enumerate(self._peers) if rank != self.rank)
-        with suppress(RuntimeError):
-            never = dist.irecv(torch.zeros(1), other, group, tag=_NOTHING)
-            assert never is not None, "this rank is in the group"
-            never.wait(timedelta(milliseconds=1))
+        # gloo gives up all connections when a wait on one of them takes too long, and has no other way.
+        for peer in self._others:
+            with suppress(RuntimeError):  # that it took too long, or that this connection is closed
+                never = dist.irecv(torch.zeros(1), peer, group, tag=_NOTHING)
+                assert never is not None, "this rank is in the group"
+                never.wait(timedelta(milliseconds=1))
 
 
 def _tag(primitive: str, operation: Operation) -> int:
@@ -224,7 +227,7 @@ class _Waiting:
         if self._watch is not None and self._wait is not None:
             self._watch.finish(self._wait)
             if isinstance(error, RuntimeError):
-                why = self._watch.why(self._wait, self.lost)
+                why = self._watch.why(self._wait, self.lost, error)
         if isinstance(error, RuntimeError):
             told = f"rank {self._rank} failed in {self._args[2]}: {why}"
             if self._watch is not None:

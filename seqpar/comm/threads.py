@@ -20,6 +20,7 @@ from seqpar.comm.objects import largest
 from seqpar.comm.transport import AGREE, NO_OPERATION, Message, Operation, ReduceOp
 
 T = TypeVar("T")
+INTERRUPTED = -1  # no rank, but the thread that waits for all of them
 _Ticket = tuple[int, int, int]  # (source, destination, how many messages went before)
 
 
@@ -31,6 +32,7 @@ def simulate(world_size: int, fn: Callable[..., T], *args: Any) -> list[T]:
 
     Raises:
         ValueError: world_size is not positive.
+        RuntimeError: a rank called sys.exit.
         Exception: what a rank raised, from the lowest rank whose error is its own and not the echo
             of another rank's; a note says which rank.
     """
@@ -55,13 +57,20 @@ def simulate(world_size: int, fn: Callable[..., T], *args: Any) -> list[T]:
     threads = [threading.Thread(target=run, args=(r,), daemon=True) for r in range(world_size)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.join()
+    except BaseException as interrupt:  # ranks stop where they would next wait
+        world.leave(INTERRUPTED, interrupt)
+        raise
     if not world.errors and world.unread:
         raise DesyncError(f"messages were sent that nobody received: {world.unread}")
     if world.errors:
         rank, error = min(world.errors.items(), key=lambda e: (isinstance(e[1], DesyncError), e[0]))
-        error.add_note(f"raised on rank {rank} of {world_size} of a simulated world")
+        where = f"on rank {rank} of {world_size} of a simulated world"
+        if isinstance(error, SystemExit):  # which would end the program, perhaps as a success
+            raise RuntimeError(f"sys.exit({error.code!r}) {where}") from error
+        error.add_note(f"raised {where}")
         raise error
     return results
 
@@ -123,6 +132,8 @@ class _World:
         where = f"rank {rank} waits for rank {source} in {primitive}"
         if self.errors:
             failed, error = next(iter(self.errors.items()))
+            if failed == INTERRUPTED:
+                return f"{where}, but the world was interrupted"
             return f"{where}, but rank {failed} raised {type(error).__name__}: {error}"
         if source in self._gone:
             return f"{where}, but rank {source} has returned"

@@ -83,7 +83,7 @@ class Watch:
 
     def begin(self, ranks: Sequence[int], place: str, what: str, wake: Callable[[], None]) -> Wait:
         """Notes that this rank begins to wait for others, until `finish`."""
-        wait = Wait(self._rank, tuple(ranks), place, what, wake=wake)
+        wait = Wait(self._rank, tuple(dict.fromkeys(ranks)), place, what, wake=wake)
         with self._lock:
             self._waits.append(wait)
         return wait
@@ -93,15 +93,17 @@ class Watch:
         with self._lock:
             self._waits.remove(wait)
 
-    def why(self, wait: Wait, lost: Sequence[int]) -> str:
+    def why(self, wait: Wait, lost: Sequence[int], error: RuntimeError) -> str:
         """Why a wait failed: what the watch found, or what ranks that were lost have told."""
         if wait in self._why:
             return self._why.pop(wait)
-        for rank in lost:
-            with suppress(RuntimeError):  # the store may be gone with its rank
+        with suppress(RuntimeError):  # the store may be gone with its rank
+            for rank in lost:
                 heard = self._listen(rank)
                 if heard is not None and heard.tale["end"]:
                     return f"rank {rank} gave up: {heard.tale['end']}"
+            if "imed out" in str(error):  # the process group has less patience
+                return self._look(wait, 0.0) or str(error)
         ranks = " or ".join(f"rank {rank}" for rank in lost)
         return f"{ranks} closed the connection: it was killed, or ended by an error of its own"
 
@@ -124,7 +126,7 @@ class Watch:
                 with self._lock:
                     waits = list(self._waits)
                 for wait in waits:
-                    why = self._look(wait)
+                    why = self._look(wait, self.patience)
                     if why is not None:
                         self._why[wait] = why
                         self.end(why)
@@ -151,8 +153,12 @@ class Watch:
             heard = self._heard[rank] = _Heard(tale, time.monotonic())
         return heard
 
-    def _look(self, wait: Wait) -> str | None:
-        """Why a wait will not end, if that is known."""
+    def _look(self, wait: Wait, patience: float) -> str | None:
+        """Why a wait will not end, if that is known.
+
+        Args:
+            patience: for how many seconds ranks may wait for each other.
+        """
         # docs/design.md: a wait is watched, not timed
         seconds = time.monotonic() - wait.since
         if seconds < self.patience / BEATS:
@@ -178,11 +184,11 @@ class Watch:
                     waits[rank] = [
                         Wait(rank, tuple(ranks), place, what, so_long)
                         for ranks, place, what, so_long in heard.tale["waits"]
-                        if so_long > self.patience
+                        if so_long > patience
                     ]
                     todo += waits[rank]
                 after[at] += waits[rank]
-        return None if seconds < self.patience else _circle(after)
+        return None if seconds < patience else _circle(after)
 
 
 def _circle(after: dict[Wait, list[Wait]]) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -145,21 +144,22 @@ def outcome(size: int, strategy: str, phase: Phase, fault: Fault) -> list[Told |
     """What each rank but the odd one was told; `None` for one that still waits after a minute."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["seqpar.testing.worlds"])
-    with tempfile.TemporaryDirectory() as folder:
-        pipes: list[Connection] = []
-        processes = []
-        for rank in range(size):
-            here, there = context.Pipe()
-            args = there, rank, size, folder, strategy, phase, fault
-            processes.append(context.Process(target=_run, args=args, daemon=True))
-            processes[-1].start()
-            there.close()
-            pipes.append(here)
-        deadline = time.monotonic() + GIVEN_UP_SECONDS
-        found = [_told(pipe, deadline) for rank, pipe in enumerate(pipes) if rank != ODD]
-        for process in processes:
-            process.kill()
-            process.join()
+    # Served from here, as torchrun does, so that it outlives every rank.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    pipes: list[Connection] = []
+    processes = []
+    for rank in range(size):
+        here, there = context.Pipe()
+        args = there, rank, size, store.port, strategy, phase, fault
+        processes.append(context.Process(target=_run, args=args, daemon=True))
+        processes[-1].start()
+        there.close()
+        pipes.append(here)
+    deadline = time.monotonic() + GIVEN_UP_SECONDS
+    found = [_told(pipe, deadline) for rank, pipe in enumerate(pipes) if rank != ODD]
+    for process in processes:
+        process.kill()
+        process.join()
     return found
 
 
@@ -171,13 +171,12 @@ def _told(pipe: Connection, deadline: float) -> Told | None:
 
 
 def _run(
-    pipe: Connection, rank: int, size: int, folder: str, strategy: str, phase: Phase, fault: Fault
+    pipe: Connection, rank: int, size: int, port: int, strategy: str, phase: Phase, fault: Fault
 ) -> None:
     torch.set_num_threads(1)
     timeout = timedelta(seconds=GIVEN_UP_SECONDS)
-    dist.init_process_group(
-        "gloo", f"file://{folder}/store", rank=rank, world_size=size, timeout=timeout
-    )
+    store = dist.TCPStore("127.0.0.1", port)  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
     start = time.monotonic()
     try:
         other = Group.of(patience=PATIENCE_SECONDS)
