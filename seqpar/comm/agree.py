@@ -106,15 +106,20 @@ def _explain(everyone: list[tuple[dict[str, str], str | None]]) -> str:
     if refusals:
         return "refused on every rank because of " + "; ".join(refusals)
     differences = []
-    for name in dict.fromkeys(name for text, _ in everyone for name in text):
+    operations = {text.get("operation") for text, _ in everyone}
+    # Ranks that are at other operations differ in all else too, which says nothing.
+    names = (
+        ["operation"] if len(operations) > 1 else [name for text, _ in everyone for name in text]
+    )
+    for name in dict.fromkeys(names):
         holders: dict[str, list[int]] = defaultdict(list)
         for rank, (text, _) in enumerate(everyone):
             holders[text.get(name, "nothing")].append(rank)
         if len(holders) > 1:
             values = ", ".join(f"{v} on {_ranks(ranks)}" for v, ranks in holders.items())
             differences.append(f"{name} is {values}")
-    operations = {text["operation"] for text, _ in everyone if "operation" in text}
-    where = f" in {ast.literal_eval(*operations)}" if len(operations) == 1 else ""
+    here = everyone[0][0].get("operation") if len(operations) == 1 else None
+    where = "" if here is None else f" in {ast.literal_eval(here)}"
     return f"ranks disagree{where}: {'; '.join(differences)}. Give every rank the same call"
 
 
