@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import json
 from collections.abc import Sequence
 from typing import cast
 
@@ -13,15 +13,15 @@ from seqpar.comm.transport import AGREE, Operation, Transport
 
 
 def gather_objects(transport: Transport, item: object) -> list[object]:
-    """Gathers every rank's small object, by rank. All ranks must call."""
+    """Gathers every rank's small object of JSON, by rank. All ranks must call."""
     device = transport.control_device
     # torch warns about memory that cannot be written, as that of bytes; a bytearray can be.
-    raw = torch.frombuffer(bytearray(pickle.dumps(item)), dtype=torch.uint8).to(device)
+    raw = torch.frombuffer(bytearray(json.dumps(item).encode()), dtype=torch.uint8).to(device)
     count = torch.tensor([raw.numel()], device=device)
     counts = gather_tensors(transport, "gather_objects", count, [count] * transport.size)
     shapes = [raw.new_empty(int(n)) for n in counts]
     everyone = gather_tensors(transport, "gather_objects", raw, shapes)
-    return [cast("object", pickle.loads(bytes(x.tolist()))) for x in everyone]
+    return [cast("object", json.loads(bytes(x.tolist()))) for x in everyone]
 
 
 def largest(transport: Transport, x: Tensor, operation: Operation) -> Tensor:

@@ -75,4 +75,4 @@ class Transport(Protocol):
         """
 
     def gather_objects(self, item: object) -> list[object]:
-        """Gathers every rank's small object, by rank."""
+        """Gathers every rank's small object, by rank: text, numbers, lists, and mappings by text."""
