@@ -16,7 +16,7 @@ from torch import Tensor
 
 from seqpar.calls import agree_on_call, check_call, resolve
 from seqpar.calls.options import SCHEMA, read, written
-from seqpar.comm import Group, Replay, once, silent
+from seqpar.comm import Group, Replay, agree_on_backward, backward_number, once, silent
 from seqpar.strategies import STRATEGIES, Plan
 from seqpar_kernels import TENSORS, torch_internals
 from seqpar_kernels.torch_ops import define
@@ -58,6 +58,12 @@ class _Call:
     def num_results(self) -> int:
         """The number of results: some strategies give lse though nobody asked."""
         return 2 if self.with_lse or not STRATEGIES[self.plan.strategy].exchanges_heads else 1
+
+    @property
+    def is_numbered(self) -> bool:
+        """Whether the last result is the number of its backward, which ranks then agree on."""
+        several = self.plan.group.size > 1
+        return any(self.learning) and several and self.plan.agree == "call"
 
     @property
     def exchanges(self) -> bool:
@@ -103,7 +109,10 @@ def _forward(*args: Any) -> list[Tensor]:
         replay = Replay()
         with torch.no_grad(), replay.record():
             results = call.attend(agreed)
-        return tuple(_listed(replay, results, call))
+        listed = _listed(replay, results, call)
+        if call.is_numbered:
+            listed.append(torch.tensor(backward_number(call.plan.group)))
+        return tuple(listed)
 
     return list(once(step))  # for checkpointing around compiled code
 
@@ -122,7 +131,7 @@ def _forward_fake(*args: Any) -> list[Tensor]:
     replay = Replay()
     with torch.no_grad(), replay.outline():
         results = call.attend(plan)
-    return _listed(replay, results, call)
+    return _listed(replay, results, call) + [torch.empty((), dtype=torch.long)] * call.is_numbered
 
 
 def _silent(name: str) -> Group:
@@ -149,10 +158,14 @@ def _same_storage(x: Tensor, y: Tensor) -> bool:
     return x.untyped_storage() is y.untyped_storage()
 
 
-def _backward(grads: Sequence[Tensor | None], kept: Sequence[Tensor], *args: Any) -> list[Tensor]:
+def _backward(
+    grads: Sequence[Tensor | None], number: Tensor | None, kept: Sequence[Tensor], *args: Any
+) -> list[Tensor]:
     num = 3 + len(TENSORS)
     inputs: list[Any] = [None if x is None else x.detach() for x in args[:num]]
     call = _Call.of((*inputs, *args[num:]), Group.named)
+    if number is not None:
+        agree_on_backward(call.plan.group, "attention", int(number), grads)
     learning = zip(inputs, call.learning, strict=True)
     leaves: list[Tensor] = [x.requires_grad_() for x, learns in learning if learns]
     plan = resolve(call.plan, call.q, call.v, with_lse=call.with_lse)
@@ -173,6 +186,7 @@ def _backward(grads: Sequence[Tensor | None], kept: Sequence[Tensor], *args: Any
 
 def _backward_fake(
     grads: Sequence[Tensor | None],  # noqa: ARG001
+    number: Tensor | None,  # noqa: ARG001
     kept: Sequence[Tensor],  # noqa: ARG001
     *args: Any,
 ) -> list[Tensor]:
@@ -184,18 +198,20 @@ def _backward_fake(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     num = 3 + len(TENSORS)
-    call, ctx.rest = _Call.of(inputs, Group.named), inputs[num:]
+    call, ctx.rest, output = _Call.of(inputs, Group.named), inputs[num:], [*output]
     ctx.num_learning = 1 + call.with_lse  # an lse that nobody asked for has no gradient
     ctx.mark_non_differentiable(*output[ctx.num_learning :])
     # Of own rows that were exchanged backward needs the shape alone.
     ctx.exchanged, ctx.shapes = call.exchanges, [x.shape for x in inputs[:3]]
     own = () if ctx.exchanged else inputs[:3]
+    number = output.pop() if call.is_numbered else None
     kept = *output[call.num_results :], *output[: call.num_results]  # in the order of the replay
-    ctx.save_for_backward(*inputs[3:num], *own, *kept)
+    ctx.save_for_backward(number, *inputs[3:num], *own, *kept)
 
 
 def _differentiate(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    learned, tensors = ctx.saved_tensors[: len(TENSORS)], ctx.saved_tensors[len(TENSORS) :]
+    number, *rest = ctx.saved_tensors
+    learned, tensors = rest[: len(TENSORS)], rest[len(TENSORS) :]
     if ctx.exchanged:
         # Tensors of the right shapes that take no memory: their contents are not looked at.
         own = [tensors[0].new_empty(()).expand(shape) for shape in ctx.shapes]
@@ -203,7 +219,7 @@ def _differentiate(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     else:
         own, kept = tensors[:3], tensors[3:]
     found = torch.ops.seqpar.sharded_attention_backward(
-        list(grads[: ctx.num_learning]), kept, *own, *learned, *ctx.rest
+        list(grads[: ctx.num_learning]), number, kept, *own, *learned, *ctx.rest
     )
     there, learning = iter(found), ctx.rest[-2]
     return (
@@ -224,7 +240,7 @@ define(
 )
 define(
     "sharded_attention_backward",
-    f"(Tensor?[] grads, Tensor[] kept, {_ARGUMENTS}) -> Tensor[]",
+    f"(Tensor?[] grads, Tensor? number, Tensor[] kept, {_ARGUMENTS}) -> Tensor[]",
     _backward,
     fake=_backward_fake,
     sends=True,

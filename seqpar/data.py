@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from seqpar.calls.options import told
-from seqpar.comm import Group, agreed, all_gather
+from seqpar.comm import Group, agreed, agreed_backward, all_gather
 from seqpar.layout import LAYOUTS, Layout, Mask, balanced, check_rows, check_size
 
 Labels = Literal["next", "next_in_document", "own"]
@@ -57,6 +57,7 @@ def unshard_sequence(x: Tensor, layout: Layout, group: Group, dim: int = 1) -> T
         }
         claim |= {"other dims": other_dims, "requires_grad": needs_grad}
     gathered = all_gather(x, group, layout.rows, dim)
+    (gathered,) = agreed_backward([gathered], group, operation="unshard_sequence")
     return gathered.index_select(dim, layout.inverse().to(x.device))
 
 

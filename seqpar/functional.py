@@ -11,7 +11,7 @@ from torch import Tensor
 from seqpar import compiled
 from seqpar.calls import agree_on_call, resolve
 from seqpar.calls.options import told_of
-from seqpar.comm import current_replay
+from seqpar.comm import agreed_backward, current_replay
 from seqpar.strategies import STRATEGIES, Plan
 
 
@@ -42,7 +42,7 @@ def attention(
         return compiled.attention(q, k, v, plan)[0]
     plan = _agreed(q, k, v, plan)
     out, _ = STRATEGIES[plan.strategy].attend(q, k, v, plan)
-    return out
+    return _watched(plan, out)[0]
 
 
 def attention_with_lse(
@@ -64,6 +64,7 @@ def attention_with_lse(
     plan = _agreed(q, k, v, plan, with_lse=True)
     out, lse = STRATEGIES[plan.strategy].attend(q, k, v, plan, with_lse=True)
     assert lse is not None, "it was asked for"
+    out, lse = _watched(plan, out, lse)
     return out, lse
 
 
@@ -90,6 +91,13 @@ def _agreed(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, with_lse: bool = Fal
     if replay is not None:
         replay.called(_call(plan, with_lse))
     return agreed
+
+
+def _watched(plan: Plan, *results: Tensor) -> tuple[Tensor, ...]:
+    """The results, with agreement on their backward unless the plan is trusted."""
+    if plan.agree == "plan":
+        return results
+    return agreed_backward(results, plan.group, operation="attention")
 
 
 def _call(plan: Plan, with_lse: bool) -> object:

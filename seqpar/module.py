@@ -12,6 +12,7 @@ from seqpar.comm import Grid, Group
 from seqpar.functional import attention
 from seqpar.layout import Layout, Mask
 from seqpar.strategies import Plan, attention_weights
+from seqpar.strategies.plan import Agree
 from seqpar_kernels import Dropout, Implementation, Score
 
 Shard = Literal["rows", "columns", "depth"]
@@ -31,6 +32,7 @@ class Attention(nn.Module):
         dropout: of the attention weights, in training mode only; the same on every rank. Assign to
             `.dropout` to give every step a seed of its own.
         invariant: whether results must be the same bits for any number of ranks; see `seqpar.Plan`.
+        agree: whether ranks compare every "call", or each kind of call of a "plan" once; see `seqpar.Plan`.
     """
 
     strategy: str
@@ -46,10 +48,12 @@ class Attention(nn.Module):
         implementation: Implementation | None = None,
         dropout: Dropout | None = None,
         invariant: bool | None = None,
+        agree: Agree = "call",
     ) -> None:
         super().__init__()
         self.group, self.mask, self.score = group, mask, score
         self.implementation, self.dropout, self.invariant = implementation, dropout, invariant
+        self.agree = agree
 
     def forward(
         self,
@@ -82,6 +86,7 @@ class Attention(nn.Module):
             invariant=self.invariant,
             grid=self.grid,
             head_chunks=self.head_chunks,
+            agree=self.agree,
         )
 
     def extra_repr(self) -> str:

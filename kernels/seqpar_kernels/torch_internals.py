@@ -30,6 +30,7 @@ VERSIONS = "keeping what attention gave"
 HOOKS = "looking at the hooks of a module"
 BUFFERS = "telling which buffers are saved"
 RELOADING = "defining an op anew"
+WATCHING = "naming a rank that is waited for in vain"
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -67,6 +68,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     HOOKS: tuple(f"nn.Module.{name}" for name in _HOOKS),
     BUFFERS: ("nn.Module._non_persistent_buffers_set",),
     RELOADING: ("library.Library._destroy", "_disable_dynamo"),
+    WATCHING: ("distributed.distributed_c10d._get_default_store", "distributed.Store.clone"),
 }
 
 
@@ -168,6 +170,11 @@ def without_subclass() -> AbstractContextManager[object]:
 def process_group_named(name: str) -> Any:
     """The process group that an operator of torch calls by name."""
     return parts(COLLECTIVES)[1](name)
+
+
+def own_store() -> Any:
+    """A connection of one's own to the store that process groups were made with."""
+    return parts(WATCHING)[0]().clone()
 
 
 def argument_names(op: Any) -> list[str]:

@@ -143,7 +143,8 @@ def measure(group: Group, strategy: str, args: argparse.Namespace, text: Tensor)
     long, short = text[: args.long], text[: args.short]
     steps = [text_step(group, strategy, long) for _ in range(args.rounds)]
     seconds = statistics.median(step.seconds for step in steps)
-    mine = (seconds, steps[-1].sent, steps[-1].derived)
+    volumes = steps[-1].sent, steps[-1].derived
+    mine = (seconds, *(each.forward.bytes + each.backward.bytes for each in volumes))
     everyone: list[Any] = group.transport.gather_objects(mine)
     recipe = Recipe(strategy=strategy, layout=LAYOUT_OF[strategy], steps=args.steps)
     return {
@@ -151,8 +152,8 @@ def measure(group: Group, strategy: str, args: argparse.Namespace, text: Tensor)
         "layout": LAYOUT_OF[strategy],
         "ranks": group.size,
         "seconds": max(e[0] for e in everyone),
-        "sent_bytes": [e[1].forward.bytes + e[1].backward.bytes for e in everyone],
-        "derived_bytes": [e[2].forward.bytes + e[2].backward.bytes for e in everyone],
+        "sent_bytes": [e[1] for e in everyone],
+        "derived_bytes": [e[2] for e in everyone],
         "equality": {
             name: equality(group, strategy, short, getattr(torch, name))
             for name in ("float64", "float32", "bfloat16")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from seqpar.calls.options import told_of
 from seqpar.calls.shape import Shape
 from seqpar.comm import Grid, Group, agreed
 from seqpar.layout import Layout, Mask, check_rows, check_size
-from seqpar.strategies.plan import Plan
+from seqpar.strategies.plan import Agree, Plan
 from seqpar.strategies.registry import STRATEGIES
 from seqpar.version import VERSION
 from seqpar_kernels import TENSORS, Dropout, Implementation, Request, Score, choose, tile_border
@@ -50,16 +50,24 @@ def agree_on_call(
     # Without a group there is nobody to agree with, so this alone may be refused on one rank.
     if not isinstance(plan, Plan) or not isinstance(plan.group, Group):
         raise TypeError(f"attention takes a seqpar.Plan with a seqpar.Group, got {plan!r}")
+    known = plan.group.calls.trusted
+    if plan.agree == "plan" and known:  # the first call of all is compared, whatever it is
+        resolved = check_call(q, k, v, plan, with_lse=with_lse)
+        if repr(_claim(q, k, v, resolved, with_lse, learning)) in known:
+            return resolved
     # docs/design.md: agreement on every call
     with agreed(plan.group, operation=operation) as claim:
         resolved = check_call(q, k, v, plan, with_lse=with_lse)
         if plan.group.size > 1:  # one rank has nobody to tell
-            claim |= _claim(q, k, v, resolved, with_lse, learning)
+            asked = _claim(q, k, v, resolved, with_lse, learning)
+            claim |= asked
         if operation == "attention" and is_heard(plan.group):
             learns = tuple(name for name in TENSORS if claim[f"{name} learn"])
             announce(resolved, Shape.of(q, k, v, with_lse=with_lse, learns=learns), q.device)
     # Only after agreement, because all ranks must come here and one that refused does not.
     plan.group.transport.prepare(q.device)
+    if plan.agree == "plan" and plan.group.size > 1:
+        known.add(repr(asked))
     return resolved
 
 
@@ -120,6 +128,8 @@ def _check_plan(plan: Plan) -> None:
         raise TypeError(f"invariant must be a bool or None, got {plan.invariant!r}")
     if plan.strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {tuple(STRATEGIES)}, got {plan.strategy!r}")
+    if plan.agree not in get_args(Agree):
+        raise ValueError(f"agree must be one of {get_args(Agree)}, got {plan.agree!r}")
     _check_layouts(plan)
     _check_grid(plan)
     _check_counts(plan)

@@ -119,6 +119,7 @@ _KINDS = {
     "Mask": _Kind(("bool", "int?", "int[]?"), _mask, lambda _, *parts: Mask(*parts)),
     "Score": _Kind(("float?",) * len(_NUMBERS), _numbers, _score),
     "Implementation | None": _Kind(("str?",), _one, _same),
+    "Agree": _Kind(("str",), _one, _same),
 }
 for _plain in ("str", "int", "bool", "float"):
     _KINDS[_plain] = _Kind((_plain,), _one, _same)

@@ -12,6 +12,7 @@ from seqpar.comm.all_to_all import (
     start_to_rows,
 )
 from seqpar.comm.async_exchange import AsyncExchange
+from seqpar.comm.backward import agree_on_backward, agreed_backward, backward_number
 from seqpar.comm.combine import combine, combine_elements
 from seqpar.comm.gather import all_gather, reduce_scatter
 from seqpar.comm.gather_pass import GatherSchedule, HomeSum, Piece, gather_pass, send_home
@@ -46,10 +47,13 @@ __all__ = [
     "RingSum",
     "Traffic",
     "agree",
+    "agree_on_backward",
     "agreed",
+    "agreed_backward",
     "all_gather",
     "all_reduce",
     "all_reduce_",
+    "backward_number",
     "combine",
     "combine_elements",
     "current_replay",

@@ -5,14 +5,15 @@ from __future__ import annotations
 import ast
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from seqpar.comm.group import Group
-from seqpar.comm.objects import gather_objects, gather_tensors
-from seqpar.comm.transport import Message, Pending, ReduceOp, Transport
+from seqpar.comm.group import Calls, Group
+from seqpar.comm.objects import gather_objects, gather_tensors, largest
+from seqpar.comm.transport import NO_OPERATION, Message, Operation, Pending, ReduceOp, Transport
 from seqpar_kernels.integers import is_integer
 
 if TYPE_CHECKING:
@@ -75,12 +76,12 @@ class Grid:
         """The ring index and the ulysses index of a rank of the group."""
         return next((i, row.index(rank)) for i, row in enumerate(self.members) if rank in row)
 
-    @property
+    @cached_property
     def ulysses(self) -> Group:
         """The ranks of this rank's ring index."""
         return _view(self.group, self.members[self.index_of(self.group.rank)[0]])
 
-    @property
+    @cached_property
     def ring(self) -> Group:
         """The ranks of this rank's ulysses index."""
         j = self.index_of(self.group.rank)[1]
@@ -122,7 +123,7 @@ def grid(group: Group, *, ulysses: int | None = None, ring: int | None = None) -
 
 def _view(group: Group, members: Sequence[int]) -> Group:
     # docs/design.md: a `Grid` is two views of one group
-    return Group(_View(group.transport, tuple(members)), group.traffic)
+    return Group(_View(group.transport, tuple(members)), group.traffic, Calls(of=group.calls))
 
 
 class _View:
@@ -144,15 +145,22 @@ class _View:
         self._whole.prepare(device)
 
     def exchange(
-        self, primitive: str, sends: Sequence[Message], receives: Sequence[Message]
+        self,
+        primitive: str,
+        sends: Sequence[Message],
+        receives: Sequence[Message],
+        operation: Operation = NO_OPERATION,
     ) -> Pending:
         sends, receives = ([(self._members[r], x) for r, x in ms] for ms in (sends, receives))
-        return self._whole.exchange(primitive, sends, receives)
+        return self._whole.exchange(primitive, sends, receives, operation)
 
     def all_reduce(self, x: Tensor, op: ReduceOp) -> None:
         everyone = gather_tensors(self, "all_reduce", x, [x] * self.size)
         stacked = torch.stack(everyone)
         x.copy_(stacked.sum(0, dtype=x.dtype) if op == "sum" else stacked.amax(0))
+
+    def largest(self, x: Tensor, operation: Operation) -> Tensor:
+        return largest(self, x, operation)
 
     def gather_objects(self, item: object) -> list[object]:
         return gather_objects(self, item)

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from seqpar.comm.processes import ProcessTransport
 from seqpar.comm.traffic import Count, Traffic
-from seqpar.comm.transport import Message, Pending, ReduceOp, Transport
+from seqpar.comm.transport import (
+    AGREE,
+    NO_OPERATION,
+    Message,
+    Operation,
+    Pending,
+    ReduceOp,
+    Transport,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -25,6 +33,31 @@ if TYPE_CHECKING:
 _numbers = count()
 
 
+@dataclass
+class Calls:
+    """A count of the operations that ranks have agreed on, by which their messages are told apart.
+
+    Args:
+        number: of those so far, the same on all ranks of the group.
+        name: of the last.
+        with_backward: the number of those that agree once more on their way back.
+        trusted: calls that were compared once and are not compared again.
+        of: those of the whole group, of which this one is a view.
+    """
+
+    number: int = 0
+    name: str = ""
+    with_backward: int = 0
+    trusted: set[str] = field(default_factory=set)
+    of: Calls | None = None
+
+    @property
+    def operation(self) -> Operation:
+        """The operation that is under way."""
+        whole = self.of.operation.numbers if self.of else ()
+        return Operation((*whole, self.number), self.name)
+
+
 @dataclass(frozen=True, eq=False)
 class Group:
     """The ranks that share a sequence, as one of them sees it; counts what it sends in `traffic`.
@@ -34,6 +67,7 @@ class Group:
 
     transport: Transport
     traffic: Traffic = field(default_factory=Traffic)
+    calls: Calls = field(default_factory=Calls, repr=False)
     # What compiled code calls it, since torch's ops take no objects; another one for every group.
     # docs/design.md: compiled, a whole call is one op
     name: str = field(default_factory=lambda: f"group {next(_numbers)}", repr=False)
@@ -59,17 +93,24 @@ class Group:
         return group
 
     @staticmethod
-    def of(ranks: ProcessGroup | DeviceMesh | None = None) -> Group:
+    def of(ranks: ProcessGroup | DeviceMesh | None = None, *, patience: float = 60.0) -> Group:
         """The group of a process group or of a 1-D device mesh; by default of all processes.
 
-        Creates no process group and communicates nothing.
+        Creates no process group and communicates nothing. From then on a thread of this process tells the
+        others, through the store of torch.distributed, that it lives and what it waits for.
+
+        Args:
+            patience: for how many seconds a rank may be waited for that says nothing, or that waits in
+                turn for this one at another operation. Then the wait ends in an error that names it. A rank
+                that computes is waited for. The same on all ranks.
 
         Raises:
             RuntimeError: torch.distributed is not initialised.
-            ValueError: the mesh has more than one dimension, or this process is not a member.
+            ValueError: the mesh has more than one dimension, or this process is not a member, or patience is
+                no positive number.
             TypeError: `ranks` is neither a process group nor a device mesh.
         """
-        return Group(ProcessTransport.of(ranks))
+        return Group(ProcessTransport.of(ranks, patience))
 
     @staticmethod
     def alone() -> Group:
@@ -112,7 +153,13 @@ class Group:
         sends, receives = ([m for m in ms if m[1].numel()] for ms in (sends, receives))
         for _, x in sends:
             self.traffic.record(primitive, Count(x.numel(), x.numel() * x.element_size()))
-        return self.transport.exchange(primitive, sends, receives)
+        return self.transport.exchange(primitive, sends, receives, self.calls.operation)
+
+    def largest(self, x: Tensor) -> Tensor:
+        """The elementwise maximum over ranks of a few numbers on the control device; for agreement."""
+        elements = (self.size - 1).bit_length() * x.numel()
+        self.traffic.record(AGREE, Count(elements, elements * x.element_size()))
+        return self.transport.largest(x, self.calls.operation)
 
     def all_reduce_(self, x: Tensor, op: ReduceOp) -> None:
         """Reduces in place and counts the 2 (P - 1) / P of the tensor that a ring sends."""
@@ -144,7 +191,11 @@ class _Alone:
         raise AssertionError("one rank has nothing to agree on")
 
     def exchange(
-        self, primitive: str, sends: Sequence[Message], receives: Sequence[Message]
+        self,
+        primitive: str,
+        sends: Sequence[Message],
+        receives: Sequence[Message],
+        operation: Operation = NO_OPERATION,  # noqa: ARG002
     ) -> Pending:
         assert not [*sends, *receives], f"{primitive}: one rank sends to nobody"
         return _Done()
@@ -154,6 +205,9 @@ class _Alone:
 
     def all_reduce(self, x: Tensor, op: ReduceOp) -> None:
         """Does nothing: there is nothing to add."""
+
+    def largest(self, x: Tensor, operation: Operation) -> Tensor:  # noqa: ARG002
+        return x
 
     def gather_objects(self, item: object) -> list[object]:
         return [item]

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import timedelta
 from typing import TYPE_CHECKING
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from seqpar.comm.objects import gather_objects
-from seqpar.comm.transport import Message, ReduceOp
+from seqpar.comm.agree import DesyncError
+from seqpar.comm.objects import gather_objects, largest
+from seqpar.comm.transport import AGREE, NO_OPERATION, Message, Operation, ReduceOp
+from seqpar.comm.watch import Watch
+from seqpar_kernels.torch_internals import WATCHING, missing, own_store
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 _REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+_AGREEMENT, _NOTHING = 1, 2  # tags: of agreement, and of what is never sent
 
 
 class ProcessTransport:
@@ -26,17 +33,20 @@ class ProcessTransport:
     reference is gone, and a process that exits before them may abort.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, patience: float) -> None:
         # docs/design.md: a `Group` does not keep its process group alive
         self._reference = weakref.ref(group)
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self._prepared: set[str] = set()
+        self._watch = _watch(patience) if self.size > 1 else None
         self._peers = [dist.get_global_rank(group, rank) for rank in range(self.size)]
 
     @staticmethod
-    def of(ranks: dist.ProcessGroup | DeviceMesh | None) -> ProcessTransport:
+    def of(ranks: dist.ProcessGroup | DeviceMesh | None, patience: float) -> ProcessTransport:
         """The transport of a process group or of a 1-D mesh, see `Group.of`."""
+        if not patience > 0:
+            raise ValueError(f"patience is a number of seconds above 0, got {patience!r}")
         if not (dist.is_available() and dist.is_initialized()):
             raise RuntimeError(
                 "torch.distributed is not initialised: launch with torchrun and call "
@@ -55,7 +65,7 @@ class ProcessTransport:
             raise ValueError(f"rank {dist.get_rank()} is not a member of this process group")
         if not isinstance(ranks, dist.ProcessGroup):
             raise TypeError(f"expected a ProcessGroup, a DeviceMesh or None, got {type(ranks)}")
-        return ProcessTransport(ranks)
+        return ProcessTransport(ranks, patience)
 
     @property
     def _group(self) -> dist.ProcessGroup:
@@ -67,9 +77,14 @@ class ProcessTransport:
     @property
     def control_device(self) -> torch.device:
         """The CPU where the group's backend serves it, else this process's accelerator."""
-        if "gloo" in str(dist.get_backend_config(self._group)):
+        if self._has_tags:
             return torch.device("cpu")
         return torch.device(torch.accelerator.current_accelerator() or "cpu")
+
+    @property
+    def _has_tags(self) -> bool:
+        """Whether messages on the control device are told apart: gloo has tags, NCCL none."""
+        return "gloo" in str(dist.get_backend_config(self._group))
 
     @property
     def global_ranks(self) -> list[int]:
@@ -83,56 +98,155 @@ class ProcessTransport:
         """
         # Agreement has already used the backend of the control device, on all ranks.
         if device.type not in {self.control_device.type, *self._prepared}:
-            dist.all_reduce(torch.zeros(1, device=device), group=self._group)
+            self._reduce(torch.zeros(1, device=device), dist.ReduceOp.SUM, "first use of a device")
             self._prepared.add(device.type)
 
     def exchange(
-        self, primitive: str, sends: Sequence[Message], receives: Sequence[Message]
+        self,
+        primitive: str,
+        sends: Sequence[Message],
+        receives: Sequence[Message],
+        operation: Operation = NO_OPERATION,
     ) -> _ProcessPending:
         """Starts a batch of isend and irecv."""
-        ops = [dist.P2POp(dist.isend, x, self._peers[peer], self._group) for peer, x in sends]
-        ops += [dist.P2POp(dist.irecv, x, self._peers[peer], self._group) for peer, x in receives]
-        with _explained(primitive, self.rank):
+        group, peers, tag = self._group, self._peers, _tag(primitive, operation)
+        ops = [dist.P2POp(dist.isend, x, peers[peer], group, tag) for peer, x in sends]
+        ops += [dist.P2POp(dist.irecv, x, peers[peer], group, tag) for peer, x in receives]
+        everyone = [peers[peer] for peer, _ in (*sends, *receives)]
+        waiting = self._waiting(everyone, primitive, operation)
+        with waiting:
             works = dist.batch_isend_irecv(ops) if ops else []
-        return _ProcessPending(primitive, self.rank, works, [x for _, x in (*sends, *receives)])
+        # Where several messages are one piece of work, any of their peers may be the one that is lost.
+        lost = [[peer] for peer in everyone] if len(works) == len(ops) else [everyone]
+        buffers = [x for _, x in (*sends, *receives)]
+        return _ProcessPending(list(zip(works, lost, strict=False)), waiting, buffers)
 
-    def all_reduce(self, x: Tensor, op: ReduceOp) -> None:
+    def all_reduce(self, x: Tensor, op: ReduceOp, operation: Operation = NO_OPERATION) -> None:
         """Reduces a tensor over all ranks, in place."""
-        with _explained("all_reduce", self.rank):
-            dist.all_reduce(x, _REDUCE_OPS[op], group=self._group)
+        self._reduce(x, _REDUCE_OPS[op], "all_reduce", operation)
+
+    def largest(self, x: Tensor, operation: Operation) -> Tensor:
+        """The elementwise maximum over ranks of a few numbers on the control device: agreement."""
+        if self._has_tags:
+            # docs/design.md: agreement never meets data
+            return largest(self, x, operation)
+        x = x.clone()
+        self._reduce(x, dist.ReduceOp.MAX, AGREE, operation)
+        return x
 
     def gather_objects(self, item: object) -> list[object]:
         """Gathers every rank's object, by rank."""
         return gather_objects(self, item)
+
+    def _reduce(
+        self,
+        x: Tensor,
+        op: dist.ReduceOp.RedOpType,
+        primitive: str,
+        operation: Operation = NO_OPERATION,
+    ) -> None:
+        with self._waiting(self._others, primitive, operation):
+            dist.all_reduce(x, op, group=self._group)
+
+    @property
+    def _others(self) -> list[int]:
+        return [peer for rank, peer in enumerate(self._peers) if rank != self.rank]
+
+    def _waiting(self, peers: Sequence[int], primitive: str, operation: Operation) -> _Waiting:
+        what = f"{primitive} of {operation.name}" if operation.name else primitive
+        place = f"{self._group.group_name} {operation.numbers}"
+        return _Waiting(self._watch, self.rank, peers, place, what, self._wake)
+
+    def _wake(self) -> None:
+        """Ends the waits of this process in an error: nothing can be sent in this group any more."""
+        group = self._group
+        if not self._has_tags:
+            group.abort()
+            return
+        # gloo gives up all connections when a wait on one of them takes too long, and has no other way.
+        for peer in self._others:
+            with suppress(RuntimeError):  # that it took too long, or that this connection is closed
+                never = dist.irecv(torch.zeros(1), peer, group, tag=_NOTHING)
+                assert never is not None, "this rank is in the group"
+                never.wait(timedelta(milliseconds=1))
+
+
+def _tag(primitive: str, operation: Operation) -> int:
+    """What gloo tells messages apart by, 31 bits: two that should not meet do in one of 10^9 cases."""
+    if primitive == AGREE:
+        return _AGREEMENT
+    return crc32(f"{primitive}{operation.numbers}".encode()) >> 2 | 1 << 30
 
 
 class _ProcessPending:
     """Messages under way, whose buffers are held until they have gone."""
 
     def __init__(
-        self, primitive: str, rank: int, works: Sequence[dist.Work], buffers: Sequence[Tensor]
+        self,
+        works: Sequence[tuple[dist.Work | None, list[int]]],
+        waiting: _Waiting,
+        buffers: Sequence[Tensor],
     ) -> None:
-        self._primitive, self._rank, self._works, self._buffers = primitive, rank, works, buffers
+        self._works, self._waiting, self._buffers = works, waiting, buffers
 
     def wait(self) -> None:
-        with _explained(self._primitive, self._rank):
-            for work in self._works:
-                work.wait()
+        if self._works:
+            with self._waiting as waiting:
+                for work, waiting.lost in self._works:
+                    if work is not None:
+                        work.wait()
         self._works, self._buffers = (), ()
 
 
-class _explained:  # noqa: N801 - reads as a phrase
-    """Adds to an error of the wire where it broke, and that the cause may be another rank."""
+class _Waiting:
+    """A block that waits for peers; an error of the wire becomes one that names the rank it is about.
 
-    def __init__(self, primitive: str, rank: int) -> None:
-        self._primitive, self._rank = primitive, rank
+    Args:
+        peers: global ranks.
+        place, what: as `Wait` has them.
+    """
 
-    def __enter__(self) -> None:
-        pass
+    def __init__(
+        self,
+        watch: Watch | None,
+        rank: int,
+        peers: Sequence[int],
+        place: str,
+        what: str,
+        wake: Callable[[], None],
+    ) -> None:
+        self._watch, self._rank, self._args = watch, rank, (peers, place, what, wake)
+        self.lost = list(peers)
+
+    def __enter__(self) -> _Waiting:
+        self._wait = None if self._watch is None else self._watch.begin(*self._args)
+        return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        why = str(error)
+        if self._watch is not None and self._wait is not None:
+            self._watch.finish(self._wait)
+            if isinstance(error, RuntimeError):
+                why = self._watch.why(self._wait, self.lost, error)
         if isinstance(error, RuntimeError):
-            raise RuntimeError(
-                f"rank {self._rank} failed in {self._primitive}: {error}. If another rank failed or "
-                "ended first, its error is the one to read"
-            ) from error
+            told = f"rank {self._rank} failed in {self._args[2]}: {why}"
+            if self._watch is not None:
+                self._watch.end(told)
+            raise DesyncError(f"{told}. Nothing more can be sent in this group") from error
+
+
+# By the process group of all: the watch of this process.
+_WATCHES: weakref.WeakKeyDictionary[dist.ProcessGroup, Watch] = weakref.WeakKeyDictionary()
+
+
+def _watch(patience: float) -> Watch | None:
+    """The watch of this process, of the shortest patience that was asked for; `None` if torch lacks it."""
+    world = dist.group.WORLD
+    if world is None or missing(WATCHING) is not None:
+        return None
+    watch = _WATCHES.get(world)
+    if watch is None:
+        watch = _WATCHES[world] = Watch(own_store(), dist.get_rank(), patience)
+        weakref.finalize(world, watch.leave)
+    watch.patience = min(watch.patience, patience)
+    return watch

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from seqpar.comm.group import Group
-from seqpar.comm.transport import Message, Pending, ReduceOp
+from seqpar.comm.transport import NO_OPERATION, Message, Operation, Pending, ReduceOp
 
 
 class Listener(Protocol):
@@ -46,7 +46,11 @@ class _Silent:
         self._listener, self._number = listener, 0
 
     def exchange(
-        self, primitive: str, sends: Sequence[Message], receives: Sequence[Message]
+        self,
+        primitive: str,
+        sends: Sequence[Message],
+        receives: Sequence[Message],
+        operation: Operation = NO_OPERATION,  # noqa: ARG002
     ) -> Pending:
         number, self._number = self._number, self._number + 1
         if self._listener is not None:
@@ -60,6 +64,9 @@ class _Silent:
         """Adds nothing, but tells the listener."""
         if self._listener is not None:
             self._listener.all_reduce(x)
+
+    def largest(self, x: Tensor, operation: Operation) -> Tensor:  # noqa: ARG002
+        return x
 
     def gather_objects(self, item: object) -> list[object]:
         return [item] * self.size

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -16,9 +17,11 @@ from torch import Tensor
 
 from seqpar.comm.agree import DesyncError
 from seqpar.comm.group import Group
-from seqpar.comm.transport import Message, ReduceOp
+from seqpar.comm.objects import largest
+from seqpar.comm.transport import AGREE, NO_OPERATION, Message, Operation, ReduceOp
 
 T = TypeVar("T")
+INTERRUPTED = -1  # no rank, but the thread that waits for all of them
 _Ticket = tuple[int, int, int]  # (source, destination, how many messages went before)
 
 
@@ -30,6 +33,7 @@ def simulate(world_size: int, fn: Callable[..., T], *args: Any) -> list[T]:
 
     Raises:
         ValueError: world_size is not positive.
+        RuntimeError: a rank called sys.exit.
         Exception: what a rank raised, from the lowest rank whose error is its own and not the echo
             of another rank's; a note says which rank.
     """
@@ -54,15 +58,34 @@ def simulate(world_size: int, fn: Callable[..., T], *args: Any) -> list[T]:
     threads = [threading.Thread(target=run, args=(r,), daemon=True) for r in range(world_size)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.join()
+    except BaseException as interrupt:  # ranks stop where they would next wait
+        world.leave(INTERRUPTED, interrupt)
+        raise
     if not world.errors and world.unread:
         raise DesyncError(f"messages were sent that nobody received: {world.unread}")
     if world.errors:
         rank, error = min(world.errors.items(), key=lambda e: (isinstance(e[1], DesyncError), e[0]))
-        error.add_note(f"raised on rank {rank} of {world_size} of a simulated world")
+        where = f"on rank {rank} of {world_size} of a simulated world"
+        if isinstance(error, SystemExit):  # which would end the program, perhaps as a success
+            raise RuntimeError(f"sys.exit({error.code!r}) {where}") from error
+        error.add_note(f"raised {where}")
         raise error
     return results
+
+
+@dataclass(frozen=True)
+class _What:
+    """What a message is: two that meet must be equal. Words say more, for errors."""
+
+    primitive: str
+    numbers: tuple[int, ...]
+    operation: str = field(compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.primitive} of {self.operation}" if self.operation else self.primitive
 
 
 class _World:
@@ -72,16 +95,16 @@ class _World:
         self.size = size
         self.errors: dict[int, BaseException] = {}
         self._changed = threading.Condition()
-        self._mail: dict[_Ticket, tuple[str, Tensor]] = {}
+        self._mail: dict[_Ticket, tuple[_What, Tensor]] = {}
         self._awaited: dict[int, _Ticket] = {}  # by waiting rank
         self._gone: set[int] = set()
 
-    def post(self, ticket: _Ticket, primitive: str, x: Tensor) -> None:
+    def post(self, ticket: _Ticket, what: _What, x: Tensor) -> None:
         with self._changed:
-            self._mail[ticket] = (primitive, x)
+            self._mail[ticket] = (what, x)
             self._changed.notify_all()
 
-    def collect(self, ticket: _Ticket, primitive: str) -> Tensor:
+    def collect(self, ticket: _Ticket, what: _What) -> Tensor:
         """The message with this ticket, once it is there."""
         source, rank, _ = ticket
         with self._changed:
@@ -93,11 +116,11 @@ class _World:
             finally:
                 del self._awaited[rank]
             if ticket in self._mail:
-                sent_by, x = self._mail.pop(ticket)
-                if sent_by != primitive:
-                    raise DesyncError(f"rank {rank} is in {primitive}, rank {source} in {sent_by}")
+                sent_in, x = self._mail.pop(ticket)
+                if sent_in != what:
+                    raise DesyncError(f"rank {rank} is in {what}, rank {source} in {sent_in}")
                 return x
-            raise DesyncError(self._why(rank, source, primitive))
+            raise DesyncError(self._why(rank, source, what))
 
     @property
     def unread(self) -> list[str]:
@@ -118,10 +141,12 @@ class _World:
         everyone_waits = len(self._awaited) + len(self._gone) == self.size
         return everyone_waits and not any(t in self._mail for t in self._awaited.values())
 
-    def _why(self, rank: int, source: int, primitive: str) -> str:
-        where = f"rank {rank} waits for rank {source} in {primitive}"
+    def _why(self, rank: int, source: int, what: _What) -> str:
+        where = f"rank {rank} waits for rank {source} in {what}"
         if self.errors:
             failed, error = next(iter(self.errors.items()))
+            if failed == INTERRUPTED:
+                return f"{where}, but the world was interrupted"
             return f"{where}, but rank {failed} raised {type(error).__name__}: {error}"
         if source in self._gone:
             return f"{where}, but rank {source} has returned"
@@ -136,6 +161,7 @@ class ThreadTransport:
     def __init__(self, world: _World, rank: int) -> None:
         self._world = world
         self.rank, self.size = rank, world.size
+        self._operation = ""  # the last one that had messages
         self._num_sent: Counter[int] = Counter()
         self._num_received: Counter[int] = Counter()
 
@@ -148,12 +174,19 @@ class ThreadTransport:
         """Does nothing: there is nothing to prepare."""
 
     def exchange(
-        self, primitive: str, sends: Sequence[Message], receives: Sequence[Message]
+        self,
+        primitive: str,
+        sends: Sequence[Message],
+        receives: Sequence[Message],
+        operation: Operation = NO_OPERATION,
     ) -> _ThreadPending:
         """Posts copies of what is sent and notes what is to be received."""
+        self._operation = operation.name
+        numbers = () if primitive == AGREE else operation.numbers
+        what = _What(primitive, numbers, operation.name)
         posted = [(peer, x, x.detach().clone()) for peer, x in sends]
         for peer, _, copy in posted:
-            self._post(peer, primitive, copy)
+            self._post(peer, what, copy)
         awaited = []
         for peer, x in receives:
             assert x.is_contiguous(), "messages are received in one piece"
@@ -163,7 +196,7 @@ class ThreadTransport:
             if x.is_floating_point():
                 x.fill_(float("nan"))
         sent = [(x, copy) for _, x, copy in posted]
-        return _ThreadPending(self._world, primitive, sent, awaited)
+        return _ThreadPending(self._world, what, sent, awaited)
 
     def all_reduce(self, x: Tensor, op: ReduceOp) -> None:
         """Reduces a tensor in rank order, so that every rank gets the same bits."""
@@ -173,20 +206,25 @@ class ThreadTransport:
         stacked = torch.stack(everyone)
         x.copy_(stacked.sum(0, dtype=x.dtype) if op == "sum" else stacked.amax(0))
 
+    def largest(self, x: Tensor, operation: Operation) -> Tensor:
+        """The elementwise maximum over ranks of a few numbers."""
+        return largest(self, x, operation)
+
     def gather_objects(self, item: object) -> list[object]:
         """Gathers every rank's object, by rank, passed by reference."""
         others = [r for r in range(self.size) if r != self.rank]
+        what = _What("gather_objects", (), self._operation)
         for r in others:
-            self._post(r, "gather_objects", item)
+            self._post(r, what, item)
         items = [item] * self.size
         for r in others:
             ticket = (r, self.rank, self._num_received[r])
             self._num_received[r] += 1
-            items[r] = self._world.collect(ticket, "gather_objects")
+            items[r] = self._world.collect(ticket, what)
         return items
 
-    def _post(self, peer: int, primitive: str, item: Any) -> None:
-        self._world.post((self.rank, peer, self._num_sent[peer]), primitive, item)
+    def _post(self, peer: int, what: _What, item: Any) -> None:
+        self._world.post((self.rank, peer, self._num_sent[peer]), what, item)
         self._num_sent[peer] += 1
 
 
@@ -194,19 +232,19 @@ class _ThreadPending:
     def __init__(
         self,
         world: _World,
-        primitive: str,
+        what: _What,
         sent: Sequence[tuple[Tensor, Tensor]],
         awaited: Sequence[tuple[_Ticket, Tensor]],
     ) -> None:
-        self._world, self._primitive, self._awaited, self._sent = world, primitive, awaited, sent
+        self._world, self._what, self._awaited, self._sent = world, what, awaited, sent
 
     def wait(self) -> None:
         for ticket, buffer in self._awaited:
-            x = self._world.collect(ticket, self._primitive)
+            x = self._world.collect(ticket, self._what)
             if x.shape != buffer.shape or x.dtype != buffer.dtype:
                 raise DesyncError(
                     f"rank {ticket[1]} expects {tuple(buffer.shape)} {buffer.dtype} from rank "
-                    f"{ticket[0]} in {self._primitive}, got {tuple(x.shape)} {x.dtype}"
+                    f"{ticket[0]} in {self._what}, got {tuple(x.shape)} {x.dtype}"
                 )
             buffer.copy_(x)
         for x, copy in self._sent:
@@ -216,5 +254,5 @@ class _ThreadPending:
                 for y in (x.detach(), copy)
             )
             same = torch.equal(now, then)
-            assert same, f"{self._primitive}: a buffer was written while under way"
+            assert same, f"{self._what}: a buffer was written while under way"
         self._awaited, self._sent = (), ()

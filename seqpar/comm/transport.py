@@ -7,13 +7,24 @@ group of one, a dimension of a grid and a silent group have small transports of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 Message = tuple[int, Tensor]  # (peer, contiguous tensor)
 ReduceOp = Literal["sum", "max"]
+AGREE = "agree"  # the primitive whose messages meet each other whatever the operations are
+
+
+class Operation(NamedTuple):
+    """What a group agreed on last: its number, in a view of a group after that of the whole, and its name."""
+
+    numbers: tuple[int, ...] = ()
+    name: str = ""
+
+
+NO_OPERATION = Operation()
 
 
 class Pending(Protocol):
@@ -41,12 +52,27 @@ class Transport(Protocol):
         """Prepares for tensors of a device. All ranks must call, before some of them exchange such."""
 
     def exchange(
-        self, primitive: str, sends: Sequence[Message], receives: Sequence[Message]
+        self,
+        primitive: str,
+        sends: Sequence[Message],
+        receives: Sequence[Message],
+        operation: Operation = NO_OPERATION,
     ) -> Pending:
-        """Starts all sends and receives at once. Messages between two ranks keep their order."""
+        """Starts all sends and receives at once. Messages between two ranks keep their order.
+
+        Args:
+            operation: which of a group's operations the messages are part of. Where the wire can tell
+                messages apart, one never arrives as part of another operation or primitive.
+        """
 
     def all_reduce(self, x: Tensor, op: ReduceOp) -> None:
         """Reduces a contiguous tensor over all ranks, in place."""
 
+    def largest(self, x: Tensor, operation: Operation) -> Tensor:
+        """The elementwise maximum over ranks of a few numbers on the control device: agreement.
+
+        Such messages meet whatever the operation of each rank is.
+        """
+
     def gather_objects(self, item: object) -> list[object]:
-        """Gathers every rank's small object, by rank."""
+        """Gathers every rank's small object, by rank: text, numbers, lists, and mappings by text."""

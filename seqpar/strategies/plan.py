@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 from seqpar.comm import Grid, Group
 from seqpar.layout import Layout, Mask, Span, meets, tall_tiles, tiles
 from seqpar_kernels import Block, Dropout, Implementation, Score, Term
 
 Spans = tuple[Span, ...]
+Agree = Literal["call", "plan"]
 _DEFAULT = "default"
 
 
@@ -39,6 +41,9 @@ class Plan:
             while one is attended, so from three on buffers are smaller. The results are the same.
         first_head: which of the layer's query heads is the first of this call, where other ranks attend to
             the others: dropout then drops the same weights for any number of ranks.
+        agree: "call": ranks compare every call, forward and backward, before they send. "plan": they
+            compare the first call of its kind, and trust the others. What is then not seen is in
+            docs/reliability.md: such ranks may wait for each other, or mix up their messages.
     """
 
     group: Group
@@ -54,6 +59,7 @@ class Plan:
     grid: Grid | None = None
     head_chunks: int = 1
     first_head: int = 0
+    agree: Agree = "call"
 
     def __post_init__(self) -> None:
         for name, kind in (("mask", Mask), ("score", Score)):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from seqpar.calls.options import told
-from seqpar.comm import Group, agreed, all_reduce, replicate
+from seqpar.comm import Group, agreed, agreed_backward, all_reduce, replicate
 from seqpar.functional import attention as attend
 from seqpar.layout import Layout
 from seqpar.layout.fits import check_rows, check_size
@@ -186,6 +186,7 @@ class ParallelAttention(nn.Module):
         y = F.linear(out.flatten(2), self.out_weight)
         if self.tp.size > 1:
             y = all_reduce(y, self.tp)
+            (y,) = agreed_backward([y], self.tp, operation="ParallelAttention")
         return y if self.out_bias is None else y + self.out_bias.to(y.dtype)
 
     def score_here(self, score: Score) -> Score:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import pickle
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 
@@ -30,8 +32,10 @@ class TorchrunWorld:
         return dist.is_torchelastic_launched()
 
     def run(self, fn: Callable[..., Any], *args: Any) -> list[Any]:
-        """`fn(group, *args)` on every rank; the results by rank, on every rank."""
-        return self._group.transport.gather_objects(fn(self._group, *args))
+        """`fn(group, *args)` on every rank; the results by rank, on every rank. They are pickled."""
+        mine = base64.b64encode(pickle.dumps(fn(self._group, *args))).decode()
+        everyone = cast("list[str]", self._group.transport.gather_objects(mine))
+        return [pickle.loads(base64.b64decode(text)) for text in everyone]
 
     def __enter__(self) -> TorchrunWorld:
         return self

@@ -141,10 +141,11 @@ def test_ranks_that_agree_along_all_axes_go_on():
     assert simulate(4, lambda group: refused(group, claims="aaaa")) == [None] * 4
 
 
-def test_agreement_along_one_axis_sends_one_message_to_each_other_rank():
+@pytest.mark.parametrize(("size", "rounds"), [(1, 0), (2, 1), (3, 2), (4, 2), (5, 3), (8, 3)])
+def test_agreement_sends_two_numbers_in_each_of_log_p_rounds(size, rounds):
     def fn(group):
         with agreed(group, operation="test"):
             pass
         return group.traffic.agreement.elements
 
-    assert simulate(3, fn) == [2, 2, 2]
+    assert simulate(size, fn) == [2 * rounds] * size

@@ -1,8 +1,15 @@
 """Worlds fail loudly: errors come with their rank, waits that cannot end are found, misuse is caught."""
 
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
 import pytest
 import torch
 
+import seqpar
 from seqpar import DesyncError, Group, simulate
 from seqpar.comm import agree, agreed, all_gather
 from seqpar.testing import ProcessWorld, WorldError
@@ -38,7 +45,8 @@ def test_a_rank_that_returned_is_not_waited_for():
             all_gather(torch.ones(1), group, [1, 1], 0)
 
     with pytest.raises(
-        DesyncError, match="rank 0 waits for rank 1 in all_gather, but rank 1 has returned"
+        DesyncError,
+        match="rank 0 waits for rank 1 in all_gather, but rank 1 has returned",
     ):
         simulate(2, fn)
 
@@ -179,3 +187,45 @@ def test_a_failed_world_tells_and_is_gone():
         with pytest.raises(WorldError, match="this rank fails"):
             world.run(_die, timeout=30)
         assert not world.is_alive
+
+
+def test_a_rank_that_exits_is_no_success():
+    def fn(group):
+        if group.rank == 1:
+            sys.exit(0)
+
+    with pytest.raises(RuntimeError, match=r"sys.exit\(0\) on rank 1 of 3"):
+        simulate(3, fn)
+
+
+def test_ranks_stop_when_the_world_is_interrupted():
+    """The interrupt comes to the thread that waits; ranks would go on computing for ever."""
+    told = []
+
+    def fn(group):
+        other = 1 - group.rank
+        try:
+            for _ in range(10_000):
+                time.sleep(0.002)
+                got = torch.zeros(1)
+                group.exchange("x", [(other, torch.ones(1))], [(other, got)]).wait()
+        except DesyncError as error:
+            told.append(str(error))
+
+    main = threading.get_ident()
+    threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        simulate(2, fn)
+    deadline = time.monotonic() + 10
+    while len(told) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(told) == 2
+    assert all("the world was interrupted" in text for text in told)
+
+
+def test_nothing_that_ranks_send_is_unpickled():
+    """Whoever can send to a rank could run code there."""
+    package = Path(seqpar.__file__).parent
+    files = [path for path in package.rglob("*.py") if "testing" not in path.parts]
+    assert len(files) > 100
+    assert [path for path in files if "pickle" in path.read_text()] == []

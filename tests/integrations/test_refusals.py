@@ -479,3 +479,23 @@ def test_models_that_differ_between_ranks_are_refused():
 
     with pytest.raises(seqpar.DesyncError, match="model is 'Qwen3ForCausalLM' on"):
         seqpar.simulate(2, on_rank)
+
+
+def test_models_of_ranks_that_share_one_config_object_are_refused_in_words():
+    """Ranks of one process would switch each other's attention."""
+    config = FAMILIES["llama"].make().config
+    models = [transformers.LlamaForCausalLM(config) for _ in range(3)]
+
+    def set_up(group):
+        SequenceParallel(models[group.rank], seqpar.RingAttention(group))
+
+    with pytest.raises(
+        ValueError, match="LlamaForCausalLM of another rank has the same config object"
+    ):
+        seqpar.simulate(3, set_up)
+    for model in models:
+        model.config = copy.deepcopy(config)
+        for module in model.modules():
+            if hasattr(module, "config"):
+                module.config = model.config
+    seqpar.simulate(3, set_up)

@@ -23,6 +23,10 @@ SAME = MOVED | {"check_equivalence": "check", "compare": "bench"}  # by another 
 TINY_ROWS = ["--dim", 32, "--heads", 2, "--kv-heads", 2, "--batch", 512, "--checkpointing", "none"]
 SMALLEST = {  # script: options, ranks under torchrun, what it prints
     "tensor_parallel_models": (["--families", "llama", "--length", 9], 2, "1 families, 0 failures"),
+    "faults": (
+        ["--strategies", "ring", "--phases", "before_a_call", "--ranks", 2],
+        None, "| ring | before a call |",
+    ),
     "training_runs": (
         ["--ranks", 2, "--steps", 2, "--length", 16, "--only", "resumed"],
         None, "resumed at step 1 of P=2",

@@ -15,7 +15,11 @@ from seqpar.integrations.transformers.attention.registration import NAME, regist
 from seqpar.integrations.transformers.attention.replacement import Replacement, handover_of
 from seqpar.integrations.transformers.inputs import Inputs
 from seqpar.integrations.transformers.internals import attention_name
-from seqpar.integrations.transformers.probe.config import check_config, inner_model
+from seqpar.integrations.transformers.probe.config import (
+    check_config,
+    check_own_config,
+    inner_model,
+)
 from seqpar.integrations.transformers.probe.trial import try_out
 from seqpar.integrations.transformers.sharding import Sharding
 from seqpar.loss import Reduction, mean_loss
@@ -79,6 +83,7 @@ class SequenceParallel:
             claim["parameters"] = sum(p.numel() for p in self.inner.parameters() if p not in shared)
             _check_attend(attend)
             check_config(model, self.inner)
+            check_own_config(self.inner)
             register()
         with agreed(*self._axes, operation="SequenceParallel: trying out") as claim:
             before = attention_name(self.inner.config)

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
+
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
+
+# By config: the model that was set up with it last, and on which thread.
+_IN_USE = WeakIdKeyDictionary()
 
 
 def inner_model(model: nn.Module) -> PreTrainedModel:
@@ -24,6 +31,25 @@ def inner_model(model: nn.Module) -> PreTrainedModel:
             "only the first would attend over ranks; set each up by itself"
         )
     return inner
+
+
+def check_own_config(inner: PreTrainedModel) -> None:
+    """Refuses a config that the model of another rank shares, where ranks are threads of one process.
+
+    A model reads from its config how it attends, so ranks would switch each other's models.
+
+    Raises:
+        ValueError: it is shared.
+    """
+    me, config = threading.get_ident(), inner.config
+    other, thread = _IN_USE.get(config, (lambda: None, me))
+    alive = {t.ident for t in threading.enumerate()}
+    if other() not in (None, inner) and thread != me and thread in alive:
+        raise ValueError(
+            f"the {type(inner).__name__} of another rank has the same config object; make each rank's model "
+            "from a copy.deepcopy of the config, or of the model"
+        )
+    _IN_USE[config] = weakref.ref(inner), me
 
 
 def check_config(model: nn.Module, inner: PreTrainedModel) -> None:

@@ -1,0 +1,70 @@
+"""`agreed_backward`: backward is agreed on too, where it comes to an operation that sends on its way back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seqpar.comm.agree import agreed
+from seqpar.comm.group import Group
+from seqpar.comm.replay import plays
+
+
+def agreed_backward(xs: Sequence[Tensor], group: Group, *, operation: str) -> tuple[Tensor, ...]:
+    """The results of an operation, whose gradients are let through once all ranks are there with theirs.
+
+    So ranks that go backward in another order, twice, or not at all, meet in an error and not in each other's
+    messages. All ranks must call, in the same order, if gradients are wanted.
+
+    Args:
+        xs: the results; they share their memory with what is returned.
+        operation: what gave them.
+    """
+    if group.size == 1 or plays() or not any(x.requires_grad for x in xs):
+        return tuple(xs)
+    return _AgreedBackward.apply(group, operation, backward_number(group), *xs)
+
+
+def backward_number(group: Group) -> int:
+    """Numbers the backward of the operation that is done now; the same number on all ranks."""
+    group.calls.with_backward += 1
+    return group.calls.with_backward
+
+
+def agree_on_backward(
+    group: Group, operation: str, number: int, grads: Sequence[Tensor | None]
+) -> None:
+    """Compares which backward ranks are in, and which results have gradients. All ranks must call.
+
+    Args:
+        number: that `backward_number` gave in forward.
+
+    Raises:
+        DesyncError: ranks differ, or another rank is elsewhere.
+    """
+    with agreed(group, operation=f"backward of {operation} number {number}") as claim:
+        claim["the results with gradients"] = [n for n, x in enumerate(grads) if x is not None]
+
+
+class _AgreedBackward(torch.autograd.Function):
+    """xs -> xs.    backward  dxs as they come, once all ranks have agreed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, group: Group, operation: str, number: int, *xs: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.call = group, operation, number
+        ctx.set_materialize_grads(False)
+        # Aliases, because what is returned as it came may not be written to in place.
+        return tuple(x.detach() for x in xs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        # docs/design.md: backward is agreed on
+        group, operation, number = ctx.call
+        agree_on_backward(group, operation, number, grads)
+        return None, None, None, *grads

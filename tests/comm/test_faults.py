@@ -1,0 +1,29 @@
+"""A rank that is gone, stopped or elsewhere is named by every other rank, in the time that was asked for."""
+
+import pytest
+
+from seqpar.testing import faults
+
+SOON_SECONDS = 15.0  # far below what the process group would wait
+
+
+@pytest.mark.parametrize("fault", faults.FAULTS)
+@pytest.mark.parametrize("phase", faults.PHASES)
+def test_every_other_rank_names_the_rank(phase, fault):
+    for told in faults.outcome(3, "ring", phase, fault):
+        assert told is not None, "still waiting"
+        assert told.text.startswith("DesyncError"), told
+        assert f"rank {faults.ODD}" in told.text, told
+        assert told.seconds < SOON_SECONDS, told
+
+
+@pytest.mark.parametrize("strategy", ["ulysses", "hybrid"])
+def test_with_another_strategy(strategy):
+    for told in faults.outcome(4, strategy, faults.inside_backward, faults.stopped):
+        assert told is not None, "still waiting"
+        assert f"rank {faults.ODD} has said nothing" in told.text, told
+
+
+def test_a_rank_that_takes_its_time_is_waited_for():
+    found = faults.outcome(3, "ring", faults.before_a_call, faults.slow)
+    assert [told and told.text for told in found] == ["nothing", "nothing"]
