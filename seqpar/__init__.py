@@ -53,6 +53,7 @@ from seqpar.module import (
 )
 from seqpar.multihead import MultiheadAttention
 from seqpar.packing import packed_documents
+from seqpar.replicas import same_weights
 from seqpar.strategies import Plan
 from seqpar.version import VERSION
 from seqpar_kernels import Dropout, Score
@@ -87,6 +88,7 @@ __all__ = [
     "mean_loss",
     "merge",
     "packed_documents",
+    "same_weights",
     "shard_batch",
     "shard_sequence",
     "simulate",

@@ -12,11 +12,15 @@ from typing import Any, Literal, get_args
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from seqpar.comm import Group, agreed, all_reduce, all_reduce_
 from seqpar_kernels import accumulation_dtype
+from seqpar_kernels.torch_internals import version
 
 Reduction = Literal["sum", "mean"]
+# By gradient that `sum_gradients` has written: its version then, and the ranks that it was summed over.
+_SUMMED = WeakIdKeyDictionary()
 
 
 def mean_loss(
@@ -47,8 +51,8 @@ def mean_loss(
             `group.size` times larger; the loss itself is the same.
 
     Raises:
-        ValueError: valid has another shape than token_losses, num_tokens is negative or no single
-            number, or gradients is neither "sum" nor "mean".
+        ValueError: token_losses is one number, valid has another shape than token_losses, num_tokens is
+            negative or no single number, or gradients is neither "sum" nor "mean".
         TypeError: valid is not bool.
         DesyncError: ranks differ in dtype or options, or another rank raised.
     """
@@ -56,6 +60,10 @@ def mean_loss(
         claim |= {"dtype": token_losses.dtype, "gradients": gradients}
         # The value of a tensor is not compared: reading it would wait for the device.
         claim["num_tokens"] = "a tensor" if isinstance(num_tokens, Tensor) else num_tokens
+        if token_losses.ndim == 0:
+            raise ValueError(
+                "token_losses must be the loss of each token, got one number; take reduction='none'"
+            )
         _check_valid(valid, token_losses)
         _check_options(num_tokens, gradients)
     wide = accumulation_dtype(token_losses.dtype)
@@ -114,6 +122,7 @@ def sum_gradients(parameters: Iterable[Tensor], group: Group) -> None:
             hold the same shards.
 
     Raises:
+        ValueError: there is no parameter, or gradients are as they were summed before.
         DesyncError: ranks differ in the shapes or dtypes of their parameters, or another rank raised.
         NotImplementedError: a gradient is sparse, or of a DTensor that is sharded over ranks of the group,
             which its wrapper reduces.
@@ -121,6 +130,17 @@ def sum_gradients(parameters: Iterable[Tensor], group: Group) -> None:
     params = list(dict.fromkeys(p for p in parameters if p.requires_grad))
     with agreed(group, operation="sum_gradients") as claim:
         claim["parameters"] = [(tuple(p.shape), p.dtype) for p in params]
+        if not params:
+            raise ValueError(
+                "sum_gradients got no parameter that wants a gradient; model.parameters() is used up by its "
+                "first use, so call it anew"
+            )
+        ranks = tuple(group.transport.global_ranks)
+        if group.size > 1 and any(ranks in _summed_over(p) for p in params):
+            raise ValueError(
+                "gradients are as sum_gradients left them: call it once a step, after the last backward, and "
+                "zero_grad() before the next step"
+            )
         if any(_is_sharded_over(p, group) for p in params):
             raise NotImplementedError(
                 "parameters sharded (DTensor) over ranks of the group are reduced in backward by what has "
@@ -130,12 +150,11 @@ def sum_gradients(parameters: Iterable[Tensor], group: Group) -> None:
             raise NotImplementedError(
                 "sparse gradients are not summed; use nn.Embedding(sparse=False)"
             )
-    if not params:
-        return
     has = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
     all_reduce_(has, group)
     for p, num_ranks in zip(params, has.tolist(), strict=True):
         if num_ranks:
+            over = _summed_over(p)
             grad = _placed(torch.zeros_like(p) if p.grad is None else p.grad, p)
             here = grad.to_local() if hasattr(grad, "to_local") else grad
             wide = here.to(accumulation_dtype(p.dtype)).contiguous()
@@ -145,6 +164,14 @@ def sum_gradients(parameters: Iterable[Tensor], group: Group) -> None:
             else:  # a DTensor, whose shard is written
                 here.copy_(wide)
                 p.grad = grad
+            assert p.grad is not None, "it was set"
+            _SUMMED[p.grad] = version(p.grad), over | {ranks}
+
+
+def _summed_over(p: Tensor) -> frozenset[tuple[int, ...]]:
+    """Over which ranks a gradient has been summed since it was last added to."""
+    count, over = _SUMMED.get(p.grad, (-1, frozenset()))
+    return over if p.grad is not None and count == version(p.grad) else frozenset()
 
 
 def _is_sharded_over(p: Any, group: Group) -> bool:

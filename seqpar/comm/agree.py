@@ -14,6 +14,7 @@ import torch
 if TYPE_CHECKING:
     from seqpar.comm.group import Group
 
+SHOWN = 8  # differences between claims, in a message
 _REFUSED = 0  # the digest of a rank that has an error of its own
 
 
@@ -118,6 +119,8 @@ def _explain(everyone: list[tuple[dict[str, str], str | None]]) -> str:
         if len(holders) > 1:
             values = ", ".join(f"{v} on {_ranks(ranks)}" for v, ranks in holders.items())
             differences.append(f"{name} is {values}")
+    if len(differences) > SHOWN:
+        differences[SHOWN:] = [f"and {len(differences) - SHOWN} more"]
     here = everyone[0][0].get("operation") if len(operations) == 1 else None
     where = "" if here is None else f" in {ast.literal_eval(here)}"
     return f"ranks disagree{where}: {'; '.join(differences)}. Give every rank the same call"

@@ -118,3 +118,28 @@ def test_what_one_rank_counts_wrongly_every_rank_refuses():
     raises(ValueError, "one of", lambda g: seqpar.mean_loss(ones, g, gradients="average"))
     kinds = "sum", "mean"
     raises(DesyncError, "gradients", lambda g: seqpar.mean_loss(ones, g, gradients=kinds[g.rank]))
+
+
+def test_a_scalar_is_no_loss_of_each_token():
+    with pytest.raises(ValueError, match="the loss of each token, got one number"):
+        seqpar.mean_loss(torch.tensor(1.0), seqpar.Group.alone())
+
+
+def test_gradients_are_summed_once_and_of_parameters_that_are_there():
+    """Twice would be P times too much, and an iterator that is used up would be none at all."""
+
+    def fn(group):
+        model = torch.nn.Linear(2, 2)
+        parameters = model.parameters()
+        assert len(list(parameters)) == 2
+        with pytest.raises(ValueError, match="used up by its first use"):
+            seqpar.sum_gradients(parameters, group)
+        for step in range(2):
+            model(torch.ones(1, 2)).sum().backward()
+            seqpar.sum_gradients(model.parameters(), group)
+            with pytest.raises(ValueError, match="as sum_gradients left them"):
+                seqpar.sum_gradients(model.parameters(), group)
+            model.zero_grad(set_to_none=step == 0)
+        return model.weight.grad
+
+    assert all(torch.equal(grad, torch.zeros(2, 2)) for grad in simulate(2, fn))

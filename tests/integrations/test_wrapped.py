@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import gc
 
 import peft
 import pytest
@@ -150,6 +151,14 @@ def averaged(group, kind, name):
     if kind == "ddp":
         model = DistributedDataParallel(model, process_group=ranks)
         sp = SequenceParallel(model, attend_by("ring", group))
+    elif kind == "ddp, later":
+        sp = SequenceParallel(model, attend_by("ring", group))
+        model = DistributedDataParallel(model, process_group=ranks)
+    elif kind == "fsdp2, later":
+        sp = SequenceParallel(model, attend_by("ulysses", group))
+        mesh = DeviceMesh.from_group(ranks, "cpu")
+        for module in (*model.model.layers, model):
+            fully_shard(module, mesh=mesh)
     else:
         mesh = DeviceMesh.from_group(ranks, "cpu")
         for layer in model.model.layers:
@@ -158,19 +167,32 @@ def averaged(group, kind, name):
         sp = SequenceParallel(model, attend_by("ulysses", group))
     loss = sp.loss(BATCH, gradients="mean")
     loss.backward()
-    inner = model.module if kind == "ddp" else model
+    inner = model.module if kind.startswith("ddp") else model
     gradients = gradients_of(inner)
     whole = {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in gradients.items()}
     return loss.detach(), whole
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", ["ddp", "ddp, later", "fsdp2", "fsdp2, later"])
 def test_wrappers_that_average_gradients_equal_one_device(worlds, kind):
     want = one_device(FAMILIES["llama"].make(), BATCH, "next")
     for loss, gradients in worlds.run(2, averaged, kind, "llama"):
         torch.testing.assert_close(loss, want.loss, rtol=1e-10, atol=1e-10)
         for name, gradient in want.gradients.items():
             torch.testing.assert_close(gradients[name], gradient, rtol=1e-10, atol=1e-10)
+
+
+def test_a_wrapper_that_is_gone_is_not_called():
+    model = FAMILIES["llama"].make()
+    sp = SequenceParallel(model, attend_by("ring", seqpar.Group.alone()))
+    assert sp.model is model
+    compiled = torch.compile(model)
+    assert sp.model is compiled
+    holder = torch.nn.ModuleDict({"model": model})  # passes nothing on
+    assert sp.model is compiled
+    del compiled, holder
+    gc.collect()
+    assert sp.model is model
 
 
 def test_the_tokens_of_all_replicas_count_alike():

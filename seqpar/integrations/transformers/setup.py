@@ -22,8 +22,10 @@ from seqpar.integrations.transformers.probe.config import (
 )
 from seqpar.integrations.transformers.probe.trial import try_out
 from seqpar.integrations.transformers.sharding import Sharding
+from seqpar.integrations.transformers.wrappers import Outermost
 from seqpar.loss import Reduction, mean_loss
 from seqpar.module import Attention
+from seqpar.replicas import same_weights
 from seqpar_kernels import accumulation_dtype
 
 TokenLosses = Callable[[Tensor, Tensor], Tensor]
@@ -38,9 +40,10 @@ LABELS: dict[str | None, Labels] = {
 class SequenceParallel:
     """A model of transformers whose attention runs over the ranks of a group. All ranks must make one.
 
-    The model is switched in place to the attention implementation "seqpar". It may be wrapped (PEFT, DDP)
-    or sharded in place (FSDP2), before or after. It is run here four times on a few tokens, to see that
-    its rows do not depend on each other outside of attention and that its outputs stay what they were.
+    The model is switched in place to the attention implementation "seqpar". It may be wrapped (PEFT, DDP,
+    torch.compile) or sharded in place (FSDP2), before or after; `loss` calls what was wrapped round it. It is
+    run here four times on a few tokens, to see that its rows do not depend on each other outside of attention
+    and that its outputs stay what they were.
 
     Args:
         model: with its weights; each rank's own.
@@ -54,7 +57,8 @@ class SequenceParallel:
         ValueError: `attend` has a mask, score or dropout, or the weights are not loaded, or tp has other
             ranks than its attention was replaced for.
         TypeError: there is no transformers model, or `attend` is not a module of seqpar.
-        DesyncError: ranks differ in model or strategy, or another rank raised one of the above.
+        DesyncError: ranks differ in model or strategy, or in weights that they should share, or another
+            rank raised one of the above.
     """
 
     def __init__(self, model: nn.Module, attend: Attention, *, tp: Group | None = None) -> None:
@@ -62,7 +66,8 @@ class SequenceParallel:
             raise TypeError(
                 f"attend must be a module such as seqpar.RingAttention(group), got {attend!r}"
             )
-        self.model, self.attend, self.group = model, attend, attend.group
+        self._outermost = Outermost(model)
+        self.attend, self.group = attend, attend.group
         handover = handover_of(model)
         replaced_over = tp if handover is None else handover.group
         self.tp = replaced_over or Group.alone()
@@ -85,6 +90,7 @@ class SequenceParallel:
             check_config(model, self.inner)
             check_own_config(self.inner)
             register()
+        same_weights(self.inner, self.group)
         with agreed(*self._axes, operation="SequenceParallel: trying out") as claim:
             before = attention_name(self.inner.config)
             try:
@@ -184,6 +190,11 @@ class SequenceParallel:
         return mean_loss(
             losses, everyone, valid=labels != IGNORE, num_tokens=num_tokens, gradients=gradients
         )
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that it was given, or DDP, FSDP or torch.compile around it if that came later."""
+        return self._outermost()
 
     @property
     def _axes(self) -> tuple[Group, Group]:

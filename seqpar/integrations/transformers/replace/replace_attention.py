@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,9 +21,9 @@ from seqpar.integrations.transformers.probe.tokens import WHOLE
 from seqpar.integrations.transformers.probe.trial import run_after, switch
 from seqpar.integrations.transformers.replace.original import Original, layouts, originals_of
 from seqpar.integrations.transformers.replace.replaced import ReplacedAttention, ReplacedModel
+from seqpar.replicas import same_weights
 
 COMPARED = 4096  # values of a model's output that ranks compare
-SUMMED = 2**24  # bytes of a weight that are summed at a time
 
 
 def replace_attention(model: nn.Module, tp: Group | None = None) -> ReplacedModel:
@@ -130,16 +129,5 @@ def _check_ranks(tp: Group, inner: nn.Module, before: Before) -> None:
                     f"{type(inner).__name__} returns something else on rank {rank} than on rank {tp.rank}; "
                     "every rank needs the same weights"
                 )
-    with agreed(tp, operation="replace_attention: weights, to the bit") as claim:
-        # small differences do not show in a few rows, and copies of kv heads must be the same bits
-        claim["the sum of the bytes of every weight, as a hash,"] = _digest(inner)
-
-
-def _digest(model: nn.Module) -> str:
-    """A hash of the sums of the bytes of every parameter that is no shard."""
-    sums = []
-    for parameter in model.parameters():
-        if type(parameter.data) is torch.Tensor:
-            raw = parameter.detach().contiguous().view(-1).view(torch.uint8)
-            sums.append(sum(int(x.sum(dtype=torch.long)) for x in raw.split(SUMMED)))
-    return hashlib.blake2b(repr(sums).encode(), digest_size=8).hexdigest()
+    # Small differences do not show in a few rows, and copies of kv heads must be the same bits.
+    same_weights(inner, tp)
