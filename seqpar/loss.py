@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from seqpar.comm import Group, agreed, all_reduce, all_reduce_
-from seqpar_kernels import accumulation_dtype
+from seqpar_kernels import accumulation_dtype, any_order
 
 Reduction = Literal["sum", "mean"]
 
@@ -115,8 +115,8 @@ def sum_gradients(parameters: Iterable[Tensor], group: Group) -> None:
 
     Raises:
         DesyncError: ranks differ in the shapes or dtypes of their parameters, or another rank raised.
-        NotImplementedError: a gradient is sparse, or of a DTensor that is sharded over ranks of the group,
-            which its wrapper reduces.
+        NotImplementedError: a gradient is sparse, wants gradients itself, or is of a DTensor that is sharded
+            over ranks of the group, which its wrapper reduces.
     """
     params = list(dict.fromkeys(p for p in parameters if p.requires_grad))
     with agreed(group, operation="sum_gradients") as claim:
@@ -129,6 +129,11 @@ def sum_gradients(parameters: Iterable[Tensor], group: Group) -> None:
         if any(p.grad is not None and p.grad.layout != torch.strided for p in params):
             raise NotImplementedError(
                 "sparse gradients are not summed; use nn.Embedding(sparse=False)"
+            )
+        if any(p.grad is not None and p.grad.requires_grad for p in params):
+            raise NotImplementedError(
+                "a sum in place has no derivative, but a gradient was made with create_graph=True; detach it "
+                "first, or sum what torch.autograd.grad gives with seqpar.comm.all_reduce"
             )
     if not params:
         return
@@ -172,6 +177,7 @@ class _GradientTimes(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @any_order
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         return grad_outputs[0] * ctx.factor, None
 

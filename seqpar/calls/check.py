@@ -18,6 +18,7 @@ from seqpar.strategies.plan import Plan
 from seqpar.strategies.registry import STRATEGIES
 from seqpar.version import VERSION
 from seqpar_kernels import TENSORS, Dropout, Implementation, Request, Score, choose, tile_border
+from seqpar_kernels.derivatives import has_tangent
 from seqpar_kernels.integers import is_integer
 
 
@@ -195,6 +196,10 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(f"{name} must be 4-D, [b sl h d], got {tuple(x.shape)}")
         if not x.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {x.dtype}")
+        if has_tangent(x):
+            raise NotImplementedError(
+                f"attention has no forward-mode derivative, but {name} carries a tangent; go backward"
+            )
     shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in named.items())
     for what in ("dtype", "device"):
         if len({getattr(x, what) for x in named.values()}) > 1:

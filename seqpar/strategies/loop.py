@@ -26,6 +26,7 @@ from seqpar_kernels import (
     attend_backward,
     finish,
     finished_gradients,
+    first_only,
     sum_rows,
 )
 
@@ -149,7 +150,7 @@ class _Loop(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_only
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         (dout, dlse), call, plan = grad_outputs, ctx.call, ctx.call.plan
         q, k, v, out, lse, *tensors = ctx.saved_tensors

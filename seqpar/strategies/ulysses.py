@@ -44,6 +44,7 @@ from seqpar.strategies.head_chunks import Cut, dealt, in_head_order, packed
 from seqpar.strategies.plan import Plan
 from seqpar.strategies.ring import ring_attention
 from seqpar.strategies.strategy import Order, Strategy
+from seqpar_kernels import any_order
 
 
 def ulysses_attention(
@@ -180,7 +181,7 @@ class _Together(torch.autograd.Function):
         return tuple(x.view_as(x) for x in xs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @any_order
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG004
         return grad_outputs
 

@@ -7,6 +7,7 @@ from plants.plant import Plant
 LAYOUT, BLOCK, COMM = "seqpar/layout", "kernels/seqpar_kernels", "seqpar/comm"
 TERMS, STORED, OPS = (f"tests/block/test_{x}.py" for x in ("terms", "row_softmax", "custom_ops"))
 KEEP, COMPILE = (f"tests/strategies/test_{x}.py" for x in ("keep_attention", "compile"))
+SECOND = "tests/strategies/test_second_derivatives.py"
 LOOP = "seqpar/strategies/loop.py"
 ATTENTION = [
     Plant("causal diagonal off by one in the mask", f"{LAYOUT}/mask.py",
@@ -113,6 +114,16 @@ ATTENTION = [
           "return out, q.new_empty(q.shape[:-1], dtype=torch.float32)", OPS),
     Plant("op: terms besides the score not handed on", f"{BLOCK}/custom_ops.py",
           "row, col, step, head, tuple(terms))", "row, col, step, head, ())", OPS),
+    Plant("a graph of gradients taken for none", f"{BLOCK}/derivatives.py",
+          "        if torch.is_grad_enabled():", "        if False:", SECOND),
+    Plant("a second derivative of a sum over ranks left on its rank", f"{COMM}/reduce.py",
+          "return replicate(dy, ctx.group) if torch.is_grad_enabled() else dy, None",
+          "return dy, None", SECOND),
+    Plant("a gather whose gradient is a constant", f"{COMM}/gather.py",
+          "return reduce_scatter(grad_outputs[0], *ctx.call)",
+          "return _scatter_sum(grad_outputs[0].detach(), *ctx.call)", SECOND),
+    Plant("tangents of forward mode not looked at", "seqpar/calls/check.py",
+          "        if has_tangent(x):", "        if False:", SECOND),
     Plant("dropout in evaluation mode", "seqpar/module.py",
           "self.dropout if self.training else None", "self.dropout", "tests/strategies/test_autograd.py"),
     Plant("op: lse said to be differentiable", f"{BLOCK}/custom_ops.py",
