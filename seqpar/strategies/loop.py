@@ -209,8 +209,10 @@ def _own_gradient(x: Tensor, plan: Plan) -> Tensor:
     """
     group, layout = plan.group, plan.layout
     # docs/design.md: gradients of slopes and sinks are shares
-    if not plan.invariant or group.size == 1:
+    if not plan.invariant:
         return sum_rows(x)
+    if group.size == 1:
+        return sum_rows(x.index_select(1, layout.inverse().to(x.device)))
     pieces = tuple(Piece(rank, 0, n) for rank, n in enumerate(layout.rows))
     to_first = GatherSchedule(
         group.rank, group.size, 1, lambda *_: pieces, lambda rank, _: rank == 0

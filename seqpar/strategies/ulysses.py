@@ -65,7 +65,8 @@ def ulysses_attention(
     middle, at_q, at_k = _middle(plan, grid)
     cut = _cut(plan, grid, q.shape[2], k.shape[2])
     attend = _Attend(cut, j, middle, in_order=bool(plan.invariant), with_lse=with_lse)
-    if inner.size == 1:
+    # docs/design.md: one rank puts its rows in order
+    if inner.size == 1 and not any(map(_moves, (*at_q[i], *at_k[i]))):
         ys = attend(0, (q, k, v))
     else:
         exchanges = _Exchanges(cut, inner, at_q[i], at_k[i], in_order=bool(plan.invariant))
@@ -237,6 +238,11 @@ def _merged(
         all_places.append(tuple(tuple(p) for p in by_row))
     merged = Layout(layout.kind, layout.length, len(members), tuple(all_spans))
     return merged, tuple(all_places)
+
+
+def _moves(places: Places) -> bool:
+    """Whether any row lies elsewhere in the sequence than on its rank."""
+    return any((at.start, at.stop) != (place.start, place.stop) for at, place in places)
 
 
 ULYSSES = Strategy(

@@ -8,6 +8,7 @@ LAYOUT, BLOCK, COMM = "seqpar/layout", "kernels/seqpar_kernels", "seqpar/comm"
 TERMS, STORED, OPS = (f"tests/block/test_{x}.py" for x in ("terms", "row_softmax", "custom_ops"))
 KEEP, COMPILE = (f"tests/strategies/test_{x}.py" for x in ("keep_attention", "compile"))
 SECOND = "tests/strategies/test_second_derivatives.py"
+BITS = "tests/strategies/test_invariance.py"
 LOOP = "seqpar/strategies/loop.py"
 ATTENTION = [
     Plant("causal diagonal off by one in the mask", f"{LAYOUT}/mask.py",
@@ -124,6 +125,15 @@ ATTENTION = [
           "return _scatter_sum(grad_outputs[0].detach(), *ctx.call)", SECOND),
     Plant("tangents of forward mode not looked at", "seqpar/calls/check.py",
           "        if has_tangent(x):", "        if False:", SECOND),
+    Plant("rows of one rank not put in order", "seqpar/strategies/ulysses.py",
+          "    if inner.size == 1 and not any(map(_moves, (*at_q[i], *at_k[i]))):",
+          "    if inner.size == 1:"),
+    Plant("slopes of one rank added as its rows lie", LOOP,
+          "return sum_rows(x.index_select(1, layout.inverse().to(x.device)))", "return sum_rows(x)", BITS),
+    Plant("products with vectors of one element", f"{BLOCK}/reference.py",
+          "NARROWEST = 2", "NARROWEST = 1", "tests/block/test_bits.py"),
+    Plant("aten: rows that share memory", f"{BLOCK}/aten.py",
+          "if x.stride(-1) == 1 and x.stride(1) >= width else", "if x.stride(-1) == 1 else", BITS),
     Plant("dropout in evaluation mode", "seqpar/module.py",
           "self.dropout if self.training else None", "self.dropout", "tests/strategies/test_autograd.py"),
     Plant("op: lse said to be differentiable", f"{BLOCK}/custom_ops.py",
