@@ -74,6 +74,7 @@ def check_call(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, with_lse: bool = 
     _check_tensors(q, k, v)
     _check_rows(q, k, v, plan)
     _check_heads(q, plan.score)
+    _check_tangents({"q": q, "k": k, "v": v, **plan.score.tensors})
     return resolve(plan, q, v, with_lse=with_lse)
 
 
@@ -196,10 +197,6 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(f"{name} must be 4-D, [b sl h d], got {tuple(x.shape)}")
         if not x.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {x.dtype}")
-        if has_tangent(x):
-            raise NotImplementedError(
-                f"attention has no forward-mode derivative, but {name} carries a tangent; go backward"
-            )
     shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in named.items())
     for what in ("dtype", "device"):
         if len({getattr(x, what) for x in named.values()}) > 1:
@@ -230,6 +227,15 @@ def _check_heads(q: Tensor, score: Score) -> None:
             )
         if x.device != q.device:
             raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
+
+
+def _check_tangents(named: dict[str, Tensor]) -> None:
+    # docs/design.md: second derivatives are right or refused
+    for name, x in named.items():
+        if has_tangent(x):
+            raise NotImplementedError(
+                f"attention has no forward-mode derivative, but {name} carries a tangent; go backward"
+            )
 
 
 def _claim(

@@ -131,19 +131,23 @@ def test_second_derivatives_of_what_comes_after_attention_are_not_refused():
 
 
 @pytest.mark.parametrize("strategy", ["ring", "ulysses", "allgather"])
-def test_forward_mode_is_refused(strategy):
+@pytest.mark.parametrize("name", ["k", "sinks"])
+def test_forward_mode_is_refused(strategy, name):
     """An op without a formula for it drops tangents in silence."""
 
     def fn(group):
         layout = zigzag(LENGTH, group.size)
-        x = torch.randn(1, layout.rows[group.rank], 2, 4)
-        seqpar.attention(x, forward_ad.make_dual(x, x), x, Plan(group, layout, strategy=strategy))
+        given = {name: torch.randn(1, layout.rows[group.rank], 2, 4) for name in "qkv"}
+        given["sinks"] = torch.zeros(2)
+        given[name] = forward_ad.make_dual(given[name], given[name])
+        score = seqpar.Score(sinks=given.pop("sinks"))
+        seqpar.attention(*given.values(), Plan(group, layout, score=score, strategy=strategy))
 
     for size in (1, 2):
         # One level for all ranks, which are threads: torch counts levels by process.
         with (
             forward_ad.dual_level(),
-            pytest.raises(NotImplementedError, match="no forward-mode derivative, but k carries"),
+            pytest.raises(NotImplementedError, match=f"no forward-mode .* but {name} carries"),
         ):
             simulate(size, fn)
 
