@@ -27,7 +27,8 @@ def attention(
     of q, k and v included. Query head h uses kv head h // (hq // hkv). A rank may hold no rows. Under
     `torch.autocast` q, k and v, but for float64, become its type, as in torch's own attention. Where
     gradients are wanted all ranks must go backward through out, even those whose rows do not count
-    (weigh them with 0): their keys may count elsewhere.
+    (weigh them with 0): their keys may count elsewhere. Derivatives are of first order: a backward with
+    `create_graph=True` is refused.
 
     Raises:
         TypeError: an argument is of the wrong kind, or a tensor not floating point.

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from seqpar.comm import Group, agreed, all_reduce, all_reduce_
-from seqpar_kernels import accumulation_dtype
+from seqpar_kernels import accumulation_dtype, any_order
 from seqpar_kernels.torch_internals import version
 
 Reduction = Literal["sum", "mean"]
@@ -124,8 +124,8 @@ def sum_gradients(parameters: Iterable[Tensor], group: Group) -> None:
     Raises:
         ValueError: there is no parameter, or gradients are as they were summed before.
         DesyncError: ranks differ in the shapes or dtypes of their parameters, or another rank raised.
-        NotImplementedError: a gradient is sparse, or of a DTensor that is sharded over ranks of the group,
-            which its wrapper reduces.
+        NotImplementedError: a gradient is sparse, wants gradients itself, or is of a DTensor that is sharded
+            over ranks of the group, which its wrapper reduces.
     """
     params = list(dict.fromkeys(p for p in parameters if p.requires_grad))
     with agreed(group, operation="sum_gradients") as claim:
@@ -150,6 +150,11 @@ def sum_gradients(parameters: Iterable[Tensor], group: Group) -> None:
             raise NotImplementedError(
                 "sparse gradients are not summed; use nn.Embedding(sparse=False)"
             )
+        if any(p.grad is not None and p.grad.requires_grad for p in params):
+            raise NotImplementedError(
+                "a sum in place has no derivative, but a gradient was made with create_graph=True; detach it "
+                "first, or sum what torch.autograd.grad gives with seqpar.comm.all_reduce"
+            )
     has = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
     all_reduce_(has, group)
     for p, num_ranks in zip(params, has.tolist(), strict=True):
@@ -170,8 +175,10 @@ def sum_gradients(parameters: Iterable[Tensor], group: Group) -> None:
 
 def _summed_over(p: Tensor) -> frozenset[tuple[int, ...]]:
     """Over which ranks a gradient has been summed since it was last added to."""
+    if p.grad is None:
+        return frozenset()
     count, over = _SUMMED.get(p.grad, (-1, frozenset()))
-    return over if p.grad is not None and count == version(p.grad) else frozenset()
+    return over if count == version(p.grad) else frozenset()
 
 
 def _is_sharded_over(p: Any, group: Group) -> bool:
@@ -199,6 +206,7 @@ class _GradientTimes(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @any_order
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         return grad_outputs[0] * ctx.factor, None
 

@@ -18,6 +18,7 @@ from seqpar_kernels.choice import (
     refusal,
 )
 from seqpar_kernels.custom_ops import attention, attention_with_lse, recalled
+from seqpar_kernels.derivatives import any_order, first_only
 from seqpar_kernels.dispatch import attend, attend_backward, finish, tile_border
 from seqpar_kernels.partial import Partial, accumulation_dtype
 from seqpar_kernels.rows import Rows, RunningGradients
@@ -43,6 +44,7 @@ __all__ = [
     "Score",
     "Term",
     "accumulation_dtype",
+    "any_order",
     "attend",
     "attend_backward",
     "attention",
@@ -50,6 +52,7 @@ __all__ = [
     "choose",
     "finish",
     "finished_gradients",
+    "first_only",
     "needs_out",
     "preference",
     "recalled",

@@ -147,15 +147,17 @@ def _how(rect: Rectangle, q: Tensor) -> tuple[bool, Tensor | None]:
 
 
 def _as_the_op_wants(*tensors: Tensor) -> Iterator[Tensor]:
-    """The tensors in one width, contiguous in it, and in float32 in place of float16.
+    """The tensors in one width of at least 2, contiguous in it, and in float32 in place of float16.
 
     The op reads memory as if the last stride were 1, and its float16 backward ran at 5 GFLOP/s where
-    its float32 one ran at 55 (one thread, torch 2.13).
+    its float32 one ran at 55 (one thread, torch 2.13). Vectors of one element, and rows that share
+    memory, it multiplies in another order, which bits would show.
     """
-    width = max(x.shape[-1] for x in tensors)
+    # docs/design.md: nothing is one wide
+    width = max(2, *(x.shape[-1] for x in tensors))
     for x in tensors:
         if x.dtype == torch.float16:
             x = x.float()
         if x.shape[-1] < width:
             x = torch.nn.functional.pad(x, (0, width - x.shape[-1]))
-        yield x if x.stride(-1) == 1 else x.contiguous()
+        yield x if x.stride(-1) == 1 and x.stride(1) >= width else x.contiguous()

@@ -17,6 +17,7 @@ from torch import Tensor
 from seqpar_kernels.band import Band
 from seqpar_kernels.block import Block
 from seqpar_kernels.choice import Implementation, Request, choose
+from seqpar_kernels.derivatives import first_only
 from seqpar_kernels.dispatch import attend, attend_backward, finish
 from seqpar_kernels.partial import Partial, accumulation_dtype
 from seqpar_kernels.rows import Rows
@@ -204,7 +205,7 @@ class _Recalled(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_only
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         return *_differentiate(ctx, *grad_outputs), None, None
 

@@ -4,9 +4,10 @@ Query tiles are taken upwards and, for each, key tiles downwards, so that dq add
 descending and dk, dv in ascending order of position, whatever block the tiles belong to. The query
 heads of a group add to dk, dv in the order of heads, inside their tile.
 
-Every product is of whole tiles of one query head: what lies past the end of a block is zero and hidden.
-A head's bits then depend neither on how many heads are with it nor, where a sequence is cut between
-tiles, on the cut.
+Every product is of whole tiles of one query head: what lies past the end of a block is zero and hidden,
+and what is one wide gets a second column of zeros, since products with a vector are added in an order that
+depends on how many heads there are. A head's bits then depend neither on how many heads are with it nor,
+where a sequence is cut between tiles, on the cut.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from seqpar_kernels.rows import Learned, Rows, RunningGradients
 from seqpar_kernels.terms import Place
 
 TILE = 64
+NARROWEST = 2
 
 
 def forward(
@@ -38,7 +40,7 @@ def forward(
     for rows, tiles in _walk(block, q, k):
         running = into[rows]
         q_t, acc = _load(q, rows, dtype), _load(running.acc, slice(None), dtype)
-        m, l = (_load(x.unsqueeze(-1), slice(None), dtype) for x in (running.m, running.l))
+        m, l = (_load_numbers(x, slice(None), dtype) for x in (running.m, running.l))
         for cols, tile in tiles:
             k_t, v_t = (_load(x, cols, dtype, group) for x in (k, v))
             s, _ = _scores(q_t, k_t, tile)
@@ -68,7 +70,7 @@ def backward(
     group, dtype, scale = of.q.shape[2] // k.shape[2], of.lse.dtype, block.score.factor
     for rows, tiles in _walk(block, of.q, k):
         q_t, dout_t = (_load(x, rows, dtype) for x in (of.q, of.dout))
-        lse_t, delta_t = (_load(x.unsqueeze(-1), rows, dtype) for x in (of.lse, of.delta))
+        lse_t, delta_t = (_load_numbers(x, rows, dtype) for x in (of.lse, of.delta))
         for cols, tile in tiles:
             k_t, v_t = (_load(x, cols, dtype, group) for x in (k, v))
             s, bend = _scores(q_t, k_t, tile)
@@ -110,22 +112,30 @@ def _walk(block: Block, q: Tensor, k: Tensor) -> Iterator[tuple[slice, list[tupl
 
 def _load(
     x: Float[Tensor, "b s h w"], where: slice, dtype: torch.dtype, group: int = 1
-) -> Float[Tensor, "b hq 64 w"]:
+) -> Float[Tensor, "b hq 64 wide"]:
     """A whole tile, its heads first, each repeated for its group. What lies past the end is zero."""
     x = x[:, where].transpose(1, 2)
     b, h, length, width = x.shape
-    tile = x.new_zeros(b, h, group, TILE, width, dtype=dtype)
-    tile[..., :length, :] = x.unsqueeze(2)
+    # docs/design.md: nothing is one wide
+    tile = x.new_zeros(b, h, group, TILE, max(width, NARROWEST), dtype=dtype)
+    tile[..., :length, :width] = x.unsqueeze(2)
     return tile.flatten(1, 2)
 
 
-def _store(tile: Float[Tensor, "b h 64 w"], to: Float[Tensor, "b s h w"]) -> None:
-    to.copy_(tile[:, :, : to.shape[1]].transpose(1, 2))
+def _load_numbers(
+    x: Float[Tensor, "b s h"], where: slice, dtype: torch.dtype
+) -> Float[Tensor, "b h 64 1"]:
+    """A number for each row of a whole tile."""
+    return _load(x.unsqueeze(-1), where, dtype)[..., :1]
 
 
-def _add(tile: Float[Tensor, "b hq 64 w"], to: Float[Tensor, "b s h w"]) -> None:
+def _store(tile: Float[Tensor, "b h 64 wide"], to: Float[Tensor, "b s h w"]) -> None:
+    to.copy_(tile[:, :, : to.shape[1], : to.shape[3]].transpose(1, 2))
+
+
+def _add(tile: Float[Tensor, "b hq 64 wide"], to: Float[Tensor, "b s h w"]) -> None:
     """Adds the query heads of every group to their head, one after another."""
-    by_group = tile[:, :, : to.shape[1]].unflatten(1, (to.shape[2], -1))
+    by_group = tile[:, :, : to.shape[1], : to.shape[3]].unflatten(1, (to.shape[2], -1))
     for head in by_group.unbind(2):
         to += head.transpose(1, 2)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from seqpar_kernels.derivatives import first_only
 from seqpar_kernels.torch_internals import keep_order, library_of, without_dynamo
 
 # What the ops of this namespace do, by their names, for who looks into them.
@@ -37,7 +38,7 @@ def define(
         schema: from the opening parenthesis on.
         fake: gives tensors without content like the results.
         save: the `setup_context` of its gradient.
-        differentiate: its gradient; an op without one refuses to be differentiated.
+        differentiate: its gradient, of first order only; an op without one refuses to be differentiated.
         sends: whether ranks exchange messages inside, so that compilers must keep the order of calls.
     """
     qualified, library = f"seqpar::{name}", library_of(name)
@@ -46,7 +47,10 @@ def define(
     library.impl(name, _not_traced(run), "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=library)
     torch.library.register_autograd(
-        qualified, differentiate or _refuse(name), setup_context=save, lib=library
+        qualified,
+        first_only(differentiate or _refuse(name)),
+        setup_context=save,
+        lib=library,
     )
     if sends:
         keep_order(qualified, library)
@@ -66,7 +70,7 @@ def _not_traced(run: Callable[..., Any]) -> Callable[..., Any]:
 def _refuse(name: str) -> Callable[..., Any]:
     def differentiate(*_: Any) -> Any:
         raise NotImplementedError(
-            f"seqpar::{name} has no derivative: attention is differentiated once; leave out create_graph=True"
+            f"seqpar::{name} has no derivative: attention gives first derivatives only"
         )
 
     return differentiate

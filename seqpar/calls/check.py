@@ -18,6 +18,7 @@ from seqpar.strategies.plan import Agree, Plan
 from seqpar.strategies.registry import STRATEGIES
 from seqpar.version import VERSION
 from seqpar_kernels import TENSORS, Dropout, Implementation, Request, Score, choose, tile_border
+from seqpar_kernels.derivatives import has_tangent
 from seqpar_kernels.integers import is_integer
 
 
@@ -81,6 +82,7 @@ def check_call(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, with_lse: bool = 
     _check_tensors(q, k, v)
     _check_rows(q, k, v, plan)
     _check_heads(q, plan.score)
+    _check_tangents({"q": q, "k": k, "v": v, **plan.score.tensors})
     return resolve(plan, q, v, with_lse=with_lse)
 
 
@@ -235,6 +237,15 @@ def _check_heads(q: Tensor, score: Score) -> None:
             )
         if x.device != q.device:
             raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
+
+
+def _check_tangents(named: dict[str, Tensor]) -> None:
+    # docs/design.md: second derivatives are right or refused
+    for name, x in named.items():
+        if has_tangent(x):
+            raise NotImplementedError(
+                f"attention has no forward-mode derivative, but {name} carries a tangent; go backward"
+            )
 
 
 def _claim(

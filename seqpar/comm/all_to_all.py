@@ -17,7 +17,7 @@ from torch import Tensor
 
 from seqpar.comm.async_exchange import AsyncExchange, Finish
 from seqpar.comm.group import Group
-from seqpar_kernels import accumulation_dtype
+from seqpar_kernels import accumulation_dtype, first_only
 
 Ranges = tuple[tuple[int, int], ...]  # by rank: the heads (start, stop) it takes
 Places = tuple[
@@ -125,7 +125,7 @@ class _Serve(torch.autograd.Function):
         )
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_only
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         dtype = grad_outputs[0].dtype
         dx = grad_outputs[0].new_zeros(ctx.shape, dtype=accumulation_dtype(dtype))

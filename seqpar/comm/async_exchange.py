@@ -1,6 +1,6 @@
 """`AsyncExchange`: an exchange that is begun, left to go on while something else is done, and waited for.
 
-Differentiable: where it is waited for, backward begins the dual exchange, and waits where it was begun.
+Differentiable once: where it is waited for, backward begins the dual exchange, and waits where it was begun.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from seqpar.comm.replay import once, plays
+from seqpar_kernels import first_only
 
 Finish = Callable[[], tuple[Tensor, ...]]  # waits, and gives what has come
 Begin = Callable[[Sequence[Tensor]], Finish]
@@ -72,7 +73,7 @@ class _Start(torch.autograd.Function):
         return xs[0].new_empty(0)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_only
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
         # docs/design.md: head chunks are asynchronous exchanges
         return None, *ctx.exchange.finish()
@@ -92,7 +93,7 @@ class _Wait(torch.autograd.Function):
         return once(exchange.finish, exchange.num)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_only
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
         ctx.exchange.begin(grad_outputs, dual=True)
         return None, grad_outputs[0].new_empty(0), None

@@ -11,6 +11,7 @@ from torch import Tensor
 from seqpar.comm.agree import agreed
 from seqpar.comm.group import Group
 from seqpar.comm.replay import plays
+from seqpar_kernels import any_order
 
 
 def agreed_backward(xs: Sequence[Tensor], group: Group, *, operation: str) -> tuple[Tensor, ...]:
@@ -62,7 +63,7 @@ class _AgreedBackward(torch.autograd.Function):
         return tuple(x.detach() for x in xs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @any_order
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         # docs/design.md: backward is agreed on
         group, operation, number = ctx.call

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from seqpar.comm.group import Group
-from seqpar_kernels import accumulation_dtype
+from seqpar_kernels import accumulation_dtype, any_order
 
 
 def all_gather(x: Tensor, group: Group, rows: Sequence[int], dim: int) -> Tensor:
@@ -46,9 +46,9 @@ class _AllGather(torch.autograd.Function):
         return _gather(x, group, rows, dim)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @any_order
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
-        return _scatter_sum(grad_outputs[0], *ctx.call), None, None, None
+        return reduce_scatter(grad_outputs[0], *ctx.call), None, None, None
 
 
 class _ReduceScatter(torch.autograd.Function):
@@ -60,9 +60,9 @@ class _ReduceScatter(torch.autograd.Function):
         return _scatter_sum(x, group, rows, dim)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @any_order
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
-        return _gather(grad_outputs[0], *ctx.call), None, None, None
+        return all_gather(grad_outputs[0], *ctx.call), None, None, None
 
 
 def _gather(x: Tensor, group: Group, rows: tuple[int, ...], dim: int) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from seqpar.comm.group import Group
+from seqpar_kernels import any_order
 
 
 def all_reduce_(x: Tensor, group: Group) -> None:
@@ -36,13 +37,18 @@ class _AllReduce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        # A clone, because what comes in, be it a gradient, must not be written to.
         total = x.contiguous().clone()
         all_reduce_(total, group)
         return total
 
     @staticmethod
+    @any_order
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        return grad_outputs[0], None
+        (dy,) = grad_outputs
+        # First derivatives need no dual, and autograd would take its view for memory of its own.
+        return replicate(dy, ctx.group) if torch.is_grad_enabled() else dy, None
 
 
 class _Replicate(torch.autograd.Function):
@@ -54,9 +60,6 @@ class _Replicate(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @any_order
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        # A clone, because gradients that come in belong to autograd and must not be written to.
-        total = grad_outputs[0].contiguous().clone()
-        all_reduce_(total, ctx.group)
-        return total, None
+        return all_reduce(grad_outputs[0], ctx.group), None

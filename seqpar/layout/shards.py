@@ -28,7 +28,8 @@ class Layout:
     """A partition of the positions 0 ... length - 1 over `size` ranks.
 
     Build one with `contiguous`, `zigzag`, `striped` or `balanced`. Ranks may hold different numbers of
-    positions, or none. A rank's rows are its spans, one after the other; all spans have one step.
+    positions, or none. A rank's rows are its spans, one after the other, in any order; all spans have one
+    step, and those without positions are left out.
 
     Raises:
         ValueError: the spans do not hold every position exactly once, or differ in step.
@@ -42,6 +43,8 @@ class Layout:
     code: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        kept = tuple(tuple(span for span in s if span.length != 0) for s in self.spans)
+        object.__setattr__(self, "spans", kept)
         spans = [[(span.start, span.length, span.step) for span in s] for s in self.spans]
         object.__setattr__(self, "code", repr((self.kind, self.length, self.size, spans)))
         if len(self.spans) != self.size:

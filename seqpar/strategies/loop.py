@@ -26,6 +26,7 @@ from seqpar_kernels import (
     attend_backward,
     finish,
     finished_gradients,
+    first_only,
     sum_rows,
 )
 
@@ -149,7 +150,7 @@ class _Loop(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_only
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         (dout, dlse), call, plan = grad_outputs, ctx.call, ctx.call.plan
         q, k, v, out, lse, *tensors = ctx.saved_tensors
@@ -208,8 +209,10 @@ def _own_gradient(x: Tensor, plan: Plan) -> Tensor:
     """
     group, layout = plan.group, plan.layout
     # docs/design.md: gradients of slopes and sinks are shares
-    if not plan.invariant or group.size == 1:
+    if not plan.invariant:
         return sum_rows(x)
+    if group.size == 1:
+        return sum_rows(x.index_select(1, layout.inverse().to(x.device)))
     pieces = tuple(Piece(rank, 0, n) for rank, n in enumerate(layout.rows))
     to_first = GatherSchedule(
         group.rank, group.size, 1, lambda *_: pieces, lambda rank, _: rank == 0

@@ -18,7 +18,7 @@ from seqpar.layout import Span
 from seqpar.strategies.plan import Plan
 from seqpar.strategies.stored_scores import ByColumns, ByDepth, ByRows, Sharding
 from seqpar.strategies.strategy import Strategy
-from seqpar_kernels import Place, dense, finished_gradients, sum_rows
+from seqpar_kernels import Place, dense, finished_gradients, first_only, sum_rows
 from seqpar_kernels.row_softmax import add_dot_, add_sums_, join_, score_gradient, weights
 
 SHARDINGS: dict[str, type[Sharding]] = {
@@ -94,7 +94,7 @@ class _Materialised(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_only
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         dout, dlse = grad_outputs
         q_x, k_x, v_x, out, lse, p, bend, *tensors = ctx.saved_tensors

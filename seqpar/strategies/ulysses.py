@@ -44,6 +44,7 @@ from seqpar.strategies.head_chunks import Cut, dealt, in_head_order, packed
 from seqpar.strategies.plan import Plan
 from seqpar.strategies.ring import ring_attention
 from seqpar.strategies.strategy import Order, Strategy
+from seqpar_kernels import any_order
 
 
 def ulysses_attention(
@@ -64,7 +65,8 @@ def ulysses_attention(
     middle, at_q, at_k = _middle(plan, grid)
     cut = _cut(plan, grid, q.shape[2], k.shape[2])
     attend = _Attend(cut, j, middle, in_order=bool(plan.invariant), with_lse=with_lse)
-    if inner.size == 1:
+    # docs/design.md: one rank puts its rows in order
+    if inner.size == 1 and not any(map(_moves, (*at_q[i], *at_k[i]))):
         ys = attend(0, (q, k, v))
     else:
         exchanges = _Exchanges(cut, inner, at_q[i], at_k[i], in_order=bool(plan.invariant))
@@ -180,7 +182,7 @@ class _Together(torch.autograd.Function):
         return tuple(x.view_as(x) for x in xs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @any_order
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG004
         return grad_outputs
 
@@ -236,6 +238,11 @@ def _merged(
         all_places.append(tuple(tuple(p) for p in by_row))
     merged = Layout(layout.kind, layout.length, len(members), tuple(all_spans))
     return merged, tuple(all_places)
+
+
+def _moves(places: Places) -> bool:
+    """Whether any row lies elsewhere in the sequence than on its rank."""
+    return any((at.start, at.stop) != (place.start, place.stop) for at, place in places)
 
 
 ULYSSES = Strategy(

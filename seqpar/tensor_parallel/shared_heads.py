@@ -10,7 +10,7 @@ from torch import Tensor
 
 from seqpar.comm import Group
 from seqpar.layout.heads import HeadSplit
-from seqpar_kernels import accumulation_dtype
+from seqpar_kernels import accumulation_dtype, first_only
 
 
 def share_heads(
@@ -54,7 +54,7 @@ class _ShareHeads(torch.autograd.Function):
         return tuple(x.view_as(x) for x in xs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         group, dealt = ctx.call
         wanted = ctx.needs_input_grad[2:]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from seqpar.comm import Grid, Group
-from seqpar.layout import LAYOUTS, Layout, Mask, balanced, zigzag
+from seqpar.layout import LAYOUTS, Layout, Mask, Span, balanced, contiguous
+from seqpar.layout.shards import MakeLayout
 from seqpar.strategies import STRATEGIES, Plan
 from seqpar.testing import oracle
 from seqpar.testing.budget import Budget
@@ -17,6 +18,25 @@ from seqpar_kernels import Dropout, Implementation, Score
 
 NAMES = ("out", "dq", "dk", "dv")
 SEED = 2**40 + 5  # of dropout
+
+
+def unsorted(length: int, size: int, *, multiple_of: int = 1) -> Layout:
+    """Rank r holds runs r, r + size and r + 2 * size of 3 * size, the last one first, and an empty one."""
+    runs = contiguous(length, 3 * size, multiple_of=multiple_of).spans
+    spans = ((*runs[r + 2 * size], Span(0, 0), *runs[r + size], *runs[r]) for r in range(size))
+    return Layout("unsorted", length, size, tuple(spans))
+
+
+def stepped(length: int, size: int, *, multiple_of: int = 1) -> Layout:  # noqa: ARG001 - of no run
+    """Of every size + 1 positions rank r holds that at r + 1, and rank 0 after all of these those at 0."""
+    step = size + 1
+    first, *others = (Span(c, len(range(c, length, step)), step) for c in range(step))
+    spans = tuple((span,) if r else (span, first) for r, span in enumerate(others))
+    return Layout("stepped", length, size, spans)
+
+
+# What `Layout` allows and no constructor makes: even one rank holds its rows out of order.
+OWN: dict[str, MakeLayout] = {"unsorted": unsorted, "stepped": stepped}
 
 
 @dataclass(frozen=True)
@@ -63,9 +83,8 @@ class Case:
         return self._laid_out(self.length if self.kv_length is None else self.kv_length, size)
 
     def _laid_out(self, length: int, size: int) -> Layout:
-        if self.kind == "unsorted":  # what `Layout` allows and no constructor makes
-            spans = zigzag(length, size, multiple_of=self.multiple_of).spans
-            return Layout("unsorted", length, size, tuple(s[::-1] for s in spans))
+        if self.kind in OWN:
+            return OWN[self.kind](length, size, multiple_of=self.multiple_of)
         if self.kind == "balanced":
             return balanced(length, size, self.mask, multiple_of=self.multiple_of)
         return LAYOUTS[self.kind](length, size, multiple_of=self.multiple_of)

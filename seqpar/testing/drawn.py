@@ -13,10 +13,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from seqpar.layout import LAYOUTS
-from seqpar.testing.case import Case
+from seqpar.testing.case import OWN, Case
 
 WORLD_SIZES = st.integers(1, 8)
-KINDS = (*LAYOUTS, "unsorted")
+KINDS = (*LAYOUTS, *OWN)
 LENGTHS = st.one_of(
     st.integers(0, 9), st.integers(10, 80), st.sampled_from([97, 127, 128, 129, 193, 257, 300])
 )

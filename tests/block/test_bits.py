@@ -140,6 +140,19 @@ def test_a_head_alone_has_the_bits_it_has_among_others(implementation, dtype):
             assert_same_heads(tensors, block, implementation, EVERY, subsets)
 
 
+@pytest.mark.parametrize(("implementation", "dtype"), ALL, ids=str)
+@pytest.mark.parametrize("widths", [(1, 1), (1, 20), (24, 1)], ids=str)
+def test_heads_of_one_element_have_the_bits_they_have_among_others(implementation, dtype, widths):
+    """Products with a vector are added in an order that depends on how many heads there are."""
+    d, vd = widths
+    heads, length = (2, 20) if implementation == "triton" else (4, 40)
+    q, k, v, dout = problem(implementation, dtype, length, heads)
+    tensors = q[..., :d], k[..., :d], v[..., :vd], dout[..., :vd]
+    alone = [x[:1] for x in tensors]  # of one batch element a head is a batch of one
+    for these in (tensors, alone):
+        assert_same_heads(these, PLAIN, implementation, EVERY, [(0, 1), (heads - 1, 1)])
+
+
 @pytest.mark.parametrize(("implementation", "dtype"), BOTH, ids=str)
 def test_grouped_heads_have_the_bits_they_have_among_other_groups(implementation, dtype):
     """Whole groups in everything; a part of a group in what belongs to the queries."""

@@ -131,7 +131,7 @@ def test_wrong_requests_are_refused():
         ((Span(0, 2),), (Span(1, 3),)),
         ((Span(0, 2),), (Span(1, 2, 2),)),
         ((Span(0, 2),), (Span(3, 1),)),
-        ((Span(0, 4),), (Span(4, 0),)),
+        ((Span(0, 4),), (Span(4, -1),)),
         ((Span(0, 3),), (Span(3, 2),)),
         ((Span(0, 2, 2),), (Span(0, 2, 2),)),
         ((), ()),
@@ -145,6 +145,15 @@ def test_wrong_requests_are_refused():
         Layout("own", 4, 2, ((Span(0, 4),),))
     with pytest.raises(ValueError, match="multiple of hkv"):
         split_heads(3, 2, 1)
+
+
+def test_spans_may_be_out_of_order_and_those_without_positions_are_left_out():
+    layout = Layout("own", 6, 2, ((Span(4, 2), Span(9, 0), Span(0, 1)), (Span(1, 3),)))
+    assert layout.spans == ((Span(4, 2), Span(0, 1)), (Span(1, 3),))
+    assert layout.rows == (3, 3)
+    assert layout.positions(0).tolist() == [4, 5, 0]
+    assert Layout.decoded(layout.code) == layout
+    assert Layout("own", 2, 2, ((Span(0, 2),), (Span(0, 0),))).spans == ((Span(0, 2),), ())
 
 
 @pytest.mark.parametrize("step", [0, -1])

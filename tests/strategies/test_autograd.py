@@ -105,19 +105,6 @@ def test_one_tensor_as_q_k_and_v_and_some_inputs_frozen(module):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_second_derivatives_are_refused(size):
-    def fn(group):
-        x = torch.randn(1, 4 // size, 1, 2, requires_grad=True)
-        plan = Plan(group, zigzag(4, size), CAUSAL)
-        out = seqpar.attention(x, x, x, plan)
-        (g,) = torch.autograd.grad((out * out).sum(), x, create_graph=True)
-        g.sum().backward()
-
-    with pytest.raises(RuntimeError, match=r"once_differentiable|attention is differentiated once"):
-        simulate(size, fn)
-
-
 def test_two_plans_on_two_groups_do_not_meet():
     """Ranks 0, 1 and ranks 2, 3 attend different sequences at the same time, then all four one."""
     q, k, v, _ = whole_tensors(8)

@@ -42,6 +42,8 @@ def check(results):
 @example(Case(97, 1, 1, d=3, vd=1, causal=False, window=2, dtype=torch.float32), 1)
 @example(Case(40, causal=False, window=3), 8)
 @example(Case(41, 4, 2, kind="unsorted", degree=1), 4)
+@example(Case(41, 4, 2, kind="unsorted"), 1)
+@example(Case(12, 4, 2, kind="stepped", kv_length=9), 1)
 @example(Case(60, causal=True, window=4, kind="zigzag"), 6)
 @example(Case(30, kind="balanced", documents=(0, 3, 20, 20, 22, 30)), 4)
 @example(Case(8, documents=(0, 2, 4, 6, 8)), 4)  # a document for each rank: nothing to send

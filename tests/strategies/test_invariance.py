@@ -8,11 +8,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 import seqpar
 from seqpar import Mask, Plan, contiguous, simulate, zigzag
 from seqpar.calls import resolve
 from seqpar.testing import Case, run_step
+from seqpar.testing.drawn import SCORE_TERMS, cases, examples
 
 SIZES = (2, 3, 4, 5, 7, 8)
 TERMS = {"softcap": 5.0, "alibi": True, "sinks": True, "dropout": 0.3}
@@ -70,6 +73,48 @@ def test_ulysses_in_any_layout(kind, implementation, dtype):
     check(simulate, case, "ulysses", implementation, sizes_for(dtype))
 
 
+@given(
+    case=cases(terms=SCORE_TERMS, lengths=st.integers(0, 100)),
+    size=st.integers(2, 5),
+    implementation=st.sampled_from([None, "reference"]),
+)
+@settings(max_examples=examples(0.5))
+@example(Case(5, 3, 1, d=1, vd=16, kind="zigzag", dtype=torch.float32), 2, "reference")
+@example(Case(40, 4, 4, d=3, vd=1, causal=False, dtype=torch.float32), 4, "reference")
+@example(Case(40, 2, 2, d=1, vd=1, dtype=torch.float64), 2, None)
+@example(Case(70, 4, 2, d=8, vd=8, kind="unsorted", dtype=torch.float32), 3, None)
+@example(Case(70, 4, 2, kind="stepped", alibi=True, sinks=True, dtype=torch.float32), 3, None)
+def test_ulysses_of_any_widths_heads_and_layout(case, size, implementation):
+    check(simulate, replace(case, invariant=True), "ulysses", implementation, (size,))
+
+
+@DTYPES
+@pytest.mark.parametrize("implementation", ["aten", "reference"])
+@pytest.mark.parametrize("shared", ["q", "k", "v"])
+def test_rows_that_share_memory(shared, implementation, dtype):
+    """Expanded tensors stay so on one rank and are copied on their way to others."""
+    case = replace(PLAIN, length=70, hq=4, d=4, vd=4, dtype=dtype)
+    whole_tensors = case.tensors()
+
+    def fn(group):
+        layout = case.layout(group.size)
+        mine = [x[:, layout.positions(group.rank)] for x in whole_tensors]
+        rows = mine["qkv".index(shared)].shape[1]
+        first = whole_tensors["qkv".index(shared)][:, :1]
+        mine["qkv".index(shared)] = first.expand(-1, rows, -1, -1)
+        assert mine["qkv".index(shared)].stride(1) == 0
+        *leaves, dout = mine
+        leaves = [x.detach().requires_grad_() for x in leaves]
+        out = seqpar.attention(*leaves, case.plan(group, "ulysses", implementation))
+        return out.detach(), *torch.autograd.grad(out, leaves, dout)
+
+    one = simulate(1, fn)[0]
+    for size in (2, 4):
+        many = [torch.cat(shares, 1) for shares in zip(*simulate(size, fn), strict=True)]
+        for name, x, y in zip(case.names, one, many, strict=True):
+            assert torch.equal(x, y), f"{name} differs with {size} ranks: {(x - y).abs().max()}"
+
+
 def test_a_kv_head_of_many_query_heads():
     """Eight gradients added one after another have other bits than torch's sum of them; three have not."""
     case = replace(PLAIN, length=40, hq=8, hkv=1, dtype=torch.float32)
@@ -107,6 +152,15 @@ def test_all_gather_in_any_layout_cut_at_tiles(kind, dtype):
         case = replace(case, causal=kind != "contiguous", **TERMS)
     sizes = sizes_for(dtype, SIZES if kind == "zigzag" else (2, 5, 8))
     check(simulate, case, "allgather", "reference", sizes)
+
+
+@DTYPES
+def test_all_gather_where_ranks_hold_rows_out_of_order(dtype):
+    """Slopes and sinks add all rows in the order of positions, on one rank too."""
+    case = replace(PLAIN, length=460, kind="unsorted", multiple_of=64, dtype=dtype, **TERMS)
+    check(simulate, case, "allgather", "reference", sizes_for(dtype, (2, 3)))
+    plain = replace(case, causal=False, softcap=None, alibi=False, sinks=False, dropout=0.0, d=1)
+    check(simulate, replace(plain, vd=1), "allgather", "reference", (3,))
 
 
 def test_all_gather_with_keys_of_another_length():

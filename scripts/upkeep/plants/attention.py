@@ -7,6 +7,8 @@ from plants.plant import Plant
 LAYOUT, BLOCK, COMM = "seqpar/layout", "kernels/seqpar_kernels", "seqpar/comm"
 TERMS, STORED, OPS = (f"tests/block/test_{x}.py" for x in ("terms", "row_softmax", "custom_ops"))
 KEEP, COMPILE = (f"tests/strategies/test_{x}.py" for x in ("keep_attention", "compile"))
+SECOND = "tests/strategies/test_second_derivatives.py"
+BITS = "tests/strategies/test_invariance.py"
 LOOP = "seqpar/strategies/loop.py"
 ATTENTION = [
     Plant("causal diagonal off by one in the mask", f"{LAYOUT}/mask.py",
@@ -114,6 +116,25 @@ ATTENTION = [
           "return out, q.new_empty(q.shape[:-1], dtype=torch.float32)", OPS),
     Plant("op: terms besides the score not handed on", f"{BLOCK}/custom_ops.py",
           "row, col, step, head, tuple(terms))", "row, col, step, head, ())", OPS),
+    Plant("a graph of gradients taken for none", f"{BLOCK}/derivatives.py",
+          "        if torch.is_grad_enabled():", "        if False:", SECOND),
+    Plant("a second derivative of a sum over ranks left on its rank", f"{COMM}/reduce.py",
+          "return replicate(dy, ctx.group) if torch.is_grad_enabled() else dy, None",
+          "return dy, None", SECOND),
+    Plant("a gather whose gradient is a constant", f"{COMM}/gather.py",
+          "return reduce_scatter(grad_outputs[0], *ctx.call)",
+          "return _scatter_sum(grad_outputs[0].detach(), *ctx.call)", SECOND),
+    Plant("tangents of forward mode not looked at", "seqpar/calls/check.py",
+          "        if has_tangent(x):", "        if False:", SECOND),
+    Plant("rows of one rank not put in order", "seqpar/strategies/ulysses.py",
+          "    if inner.size == 1 and not any(map(_moves, (*at_q[i], *at_k[i]))):",
+          "    if inner.size == 1:"),
+    Plant("slopes of one rank added as its rows lie", LOOP,
+          "return sum_rows(x.index_select(1, layout.inverse().to(x.device)))", "return sum_rows(x)", BITS),
+    Plant("products with vectors of one element", f"{BLOCK}/reference.py",
+          "NARROWEST = 2", "NARROWEST = 1", "tests/block/test_bits.py"),
+    Plant("aten: rows that share memory", f"{BLOCK}/aten.py",
+          "if x.stride(-1) == 1 and x.stride(1) >= width else", "if x.stride(-1) == 1 else", BITS),
     Plant("dropout in evaluation mode", "seqpar/module.py",
           "self.dropout if self.training else None", "self.dropout", "tests/strategies/test_autograd.py"),
     Plant("op: lse said to be differentiable", f"{BLOCK}/custom_ops.py",
@@ -152,7 +173,7 @@ ATTENTION = [
           "into=running[rows], implementation=plan.implementation,", "into=running[rows],",
           "tests/strategies/test_autograd.py"),
     Plant("slopes summed rank by rank", LOOP,
-          "    if not plan.invariant or group.size == 1:", "    if True:",
+          "    if not plan.invariant:", "    if True:",
           "tests/strategies/test_invariance.py"),
     Plant("dropout draws the heads of its rank", "seqpar/strategies/head_chunks.py",
           "yield Run(start + s.q.start, s.q,", "yield Run(s.q.start, s.q,"),
@@ -172,8 +193,9 @@ ATTENTION = [
           "lambda n, _: by_key[-1 - n]", "lambda n, _: by_key[n]",
           "tests/strategies/test_invariance.py"),
     Plant("partial tiles not padded", f"{BLOCK}/reference.py",
-          "tile = x.new_zeros(b, h, group, TILE, width, dtype=dtype)",
-          "tile = x.new_zeros(b, h, group, length, width, dtype=dtype)", "tests/block/test_bits.py"),
+          "tile = x.new_zeros(b, h, group, TILE, max(width, NARROWEST), dtype=dtype)",
+          "tile = x.new_zeros(b, h, group, length, max(width, NARROWEST), dtype=dtype)",
+          "tests/block/test_bits.py"),
     Plant("documents not looked at where hops are skipped", f"{LAYOUT}/visible.py",
           "for start, stop in _shared_documents(mask.bounds, rows, cols):",
           "for start, stop in _shared_documents((0,), rows, cols):", "tests/layout"),
