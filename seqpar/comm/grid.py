@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -37,11 +37,14 @@ class Grid:
 
     group: Group
     members: tuple[tuple[int, ...], ...]
-    # The members as text, for compiled code, whose ops take no objects.
-    code: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "code", repr(self.members))
+        object.__setattr__(self, "_code", repr(self.members))
+
+    @property
+    def code(self) -> str:
+        """The members as text, for compiled code, whose ops take no objects; no field, as in `Layout`."""
+        return self._code  # type: ignore[attr-defined]
 
     @staticmethod
     def of(mesh: DeviceMesh, group: Group | None = None) -> Grid:

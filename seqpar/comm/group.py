@@ -58,24 +58,24 @@ class Calls:
         return Operation((*whole, self.number), self.name)
 
 
-@dataclass(frozen=True, eq=False)
 class Group:
     """The ranks that share a sequence, as one of them sees it; counts what it sends in `traffic`.
 
     Make one with `Group.of` under torchrun, get one from `seqpar.simulate`, or take `Group.alone()`.
     """
 
-    transport: Transport
-    traffic: Traffic = field(default_factory=Traffic)
-    calls: Calls = field(default_factory=Calls, repr=False)
-    # What compiled code calls it, since torch's ops take no objects; another one for every group.
-    # docs/design.md: compiled, a whole call is one op
-    name: str = field(default_factory=lambda: f"group {next(_numbers)}", repr=False)
-
-    # What has been logged of its calls, not to be logged again.
-    told: set[str] = field(default_factory=set, repr=False)
-
-    def __post_init__(self) -> None:
+    # No dataclass, because FSDP makes those that are arguments of a model anew, and this one is itself.
+    def __init__(
+        self, transport: Transport, traffic: Traffic | None = None, calls: Calls | None = None
+    ) -> None:
+        self.transport = transport
+        self.traffic = Traffic() if traffic is None else traffic
+        self.calls = Calls() if calls is None else calls
+        # What compiled code calls it, since torch's ops take no objects; another one for every group.
+        # docs/design.md: compiled, a whole call is one op
+        self.name = f"group {next(_numbers)}"
+        # What has been logged of its calls, not to be logged again.
+        self.told: set[str] = set()
         _LIVE[self.name] = self
 
     @staticmethod

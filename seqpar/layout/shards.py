@@ -39,14 +39,12 @@ class Layout:
     length: int
     size: int
     spans: tuple[tuple[Span, ...], ...] = field(repr=False)
-    # All of it as text, for compiled code, whose ops take no objects.
-    code: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         kept = tuple(tuple(span for span in s if span.length != 0) for s in self.spans)
         object.__setattr__(self, "spans", kept)
         spans = [[(span.start, span.length, span.step) for span in s] for s in self.spans]
-        object.__setattr__(self, "code", repr((self.kind, self.length, self.size, spans)))
+        object.__setattr__(self, "_code", repr((self.kind, self.length, self.size, spans)))
         if len(self.spans) != self.size:
             raise ValueError(f"a layout for {self.size} ranks needs as many lists of spans")
         for span in (span for s in self.spans for span in s):
@@ -65,6 +63,12 @@ class Layout:
             due[span.step][span.start % span.step] = span.positions.stop
         if len(due) > 1 or sum(self.rows) != self.length:
             raise ValueError(f"spans of one step must hold each of {self.length} positions once")
+
+    # No field, because FSDP makes dataclasses that are arguments of a model anew, field by field.
+    @property
+    def code(self) -> str:
+        """All of it as text, for compiled code, whose ops take no objects."""
+        return self._code  # type: ignore[attr-defined]
 
     @staticmethod
     @lru_cache(maxsize=256)

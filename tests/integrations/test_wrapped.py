@@ -1,6 +1,7 @@
 """Checkpointed, PEFT, DDP and FSDP2 models on sharded sequences equal one device; and dropout, for any P."""
 
 import copy
+import dataclasses
 import functools
 import gc
 
@@ -8,7 +9,7 @@ import peft
 import pytest
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
@@ -180,6 +181,51 @@ def test_wrappers_that_average_gradients_equal_one_device(worlds, kind):
         torch.testing.assert_close(loss, want.loss, rtol=1e-10, atol=1e-10)
         for name, gradient in want.gradients.items():
             torch.testing.assert_close(gradients[name], gradient, rtol=1e-10, atol=1e-10)
+
+
+def in_bfloat16(group, first, cast):
+    """(loss, gradients) of a step in which FSDP2 casts weights and, if asked, what modules are given."""
+    model = FAMILIES["llama"].make().float()
+    ranks = torch.distributed.new_subgroups_by_enumeration([list(range(group.size))])[0]
+    mesh = DeviceMesh.from_group(ranks, "cpu")
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=cast)
+
+    def shard():
+        for module in (*model.model.layers, model):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+
+    if first:
+        shard()
+    sp = SequenceParallel(model, attend_by("ring", group))
+    if not first:
+        shard()
+    loss = sp.loss(BATCH, gradients="mean")
+    loss.backward()
+    return loss.detach(), {n: g.full_tensor() for n, g in gradients_of(model).items()}
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("cast", [False, True])
+def test_fsdp_that_computes_in_bfloat16_equals_one_device_up_to_its_rounding(worlds, first, cast):
+    """It makes dataclasses among the arguments of a module anew; the plan of a call must not be one."""
+    want = one_device(FAMILIES["llama"].make().float(), BATCH, "next")
+    for loss, gradients in worlds.run(2, in_bfloat16, first, cast):
+        torch.testing.assert_close(loss, want.loss.float(), rtol=0.01, atol=0)
+        for name, gradient in want.gradients.items():
+            off = (gradients[name] - gradient).norm() / gradient.norm()
+            assert off < 0.05, (name, off)
+
+
+def test_layouts_and_groups_come_through_what_casts_arguments():
+    """As FSDP2 goes through them, in a model of one's own."""
+    group = seqpar.Group.alone()
+    layout, grid = seqpar.zigzag(9, 1), group.grid(ulysses=1)
+    for before in (layout, grid, seqpar.Plan(group, layout, grid=grid)):
+        after = dataclasses.replace(
+            before, **{f.name: getattr(before, f.name) for f in dataclasses.fields(before)}
+        )
+        assert getattr(after, "group", group) is group
+        assert getattr(after, "code", None) == getattr(before, "code", None)
 
 
 def test_a_wrapper_that_is_gone_is_not_called():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from types import MappingProxyType
 from typing import NoReturn
 
 import torch
@@ -17,7 +18,6 @@ from seqpar.integrations.transformers.documents import RowGroup
 from seqpar.strategies import Plan
 
 
-@dataclass(frozen=True, eq=False)
 class Call:
     """The plan of a model's call, to which each layer adds its mask and score.
 
@@ -29,11 +29,17 @@ class Call:
         numbers: of the modules that attend, for their dropout.
     """
 
-    plan: Plan
-    groups: tuple[RowGroup, ...] = (RowGroup(None, None),)
-    hidden: bytes | None = None
-    seed: int | None = None
-    numbers: Mapping[nn.Module, int] = field(default_factory=dict)
+    # No dataclass, because FSDP makes those that are arguments of a model anew, field by field.
+    def __init__(
+        self,
+        plan: Plan,
+        groups: tuple[RowGroup, ...] = (RowGroup(None, None),),
+        hidden: bytes | None = None,
+        seed: int | None = None,
+        numbers: Mapping[nn.Module, int] = MappingProxyType({}),
+    ) -> None:
+        self.plan, self.groups, self.hidden, self.seed = plan, groups, hidden, seed
+        self.numbers = numbers
 
     @property
     def described(self) -> tuple[object, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from seqpar.integrations.transformers.probe.compare import same_rows
 from seqpar.integrations.transformers.probe.tokens import ALONE, MOVED, SEQUENCES, Tokens
 
 
-@dataclass(eq=False)
 class Trace:
     """Attention in which the rows of the first sequences see themselves alone. Others attend by a call.
 
@@ -25,25 +24,22 @@ class Trace:
         tokens: that it is given.
         call: by which the other sequences attend.
         num_alone: how many sequences are first.
+
+    Attributes:
         attending: the modules that attended, in order.
         terms: what each of them asked for.
         culprits: modules that returned something else for rows that they were given alike, innermost first.
     """
 
-    model: nn.Module
-    tokens: Tokens
-    call: Call
-    num_alone: int = 0
-    attending: list[nn.Module] = field(default_factory=list)
-    terms: list[Terms] = field(default_factory=list)
-    culprits: list[str] = field(default_factory=list)
-    _attended: dict[nn.Module, list[Tensor]] = field(default_factory=dict)
-    _names: dict[nn.Module, str] = field(init=False)
-    _shapes: set[tuple[int, int]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._names = {module: name for name, module in self.model.named_modules()}
-        self._shapes = {(n, self.tokens.num_rows) for n in (1, len(SEQUENCES))}
+    # No dataclass, as `Call` is none.
+    def __init__(self, model: nn.Module, tokens: Tokens, call: Call, num_alone: int = 0) -> None:
+        self.tokens, self.call, self.num_alone = tokens, call, num_alone
+        self.attending: list[nn.Module] = []
+        self.terms: list[Terms] = []
+        self.culprits: list[str] = []
+        self._attended: dict[nn.Module, list[Tensor]] = {}
+        self._names = {module: name for name, module in model.named_modules()}
+        self._shapes = {(n, tokens.num_rows) for n in (1, len(SEQUENCES))}
 
     def attend(self, layer: Layer) -> Tensor:
         """The rows `[b sl hq vd]` of a layer's attention; of a row that sees itself alone, its value."""
