@@ -15,6 +15,7 @@ from torch import Tensor
 from seqpar_kernels import aten, poison, reference
 from seqpar_kernels.block import Block
 from seqpar_kernels.choice import Implementation, Request, choose, fuses
+from seqpar_kernels.finite import may_hold_poison
 from seqpar_kernels.flash import ADAPTERS, Adapter
 from seqpar_kernels.partial import Partial, without_autocast
 from seqpar_kernels.rows import Learned, Rows, RunningGradients
@@ -152,7 +153,7 @@ def _chosen(
 def _spreads(chosen: ModuleType | Adapter | Unlaunched, *tensors: Tensor) -> bool:
     """Whether something that is not finite may be here and would reach what does not see it."""
     # docs/design.md: poison is taken out and put back
-    return chosen in (aten, reference) and poison.may_hold(*tensors)
+    return chosen in (aten, reference) and may_hold_poison(*tensors)
 
 
 def _is_only_told(direction: Direction, q: Tensor, k: Tensor, block: Block) -> bool:

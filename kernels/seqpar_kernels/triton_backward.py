@@ -121,9 +121,8 @@ def dq_kernel(
         shares = shares + (tl.load(x_at, mask=inside, other=0.0),)
 
     met = tl.zeros([ROWS], tl.int32)
-    for phase in tl.static_range(
-        0 if CLEANS else FROM, 1 if CLEANS else TO
-    ):  # the upper edge, what all rows see, the lower edge
+    # The upper edge, what all rows see, the lower edge; for CLEANS all of it is an edge.
+    for phase in tl.static_range(0 if CLEANS else FROM, 1 if CLEANS else TO):
         high = stop if phase == 0 else inner_stop if phase == 1 else inner
         low = inner_stop if phase == 0 else inner if phase == 1 else start
         for n in range(0, high - low):
@@ -239,9 +238,8 @@ def dkdv_kernel(
     dv = tl.load(dv_at, mask=wide, other=0.0)
 
     met_q, met_dout = tl.zeros([COLS], tl.int32), tl.zeros([COLS], tl.int32)
-    for phase in tl.static_range(
-        0 if CLEANS else FROM, 1 if CLEANS else TO
-    ):  # the first rows that see a key, all that see all, the last
+    # The first rows that see a key, all that see all, the last.
+    for phase in tl.static_range(0 if CLEANS else FROM, 1 if CLEANS else TO):
         low = start if phase == 0 else inner if phase == 1 else inner_stop
         high = inner if phase == 0 else inner_stop if phase == 1 else stop
         for n in range(low * GROUP, high * GROUP):

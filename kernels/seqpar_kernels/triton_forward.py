@@ -82,9 +82,9 @@ def forward_kernel(
     the columns that terms show a row, or a dummy. VALUES and the functions, LOADS to WEIGHS, are those of
     terms, see `triton_terms`. FROM and TO leave out the phases that this block does not have.
 
-    A launch that CLEANS runs the programs that find something not finite in a tile that some row sees in part:
-    they put zeros in its place and NaN in what sees it. It marks them in FLAGS; one that is GUARDED leaves
-    them out.
+    A launch that CLEANS runs the programs that find something not finite in a tile that some row sees
+    in part: they put zeros in its place and NaN in what sees it. It marks them in FLAGS, and one that is
+    GUARDED leaves them out.
     """
     tile, pack = program(num_tiles, all_packs, section, REVERSED)
     batch, h = pack // (heads // PACK), (pack % (heads // PACK)) * PACK
@@ -124,9 +124,8 @@ def forward_kernel(
     acc = tl.load(acc_at, mask=wide & (m > float("-inf"))[:, None], other=0.0)
 
     met = tl.zeros([ROWS], tl.int32)
-    for phase in tl.static_range(
-        0 if CLEANS else FROM, 1 if CLEANS else TO
-    ):  # the upper edge, what all rows see, the lower edge
+    # The upper edge, what all rows see, the lower edge; for CLEANS all of it is an edge.
+    for phase in tl.static_range(0 if CLEANS else FROM, 1 if CLEANS else TO):
         high = stop if phase == 0 else inner_stop if phase == 1 else inner
         low = inner_stop if phase == 0 else inner if phase == 1 else start
         for n in range(0, high - low):
