@@ -135,10 +135,20 @@ def dropped(x: Float[Tensor, "b hq i j"], cells: Cells) -> Float[Tensor, "b hq i
     return y
 
 
-def outer(y: Float[Tensor, "b i hq w"], z: Float[Tensor, "b j hkv w"]) -> Float[Tensor, "b hq i j"]:
-    """Y z^T for every query head and the kv head that serves it, in float32 or wider."""
-    x = _matmul(_grouped(y, z.shape[2]), rearrange(z, "b j g w -> b g w j"))
-    return rearrange(x, "b g (r i) j -> b (g r) i j", r=y.shape[2] // z.shape[2])
+def outer(
+    y: Float[Tensor, "b i hq w"], z: Float[Tensor, "b j hkv w"], cells: Cells
+) -> Float[Tensor, "b hq i j"]:
+    """Y z^T for every query head and the kv head that serves it, in float32 or wider.
+
+    A hidden product is finite unless it overflows.
+    """
+    if may_hold_poison(y, z):
+        (y, in_y), (z, in_z) = taken_out(y), taken_out(z)
+        rows, cols = (x.any(-1).transpose(1, 2) for x in (in_y, in_z))
+        cols = cols.repeat_interleave(y.shape[2] // z.shape[2], 1)
+        bad = (rows.unsqueeze(3) | cols.unsqueeze(2)) & cells.visible()
+        return _outer(y, z).masked_fill_(bad, torch.nan)
+    return _outer(y, z)
 
 
 def times(
@@ -159,6 +169,11 @@ def transposed_times(
         y, bad = taken_out(y)
         return _transposed_times(x, y, hkv).masked_fill_(cells.reached_columns(bad, hkv), torch.nan)
     return _transposed_times(x, y, hkv)
+
+
+def _outer(y: Tensor, z: Tensor) -> Tensor:
+    x = _matmul(_grouped(y, z.shape[2]), rearrange(z, "b j g w -> b g w j"))
+    return rearrange(x, "b g (r i) j -> b (g r) i j", r=y.shape[2] // z.shape[2])
 
 
 def _times(x: Tensor, z: Tensor) -> Tensor:

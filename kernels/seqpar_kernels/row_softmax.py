@@ -100,10 +100,10 @@ def score_gradient(
     *,
     implementation: Implementation | None = None,
 ) -> Float[Tensor, "a b c j"]:
-    """Ds = p (dp - delta), with delta over *all* columns, and 0 where p is 0; in the type of dp."""
+    """Ds = p (dp - delta), with delta over *all* columns; in the type of dp. 0 where p is 0 and dp finite."""
     if fuses(p, implementation):
         from seqpar_kernels import triton_softmax
 
         return triton_softmax.score_gradient(p, dp, delta)
     ds = (p.to(delta.dtype) * (dp.to(delta.dtype) - delta.unsqueeze(-1))).to(dp.dtype)
-    return ds.masked_fill_(p == 0, 0.0) if may_hold_poison(ds) else ds
+    return ds.masked_fill_(p == 0, 0.0) if may_hold_poison(delta) else ds

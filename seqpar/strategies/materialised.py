@@ -58,7 +58,7 @@ def attention_weights(
     plan = replace(plan, score=plan.score.resolve(q.shape[-1]))
     sharding, cells = _stored(plan, q.device)
     keys = sharding.for_keys()
-    s, _ = dense.scores_(keys.outer(sharding.of_rows(q), keys.of_cols(k)), cells)
+    s, _ = dense.scores_(keys.outer(sharding.of_rows(q), keys.of_cols(k), cells), cells)
     p, _ = _softmax(s, sharding, plan)
     return sharding.in_order(p)
 
@@ -105,7 +105,7 @@ class _Materialised(torch.autograd.Function):
         delta = torch.zeros_like(lse) if dlse is None else -dlse
         add_dot_(out, dout, delta, implementation=plan.implementation)
         dout_x, delta_x = sharding.of_rows(dout), sharding.spread(delta)
-        dp = dense.dropped(sharding.outer(dout_x, v_x), cells)
+        dp = dense.dropped(sharding.outer(dout_x, v_x, cells), cells)
         ds = score_gradient(p, dp, delta_x, implementation=plan.implementation)
         del dp
         learned = {
@@ -138,7 +138,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, ...]:
     # docs/design.md: materialised attention is three products
     keys = sharding.for_keys()
     q_x, k_x, v_x = sharding.of_rows(q), keys.of_cols(k), sharding.of_cols(v)
-    s, bend = dense.scores_(keys.outer(q_x, k_x), cells)
+    s, bend = dense.scores_(keys.outer(q_x, k_x, cells), cells)
     p, lse = _softmax(s, sharding, plan)
     del s  # no longer needed, and as large as what follows
     shape = torch.Size((*q.shape[:3], v.shape[3]))

@@ -58,9 +58,9 @@ class Sharding:
         """The sharding that multiplies with the keys, as forward and backward both do."""
         return self
 
-    def outer(self, y: Tensor, z: Tensor) -> Float[Tensor, "b hq i j"]:
+    def outer(self, y: Tensor, z: Tensor, cells: dense.Cells) -> Float[Tensor, "b hq i j"]:
         """The part of y z^T that belongs here, in float32 or wider."""
-        return dense.outer(y, z)
+        return dense.outer(y, z, cells)
 
     def times(
         self,
@@ -117,12 +117,12 @@ class ByRows(Sharding):
         """The positions of own rows, and of the columns as the ranks hold them, one after another."""
         return self.rows.positions(self.group.rank), self.cols.permutation()
 
-    def outer(self, y: Tensor, z: Tensor) -> Tensor:
+    def outer(self, y: Tensor, z: Tensor, cells: dense.Cells) -> Tensor:
         """Computes one block of columns at a time."""
         b, i, hq, _ = y.shape
         x = y.new_empty(b, hq, i, self.cols.length, dtype=accumulation_dtype(y.dtype))
         for cols, z_o in self._visits(z):
-            x[..., cols] = dense.outer(y, z_o)
+            x[..., cols] = dense.outer(y, z_o, cells.columns(cols))
         return x
 
     def times(self, x: Tensor, z: Tensor, shape: torch.Size, cells: dense.Cells) -> Tensor:
@@ -214,9 +214,9 @@ class ByDepth(Sharding):
         """Exchanges all of own columns for a slice of all columns."""
         return self._slice(z, self.cols)
 
-    def outer(self, y: Tensor, z: Tensor) -> Tensor:
+    def outer(self, y: Tensor, z: Tensor, cells: dense.Cells) -> Tensor:
         """Sums what the slices give, on every rank."""
-        x = dense.outer(y, z)
+        x = dense.outer(y, z, cells)
         self.group.all_reduce_(x, "sum")
         return x
 

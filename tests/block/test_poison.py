@@ -180,8 +180,9 @@ def test_stored_weights_of_a_row_that_is_nan_are_zero_where_it_sees_nothing(impl
     p = weights(s, m, l, torch.float32, implementation=implementation)[0, 0]
     assert p[:, 2].tolist() == [0, 0]
     assert p[1, :2].isnan().all()
-    dp = torch.tensor([[0.5, NAN, NAN], [1.0, 1.0, INF]], device=device)[None, None]
-    ds = score_gradient(p[None, None], dp, torch.zeros_like(m), implementation=implementation)[0, 0]
+    dp = torch.tensor([[0.5, NAN, 2.0], [1.0, 1.0, 2.0]], device=device)[None, None]
+    delta = torch.tensor([0.0, NAN], device=device)[None, None]
+    ds = score_gradient(p[None, None], dp, delta, implementation=implementation)[0, 0]
     assert ds[:, 2].tolist() == [0, 0]
     assert ds[0, 0] == p[0, 0] * 0.5
     assert ds[0, 1].isnan()
