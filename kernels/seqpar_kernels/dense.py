@@ -7,18 +7,21 @@ progressions. Matrices are `[b hq i j]`, in float32 or wider. The softmax over t
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from itertools import product
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from seqpar_kernels.band import Band
+from seqpar_kernels.block import Block
+from seqpar_kernels.finite import may_hold_poison, taken_out
 from seqpar_kernels.partial import accumulation_dtype, without_autocast
 from seqpar_kernels.score import Score
+from seqpar_kernels.sight import Sight
 from seqpar_kernels.terms import Place, Term
 
 
@@ -30,12 +33,14 @@ class Cells:
         place: of the rows, columns and query heads at hand, on the device of the scores.
         band: row i sees column j iff band.lower <= col[j] - row[i] <= band.upper.
         score: of all query heads, with the scale resolved.
+        lengths: how many positions rows and columns have in all.
         terms: what is done besides the score.
     """
 
     place: Place
     band: Band
     score: Score
+    lengths: tuple[int, int]
     terms: tuple[Term, ...] = ()
 
     @cached_property
@@ -56,6 +61,26 @@ class Cells:
                 seen &= term.visible(self.place)
         return seen
 
+    def columns(self, cols: slice) -> Cells:
+        """The cells of some of the columns."""
+        return replace(self, place=replace(self.place, col=self.place.col[cols]))
+
+    def reached_rows(self, bad: Bool[Tensor, "b j hkv w"], hq: int) -> Bool[Tensor, "b i hq w"]:
+        """Whether a row sees anything bad of the columns."""
+        row, col = self.place.row, self.place.col
+        return self._sight.by_rows(_placed(bad, col, self.lengths[1]), hq).index_select(1, row)
+
+    def reached_columns(self, bad: Bool[Tensor, "b i hq w"], hkv: int) -> Bool[Tensor, "b j hkv w"]:
+        """Whether a column is seen by any bad row."""
+        row, col = self.place.row, self.place.col
+        return self._sight.by_columns(_placed(bad, row, self.lengths[0]), hkv).index_select(1, col)
+
+    @property
+    def _sight(self) -> Sight:
+        """Who sees whom, by position."""
+        block = Block(self.band, self.score, terms=self.terms)
+        return Sight.of(block, *self.lengths, self.place.row.device)
+
 
 def scores_(
     x: Float[Tensor, "b hq i j"], cells: Cells
@@ -71,7 +96,10 @@ def scores_(
         if term.changes_scores:
             slope = term.scores_(x, cells.place)
             bend = _product(bend, slope)
-    return x.masked_fill_(~cells.visible(), -torch.inf), bend
+    hidden = ~cells.visible()
+    if bend is not None:
+        bend.masked_fill_(hidden, 0.0)  # whatever hidden scores are
+    return x.masked_fill_(hidden, -torch.inf), bend
 
 
 def product_gradient_(
@@ -107,25 +135,64 @@ def dropped(x: Float[Tensor, "b hq i j"], cells: Cells) -> Float[Tensor, "b hq i
     return y
 
 
-def outer(y: Float[Tensor, "b i hq w"], z: Float[Tensor, "b j hkv w"]) -> Float[Tensor, "b hq i j"]:
-    """Y z^T for every query head and the kv head that serves it, in float32 or wider."""
+def outer(
+    y: Float[Tensor, "b i hq w"], z: Float[Tensor, "b j hkv w"], cells: Cells
+) -> Float[Tensor, "b hq i j"]:
+    """Y z^T for every query head and the kv head that serves it, in float32 or wider.
+
+    A hidden product is finite unless it overflows.
+    """
+    if may_hold_poison(y, z):
+        (y, in_y), (z, in_z) = taken_out(y), taken_out(z)
+        rows, cols = (x.any(-1).transpose(1, 2) for x in (in_y, in_z))
+        cols = cols.repeat_interleave(y.shape[2] // z.shape[2], 1)
+        bad = (rows.unsqueeze(3) | cols.unsqueeze(2)) & cells.visible()
+        return _outer(y, z).masked_fill_(bad, torch.nan)
+    return _outer(y, z)
+
+
+def times(
+    x: Float[Tensor, "b hq i j"], z: Float[Tensor, "b j hkv w"], cells: Cells
+) -> Float[Tensor, "b i hq w"]:
+    """X z for every query head and the kv head that serves it, in float32 or wider. Hidden cells are 0."""
+    if may_hold_poison(z):
+        z, bad = taken_out(z)
+        return _times(x, z).masked_fill_(cells.reached_rows(bad, x.shape[1]), torch.nan)
+    return _times(x, z)
+
+
+def transposed_times(
+    x: Float[Tensor, "b hq i j"], y: Float[Tensor, "b i hq w"], hkv: int, cells: Cells
+) -> Float[Tensor, "b j hkv w"]:
+    """X^T y, summed over the query heads that a kv head serves, in float32 or wider. Hidden cells are 0."""
+    if may_hold_poison(y):
+        y, bad = taken_out(y)
+        return _transposed_times(x, y, hkv).masked_fill_(cells.reached_columns(bad, hkv), torch.nan)
+    return _transposed_times(x, y, hkv)
+
+
+def _outer(y: Tensor, z: Tensor) -> Tensor:
     x = _matmul(_grouped(y, z.shape[2]), rearrange(z, "b j g w -> b g w j"))
     return rearrange(x, "b g (r i) j -> b (g r) i j", r=y.shape[2] // z.shape[2])
 
 
-def times(x: Float[Tensor, "b hq i j"], z: Float[Tensor, "b j hkv w"]) -> Float[Tensor, "b i hq w"]:
-    """X z for every query head and the kv head that serves it, in float32 or wider."""
+def _times(x: Tensor, z: Tensor) -> Tensor:
     stacked = rearrange(x, "b (g r) i j -> b g (r i) j", g=z.shape[2])
     y = _matmul(stacked, rearrange(z, "b j g w -> b g j w"))
     return rearrange(y, "b g (r i) w -> b i (g r) w", r=x.shape[1] // z.shape[2])
 
 
-def transposed_times(
-    x: Float[Tensor, "b hq i j"], y: Float[Tensor, "b i hq w"], hkv: int
-) -> Float[Tensor, "b j hkv w"]:
-    """X^T y, summed over the query heads that a kv head serves, in float32 or wider."""
+def _transposed_times(x: Tensor, y: Tensor, hkv: int) -> Tensor:
     stacked = rearrange(x, "b (g r) i j -> b g j (r i)", g=hkv)
     return rearrange(_matmul(stacked, _grouped(y, hkv)), "b g j w -> b j g w")
+
+
+def _placed(
+    bad: Bool[Tensor, "b n h w"], where: Int[Tensor, "n"], length: int
+) -> Bool[Tensor, "b s h w"]:
+    """What is bad, at its positions."""
+    whole = bad.new_zeros(bad.shape[0], length, *bad.shape[2:])
+    return whole.index_copy_(1, where, bad)
 
 
 def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from seqpar_kernels import aten, reference
+from seqpar_kernels import aten, poison, reference
 from seqpar_kernels.block import Block
 from seqpar_kernels.choice import Implementation, Request, choose, fuses
+from seqpar_kernels.finite import may_hold_poison
 from seqpar_kernels.flash import ADAPTERS, Adapter
 from seqpar_kernels.partial import Partial, without_autocast
 from seqpar_kernels.rows import Learned, Rows, RunningGradients
@@ -49,7 +50,11 @@ def attend(
     if _nothing_to_do(q, k, block) or _is_only_told("forward", q, k, block):
         return
     with without_autocast(q.device):
-        _chosen(q, v, block, implementation).forward(q, k, v, block, into)
+        chosen = _chosen(q, v, block, implementation)
+        if _spreads(chosen, q, k, v):
+            poison.attend(chosen.forward, q, k, v, block, into)
+        else:
+            chosen.forward(q, k, v, block, into)
 
 
 def attend_backward(
@@ -81,7 +86,10 @@ def attend_backward(
         return
     with without_autocast(rows.q.device):
         chosen = _chosen(rows.q, v, block, implementation, lse_learns=rows.lse_learns)
-        chosen.backward(rows, k, v, block, into, learned or {})
+        if _spreads(chosen, rows.q, k, v, rows.dout, rows.delta):
+            poison.attend_backward(chosen.backward, rows, k, v, block, into, learned or {})
+        else:
+            chosen.backward(rows, k, v, block, into, learned or {})
 
 
 def finish(
@@ -140,6 +148,12 @@ def _chosen(
     if watcher() is not None and name in ADAPTERS:
         return Unlaunched()
     return ADAPTERS.get(name, reference)
+
+
+def _spreads(chosen: ModuleType | Adapter | Unlaunched, *tensors: Tensor) -> bool:
+    """Whether something that is not finite may be here and would reach what does not see it."""
+    # docs/design.md: poison is taken out and put back
+    return chosen in (aten, reference) and may_hold_poison(*tensors)
 
 
 def _is_only_told(direction: Direction, q: Tensor, k: Tensor, block: Block) -> bool:

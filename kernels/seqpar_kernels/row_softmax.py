@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from seqpar_kernels.choice import Implementation, fuses
+from seqpar_kernels.finite import may_hold_poison
 from seqpar_kernels.partial import without_autocast
 from seqpar_kernels.score import Score
 
@@ -70,7 +71,9 @@ def weights(
         return triton_softmax.weights(s, m, l, dtype)
     empty = l == 0
     m, l = m.masked_fill(empty, 0.0), l.masked_fill(empty, 1.0)
-    return (torch.exp(s.to(m.dtype) - m.unsqueeze(-1)) / l.unsqueeze(-1)).to(dtype)
+    p = (torch.exp(s.to(m.dtype) - m.unsqueeze(-1)) / l.unsqueeze(-1)).to(dtype)
+    # A row that is NaN is so where it sees a key, and only there.
+    return p.masked_fill_(s == -torch.inf, 0.0) if may_hold_poison(m, l) else p
 
 
 def add_dot_(
@@ -97,9 +100,10 @@ def score_gradient(
     *,
     implementation: Implementation | None = None,
 ) -> Float[Tensor, "a b c j"]:
-    """Ds = p (dp - delta), with delta over *all* columns; in the type of dp."""
+    """Ds = p (dp - delta), with delta over *all* columns; in the type of dp. 0 where p is 0 and dp finite."""
     if fuses(p, implementation):
         from seqpar_kernels import triton_softmax
 
         return triton_softmax.score_gradient(p, dp, delta)
-    return (p.to(delta.dtype) * (dp.to(delta.dtype) - delta.unsqueeze(-1))).to(dp.dtype)
+    ds = (p.to(delta.dtype) * (dp.to(delta.dtype) - delta.unsqueeze(-1))).to(dp.dtype)
+    return ds.masked_fill_(p == 0, 0.0) if may_hold_poison(delta) else ds

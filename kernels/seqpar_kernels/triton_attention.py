@@ -47,9 +47,9 @@ def forward(
     limits = block.row_limits(q.shape[1], k.shape[1], q.device)
     assert into.m.stride() == into.l.stride(), "m and l are made together"
     assert _is_row_contiguous(into.acc), "acc is written row by row"
-    launch(
+    _launch_guarded(
         forward_kernel, num_tiles * packs, q,
-        q, k, v, into.acc, into.m, into.l, _given(limits, q), _values(block),
+        (q, k, v, into.acc, into.m, into.l, _given(limits, q)), _values(block),
         *_strides(q, k, v, into.acc, into.m),
         q.shape[1], k.shape[1], q.shape[2], packs, num_tiles, _section(k, v, packs),
         *_runtime(block, q, k),
@@ -95,9 +95,9 @@ def _launch_dq(
         if term.name in learned:
             shares.append((n, functions.share))
             by_row.append((learned[term.name], *learned[term.name].stride()))
-    launch(
+    _launch_guarded(
         dq_kernel, num_tiles * packs, q,
-        *inputs, dq, _given(limits, q), _values(block), tuple(by_row), *_strides(*inputs, dq),
+        (*inputs, dq, _given(limits, q)), _values(block), tuple(by_row), *_strides(*inputs, dq),
         i, k.shape[1], hq, packs, num_tiles, _section(k, v, packs), *_runtime(block, q, k),
         PACK=pack, SHARES=tuple(shares), **_walk_columns(block, q, k, tiles),
         **_constants(block, tiles, q, k, v, dout),
@@ -111,9 +111,9 @@ def _launch_dkdv(
     (b, i, *_), hkv = q.shape, k.shape[2]
     num_tiles, heads = triton.cdiv(k.shape[1], tiles.cols), b * hkv
     limits = block.col_limits(i, k.shape[1], q.device)
-    launch(
+    _launch_guarded(
         dkdv_kernel, num_tiles * heads, q,
-        *inputs, dk, dv, _given(limits, q), _values(block),
+        (*inputs, dk, dv, _given(limits, q)), _values(block),
         *_strides(*inputs, dk, dv),
         i, k.shape[1], hkv, heads, num_tiles, _section(q, dout, heads), *_runtime(block, q, k),
         **_walk_rows(block, q, k, tiles), **_constants(block, tiles, q, k, v, dout),
@@ -263,6 +263,31 @@ def _rows_contiguous(x: Tensor) -> Tensor:
 
 def _is_row_contiguous(x: Tensor) -> bool:
     return x.stride(-1) == 1 or x.shape[-1] == 1
+
+
+def _launch_guarded(
+    kernel: Any,
+    num_programs: int,
+    on: Tensor,
+    tensors: tuple[Tensor, ...],
+    *args: Any,
+    **constants: Any,
+) -> None:
+    """Launches a kernel that walks over tiles, and before it what keeps poison in its place.
+
+    Where nothing is hidden, poison is in its place.
+    """
+    # docs/design.md: Triton programs that meet poison run apart
+    hides = constants["FROM"] == 0 or constants["TO"] == 3
+    if hides:
+        flags = torch.empty(num_programs, dtype=torch.int32, device=on.device)
+        alone = {**constants, "num_stages": 1, "GUARDED": False, "CLEANS": True}
+        launch(kernel, num_programs, on, *tensors, flags, *args, **alone)
+    else:
+        flags = on
+    launch(
+        kernel, num_programs, on, *tensors, flags, *args, GUARDED=hides, CLEANS=False, **constants
+    )
 
 
 def launch(kernel: Any, num_programs: int, on: Tensor, *args: Any, **constants: Any) -> None:

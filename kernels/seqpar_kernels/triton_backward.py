@@ -13,11 +13,14 @@ import triton.language as tl
 
 from seqpar_kernels.triton_terms import (
     LOG2E,
+    cleaned,
     dot,
     dot_add,
     draws,
+    holds,
     load_tile,
     loaded,
+    meets,
     places,
     program,
     scores,
@@ -32,7 +35,7 @@ from seqpar_kernels.triton_terms import (
 def _weights(
     x, dp, lse, delta, visible, place, values, scale,
     SCORES: tl.constexpr, DRAWS: tl.constexpr, WEIGHS: tl.constexpr, PLAIN: tl.constexpr,
-    MASKED: tl.constexpr,
+    MASKED: tl.constexpr, CLEANS: tl.constexpr,
 ):  # fmt: skip
     """(p after dropout, ds, dx) of a tile, from x = q.k and dp = dout.v.
 
@@ -46,7 +49,10 @@ def _weights(
     dropped = weighed(p, drawn, values, WEIGHS)
     dp = weighed(dp, drawn, values, WEIGHS)
     ds = p * (dp - delta)
-    return dropped, ds, ds * (bend * scale)
+    dx = ds * (bend * scale)
+    if CLEANS:  # 0 * NaN is NaN
+        ds, dx = tl.where(visible, ds, 0.0), tl.where(visible, dx, 0.0)
+    return dropped, ds, dx
 
 
 @triton.jit(do_not_specialize=[
@@ -54,7 +60,7 @@ def _weights(
     "lower", "upper", "row", "col", "step", "head0", "whole_0", "whole_1",
 ])  # fmt: skip
 def dq_kernel(
-    Q, K, V, DOUT, LSE, DELTA, DQ, LIMITS, VALUES, LEARNED,
+    Q, K, V, DOUT, LSE, DELTA, DQ, LIMITS, FLAGS, VALUES, LEARNED,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, dout_b, dout_s, dout_h,
     lse_b, lse_s, lse_h, delta_b, delta_s, delta_h, dq_b, dq_s, dq_h,
     num_rows, num_cols, heads, all_packs, num_tiles, section,
@@ -65,6 +71,7 @@ def dq_kernel(
     WHOLE: tl.constexpr, SOURCES: tl.constexpr, PLAIN: tl.constexpr,
     LIMITED: tl.constexpr, REVERSED: tl.constexpr, WIDE: tl.constexpr,
     FROM: tl.constexpr, TO: tl.constexpr, SHARES: tl.constexpr,
+    GUARDED: tl.constexpr, CLEANS: tl.constexpr,
 ):  # fmt: skip
     """Adds to dq `[b i hq d]` and to each (pointer, strides) of LEARNED `[b i hq]`, float32.
 
@@ -79,6 +86,21 @@ def dq_kernel(
     i, head = index // PACK, h + index % PACK
     first, end = sees(i, lower, upper, num_cols, LIMITS, LIMITED)
     start, inner, inner_stop, stop = visits(first, end, COLS, FROM == 1)
+    K += b64 * k_b + g64 * k_h
+    V += b64 * v_b + g64 * v_h
+    if CLEANS:
+        flag = 0
+        for edge in tl.static_range(2):
+            low, high = (start, inner) if edge == 0 else (inner_stop, stop)
+            for t in range(low, high):
+                k = load_tile(K, t * COLS, k_s, num_cols, COLS, D, PADDED_D, True, WIDE)
+                v = load_tile(V, t * COLS, v_s, num_cols, COLS, VD, PADDED_VD, True, WIDE)
+                flag = tl.maximum(flag, tl.maximum(holds(k), holds(v)))
+        tl.store(FLAGS + tl.program_id(0), flag)
+        inside = inside & (flag > 0)
+        inner, inner_stop, stop = start, start, tl.where(flag > 0, stop, start)
+    elif GUARDED:
+        inside = inside & (tl.load(FLAGS + tl.program_id(0)) == 0)
     values = loaded(VALUES, (whole_0, whole_1), head[:, None], LOADS, WHOLE)
 
     d, e = tl.arange(0, PADDED_D), tl.arange(0, PADDED_VD)
@@ -98,9 +120,9 @@ def dq_kernel(
         x_at = _learned_at(LEARNED[n], b64, h64, index, PACK)
         shares = shares + (tl.load(x_at, mask=inside, other=0.0),)
 
-    K += b64 * k_b + g64 * k_h
-    V += b64 * v_b + g64 * v_h
-    for phase in tl.static_range(FROM, TO):  # the upper edge, what all rows see, the lower edge
+    met = tl.zeros([ROWS], tl.int32)
+    # The upper edge, what all rows see, the lower edge; for CLEANS all of it is an edge.
+    for phase in tl.static_range(0 if CLEANS else FROM, 1 if CLEANS else TO):
         high = stop if phase == 0 else inner_stop if phase == 1 else inner
         low = inner_stop if phase == 0 else inner if phase == 1 else start
         for n in range(0, high - low):
@@ -114,11 +136,15 @@ def dq_kernel(
             place = i[:, None], j[None, :], row, col, step, batch, head[:, None] + head0
             _, ds, dx = _weights(
                 x, dp, lse[:, None], delta[:, None], visible, place, values, scale,
-                SCORES, DRAWS, WEIGHS, PLAIN, phase != 1,
+                SCORES, DRAWS, WEIGHS, PLAIN, phase != 1, CLEANS,
             )  # fmt: skip
             shares = _shared(shares, ds, place, values, SHARES)
+            if CLEANS:
+                met, k = tl.maximum(met, meets(visible, k)), cleaned(k)
             dq = dot_add(dx, k, dq)
 
+    if CLEANS:
+        dq = tl.where(met[:, None] > 0, float("nan"), dq)
     tl.store(dq_at, dq, mask=narrow)
     for n in tl.static_range(len(SHARES)):
         tl.store(_learned_at(LEARNED[n], b64, h64, index, PACK), shares[n], mask=inside)
@@ -146,7 +172,7 @@ def _shared(shares, ds, place, values, SHARES: tl.constexpr):
     "lower", "upper", "row", "col", "step", "head0", "whole_0", "whole_1",
 ])  # fmt: skip
 def dkdv_kernel(
-    Q, K, V, DOUT, LSE, DELTA, DK, DV, LIMITS, VALUES,
+    Q, K, V, DOUT, LSE, DELTA, DK, DV, LIMITS, FLAGS, VALUES,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, dout_b, dout_s, dout_h,
     lse_b, lse_s, lse_h, delta_b, delta_s, delta_h, dk_b, dk_s, dk_h, dv_b, dv_s, dv_h,
     num_rows, num_cols, kv_heads, all_heads, num_tiles, section,
@@ -156,7 +182,7 @@ def dkdv_kernel(
     LOADS: tl.constexpr, SCORES: tl.constexpr, DRAWS: tl.constexpr, WEIGHS: tl.constexpr,
     WHOLE: tl.constexpr, SOURCES: tl.constexpr, PLAIN: tl.constexpr,
     LIMITED: tl.constexpr, REVERSED: tl.constexpr, WIDE: tl.constexpr,
-    FROM: tl.constexpr, TO: tl.constexpr,
+    FROM: tl.constexpr, TO: tl.constexpr, GUARDED: tl.constexpr, CLEANS: tl.constexpr,
 ):  # fmt: skip
     """Adds to dk `[b j hkv d]`, dv `[b j hkv vd]`, float32. LIMITS `[j 2]`: rows of a column's document."""
     tile, kv_head = program(num_tiles, all_heads, section, REVERSED)
@@ -166,6 +192,38 @@ def dkdv_kernel(
     inside = j < num_cols
     first, end = sees(tl.minimum(j, num_cols - 1), -upper, -lower, num_rows, LIMITS, LIMITED)
     start, inner, inner_stop, stop = visits(first, end, ROWS, TO == 2)
+    if CLEANS:
+        flag = 0
+        for edge in tl.static_range(2):
+            low, high = (start, inner) if edge == 0 else (inner_stop, stop)
+            for n in range(low * GROUP, high * GROUP):
+                at, h64 = (n // GROUP) * ROWS, (g * GROUP + n % GROUP).to(tl.int64)
+                q = load_tile(
+                    Q + b64 * q_b + h64 * q_h, at, q_s, num_rows, ROWS, D, PADDED_D, True, WIDE
+                )
+                dout = load_tile(
+                    DOUT + b64 * dout_b + h64 * dout_h, at, dout_s, num_rows,
+                    ROWS, VD, PADDED_VD, True, WIDE,
+                )  # fmt: skip
+                delta = load_tile(
+                    DELTA + b64 * delta_b + h64 * delta_h,
+                    at,
+                    delta_s,
+                    num_rows,
+                    ROWS,
+                    1,
+                    1,
+                    True,
+                    WIDE,
+                )
+                found = tl.maximum(holds(q), holds(dout))
+                flag = tl.maximum(flag, tl.maximum(found, holds(delta)))
+        tl.store(FLAGS + tl.program_id(0), flag)
+        inside = inside & (flag > 0)
+        inner, inner_stop, stop = stop, stop, stop
+        start = tl.where(flag > 0, start, stop)
+    elif GUARDED:
+        inside = inside & (tl.load(FLAGS + tl.program_id(0)) == 0)
 
     K += b64 * k_b + g64 * k_h
     V += b64 * v_b + g64 * v_h
@@ -179,9 +237,9 @@ def dkdv_kernel(
     dk = tl.load(dk_at, mask=narrow, other=0.0)
     dv = tl.load(dv_at, mask=wide, other=0.0)
 
-    for phase in tl.static_range(
-        FROM, TO
-    ):  # the first rows that see a key, all that see all, the last
+    met_q, met_dout = tl.zeros([COLS], tl.int32), tl.zeros([COLS], tl.int32)
+    # The first rows that see a key, all that see all, the last.
+    for phase in tl.static_range(0 if CLEANS else FROM, 1 if CLEANS else TO):
         low = start if phase == 0 else inner if phase == 1 else inner_stop
         high = inner if phase == 0 else inner_stop if phase == 1 else stop
         for n in range(low * GROUP, high * GROUP):
@@ -208,10 +266,16 @@ def dkdv_kernel(
             place = i[None, :], j[:, None], row, col, step, batch, h + head0
             p, _, dx = _weights(
                 x, dp, lse[None, :], delta[None, :], visible, place, values, scale,
-                SCORES, DRAWS, WEIGHS, PLAIN, phase != 1,
+                SCORES, DRAWS, WEIGHS, PLAIN, phase != 1, CLEANS,
             )  # fmt: skip
+            if CLEANS:
+                met_q, q = tl.maximum(met_q, meets(visible, q)), cleaned(q)
+                met_dout, dout = tl.maximum(met_dout, meets(visible, dout)), cleaned(dout)
             dv = dot_add(p, dout, dv)
             dk = dot_add(dx, q, dk)
 
+    if CLEANS:
+        dk = tl.where(met_q[:, None] > 0, float("nan"), dk)
+        dv = tl.where(met_dout[:, None] > 0, float("nan"), dv)
     tl.store(dk_at, dk, mask=narrow)
     tl.store(dv_at, dv, mask=wide)

@@ -147,6 +147,7 @@ def weights_kernel(
         inside = there[:, None] & (c < width)[None, :]
         s = tl.load(s_at[:, None] + c[None, :], mask=inside, other=float("-inf")).to(m.dtype)
         p = tl.exp2((s - m[:, None]) * LOG2E) / l[:, None]
+        p = tl.where(s == float("-inf"), 0.0, p)  # a row that is NaN is so only where it sees a key
         tl.store(p_at[:, None] + c[None, :], p.to(P.dtype.element_ty), mask=inside)
 
 
@@ -155,7 +156,7 @@ def ds_kernel(
     P, DP, DELTA, DS, count, B, C, width, p0, p1, p2, g0, g1, g2, d0, d1, d2, s0, s1, s2,
     COLS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Ds = p (dp - delta)."""
+    """Ds = p (dp - delta), and 0 where p is 0, whatever the others are."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = n < count
     delta = tl.load(DELTA + _at(n, B, C, d0, d1, d2), mask=there, other=0.0)
@@ -166,7 +167,7 @@ def ds_kernel(
         inside = there[:, None] & (c < width)[None, :]
         p = tl.load(p_at[:, None] + c[None, :], mask=inside, other=0.0).to(delta.dtype)
         dp = tl.load(dp_at[:, None] + c[None, :], mask=inside, other=0.0).to(delta.dtype)
-        ds = p * (dp - delta[:, None])
+        ds = tl.where(p == 0.0, 0.0, p * (dp - delta[:, None]))
         tl.store(ds_at[:, None] + c[None, :], ds.to(DS.dtype.element_ty), mask=inside)
 
 

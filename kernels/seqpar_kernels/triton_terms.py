@@ -61,6 +61,31 @@ def load_tile(
 
 
 @triton.jit
+def is_finite(x):
+    """Whether each entry of a tile is."""
+    return tl.abs(x.to(tl.float32)) < float("inf")
+
+
+@triton.jit
+def cleaned(x):
+    """The tile with zeros for what is not finite."""
+    return tl.where(is_finite(x), x, 0.0).to(x.dtype)
+
+
+@triton.jit
+def meets(visible, x):
+    """For each row of `visible`, 1 if it shows one of the rows of x that are not finite, else 0."""
+    bad = tl.max(tl.where(is_finite(x), 0, 1), 1)
+    return tl.max(tl.where(visible, bad[None, :], 0), 1)
+
+
+@triton.jit
+def holds(x):
+    """1 if a tile holds something that is not finite, else 0."""
+    return tl.max(tl.max(tl.where(is_finite(x), 0, 1), 1), 0)
+
+
+@triton.jit
 def places(index, row_stride, head_stride, PACK: tl.constexpr):
     """int64 offsets of packed rows: PACK heads of row 0, then of row 1, ..."""
     row, head = index // PACK, index % PACK

@@ -58,7 +58,7 @@ def attention_weights(
     plan = replace(plan, score=plan.score.resolve(q.shape[-1]))
     sharding, cells = _stored(plan, q.device)
     keys = sharding.for_keys()
-    s, _ = dense.scores_(keys.outer(sharding.of_rows(q), keys.of_cols(k)), cells)
+    s, _ = dense.scores_(keys.outer(sharding.of_rows(q), keys.of_cols(k), cells), cells)
     p, _ = _softmax(s, sharding, plan)
     return sharding.in_order(p)
 
@@ -105,7 +105,7 @@ class _Materialised(torch.autograd.Function):
         delta = torch.zeros_like(lse) if dlse is None else -dlse
         add_dot_(out, dout, delta, implementation=plan.implementation)
         dout_x, delta_x = sharding.of_rows(dout), sharding.spread(delta)
-        dp = dense.dropped(sharding.outer(dout_x, v_x), cells)
+        dp = dense.dropped(sharding.outer(dout_x, v_x, cells), cells)
         ds = score_gradient(p, dp, delta_x, implementation=plan.implementation)
         del dp
         learned = {
@@ -115,11 +115,11 @@ class _Materialised(torch.autograd.Function):
         for name, x in finished_gradients(plan.score, lse, delta, wanted).items():
             learned[name] = sum_rows(x)
         dx = dense.product_gradient_(ds, bend, cells)
-        dq = sharding.for_keys().times(dx, k_x, ctx.shapes[0])
-        dk = sharding.transposed_times(dx, q_x, ctx.shapes[1])
+        dq = sharding.for_keys().times(dx, k_x, ctx.shapes[0], cells)
+        dk = sharding.transposed_times(dx, q_x, ctx.shapes[1], cells)
         # Dropped weights for dv are a matrix too, so that of dq and dk goes first.
         del ds, dx
-        dv = sharding.transposed_times(dense.dropped(p, cells), dout_x, ctx.shapes[2])
+        dv = sharding.transposed_times(dense.dropped(p, cells), dout_x, ctx.shapes[2], cells)
         shares = (
             learned[name].to(x.dtype) if name in wanted else None
             for name, x in zip(ctx.names, tensors, strict=True)
@@ -138,11 +138,11 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, ...]:
     # docs/design.md: materialised attention is three products
     keys = sharding.for_keys()
     q_x, k_x, v_x = sharding.of_rows(q), keys.of_cols(k), sharding.of_cols(v)
-    s, bend = dense.scores_(keys.outer(q_x, k_x), cells)
+    s, bend = dense.scores_(keys.outer(q_x, k_x, cells), cells)
     p, lse = _softmax(s, sharding, plan)
     del s  # no longer needed, and as large as what follows
     shape = torch.Size((*q.shape[:3], v.shape[3]))
-    out = sharding.times(dense.dropped(p, cells), v_x, shape).to(q.dtype)
+    out = sharding.times(dense.dropped(p, cells), v_x, shape, cells).to(q.dtype)
     return (q_x, k_x, v_x, p, out, lse) if bend is None else (q_x, k_x, v_x, p, out, lse, bend)
 
 
@@ -152,7 +152,9 @@ def _stored(plan: Plan, device: torch.device) -> tuple[Sharding, dense.Cells]:
     row, col = (x.to(device) for x in sharding.positions())
     position = Span(0, 1)
     band = plan.mask.band(position, position)
-    cells = dense.Cells(Place(row, col, plan.first_head), band, plan.score, plan.terms)
+    lengths = plan.layout.length, plan.keys.length
+    place = Place(row, col, plan.first_head)
+    cells = dense.Cells(place, band, plan.score, lengths, plan.terms)
     return sharding, cells
 
 

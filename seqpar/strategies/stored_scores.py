@@ -58,19 +58,25 @@ class Sharding:
         """The sharding that multiplies with the keys, as forward and backward both do."""
         return self
 
-    def outer(self, y: Tensor, z: Tensor) -> Float[Tensor, "b hq i j"]:
+    def outer(self, y: Tensor, z: Tensor, cells: dense.Cells) -> Float[Tensor, "b hq i j"]:
         """The part of y z^T that belongs here, in float32 or wider."""
-        return dense.outer(y, z)
+        return dense.outer(y, z, cells)
 
-    def times(self, x: Tensor, z: Tensor, shape: torch.Size) -> Float[Tensor, "b sl hq w"]:  # noqa: ARG002
+    def times(
+        self,
+        x: Tensor,
+        z: Tensor,
+        shape: torch.Size,  # noqa: ARG002
+        cells: dense.Cells,
+    ) -> Float[Tensor, "b sl hq w"]:
         """This rank's own rows of X z, of this shape."""
-        return dense.times(x, z)
+        return dense.times(x, z, cells)
 
     def transposed_times(
-        self, x: Tensor, y: Tensor, shape: torch.Size
+        self, x: Tensor, y: Tensor, shape: torch.Size, cells: dense.Cells
     ) -> Float[Tensor, "b slk hkv w"]:
         """This rank's own rows of X^T y, of this shape."""
-        return dense.transposed_times(x, y, shape[2])
+        return dense.transposed_times(x, y, shape[2], cells)
 
     def spread(self, t: Float[Tensor, "b sl hq"]) -> Float[Tensor, "b hq i"]:
         """A statistic of rows, from their owners to where the matrix is."""
@@ -111,22 +117,24 @@ class ByRows(Sharding):
         """The positions of own rows, and of the columns as the ranks hold them, one after another."""
         return self.rows.positions(self.group.rank), self.cols.permutation()
 
-    def outer(self, y: Tensor, z: Tensor) -> Tensor:
+    def outer(self, y: Tensor, z: Tensor, cells: dense.Cells) -> Tensor:
         """Computes one block of columns at a time."""
         b, i, hq, _ = y.shape
         x = y.new_empty(b, hq, i, self.cols.length, dtype=accumulation_dtype(y.dtype))
         for cols, z_o in self._visits(z):
-            x[..., cols] = dense.outer(y, z_o)
+            x[..., cols] = dense.outer(y, z_o, cells.columns(cols))
         return x
 
-    def times(self, x: Tensor, z: Tensor, shape: torch.Size) -> Tensor:
+    def times(self, x: Tensor, z: Tensor, shape: torch.Size, cells: dense.Cells) -> Tensor:
         """Sums what the blocks of columns give."""
         total = x.new_zeros(shape)
         for cols, z_o in self._visits(z):
-            total += dense.times(x[..., cols], z_o)
+            total += dense.times(x[..., cols], z_o, cells.columns(cols))
         return total
 
-    def transposed_times(self, x: Tensor, y: Tensor, shape: torch.Size) -> Tensor:
+    def transposed_times(
+        self, x: Tensor, y: Tensor, shape: torch.Size, cells: dense.Cells
+    ) -> Tensor:
         """One block of columns at a time."""
         # Of this tensor only shape, type and device are read.
         sums = RingSum((x.new_empty(shape),), self._schedule, self.group)
@@ -134,7 +142,9 @@ class ByRows(Sharding):
             cols = self._place(self._schedule.owner_at(step))
             with sums.share() as share:
                 assert share is not None, "every block is wanted"
-                share[0].add_(dense.transposed_times(x[..., cols], y, shape[2]))
+                share[0].add_(
+                    dense.transposed_times(x[..., cols], y, shape[2], cells.columns(cols))
+                )
         return sums.home()[0]
 
     def in_order(self, x: Tensor) -> Tensor:
@@ -167,9 +177,9 @@ class ByColumns(Sharding):
         """Gathers all row vectors."""
         return all_gather(y, self.group, self.rows.rows, dim=1)
 
-    def times(self, x: Tensor, z: Tensor, shape: torch.Size) -> Tensor:  # noqa: ARG002
+    def times(self, x: Tensor, z: Tensor, shape: torch.Size, cells: dense.Cells) -> Tensor:  # noqa: ARG002
         """Sums over ranks what their columns give."""
-        return reduce_scatter(dense.times(x, z), self.group, self.rows.rows, dim=1)
+        return reduce_scatter(dense.times(x, z, cells), self.group, self.rows.rows, dim=1)
 
     def spread(self, t: Tensor) -> Tensor:
         """Gathers the statistic of all rows."""
@@ -204,20 +214,22 @@ class ByDepth(Sharding):
         """Exchanges all of own columns for a slice of all columns."""
         return self._slice(z, self.cols)
 
-    def outer(self, y: Tensor, z: Tensor) -> Tensor:
+    def outer(self, y: Tensor, z: Tensor, cells: dense.Cells) -> Tensor:
         """Sums what the slices give, on every rank."""
-        x = dense.outer(y, z)
+        x = dense.outer(y, z, cells)
         self.group.all_reduce_(x, "sum")
         return x
 
-    def times(self, x: Tensor, z: Tensor, shape: torch.Size) -> Tensor:
+    def times(self, x: Tensor, z: Tensor, shape: torch.Size, cells: dense.Cells) -> Tensor:
         """Multiplies for a slice of all rows, and exchanges that for all slices of own rows."""
-        return self._unslice(dense.times(x, z).to(z.dtype), self.rows, shape[3])
+        return self._unslice(dense.times(x, z, cells).to(z.dtype), self.rows, shape[3])
 
-    def transposed_times(self, x: Tensor, y: Tensor, shape: torch.Size) -> Tensor:
+    def transposed_times(
+        self, x: Tensor, y: Tensor, shape: torch.Size, cells: dense.Cells
+    ) -> Tensor:
         """Multiplies for a slice of all columns, and exchanges that for all slices of own columns."""
         return self._unslice(
-            dense.transposed_times(x, y, shape[2]).to(y.dtype), self.cols, shape[3]
+            dense.transposed_times(x, y, shape[2], cells).to(y.dtype), self.cols, shape[3]
         )
 
     def spread(self, t: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from plants.plant import Plant
 
 LAYOUT, BLOCK, COMM = "seqpar/layout", "kernels/seqpar_kernels", "seqpar/comm"
 TERMS, STORED, OPS = (f"tests/block/test_{x}.py" for x in ("terms", "row_softmax", "custom_ops"))
+POISON = "tests/block/test_poison.py"
 KEEP, COMPILE = (f"tests/strategies/test_{x}.py" for x in ("keep_attention", "compile"))
 SECOND = "tests/strategies/test_second_derivatives.py"
 BITS = "tests/strategies/test_invariance.py"
@@ -66,7 +67,7 @@ ATTENTION = [
     Plant("triton: carried sum not rescaled", f"{BLOCK}/triton_forward.py",
           "l = l * shrink + tl.sum(p, 1)", "l = l + tl.sum(p, 1)", TERMS),
     Plant("triton: key tiles walked upwards", f"{BLOCK}/triton_forward.py",
-          "acc, m, l, q, K, V, high - 1 - n,", "acc, m, l, q, K, V, low + n,", TERMS),
+          "acc, m, l, met, q, K, V, high - 1 - n,", "acc, m, l, met, q, K, V, low + n,", TERMS),
     Plant("triton: dq walks key tiles upwards", f"{BLOCK}/triton_backward.py",
           "t = high - 1 - n", "t = low + n", TERMS),
     Plant("triton: heads of a group outside query tiles", f"{BLOCK}/triton_backward.py",
@@ -74,7 +75,7 @@ ATTENTION = [
           "t, h = low + (n - low * GROUP) % (high - low),"
           " g * GROUP + (n - low * GROUP) // (high - low)", TERMS),
     Plant("triton: dk without the scale", f"{BLOCK}/triton_backward.py",
-          "return dropped, ds, ds * (bend * scale)", "return dropped, ds, ds * bend", TERMS),
+          "dx = ds * (bend * scale)", "dx = ds * bend", TERMS),
     Plant("triton: derivative of the softcap forgotten", f"{BLOCK}/terms/softcap_triton.py",
           "return bent * values[0], 1.0 - bent * bent", "return bent * values[0], 1.0 + bent * 0.0", TERMS),
     Plant("triton: tanh two digits short", f"{BLOCK}/terms/softcap_triton.py",
@@ -111,6 +112,20 @@ ATTENTION = [
     Plant("stored softmax: delta of a piece alone", f"{BLOCK}/triton_softmax.py",
           "total = tl.load(total_at, mask=there, other=0.0)",
           "total = tl.load(total_at, mask=there, other=0.0) * 0.0", STORED),
+    Plant("poison: a block computed with NaN in it", f"{BLOCK}/dispatch.py",
+          "return chosen in (aten, reference) and", "return chosen is reference and", POISON),
+    Plant("poison: taken out and not put back", f"{BLOCK}/poison.py",
+          "into.l.masked_fill_(scores, torch.nan)", "into.l.masked_fill_(scores & False, torch.nan)", POISON),
+    Plant("poison: a range of rows ends one early", f"{BLOCK}/sight.py",
+          "first, torch.maximum(first, end)", "first, torch.maximum(first, end - 1)", POISON),
+    Plant("triton: poison in values multiplied by zero", f"{BLOCK}/triton_forward.py",
+          "tl.maximum(met, meets(visible, v)), cleaned(v)", "tl.maximum(met, meets(visible, v)), v", POISON),
+    Plant("triton: a hidden weight times NaN", f"{BLOCK}/triton_backward.py",
+          "ds, dx = tl.where(visible, ds, 0.0), tl.where(visible, dx, 0.0)", "ds, dx = ds, dx", POISON),
+    Plant("stored scores: columns told apart by their place in memory", f"{BLOCK}/dense.py",
+          "self._sight.by_rows(_placed(bad, col, self.lengths[1]), hq)",
+          "self._sight.by_rows(_placed(bad, col.sort().values, self.lengths[1]), hq)",
+          "tests/strategies/test_poison.py"),
     Plant("op: fake lse in the type of q", f"{BLOCK}/custom_ops.py",
           "return out, q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype))",
           "return out, q.new_empty(q.shape[:-1], dtype=torch.float32)", OPS),
