@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 BEATS = 6  # within its patience a rank says so many times that it lives
+MANY = 64  # ranks
 
 
 class Store(Protocol):
@@ -58,10 +59,13 @@ class Wait:
 
 @dataclass
 class _Heard:
-    """What a rank told last, and when it was heard first."""
+    """What a rank told last, and at which beat of this rank it was heard first.
+
+    Beats and not seconds, so that no time passes while a job is suspended.
+    """
 
     tale: dict[str, Any]
-    at: float
+    at: int
 
 
 class Watch:
@@ -77,7 +81,8 @@ class Watch:
         self._waits: list[Wait] = []
         self._why: dict[Wait, str] = {}
         self._heard: dict[int, _Heard] = {}
-        self._beat, self._end = 0, ""
+        self._circles: set[Wait] = set()
+        self._beat, self._end, self._left = 0, "", False
         self._lock, self._over = threading.Lock(), threading.Event()
         threading.Thread(target=self._run, name="seqpar watch", daemon=True).start()
 
@@ -92,6 +97,7 @@ class Watch:
         """Notes that a wait is over."""
         with self._lock:
             self._waits.remove(wait)
+            self._circles.discard(wait)
 
     def why(self, wait: Wait, lost: Sequence[int], error: RuntimeError) -> str:
         """Why a wait failed: what the watch found, or what ranks that were lost have told."""
@@ -102,6 +108,8 @@ class Watch:
                 heard = self._listen(rank)
                 if heard is not None and heard.tale["end"]:
                     return f"rank {rank} gave up: {heard.tale['end']}"
+                if heard is not None and heard.tale["left"]:
+                    return f"rank {rank} has left"
             if "imed out" in str(error):  # the process group has less patience
                 return self._look(wait, 0.0) or str(error)
         ranks = " or ".join(f"rank {rank}" for rank in lost)
@@ -116,7 +124,9 @@ class Watch:
     def leave(self) -> None:
         """Tells the others that this process has left, and ends the thread."""
         self._over.set()
-        self.end("it has left")
+        self._left = True
+        with suppress(RuntimeError):
+            self._tell()
 
     def _run(self) -> None:
         with suppress(RuntimeError):  # the store is gone, and with it whoever held it
@@ -127,10 +137,14 @@ class Watch:
                     waits = list(self._waits)
                 for wait in waits:
                     why = self._look(wait, self.patience)
-                    if why is not None:
+                    if why is not None and self._is_still(wait):
                         self._why[wait] = why
                         self.end(why)
                         wait.wake()
+
+    def _is_still(self, wait: Wait) -> bool:
+        with self._lock:
+            return wait in self._waits
 
     def _tell(self) -> None:
         self._beat += 1
@@ -141,6 +155,7 @@ class Watch:
             "every": self.patience / BEATS,
             "waits": waits,
             "end": self._end,
+            "left": self._left,
         }
         self._store.set(_key(self._rank), json.dumps(tale))
 
@@ -150,7 +165,7 @@ class Watch:
             return None
         tale, heard = json.loads(self._store.get(_key(rank))), self._heard.get(rank)
         if heard is None or heard.tale["beat"] != tale["beat"]:
-            heard = self._heard[rank] = _Heard(tale, time.monotonic())
+            heard = self._heard[rank] = _Heard(tale, self._beat)
         return heard
 
     def _look(self, wait: Wait, patience: float) -> str | None:
@@ -160,9 +175,12 @@ class Watch:
             patience: for how many seconds ranks may wait for each other.
         """
         # docs/design.md: a wait is watched, not timed
-        seconds = time.monotonic() - wait.since
-        if seconds < self.patience / BEATS:
+        seconds, every = time.monotonic() - wait.since, self.patience / BEATS
+        if seconds < every:
             return None
+        # Many ranks that wait for a slow one would all read what all others told, so they take turns.
+        in_turn = len(self._heard) <= MANY or (self._beat - self._rank) % BEATS == 0
+        follows = seconds > patience and in_turn
         after: dict[Wait, list[Wait]] = {}
         waits: dict[int, list[Wait]] = {self._rank: [wait]}
         todo = [wait]
@@ -173,22 +191,26 @@ class Watch:
                 heard = self._listen(rank)
                 if heard is None:
                     continue
-                silent = time.monotonic() - heard.at
+                silent = (self._beat - heard.at) * every
                 if heard.tale["end"]:
                     return f"rank {rank} gave up: {heard.tale['end']}"
                 if silent > max(self.patience, BEATS * heard.tale["every"]):
-                    return (
-                        f"rank {rank} has said nothing for {silent:.0f} s: it was stopped or killed"
-                    )
-                if rank not in waits:
+                    what = "was stopped or killed" if not heard.tale["left"] else "has left"
+                    return f"rank {rank} has said nothing for {silent:.0f} s: it {what}"
+                if rank not in waits and follows:
                     waits[rank] = [
                         Wait(rank, tuple(ranks), place, what, so_long)
                         for ranks, place, what, so_long in heard.tale["waits"]
                         if so_long > patience
                     ]
                     todo += waits[rank]
-                after[at] += waits[rank]
-        return None if seconds < patience else _circle(after)
+                after[at] += waits.get(rank, [])
+        circle = _circle(after)
+        # What ranks told is some seconds old, so one that goes on waiting is seen twice.
+        if circle is None or wait in self._circles or not patience:
+            return circle
+        self._circles.add(wait)
+        return None
 
 
 def _circle(after: dict[Wait, list[Wait]]) -> str | None:
