@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -16,7 +17,7 @@ from torch import Tensor
 from seqpar.comm.agree import DesyncError
 from seqpar.comm.objects import gather_objects, largest
 from seqpar.comm.transport import AGREE, NO_OPERATION, Message, Operation, ReduceOp
-from seqpar.comm.watch import Watch
+from seqpar.comm.watch import Wait, Watch
 from seqpar_kernels.torch_internals import WATCHING, missing, own_store
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 _REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 _AGREEMENT, _NOTHING = 1, 2  # tags: of agreement, and of what is never sent
+# What gloo and NCCL say of a connection, and not of a tensor that they do not take.
+_OF_THE_WIRE = re.compile(r"onnect|imed out|peer|[Ss]ocket|pipe|[Aa]bort|pair closure|remote")
 
 
 class ProcessTransport:
@@ -116,10 +119,10 @@ class ProcessTransport:
         waiting = self._waiting(everyone, primitive, operation)
         with waiting:
             works = dist.batch_isend_irecv(ops) if ops else []
-        # Where several messages are one piece of work, any of their peers may be the one that is lost.
-        lost = [[peer] for peer in everyone] if len(works) == len(ops) else [everyone]
+        # Where several messages are one piece of work, it waits for all of their peers.
+        awaited = [[peer] for peer in everyone] if len(works) == len(ops) else [everyone]
         buffers = [x for _, x in (*sends, *receives)]
-        return _ProcessPending(list(zip(works, lost, strict=False)), waiting, buffers)
+        return _ProcessPending(list(zip(works, awaited, strict=False)), waiting, buffers)
 
     def all_reduce(self, x: Tensor, op: ReduceOp, operation: Operation = NO_OPERATION) -> None:
         """Reduces a tensor over all ranks, in place."""
@@ -192,7 +195,9 @@ class _ProcessPending:
     def wait(self) -> None:
         if self._works:
             with self._waiting as waiting:
-                for work, waiting.lost in self._works:
+                for work, peers in self._works:
+                    # docs/design.md: a wait is watched, not timed
+                    waiting.turn_to(peers)
                     if work is not None:
                         work.wait()
         self._works, self._buffers = (), ()
@@ -216,23 +221,28 @@ class _Waiting:
         wake: Callable[[], None],
     ) -> None:
         self._watch, self._rank, self._args = watch, rank, (peers, place, what, wake)
-        self.lost = list(peers)
+        self._wait: Wait | None = None
 
     def __enter__(self) -> _Waiting:
         self._wait = None if self._watch is None else self._watch.begin(*self._args)
         return self
 
+    def turn_to(self, peers: Sequence[int]) -> None:
+        """Waits for these from now on: what the others send is here."""
+        if self._wait is not None:
+            self._wait.turn_to(peers)
+
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        why = str(error)
-        if self._watch is not None and self._wait is not None:
-            self._watch.finish(self._wait)
-            if isinstance(error, RuntimeError):
-                why = self._watch.why(self._wait, self.lost, error)
-        if isinstance(error, RuntimeError):
-            told = f"rank {self._rank} failed in {self._args[2]}: {why}"
-            if self._watch is not None:
-                self._watch.end(told)
-            raise DesyncError(f"{told}. Nothing more can be sent in this group") from error
+        watch, wait, self._wait = self._watch, self._wait, None
+        if watch is not None and wait is not None:
+            watch.finish(wait)
+        if not isinstance(error, RuntimeError) or not _OF_THE_WIRE.search(str(error)):
+            return
+        why = str(error) if watch is None or wait is None else watch.why(wait, error)
+        told = f"rank {self._rank} failed in {self._args[2]}: {why}"
+        if watch is not None:
+            watch.end(told)
+        raise DesyncError(f"{told}. Nothing more can be sent in this group") from error
 
 
 # By the process group of all: the watch of this process.

@@ -2,21 +2,24 @@
 
 Through the store of torch.distributed a thread of each process tells the others that it lives, and what it
 waits for. It follows those tales from its own waits: to a rank that says nothing any more, or round a circle.
-A rank that is busy may take as long as it likes.
+A rank that is busy may take as long as it likes. Nothing else but that thread uses the store, which may be
+gone with its rank, or not answer.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 BEATS = 6  # within its patience a rank says so many times that it lives
 MANY = 64  # ranks
+ANSWER_SECONDS = 2.0  # how long a rank that failed waits to hear why
+LEAVE_SECONDS = 0.5  # how long a process that ends waits for its watch to say so
 
 
 class Store(Protocol):
@@ -25,6 +28,9 @@ class Store(Protocol):
     def set(self, key: str, value: str) -> None:
         """Sets a value that all ranks can read."""
 
+    def add(self, key: str, amount: int) -> int:
+        """Adds to a counter, and gives it."""
+
     def check(self, keys: list[str]) -> bool:
         """Whether the keys have values."""
 
@@ -32,11 +38,12 @@ class Store(Protocol):
         """The value of a key."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Wait:
     """A wait of one rank. Ranks are those of the whole world.
 
     Args:
+        ranks: whose messages are not here; those that have come are left out.
         place: the group and its operation; waits for each other at one place are messages under way.
         what: is waited for, in words.
         seconds: how long ago it began, when it was told.
@@ -50,6 +57,11 @@ class Wait:
     seconds: float = 0.0
     wake: Callable[[], None] = lambda: None
     since: float = field(default_factory=time.monotonic)
+    thread: int = field(default_factory=threading.get_ident)
+
+    def turn_to(self, ranks: Sequence[int]) -> None:
+        """Goes on to wait for other ranks."""
+        self.ranks, self.since = tuple(dict.fromkeys(ranks)), time.monotonic()
 
     def __str__(self) -> str:
         ranks = ", ".join(map(str, self.ranks))
@@ -68,29 +80,45 @@ class _Heard:
     at: int
 
 
+@dataclass(eq=False)
+class _Question:
+    """Why a wait failed. Answered by the thread of the watch."""
+
+    wait: Wait
+    timed_out: bool
+    answer: str | None = None
+    is_answered: threading.Event = field(default_factory=threading.Event)
+
+
 class Watch:
     """Looks after the waits of one process.
 
     Args:
-        store: that all ranks share; used by a thread of the watch.
+        store: that all ranks share.
         patience: for how many seconds a rank may say nothing, and ranks may wait for each other.
     """
 
     def __init__(self, store: Store, rank: int, patience: float) -> None:
         self._store, self._rank, self.patience = store, rank, patience
+        self._process = os.getpid()
         self._waits: list[Wait] = []
+        self._threads: set[int] = set()  # that have ever waited
+        self._questions: list[_Question] = []
         self._why: dict[Wait, str] = {}
         self._heard: dict[int, _Heard] = {}
         self._circles: set[Wait] = set()
-        self._beat, self._end, self._left = 0, "", False
-        self._lock, self._over = threading.Lock(), threading.Event()
-        threading.Thread(target=self._run, name="seqpar watch", daemon=True).start()
+        self._beat, self._life, self._failures = 0, 0, 0
+        self._end, self._left = "", False
+        self._lock, self._awake = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="seqpar watch", daemon=True)
+        self._thread.start()
 
     def begin(self, ranks: Sequence[int], place: str, what: str, wake: Callable[[], None]) -> Wait:
         """Notes that this rank begins to wait for others, until `finish`."""
         wait = Wait(self._rank, tuple(dict.fromkeys(ranks)), place, what, wake=wake)
         with self._lock:
             self._waits.append(wait)
+            self._threads.add(wait.thread)
         return wait
 
     def finish(self, wait: Wait) -> None:
@@ -99,71 +127,106 @@ class Watch:
             self._waits.remove(wait)
             self._circles.discard(wait)
 
-    def why(self, wait: Wait, lost: Sequence[int], error: RuntimeError) -> str:
-        """Why a wait failed: what the watch found, or what ranks that were lost have told."""
+    def why(self, wait: Wait, error: RuntimeError) -> str:
+        """Why a wait failed: what the watch found, or what the ranks that it waited for have told."""
         if wait in self._why:
             return self._why.pop(wait)
-        with suppress(RuntimeError):  # the store may be gone with its rank
-            for rank in lost:
-                heard = self._listen(rank)
-                if heard is not None and heard.tale["end"]:
-                    return f"rank {rank} gave up: {heard.tale['end']}"
-                if heard is not None and heard.tale["left"]:
-                    return f"rank {rank} has left"
-            if "imed out" in str(error):  # the process group has less patience
-                return self._look(wait, 0.0) or str(error)
-        ranks = " or ".join(f"rank {rank}" for rank in lost)
-        return f"{ranks} closed the connection: it was killed, or ended by an error of its own"
+        question = _Question(wait, "imed out" in str(error))
+        self._questions.append(question)
+        self._awake.set()
+        question.is_answered.wait(ANSWER_SECONDS)
+        if question.answer is not None:
+            return question.answer
+        if question.timed_out:
+            return str(error)
+        ranks = " or ".join(f"rank {rank}" for rank in wait.ranks)
+        return f"{ranks} closed the connection: it was killed, or ended by an error of its own ({error})"
 
     def end(self, why: str) -> None:
-        """Tells the others that this rank will not answer any more."""
+        """Tells the others, soon, that this rank will not answer any more."""
         self._end = self._end or why
-        with suppress(RuntimeError):
-            self._tell()
+        self._awake.set()
 
     def leave(self) -> None:
         """Tells the others that this process has left, and ends the thread."""
-        self._over.set()
+        if os.getpid() != self._process:  # a child that was forked
+            return
         self._left = True
-        with suppress(RuntimeError):
-            self._tell()
+        self._awake.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(LEAVE_SECONDS)
 
     def _run(self) -> None:
-        with suppress(RuntimeError):  # the store is gone, and with it whoever held it
-            self._tell()
-            while not self._over.wait(self.patience / BEATS):
+        while self._failures < BEATS:  # then the store is gone, and with it whoever held it
+            try:
+                self._turn()
+                self._failures = 0
+            except RuntimeError:
+                self._failures += 1
+            if self._left:
+                return
+            self._awake.wait(self.patience / BEATS)
+            self._awake.clear()
+
+    def _turn(self) -> None:
+        if not self._life:  # process groups may be made anew over one store
+            self._life = self._store.add(f"seqpar/lives/{self._rank}", 1)
+        self._tell()
+        while self._questions:
+            self._answer(self._questions.pop())
+        with self._lock:
+            waits = list(self._waits)
+        for wait in waits:
+            why = self._look(wait, self.patience)
+            if why is not None and self._is_still(wait):
+                self._why[wait] = why
+                self._end = self._end or why
                 self._tell()
-                with self._lock:
-                    waits = list(self._waits)
-                for wait in waits:
-                    why = self._look(wait, self.patience)
-                    if why is not None and self._is_still(wait):
-                        self._why[wait] = why
-                        self.end(why)
-                        wait.wake()
+                wait.wake()
 
     def _is_still(self, wait: Wait) -> bool:
         with self._lock:
             return wait in self._waits
 
+    def _answer(self, question: _Question) -> None:
+        try:
+            for rank in question.wait.ranks:
+                tale = self._listen(rank).tale
+                if tale.get("end"):
+                    question.answer = f"rank {rank} gave up: {tale['end']}"
+                elif tale.get("left"):
+                    question.answer = f"rank {rank} has left"
+            if question.timed_out and question.answer is None:
+                # The process group has less patience.
+                question.answer = self._look(question.wait, 0.0)
+        finally:
+            question.is_answered.set()
+
     def _tell(self) -> None:
         self._beat += 1
+        alive = {thread.ident for thread in threading.enumerate()}
         with self._lock:
+            self._threads &= alive
+            busy = self._threads - {wait.thread for wait in self._waits}
             waits = [(w.ranks, w.place, w.what, time.monotonic() - w.since) for w in self._waits]
         tale = {
             "beat": self._beat,
             "every": self.patience / BEATS,
+            "busy": len(busy),
             "waits": waits,
             "end": self._end,
             "left": self._left,
         }
-        self._store.set(_key(self._rank), json.dumps(tale))
+        self._store.set(self._key(self._rank), json.dumps(tale))
 
-    def _listen(self, rank: int) -> _Heard | None:
-        """What a rank told last; `None` if it has told nothing yet."""
-        if not self._store.check([_key(rank)]):
-            return None
-        tale, heard = json.loads(self._store.get(_key(rank))), self._heard.get(rank)
+    def _key(self, rank: int) -> str:
+        return f"seqpar/where/{self._life}/{rank}"
+
+    def _listen(self, rank: int) -> _Heard:
+        """What a rank told last; an empty tale if it has told nothing yet."""
+        if not self._store.check([self._key(rank)]):
+            return _Heard({}, self._beat)
+        tale, heard = json.loads(self._store.get(self._key(rank))), self._heard.get(rank)
         if heard is None or heard.tale["beat"] != tale["beat"]:
             heard = self._heard[rank] = _Heard(tale, self._beat)
         return heard
@@ -189,7 +252,7 @@ class Watch:
             after[at] = []
             for rank in at.ranks:
                 heard = self._listen(rank)
-                if heard is None:
+                if not heard.tale:
                     continue
                 silent = (self._beat - heard.at) * every
                 if heard.tale["end"]:
@@ -197,7 +260,8 @@ class Watch:
                 if silent > max(self.patience, BEATS * heard.tale["every"]):
                     what = "was stopped or killed" if not heard.tale["left"] else "has left"
                     return f"rank {rank} has said nothing for {silent:.0f} s: it {what}"
-                if rank not in waits and follows:
+                # A rank with a thread that is busy may yet send what is waited for.
+                if rank not in waits and follows and not heard.tale["busy"]:
                     waits[rank] = [
                         Wait(rank, tuple(ranks), place, what, so_long)
                         for ranks, place, what, so_long in heard.tale["waits"]
@@ -229,7 +293,3 @@ def _reached(wait: Wait, after: dict[Wait, list[Wait]]) -> set[Wait]:
         seen.update(new)
         todo += new
     return seen
-
-
-def _key(rank: int) -> str:
-    return f"seqpar/where/{rank}"
