@@ -17,7 +17,8 @@ def may_hold_poison(*tensors: Tensor) -> bool:
     """
     if tensors[0].device.type == "meta":
         return False
-    if tensors[0].device.type != "cpu":
+    # Of a subclass, such as the tensors that a compiler traces with, numbers may not be asked for.
+    if tensors[0].device.type != "cpu" or any(type(x) is not Tensor for x in tensors):
         return True
     return not all(x.sum(dtype=_SUMMED_IN.get(x.dtype)).isfinite() for x in tensors)
 

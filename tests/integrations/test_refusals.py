@@ -484,7 +484,10 @@ def test_models_that_differ_between_ranks_are_refused():
 def test_models_of_ranks_that_share_one_config_object_are_refused_in_words():
     """Ranks of one process would switch each other's attention."""
     config = FAMILIES["llama"].make().config
-    models = [transformers.LlamaForCausalLM(config) for _ in range(3)]
+    models = []
+    for _ in range(3):
+        torch.manual_seed(0)
+        models.append(transformers.LlamaForCausalLM(config))
 
     def set_up(group):
         SequenceParallel(models[group.rank], seqpar.RingAttention(group))

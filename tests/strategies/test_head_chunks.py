@@ -112,8 +112,8 @@ class Recorded:
     def __getattr__(self, name):
         return getattr(self._transport, name)
 
-    def exchange(self, primitive, sends, receives):
-        pending = self._transport.exchange(primitive, sends, receives)
+    def exchange(self, primitive, sends, receives, operation):
+        pending = self._transport.exchange(primitive, sends, receives, operation)
         if "rows" not in primitive:  # the ranks agree on the call
             return pending
         return _RecordedPending(self, self._events, pending, [*sends, *receives])

@@ -24,6 +24,7 @@ VALUES = {
     "grid": (GROUP.grid(ulysses=2), GROUP.grid(ulysses=1)),
     "head_chunks": (2, 3),
     "first_head": (4, 8),
+    "agree": ("call", "plan"),
 }
 NAMES = [f.name for f in fields(Plan) if f.name != "group"]
 PLAN = Plan(GROUP, **{name: value for name, (value, _) in VALUES.items()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +75,8 @@ class Family:
             changes: of the config.
         """
         config = getattr(transformers, self.config)(**(self.options | changes))
-        with torch.random.fork_rng(devices=[]):
+        # Ranks that are threads share torch's generator.
+        with _DRAWING, torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = getattr(transformers, self.model)(config).to(dtype).train()
             with torch.no_grad():
@@ -82,6 +84,8 @@ class Family:
                     parameter.add_(torch.randn_like(parameter) * spread)
         return model
 
+
+_DRAWING = threading.Lock()
 
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", "LlamaConfig", GROUPED),
