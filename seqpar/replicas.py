@@ -20,10 +20,11 @@ def same_weights(module: nn.Module, group: Group, *, broadcast: bool = False) ->
         broadcast: gives every rank the parameters of rank 0 instead, in place.
 
     Raises:
+        ValueError: a parameter has no content yet.
         DesyncError: ranks have other parameters, the first of which are named.
     """
-    shared = {name: p for name, p in module.named_parameters() if _is_whole(p)}
     with agreed(group, operation="same_weights") as claim:
+        shared = _shared(module)
         claim |= {name: (tuple(p.shape), p.dtype) for name, p in shared.items()}
         claim["broadcast"] = broadcast
     if broadcast:
@@ -35,15 +36,28 @@ def same_weights(module: nn.Module, group: Group, *, broadcast: bool = False) ->
             claim[f"the hash of {name}"] = _hash(p)
 
 
-def _is_whole(p: Tensor) -> bool:
-    return type(p.data) is torch.Tensor and not getattr(p, "_is_flat_param", False)
+def _shared(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters that every rank holds whole."""
+    flat = [m for m in module.modules() if type(m).__name__ == "FullyShardedDataParallel"]
+    cut = {id(p) for m in flat for p in m.parameters()}
+    whole: dict[str, Tensor] = {
+        name: p
+        for name, p in module.named_parameters()
+        if type(p.data) is Tensor and id(p) not in cut
+    }
+    for name, p in whole.items():
+        if p.device.type == "meta":
+            raise ValueError(f"{name} is on the meta device: compare weights when they are loaded")
+    return whole
 
 
 @torch.no_grad()
 def _hash(x: Tensor) -> str:
     """A sum of the words of a tensor, each times an odd number that tells its place, modulo 2^64."""
     raw = x.detach().contiguous().reshape(-1).view(torch.uint8)
-    words = F.pad(raw, (0, -raw.numel() % 8)).view(torch.int64)
+    if raw.numel() % 8:  # else it would be copied
+        raw = F.pad(raw, (0, -raw.numel() % 8))
+    words = raw.view(torch.int64)
     total = torch.zeros((), dtype=torch.int64, device=x.device)
     for n, part in enumerate(words.split(WORDS)):
         places = torch.arange(n * WORDS, n * WORDS + len(part), device=x.device)

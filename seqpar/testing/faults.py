@@ -82,16 +82,18 @@ def elsewhere(world: World) -> None:
         pass
 
 
-def slow(world: World) -> None:
+def slow(_: World) -> None:
     """Takes longer than the others have patience, and goes on."""
     time.sleep(2.5 * PATIENCE_SECONDS)
-    world.attend()
 
 
 def before_a_call(world: World, fault: Fault) -> None:
     """Between two calls."""
     world.attend()
-    fault(world) if world.is_odd else world.attend()
+    if world.is_odd:
+        fault(world)
+    if not world.is_odd or fault is slow:
+        world.attend()
 
 
 def before_backward(world: World, fault: Fault) -> None:
@@ -122,7 +124,8 @@ def _fail_at_message(world: World, fault: Fault) -> None:
         sent.extend([primitive] * (primitive != "agree" and bool(args[0])))
         if len(sent) == 2 or primitive == "heads_to_rows":
             fault(world)
-            raise SystemExit
+            if fault is not slow:
+                raise SystemExit
         return exchange(primitive, *args)  # type: ignore[arg-type]
 
     world.group.transport.exchange = failing  # type: ignore[assignment, method-assign]

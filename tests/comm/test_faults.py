@@ -24,6 +24,10 @@ def test_with_another_strategy(strategy):
         assert f"rank {faults.ODD} has said nothing" in told.text, told
 
 
-def test_a_rank_that_takes_its_time_is_waited_for():
-    found = faults.outcome(3, "ring", faults.before_a_call, faults.slow)
-    assert [told and told.text for told in found] == ["nothing", "nothing"]
+@pytest.mark.parametrize(
+    "phase", [faults.before_a_call, faults.inside_forward, faults.inside_backward]
+)
+def test_a_rank_that_takes_its_time_is_waited_for(phase):
+    """Others may be through with a call that it is still in: they have sent all that it wants of them."""
+    found = faults.outcome(4, "ring", phase, faults.slow)
+    assert [told and told.text for told in found] == ["nothing"] * 3

@@ -236,9 +236,38 @@ def test_a_wrapper_that_is_gone_is_not_called():
     assert sp.model is compiled
     holder = torch.nn.ModuleDict({"model": model})  # passes nothing on
     assert sp.model is compiled
-    del compiled, holder
+    again = torch.compile(model)
+    with pytest.raises(RuntimeError, match="wrapped 2 times over"):
+        sp.model.eval()
+    del compiled
+    gc.collect()
+    assert sp.model is again
+    del again, holder
     gc.collect()
     assert sp.model is model
+    assert copy.deepcopy(sp).model is not model
+
+
+def wrapped_twice(group):
+    ranks = torch.distributed.new_subgroups_by_enumeration([list(range(group.size))])[0]
+    model = FAMILIES["llama"].make()
+    sp = SequenceParallel(model, attend_by("ring", group))
+    ddp = DistributedDataParallel(model, process_group=ranks)
+    ddp = DistributedDataParallel(model, process_group=ranks)  # as after unfreezing a layer
+    gc.collect()
+    assert sp.model is ddp
+    del ddp
+    gc.collect()
+    outside = DistributedDataParallel(torch.nn.Sequential(model), process_group=ranks)
+    with pytest.raises(RuntimeError, match="round a Sequential that holds the model"):
+        sp.loss(BATCH)
+    del outside
+    gc.collect()
+    return sp.model is model
+
+
+def test_ddp_that_is_made_anew_is_called_and_one_out_of_reach_is_refused(worlds):
+    assert all(worlds.run(2, wrapped_twice))
 
 
 def test_the_tokens_of_all_replicas_count_alike():

@@ -7,16 +7,19 @@ inside of it are not averaged, and nothing says so.
 from __future__ import annotations
 
 import weakref
+from copy import deepcopy
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 # What calls the model inside with the arguments that it is given: by name, to import none of them.
-PASS_ON = {"DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule"}
+AVERAGES = {"DistributedDataParallel", "FullyShardedDataParallel"}
+PASS_ON = AVERAGES | {"OptimizedModule"}
 
 
 class Outermost:
-    """A model, or what wrapped it last of those that pass their arguments on.
+    """A model, or what has been wrapped round it of those that pass their arguments on.
 
     Args:
         model: is kept alive; its wrappers are not.
@@ -24,7 +27,8 @@ class Outermost:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._wrappers: list[weakref.ref[nn.Module]] = []
+        # Modules that hold the model, directly or not, in the order in which they were made.
+        self._around: list[weakref.ref[nn.Module]] = []
         noted = weakref.WeakMethod(self._note)
 
         def hook(module: nn.Module, _: str, submodule: nn.Module | None) -> None:
@@ -35,10 +39,41 @@ class Outermost:
         weakref.finalize(self, register_module_module_registration_hook(hook).remove)
 
     def __call__(self) -> nn.Module:
-        """The outermost module that is alive."""
-        alive = [wrapper for ref in self._wrappers if (wrapper := ref()) is not None]
-        return alive[-1] if alive else self._model
+        """The outermost module that can be called in the model's place.
+
+        Raises:
+            RuntimeError: what averages gradients is round something else that holds the model, or several
+                wrappers are alive of which none is round the others.
+        """
+        around = self._alive()
+        callable_: list[nn.Module] = [self._model]
+        for module in around:
+            if type(module).__name__ in PASS_ON:
+                if any(child in callable_ for child in module.children()):
+                    callable_.append(module)
+                elif type(module).__name__ in AVERAGES:
+                    wrapper, inside = (type(m).__name__ for m in (module, next(module.children())))
+                    raise RuntimeError(
+                        f"{wrapper} is round a {inside} that holds the model, so calling the model would go "
+                        f"round it: make SequenceParallel of the {wrapper}, or call it with sp.shard(batch)"
+                    )
+        outer = [m for m in callable_ if not any(m in list(o.children()) for o in callable_)]
+        averaging = [m for m in outer if type(m).__name__ in AVERAGES]
+        found = averaging or outer
+        if len(found) > 1:
+            raise RuntimeError(
+                f"the model is wrapped {len(found)} times over, in {[type(m).__name__ for m in found]}; "
+                "delete all but one, or make SequenceParallel of the one that is trained"
+            )
+        return found[0]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Outermost:
+        """That of the copied model, which nothing is round yet."""
+        return Outermost(deepcopy(self._model, memo))
+
+    def _alive(self) -> list[nn.Module]:
+        return [module for ref in self._around if (module := ref()) is not None]
 
     def _note(self, module: nn.Module, submodule: nn.Module | None) -> None:
-        if submodule is self() and type(module).__name__ in PASS_ON:
-            self._wrappers.append(weakref.ref(module))
+        if submodule is self._model or any(submodule is m for m in self._alive()):
+            self._around.append(weakref.ref(module))
