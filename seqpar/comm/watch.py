@@ -102,7 +102,7 @@ class Watch:
         self._store, self._rank, self.patience = store, rank, patience
         self._process = os.getpid()
         self._waits: list[Wait] = []
-        self._threads: set[int] = set()  # that have ever waited
+        self._threads = {threading.get_ident()}  # that have ever waited, or may yet
         self._questions: list[_Question] = []
         self._why: dict[Wait, str] = {}
         self._heard: dict[int, _Heard] = {}
