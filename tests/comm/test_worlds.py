@@ -200,6 +200,8 @@ def test_a_rank_that_exits_is_no_success():
 
 def test_ranks_stop_when_the_world_is_interrupted():
     """The interrupt comes to the thread that waits; ranks would go on computing for ever."""
+    # Workers of pytest-xdist ignore interrupts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     told = []
 
     def fn(group):
@@ -214,8 +216,11 @@ def test_ranks_stop_when_the_world_is_interrupted():
 
     main = threading.get_ident()
     threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
-        simulate(2, fn)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            simulate(2, fn)
+    finally:
+        signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 10
     while len(told) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -6,6 +6,7 @@ inside of it are not averaged, and nothing says so.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from copy import deepcopy
 from typing import Any
@@ -16,6 +17,9 @@ from torch.nn.modules.module import register_module_module_registration_hook
 # What calls the model inside with the arguments that it is given: by name, to import none of them.
 AVERAGES = {"DistributedDataParallel", "FullyShardedDataParallel"}
 PASS_ON = AVERAGES | {"OptimizedModule"}
+
+_ALL: weakref.WeakSet[Outermost] = weakref.WeakSet()
+_LOCK = threading.RLock()  # ranks may be threads
 
 
 class Outermost:
@@ -29,14 +33,8 @@ class Outermost:
         self._model = model
         # Modules that hold the model, directly or not, in the order in which they were made.
         self._around: list[weakref.ref[nn.Module]] = []
-        noted = weakref.WeakMethod(self._note)
-
-        def hook(module: nn.Module, _: str, submodule: nn.Module | None) -> None:
-            note = noted()
-            if note is not None:
-                note(module, submodule)
-
-        weakref.finalize(self, register_module_module_registration_hook(hook).remove)
+        with _LOCK:
+            _ALL.add(self)
 
     def __call__(self) -> nn.Module:
         """The outermost module that can be called in the model's place.
@@ -74,6 +72,18 @@ class Outermost:
     def _alive(self) -> list[nn.Module]:
         return [module for ref in self._around if (module := ref()) is not None]
 
-    def _note(self, module: nn.Module, submodule: nn.Module | None) -> None:
+    def note(self, module: nn.Module, submodule: nn.Module | None) -> None:
+        """Notes that a module has been given another one to hold."""
         if submodule is self._model or any(submodule is m for m in self._alive()):
             self._around.append(weakref.ref(module))
+
+
+def _note(module: nn.Module, _: str, submodule: nn.Module | None) -> None:
+    with _LOCK:
+        everyone = list(_ALL)
+    for outermost in everyone:
+        outermost.note(module, submodule)
+
+
+# Once, and never removed: torch goes through its hooks on every thread, and ranks may be threads.
+register_module_module_registration_hook(_note)
