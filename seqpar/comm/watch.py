@@ -104,6 +104,7 @@ class Watch:
         self._waits: list[Wait] = []
         self._threads = {threading.get_ident()}  # that have ever waited, or may yet
         self._questions: list[_Question] = []
+        self._to_tell: list[threading.Event] = []
         self._why: dict[Wait, str] = {}
         self._heard: dict[int, _Heard] = {}
         self._circles: set[Wait] = set()
@@ -143,9 +144,12 @@ class Watch:
         return f"{ranks} closed the connection: it was killed, or ended by an error of its own ({error})"
 
     def end(self, why: str) -> None:
-        """Tells the others, soon, that this rank will not answer any more."""
+        """Tells the others that this rank will not answer any more, before its connections close."""
         self._end = self._end or why
+        told = threading.Event()
+        self._to_tell.append(told)
         self._awake.set()
+        told.wait(ANSWER_SECONDS)
 
     def leave(self) -> None:
         """Tells the others that this process has left, and ends the thread."""
@@ -171,7 +175,11 @@ class Watch:
     def _turn(self) -> None:
         if not self._life:  # process groups may be made anew over one store
             self._life = self._store.add(f"seqpar/lives/{self._rank}", 1)
+        waiting_to_tell = self._to_tell[:]
         self._tell()
+        for told in waiting_to_tell:
+            told.set()
+            self._to_tell.remove(told)
         while self._questions:
             self._answer(self._questions.pop())
         with self._lock:

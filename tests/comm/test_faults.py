@@ -27,6 +27,14 @@ def test_with_another_strategy(strategy):
 @pytest.mark.parametrize(
     "phase", [faults.before_a_call, faults.inside_forward, faults.inside_backward]
 )
+@pytest.mark.parametrize("strategy", ["hybrid", "mesh"])
+def test_ranks_that_waited_for_another_one_name_it_too(strategy):
+    """They lose a rank that gave up because of it, which says so before its connections close."""
+    for told in faults.outcome(4, strategy, faults.inside_forward, faults.killed):
+        assert told is not None, "still waiting"
+        assert f"rank {faults.ODD}" in told.text, told
+
+
 def test_a_rank_that_takes_its_time_is_waited_for(phase):
     """Others may be through with a call that it is still in: they have sent all that it wants of them."""
     found = faults.outcome(4, "ring", phase, faults.slow)
