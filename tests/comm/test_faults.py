@@ -24,9 +24,6 @@ def test_with_another_strategy(strategy):
         assert f"rank {faults.ODD} has said nothing" in told.text, told
 
 
-@pytest.mark.parametrize(
-    "phase", [faults.before_a_call, faults.inside_forward, faults.inside_backward]
-)
 @pytest.mark.parametrize("strategy", ["hybrid", "mesh"])
 def test_ranks_that_waited_for_another_one_name_it_too(strategy):
     """They lose a rank that gave up because of it, which says so before its connections close."""
@@ -35,6 +32,9 @@ def test_ranks_that_waited_for_another_one_name_it_too(strategy):
         assert f"rank {faults.ODD}" in told.text, told
 
 
+@pytest.mark.parametrize(
+    "phase", [faults.before_a_call, faults.inside_forward, faults.inside_backward]
+)
 def test_a_rank_that_takes_its_time_is_waited_for(phase):
     """Others may be through with a call that it is still in: they have sent all that it wants of them."""
     found = faults.outcome(4, "ring", phase, faults.slow)
