@@ -17,7 +17,7 @@ from seqpar_kernels.triton_terms import (
     dot,
     dot_add,
     draws,
-    holds,
+    edges_hold,
     load_tile,
     loaded,
     meets,
@@ -89,13 +89,11 @@ def dq_kernel(
     K += b64 * k_b + g64 * k_h
     V += b64 * v_b + g64 * v_h
     if CLEANS:
-        flag = 0
-        for edge in tl.static_range(2):
-            low, high = (start, inner) if edge == 0 else (inner_stop, stop)
-            for t in range(low, high):
-                k = load_tile(K, t * COLS, k_s, num_cols, COLS, D, PADDED_D, True, WIDE)
-                v = load_tile(V, t * COLS, v_s, num_cols, COLS, VD, PADDED_VD, True, WIDE)
-                flag = tl.maximum(flag, tl.maximum(holds(k), holds(v)))
+        in_k = edges_hold(K, k_s, num_cols, start, inner, inner_stop, stop, COLS, D, PADDED_D, WIDE)
+        in_v = edges_hold(
+            V, v_s, num_cols, start, inner, inner_stop, stop, COLS, VD, PADDED_VD, WIDE
+        )
+        flag = tl.maximum(in_k, in_v)
         tl.store(FLAGS + tl.program_id(0), flag)
         inside = inside & (flag > 0)
         inner, inner_stop, stop = start, start, tl.where(flag > 0, stop, start)
@@ -194,30 +192,21 @@ def dkdv_kernel(
     start, inner, inner_stop, stop = visits(first, end, ROWS, TO == 2)
     if CLEANS:
         flag = 0
-        for edge in tl.static_range(2):
-            low, high = (start, inner) if edge == 0 else (inner_stop, stop)
-            for n in range(low * GROUP, high * GROUP):
-                at, h64 = (n // GROUP) * ROWS, (g * GROUP + n % GROUP).to(tl.int64)
-                q = load_tile(
-                    Q + b64 * q_b + h64 * q_h, at, q_s, num_rows, ROWS, D, PADDED_D, True, WIDE
-                )
-                dout = load_tile(
-                    DOUT + b64 * dout_b + h64 * dout_h, at, dout_s, num_rows,
-                    ROWS, VD, PADDED_VD, True, WIDE,
-                )  # fmt: skip
-                delta = load_tile(
-                    DELTA + b64 * delta_b + h64 * delta_h,
-                    at,
-                    delta_s,
-                    num_rows,
-                    ROWS,
-                    1,
-                    1,
-                    True,
-                    WIDE,
-                )
-                found = tl.maximum(holds(q), holds(dout))
-                flag = tl.maximum(flag, tl.maximum(found, holds(delta)))
+        for n in range(GROUP):
+            h64 = (g * GROUP + n).to(tl.int64)
+            in_q = edges_hold(
+                Q + b64 * q_b + h64 * q_h, q_s, num_rows, start, inner, inner_stop, stop,
+                ROWS, D, PADDED_D, WIDE,
+            )  # fmt: skip
+            in_dout = edges_hold(
+                DOUT + b64 * dout_b + h64 * dout_h, dout_s, num_rows,
+                start, inner, inner_stop, stop, ROWS, VD, PADDED_VD, WIDE,
+            )  # fmt: skip
+            in_delta = edges_hold(
+                DELTA + b64 * delta_b + h64 * delta_h, delta_s, num_rows,
+                start, inner, inner_stop, stop, ROWS, 1, 1, WIDE,
+            )  # fmt: skip
+            flag = tl.maximum(flag, tl.maximum(in_q, tl.maximum(in_dout, in_delta)))
         tl.store(FLAGS + tl.program_id(0), flag)
         inside = inside & (flag > 0)
         inner, inner_stop, stop = stop, stop, stop

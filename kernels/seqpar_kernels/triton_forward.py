@@ -15,7 +15,7 @@ from seqpar_kernels.triton_terms import (
     dot,
     dot_add,
     draws,
-    holds,
+    edges_hold,
     load_tile,
     loaded,
     meets,
@@ -98,12 +98,9 @@ def forward_kernel(
     K += b64 * k_b + g64 * k_h
     V += b64 * v_b + g64 * v_h
     if CLEANS:
-        flag = 0
-        for edge in tl.static_range(2):
-            low, high = (start, inner) if edge == 0 else (inner_stop, stop)
-            for t in range(low, high):
-                v = load_tile(V, t * COLS, v_s, num_cols, COLS, VD, PADDED_VD, True, WIDE)
-                flag = tl.maximum(flag, holds(v))
+        flag = edges_hold(
+            V, v_s, num_cols, start, inner, inner_stop, stop, COLS, VD, PADDED_VD, WIDE
+        )
         tl.store(FLAGS + tl.program_id(0), flag)
         inside = inside & (flag > 0)
         inner, inner_stop, stop = start, start, tl.where(flag > 0, stop, start)

@@ -86,6 +86,21 @@ def holds(x):
 
 
 @triton.jit
+def edges_hold(
+    base, stride, num_rows, start, inner, inner_stop, stop,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """1 if a tile that is not seen whole by all holds something that is not finite, else 0; see `visits`."""
+    found = 0
+    for edge in tl.static_range(2):
+        low, high = (start, inner) if edge == 0 else (inner_stop, stop)
+        for t in range(low, high):
+            x = load_tile(base, t * ROWS, stride, num_rows, ROWS, WIDTH, PADDED, True, WIDE)
+            found = tl.maximum(found, holds(x))
+    return found
+
+
+@triton.jit
 def places(index, row_stride, head_stride, PACK: tl.constexpr):
     """int64 offsets of packed rows: PACK heads of row 0, then of row 1, ..."""
     row, head = index // PACK, index % PACK
