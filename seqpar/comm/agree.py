@@ -117,7 +117,7 @@ def _explain(everyone: list[tuple[dict[str, str], str | None]]) -> str:
         for rank, (text, _) in enumerate(everyone):
             holders[text.get(name, "nothing")].append(rank)
         if len(holders) > 1:
-            values = ", ".join(f"{v} on {_ranks(ranks)}" for v, ranks in holders.items())
+            values = ", ".join(f"{v} on {named_ranks(ranks)}" for v, ranks in holders.items())
             differences.append(f"{name} is {values}")
     if len(differences) > SHOWN:
         differences[SHOWN:] = [f"and {len(differences) - SHOWN} more"]
@@ -126,5 +126,6 @@ def _explain(everyone: list[tuple[dict[str, str], str | None]]) -> str:
     return f"ranks disagree{where}: {'; '.join(differences)}. Give every rank the same call"
 
 
-def _ranks(ranks: list[int]) -> str:
+def named_ranks(ranks: Sequence[int]) -> str:
+    """Ranks in words: "rank 1", "ranks 0, 2"."""
     return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))

@@ -157,8 +157,8 @@ class _View:
         sends, receives = ([(self._members[r], x) for r, x in ms] for ms in (sends, receives))
         return self._whole.exchange(primitive, sends, receives, operation)
 
-    def all_reduce(self, x: Tensor, op: ReduceOp) -> None:
-        everyone = gather_tensors(self, "all_reduce", x, [x] * self.size)
+    def all_reduce(self, x: Tensor, op: ReduceOp, operation: Operation) -> None:
+        everyone = gather_tensors(self, "all_reduce", x, [x] * self.size, operation)
         stacked = torch.stack(everyone)
         x.copy_(stacked.sum(0, dtype=x.dtype) if op == "sum" else stacked.amax(0))
 

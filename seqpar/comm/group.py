@@ -166,7 +166,7 @@ class Group:
         if self.size > 1 and x.numel():
             elements = -(-2 * (self.size - 1) * x.numel() // self.size)
             self.traffic.record("all_reduce", Count(elements, elements * x.element_size()))
-            self.transport.all_reduce(x, op)
+            self.transport.all_reduce(x, op, self.calls.operation)
 
     def __deepcopy__(self, memo: object) -> Group:
         """Returns itself: a copied model talks to the same ranks."""
@@ -203,7 +203,7 @@ class _Alone:
     def prepare(self, device: torch.device) -> None:
         """Does nothing: there is nobody to prepare for."""
 
-    def all_reduce(self, x: Tensor, op: ReduceOp) -> None:
+    def all_reduce(self, x: Tensor, op: ReduceOp, operation: Operation) -> None:
         """Does nothing: there is nothing to add."""
 
     def largest(self, x: Tensor, operation: Operation) -> Tensor:  # noqa: ARG002

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from seqpar.comm.transport import AGREE, Operation, Transport
+from seqpar.comm.transport import AGREE, NO_OPERATION, Operation, Transport
 
 
 def gather_objects(transport: Transport, item: object) -> list[object]:
@@ -40,7 +40,11 @@ def largest(transport: Transport, x: Tensor, operation: Operation) -> Tensor:
 
 
 def gather_tensors(
-    transport: Transport, primitive: str, x: Tensor, shapes: Sequence[Tensor]
+    transport: Transport,
+    primitive: str,
+    x: Tensor,
+    shapes: Sequence[Tensor],
+    operation: Operation = NO_OPERATION,
 ) -> list[Tensor]:
     """Gathers every rank's tensor, by rank. All ranks must call.
 
@@ -52,5 +56,5 @@ def gather_tensors(
     others = [r for r in range(transport.size) if r != rank]
     everyone = [x.clone() if r == rank else torch.empty_like(s) for r, s in enumerate(shapes)]
     sends, receives = ([(r, x) for r in others], [(r, everyone[r]) for r in others])
-    transport.exchange(primitive, sends, receives).wait()
+    transport.exchange(primitive, sends, receives, operation).wait()
     return everyone

@@ -17,7 +17,8 @@ from torch import Tensor
 from seqpar.comm.agree import DesyncError
 from seqpar.comm.objects import gather_objects, largest
 from seqpar.comm.transport import AGREE, NO_OPERATION, Message, Operation, ReduceOp
-from seqpar.comm.watch import Wait, Watch
+from seqpar.comm.waits import Wait
+from seqpar.comm.watch import Watch
 from seqpar_kernels.torch_internals import WATCHING, missing, own_store
 
 if TYPE_CHECKING:
@@ -41,9 +42,13 @@ class ProcessTransport:
         self._reference = weakref.ref(group)
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
+        # Messages on the control device are told apart: gloo has tags, NCCL none.
+        self._has_tags = "gloo" in str(dist.get_backend_config(group))
+        self._name = group.group_name
         self._prepared: set[str] = set()
         self._watch = _watch(patience) if self.size > 1 else None
         self._peers = [dist.get_global_rank(group, rank) for rank in range(self.size)]
+        self._others = [peer for rank, peer in enumerate(self._peers) if rank != self.rank]
 
     @staticmethod
     def of(ranks: dist.ProcessGroup | DeviceMesh | None, patience: float) -> ProcessTransport:
@@ -85,11 +90,6 @@ class ProcessTransport:
         return torch.device(torch.accelerator.current_accelerator() or "cpu")
 
     @property
-    def _has_tags(self) -> bool:
-        """Whether messages on the control device are told apart: gloo has tags, NCCL none."""
-        return "gloo" in str(dist.get_backend_config(self._group))
-
-    @property
     def global_ranks(self) -> list[int]:
         """The ranks of the group among all processes, by rank in the group."""
         return self._peers
@@ -124,7 +124,7 @@ class ProcessTransport:
         buffers = [x for _, x in (*sends, *receives)]
         return _ProcessPending(list(zip(works, awaited, strict=False)), waiting, buffers)
 
-    def all_reduce(self, x: Tensor, op: ReduceOp, operation: Operation = NO_OPERATION) -> None:
+    def all_reduce(self, x: Tensor, op: ReduceOp, operation: Operation) -> None:
         """Reduces a tensor over all ranks, in place."""
         self._reduce(x, _REDUCE_OPS[op], "all_reduce", operation)
 
@@ -151,13 +151,9 @@ class ProcessTransport:
         with self._waiting(self._others, primitive, operation):
             dist.all_reduce(x, op, group=self._group)
 
-    @property
-    def _others(self) -> list[int]:
-        return [peer for rank, peer in enumerate(self._peers) if rank != self.rank]
-
     def _waiting(self, peers: Sequence[int], primitive: str, operation: Operation) -> _Waiting:
         what = f"{primitive} of {operation.name}" if operation.name else primitive
-        place = f"{self._group.group_name} {operation.numbers}"
+        place = f"{self._name} {operation.numbers}"
         return _Waiting(self._watch, self.rank, peers, place, what, self._wake)
 
     def _wake(self) -> None:

@@ -60,7 +60,7 @@ class _Silent:
     def prepare(self, device: torch.device) -> None:
         """Does nothing: there is nothing to prepare."""
 
-    def all_reduce(self, x: Tensor, op: ReduceOp) -> None:  # noqa: ARG002
+    def all_reduce(self, x: Tensor, op: ReduceOp, operation: Operation) -> None:  # noqa: ARG002
         """Adds nothing, but tells the listener."""
         if self._listener is not None:
             self._listener.all_reduce(x)

@@ -198,11 +198,11 @@ class ThreadTransport:
         sent = [(x, copy) for _, x, copy in posted]
         return _ThreadPending(self._world, what, sent, awaited)
 
-    def all_reduce(self, x: Tensor, op: ReduceOp) -> None:
+    def all_reduce(self, x: Tensor, op: ReduceOp, operation: Operation) -> None:
         """Reduces a tensor in rank order, so that every rank gets the same bits."""
         everyone = [x if r == self.rank else torch.empty_like(x) for r in range(self.size)]
         others = [(r, y) for r, y in enumerate(everyone) if r != self.rank]
-        self.exchange("all_reduce", [(r, x) for r, _ in others], others).wait()
+        self.exchange("all_reduce", [(r, x) for r, _ in others], others, operation).wait()
         stacked = torch.stack(everyone)
         x.copy_(stacked.sum(0, dtype=x.dtype) if op == "sum" else stacked.amax(0))
 

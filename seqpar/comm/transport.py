@@ -65,7 +65,7 @@ class Transport(Protocol):
                 messages apart, one never arrives as part of another operation or primitive.
         """
 
-    def all_reduce(self, x: Tensor, op: ReduceOp) -> None:
+    def all_reduce(self, x: Tensor, op: ReduceOp, operation: Operation) -> None:
         """Reduces a contiguous tensor over all ranks, in place."""
 
     def largest(self, x: Tensor, operation: Operation) -> Tensor:

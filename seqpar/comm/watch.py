@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from seqpar.comm.waits import Wait, circle_of
+
 BEATS = 6  # within its patience a rank says so many times that it lives
 MANY = 64  # ranks
 ANSWER_SECONDS = 2.0  # how long a rank that failed waits to hear why
@@ -36,37 +38,6 @@ class Store(Protocol):
 
     def get(self, key: str) -> bytes:
         """The value of a key."""
-
-
-@dataclass(eq=False)
-class Wait:
-    """A wait of one rank. Ranks are those of the whole world.
-
-    Args:
-        ranks: whose messages are not here; those that have come are left out.
-        place: the group and its operation; waits for each other at one place are messages under way.
-        what: is waited for, in words.
-        seconds: how long ago it began, when it was told.
-        wake: ends it in an error.
-    """
-
-    rank: int
-    ranks: tuple[int, ...]
-    place: str
-    what: str
-    seconds: float = 0.0
-    wake: Callable[[], None] = lambda: None
-    since: float = field(default_factory=time.monotonic)
-    thread: int = field(default_factory=threading.get_ident)
-
-    def turn_to(self, ranks: Sequence[int]) -> None:
-        """Goes on to wait for other ranks."""
-        self.ranks, self.since = tuple(dict.fromkeys(ranks)), time.monotonic()
-
-    def __str__(self) -> str:
-        ranks = ", ".join(map(str, self.ranks))
-        several = "ranks" if len(self.ranks) > 1 else "rank"
-        return f"rank {self.rank} waits for {several} {ranks} in {self.what}"
 
 
 @dataclass
@@ -277,27 +248,9 @@ class Watch:
                     ]
                     todo += waits[rank]
                 after[at] += waits.get(rank, [])
-        circle = _circle(after)
+        circle = circle_of(after)
         # What ranks told is some seconds old, so one that goes on waiting is seen twice.
         if circle is None or wait in self._circles or not patience:
             return circle
         self._circles.add(wait)
         return None
-
-
-def _circle(after: dict[Wait, list[Wait]]) -> str | None:
-    """Two waits at other places, of a circle of ranks that wait for each other; `None` if there are none."""
-    for wait, others in after.items():
-        for other in others:
-            if other.place != wait.place and wait in _reached(other, after):
-                return f"{wait}, and {other}"
-    return None
-
-
-def _reached(wait: Wait, after: dict[Wait, list[Wait]]) -> set[Wait]:
-    seen, todo = {wait}, [wait]
-    while todo:
-        new = [w for w in after[todo.pop()] if w not in seen]
-        seen.update(new)
-        todo += new
-    return seen
