@@ -55,7 +55,7 @@ def agree_on_call(
     known = plan.group.calls.trusted
     if plan.agree == "plan" and known:  # the first call of all is compared, whatever it is
         resolved = check_call(q, k, v, plan, with_lse=with_lse)
-        if _kind(_claim(q, k, v, resolved, with_lse, learning)) in known:
+        if _kind(operation, _claim(q, k, v, resolved, with_lse, learning)) in known:
             return resolved
     # docs/design.md: agreement on every call
     with agreed(plan.group, operation=operation) as claim:
@@ -69,7 +69,7 @@ def agree_on_call(
     # Only after agreement, because all ranks must come here and one that refused does not.
     plan.group.transport.prepare(q.device)
     if plan.agree == "plan" and plan.group.size > 1:
-        known.add(_kind(asked))
+        known.add(_kind(operation, asked))
     return resolved
 
 
@@ -249,11 +249,11 @@ def _check_tangents(named: dict[str, Tensor]) -> None:
             )
 
 
-def _kind(claim: dict[str, Any]) -> str:
+def _kind(operation: str, claim: dict[str, Any]) -> str:
     """A hash of all that a plan is trusted for: the seed of dropout is another in every step."""
     drop = claim["dropout"]
     same = claim if drop is None else claim | {"dropout": drop.p}
-    return hashlib.blake2b(repr(same).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(repr((operation, same)).encode(), digest_size=16).hexdigest()
 
 
 def _claim(

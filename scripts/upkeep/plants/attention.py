@@ -269,6 +269,6 @@ ATTENTION = [
     Plant("agreement: ranks hear of the next one only", f"{COMM}/objects.py",
           "    while reach < size:", "    if reach < size:", "tests/comm"),
     Plant("a trusted plan trusts every shape", "seqpar/calls/check.py",
-          "        if _kind(_claim(q, k, v, resolved, with_lse, learning)) in known:\n",
+          "        if _kind(operation, _claim(q, k, v, resolved, with_lse, learning)) in known:\n",
           "        if True:\n", "tests/strategies/test_backward_order.py"),
 ]  # fmt: skip
