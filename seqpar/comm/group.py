@@ -64,7 +64,7 @@ class Group:
     Make one with `Group.of` under torchrun, get one from `seqpar.simulate`, or take `Group.alone()`.
     """
 
-    # No dataclass, because FSDP makes those that are arguments of a model anew, and this one is itself.
+    # docs/design.md: what a model is called with is no dataclass of ours
     def __init__(
         self, transport: Transport, traffic: Traffic | None = None, calls: Calls | None = None
     ) -> None:

@@ -64,7 +64,7 @@ class Layout:
         if len(due) > 1 or sum(self.rows) != self.length:
             raise ValueError(f"spans of one step must hold each of {self.length} positions once")
 
-    # No field, because FSDP makes dataclasses that are arguments of a model anew, field by field.
+    # docs/design.md: what a model is called with is no dataclass of ours
     @property
     def code(self) -> str:
         """All of it as text, for compiled code, whose ops take no objects."""

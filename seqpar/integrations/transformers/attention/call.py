@@ -29,7 +29,7 @@ class Call:
         numbers: of the modules that attend, for their dropout.
     """
 
-    # No dataclass, because FSDP makes those that are arguments of a model anew, field by field.
+    # docs/design.md: what a model is called with is no dataclass of ours
     def __init__(
         self,
         plan: Plan,

@@ -31,7 +31,7 @@ class Trace:
         culprits: modules that returned something else for rows that they were given alike, innermost first.
     """
 
-    # No dataclass, as `Call` is none.
+    # docs/design.md: what a model is called with is no dataclass of ours
     def __init__(self, model: nn.Module, tokens: Tokens, call: Call, num_alone: int = 0) -> None:
         self.tokens, self.call, self.num_alone = tokens, call, num_alone
         self.attending: list[nn.Module] = []
