@@ -481,6 +481,21 @@ def test_models_that_differ_between_ranks_are_refused():
         seqpar.simulate(2, on_rank)
 
 
+def test_weights_that_differ_along_one_axis_are_told_along_both():
+    """Ranks of tp hold other shards, so weights are compared along the sequence alone."""
+    models = [FAMILIES["llama"].make() for _ in range(4)]
+    with torch.no_grad():
+        models[3].lm_head.weight[0, 0] += 1
+
+    def set_up(group):
+        grid = group.grid(ulysses=2)
+        with pytest.raises(seqpar.DesyncError, match=r"the hash of lm_head\.weight is"):
+            SequenceParallel(models[group.rank], seqpar.RingAttention(grid.ring), tp=grid.ulysses)
+        return True
+
+    assert all(seqpar.simulate(4, set_up))
+
+
 def test_models_of_ranks_that_share_one_config_object_are_refused_in_words():
     """Ranks of one process would switch each other's attention."""
     config = FAMILIES["llama"].make().config

@@ -90,7 +90,8 @@ class SequenceParallel:
             check_config(model, self.inner)
             check_own_config(self.inner)
             register()
-        same_weights(self.inner, self.group)
+        with agreed(*self._axes, operation="SequenceParallel: weights"):
+            same_weights(self.inner, self.group)  # ranks of tp hold other shards
         with agreed(*self._axes, operation="SequenceParallel: trying out") as claim:
             before = attention_name(self.inner.config)
             try:
@@ -175,10 +176,12 @@ class SequenceParallel:
                 given; and what `shard` does.
             NotImplementedError: the model's own loss is not cross entropy of a token; and as `shard`.
         """
-        with agreed(*self._axes, operation="loss"):
+        with agreed(*self._axes, operation="loss") as claim:
             self._check_loss(batch)
+            model = self.model
+            claim["the model that is called"] = type(model).__name__
         inputs = self.shard(batch, **options)
-        logits = self.model(**inputs, return_dict=True).logits.flatten(0, 1)
+        logits = model(**inputs, return_dict=True).logits.flatten(0, 1)
         assert inputs.labels is not None, "they are in the batch"
         labels = inputs.labels.flatten().to(logits.device)
         everyone = everyone or self.group
