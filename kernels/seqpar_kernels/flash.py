@@ -137,18 +137,18 @@ _forward, _backward = attention_ops(CUDA_FLASH)
 
 
 def _aten_forward(call: Call) -> tuple[Tensor, Tensor]:
-    out, lse, *_ = _forward(
-        *call.qkv, None, None, *_lengths(call), 0.0, False, False, **_aten_options(call)
-    )
+    causal, options = _aten_options(call)
+    out, lse, *_ = _forward(*call.qkv, None, None, *_lengths(call), 0.0, causal, False, **options)
     return out, lse
 
 
 def _aten_backward(call: Call, rows: Attended) -> tuple[Tensor, Tensor, Tensor]:
     # The state of a dropout that is off, which is never read.
     seed = torch.empty(0, dtype=torch.uint64, device=call.q.device)
+    causal, options = _aten_options(call)
     return _backward(
-        rows.dout, *call.qkv, rows.out, rows.lse, None, None, *_lengths(call), 0.0, False, seed, seed,
-        **_aten_options(call),
+        rows.dout, *call.qkv, rows.out, rows.lse, None, None, *_lengths(call), 0.0, causal, seed, seed,
+        **options,
     )  # fmt: skip
 
 
@@ -156,12 +156,13 @@ def _lengths(call: Call) -> tuple[int, int]:
     return call.q.shape[1], call.k.shape[1]
 
 
-def _aten_options(call: Call) -> dict[str, Any]:
+def _aten_options(call: Call) -> tuple[bool, dict[str, Any]]:
+    """(is_causal, what is given by name). FlashAttention-4 under this op has no backward with a window."""
     assert not call.terms, "blocks with terms that change scores never come here"
-    window = call.window
-    return {
-        "scale": call.scale, "window_size_left": window.left, "window_size_right": window.right
-    }  # fmt: skip
+    left, right = call.window.left, call.window.right
+    if left is None and right == 0:
+        return True, {"scale": call.scale, "window_size_left": None, "window_size_right": None}
+    return False, {"scale": call.scale, "window_size_left": left, "window_size_right": right}
 
 
 # The package flash-attn, version 2.7 or newer, whose functions are the ones under its own autograd.

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.attention
 from kernel_race.contenders import Contender, Ranks, Setting, contenders, exact, implementations
 from kernel_race.race import (
     NAMES,
@@ -50,11 +51,17 @@ from seqpar_kernels import Implementation
 
 Measure = partial[list[dict[str, Any]]]
 SETTINGS = [
-    Setting(16384, heads, kv_heads, d, causal)
-    for heads, kv_heads, d in ((32, 32, 64), (16, 16, 128), (32, 8, 128))
-    for causal in (True, False)
+    Setting(16384, 32, 32, 64, causal=True),
+    Setting(16384, 16, 16, 128, causal=True),
+    Setting(16384, 16, 16, 128, causal=False),
+    Setting(16384, 32, 8, 128, causal=True),
+    Setting(8192, 8, 8, 256, causal=True),
+    Setting(8192, 4, 1, 128, causal=True),  # what Ulysses leaves of 32/8 heads on each of 8 ranks
+    Setting(4096, 32, 8, 128, causal=True),
+    Setting(2048, 32, 8, 128, causal=True),
+    Setting(4096, 16, 16, 64, causal=True, dtype=torch.float32),
 ]
-QUICK = [SETTINGS[0], SETTINGS[2]]
+QUICK = SETTINGS[:2]
 SMALL = 2048  # tokens where errors are measured
 RANKS, ROWS = (2, 4, 8), 8192
 RING = Setting(0, 16, 16, 128, causal=True)
@@ -225,7 +232,10 @@ def stages(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str
                 )
         return
     if "rates" in args.parts:
-        for setting in QUICK if args.quick else SETTINGS:
+        chosen = QUICK if args.quick else SETTINGS
+        if args.settings is not None:
+            chosen = [SETTINGS[n] for n in args.settings]
+        for setting in chosen:
             yield "rates", partial(rates, setting, args.rounds, device)
     if "ring" in args.parts:
         for ranks in RANKS[:2] if args.quick else RANKS:
@@ -242,6 +252,13 @@ def main() -> None:
     parser.add_argument(
         "--tune", nargs="*", choices=tuple(CANDIDATES), help="these kernels' tiles; by default all"
     )
+    parser.add_argument(
+        "--settings", type=int, nargs="+", metavar="N", choices=range(len(SETTINGS)),
+        help="rates of these alone, counted from 0",
+    )  # fmt: skip
+    parser.add_argument(
+        "--flash", help="what stands under torch's flash attention: FA3 or FA4, if installed"
+    )
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--json", type=Path, help="write the records here")
     parser.add_argument("--markdown", type=Path, help="write the tables here")
@@ -254,6 +271,8 @@ def main() -> None:
         )
         raise SystemExit(2)
 
+    if args.flash is not None:
+        torch.nn.attention.activate_flash_attention_impl(args.flash)
     device, console = torch.device("cuda"), Console()
     facts, sheets, failures = circumstances(device), [], []
     results: dict[str, Any] = {**facts, "failures": failures, "rates": [], "ring": [], "tune": []}

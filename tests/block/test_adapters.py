@@ -132,13 +132,21 @@ def on_meta(op, *args, **kwargs):
     )
 
 
+def aten_sides(causal, left, right):
+    """A causal mask is the window that is open to the left, and is always said as causal."""
+    assert causal or (left, right) != (None, 0)
+    assert not causal or (left, right) == (None, None)
+    left, right = (-1 if side is None else side for side in (left, right))
+    return left, 0 if causal else right
+
+
 def aten_forward(*args, scale, window_size_left, window_size_right):
     sides = {"window_size_left": window_size_left, "window_size_right": window_size_right}
     like = on_meta(REAL.forward, *args, scale=scale, **sides)
     q, k, v, cum_q, cum_k, max_q, max_k, dropout_p, causal, debug = args
-    assert (cum_q, cum_k, dropout_p, causal, debug) == (None, None, 0.0, False, False)
+    assert (cum_q, cum_k, dropout_p, debug) == (None, None, 0.0, False)
     assert (max_q, max_k) == (q.shape[1], k.shape[1])
-    left, right = (-1 if side is None else side for side in (window_size_left, window_size_right))
+    left, right = aten_sides(causal, window_size_left, window_size_right)
     out, lse = fake_forward(q, k, v, scale, left, right, 0.0)
     assert (out.shape, lse.shape) == (like[0].shape, like[1].shape)
     return out, lse, torch.empty(2), torch.empty(()), torch.empty(0)
@@ -148,9 +156,9 @@ def aten_backward(*args, scale, window_size_left, window_size_right):
     sides = {"window_size_left": window_size_left, "window_size_right": window_size_right}
     on_meta(REAL.backward, *args, scale=scale, **sides)
     dout, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, dropout_p, causal, _, _ = args
-    assert (cum_q, cum_k, dropout_p, causal) == (None, None, 0.0, False)
+    assert (cum_q, cum_k, dropout_p) == (None, None, 0.0)
     assert (max_q, max_k) == (q.shape[1], k.shape[1])
-    left, right = (-1 if side is None else side for side in (window_size_left, window_size_right))
+    left, right = aten_sides(causal, window_size_left, window_size_right)
     return fake_backward(dout, q, k, v, out, lse, scale, left, right, 0.0)
 
 

@@ -216,10 +216,12 @@ def test_every_stage_can_be_asked_for(monkeypatch):
 
     def kinds(**options):
         defaults = {"quick": False, "parts": ["rates", "ring"], "tune": None, "rounds": 10}
+        defaults |= {"settings": None}
         args = kernel_speed.argparse.Namespace(**(defaults | options))
         return [kind for kind, _ in kernel_speed.stages(args, CPU)]
 
-    assert kinds() == ["rates"] * 6 + ["ring"] * 3
+    assert kinds() == ["rates"] * len(kernel_speed.SETTINGS) + ["ring"] * 3
+    assert kinds(settings=[3, 5], parts=["rates"]) == ["rates"] * 2
     assert kinds(quick=True) == ["rates"] * 2 + ["ring"] * 2
     assert kinds(parts=["ring"]) == ["ring"] * 3
     assert kinds(tune=[]) == ["tune"] * 6

@@ -55,7 +55,8 @@ class Setting:
     def __str__(self) -> str:
         heads = f"{self.heads}" if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
         mask = "causal" if self.causal else "full"
-        return f"{self.tokens} tokens, {heads} heads of {self.d}, {mask}"
+        dtype = "" if self.dtype == torch.bfloat16 else f", {str(self.dtype).removeprefix('torch.')}"
+        return f"{self.tokens} tokens, {heads} heads of {self.d}, {mask}{dtype}"
 
     @property
     def forward_flops(self) -> float:

@@ -16,6 +16,7 @@ from kernel_race.sheet import Sheet
 from seqpar_kernels import Band, Block, Partial, Rows, Score, accumulation_dtype, finish
 from seqpar_kernels.tuning import KERNELS, Tiles, tiles_for
 
+PRODUCTS = {"forward": 2, "dq": 3, "dkdv": 4}  # dq and dkdv both compute the scores and dp
 CANDIDATES: dict[str, list[Tiles]] = {
     "forward": [
         *(Tiles(*t) for t in product((128,), (64, 128), (4, 8), (2, 3, 4))),
@@ -27,16 +28,13 @@ CANDIDATES: dict[str, list[Tiles]] = {
 
 
 class Launch:
-    """One launch with given tiles, on a problem whose results are known.
-
-    dq and dkdv are launched together, the other one with the tiles of the table.
-    """
+    """One launch with given tiles, on a problem whose results are known."""
 
     def __init__(
         self, kernel: str, tiles: Tiles, tensors: Tensors, rows: Rows, block: Block, known: Tensors
     ) -> None:
         q, self._k, self._v, _ = tensors
-        self._rows, self._block, self._results = rows, block, known
+        self._kernel, self._rows, self._block, self._results = kernel, rows, block, known
         by_kernel = {name: tiles_for(name, q, self._v) for name in KERNELS} | {kernel: tiles}
         self._tiles = by_kernel["forward"], (by_kernel["dq"], by_kernel["dkdv"])
         self.forward: list[Step] = [self._forward] if kernel == "forward" else []
@@ -54,11 +52,13 @@ class Launch:
     def _backward(self) -> None:
         from seqpar_kernels import triton_attention
 
-        into = zeros(self._rows.q, self._k, self._v)
+        dq, dk, dv = zeros(self._rows.q, self._k, self._v)
+        into = (dq, None, None) if self._kernel == "dq" else (None, dk, dv)
         triton_attention.backward(
-            self._rows, self._k, self._v, self._block, into, None, tiles=self._tiles[1]
+            self._rows, self._k, self._v, self._block, into, {}, tiles=self._tiles[1]
         )
-        self._results = self._results[0], *into
+        found = (old if new is None else new for old, new in zip(self._results[1:], into, strict=True))
+        self._results = (self._results[0], *found)
 
     def results(self) -> Tensors:
         """Out, dq, dk, dv: those that were not computed are the known ones."""
@@ -85,7 +85,7 @@ def tune(
     }
     timings = race(makers, rounds, device)
     errors = deviations({n: m for n, m in makers.items() if timings[n].error is None}, known)
-    flops = setting.forward_flops if kernel == "forward" else setting.backward_flops
+    flops = setting.forward_flops * PRODUCTS[kernel] / PRODUCTS["forward"]
     records = []
     for name, tiles in by_name.items():
         timing = timings[name]
