@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 MEASURE = "scripts/measure"
 PYTHON = sys.executable
-SETTINGS = range(9)  # of kernel_speed.py
+SETTINGS = range(12)  # of kernel_speed.py
 SANITIZED = (
     ("memcheck", "--documents"), ("memcheck", "--window 50 --d 40"), ("racecheck", "--documents"),
     ("racecheck", ""),
@@ -53,7 +53,7 @@ class Outcome:
 
 PARTS = (
     Part("doctor", 60, ["{python} -m seqpar doctor"]),
-    Part("tests", 200, ["{python} -m pytest -q -n {jobs} --dist worksteal tests/gpu"]),
+    Part("tests", 200, ["{python} -m pytest -q -p no:benchmark -n {jobs} --dist worksteal tests/gpu"]),
     Part("sanitizer", 90, [
         f"compute-sanitizer --tool {tool} --error-exitcode 3 {{python}} {MEASURE}/gpu_launches.py {how}"
         for tool, how in SANITIZED
@@ -77,7 +77,7 @@ PARTS = (
         f"--markdown {{out}}/tune_{kernel}.md"
         for kernel in ("forward", "dkdv", "dq")
     ]),
-    Part("blocks", 240, ["{python} -m pytest -q -n {jobs} --dist worksteal tests/block"]),
+    Part("blocks", 240, ["{python} -m pytest -q -p no:benchmark -n {jobs} --dist worksteal tests/block"]),
     Part("counters", 120, [
         "ncu --clock-control none --section SpeedOfLight --section Occupancy --section WarpStateStats "
         "--section LaunchStats --kernel-name regex:forward_kernel|dq_kernel|dkdv_kernel "
@@ -89,7 +89,11 @@ PARTS = (
 def run(part: Part, out: Path, scale: float = 1.0) -> Outcome:
     """Runs a part and writes what its commands print; one that exceeds its time is ended."""
     commands = [
-        c.format(python=shlex.quote(PYTHON), out=shlex.quote(str(out)), jobs=max(1, (os.cpu_count() or 2) - 4))
+        c.format(
+            python=shlex.quote(PYTHON),
+            out=shlex.quote(str(out)),
+            jobs=max(1, (os.cpu_count() or 2) - 4),
+        )
         for c in part.commands
     ]
     start, limit = time.monotonic(), part.seconds * scale
@@ -157,7 +161,9 @@ def main() -> None:
         outcomes.append(run(part, args.out.resolve(), args.scale))
         last = outcomes[-1]
         print(f"{last.part:<10} {last.seconds:6.1f} s  {last.status}", flush=True)
-        (args.out / "day.json").write_text(json.dumps([asdict(o) for o in outcomes], indent=1) + "\n")
+        (args.out / "day.json").write_text(
+            json.dumps([asdict(o) for o in outcomes], indent=1) + "\n"
+        )
     if any(outcome.status != "ok" for outcome in outcomes):
         raise SystemExit(1)
 

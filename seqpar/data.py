@@ -13,6 +13,7 @@ from torch import Tensor
 from seqpar.calls.options import told
 from seqpar.comm import Group, agreed, agreed_backward, all_gather
 from seqpar.layout import LAYOUTS, Layout, Mask, balanced, check_rows, check_size
+from seqpar_kernels.transfer import on_device
 
 Labels = Literal["next", "next_in_document", "own"]
 IGNORE = -100  # the label that losses skip, as in torch and transformers
@@ -33,7 +34,7 @@ def shard_sequence(x: Tensor, layout: Layout, rank: int, dim: int = 1) -> Tensor
         )
     if not 0 <= rank < layout.size:
         raise ValueError(f"rank must be one of 0 ... {layout.size - 1}, got {rank}")
-    return x.index_select(dim, layout.positions(rank).to(x.device))
+    return x.index_select(dim, on_device(layout.positions(rank), x.device))
 
 
 def unshard_sequence(x: Tensor, layout: Layout, group: Group, dim: int = 1) -> Tensor:
@@ -58,7 +59,7 @@ def unshard_sequence(x: Tensor, layout: Layout, group: Group, dim: int = 1) -> T
         claim |= {"other dims": other_dims, "requires_grad": needs_grad}
     gathered = all_gather(x, group, layout.rows, dim)
     (gathered,) = agreed_backward([gathered], group, operation="unshard_sequence")
-    return gathered.index_select(dim, layout.inverse().to(x.device))
+    return gathered.index_select(dim, on_device(layout.inverse(), x.device))
 
 
 def shard_batch(
@@ -122,7 +123,7 @@ def shard_batch(
 
     shards = {name: shard_sequence(x, layout, group.rank) for name, x in sequences.items()}
     if "position_ids" not in shards:
-        positions = layout.positions(group.rank).to(first.device)
+        positions = on_device(layout.positions(group.rank), first.device)
         shards["position_ids"] = positions.expand(first.shape[0], -1)
     return dict(batch) | shards, layout
 

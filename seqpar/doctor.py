@@ -80,7 +80,7 @@ def examine() -> Machine:
     return Machine(
         versions(),
         found,
-        {kind: list(preference(torch.device(kind))) for kind in kinds},
+        {kind: list(preference(_plain(torch.device(kind)))) for kind in kinds},
         [choice for kind in kinds for choice in choices(torch.device(kind))],
     )
 
@@ -120,7 +120,7 @@ def choices(device: torch.device) -> Iterator[Choice]:
             request = Request(device, dtype, **(WIDTH | asked))
             chosen = choose(request)
             why_not: dict[str, str] = {
-                name: refusal(name, request) or _passed_over(name, chosen, device)
+                name: refusal(name, request) or _passed_over(name, chosen, request)
                 for name in IMPLEMENTATIONS
                 if name != chosen
             }
@@ -169,10 +169,14 @@ def told(check: Check) -> str:
     return "\n    ".join([f"{line}FAILED", *check.failures])
 
 
-def _passed_over(name: str, chosen: str, device: torch.device) -> str:
-    if name in preference(device):
+def _plain(device: torch.device) -> Request:
+    return Request(device, torch.bfloat16, WIDTH["d"], WIDTH["vd"])
+
+
+def _passed_over(name: str, chosen: str, request: Request) -> str:
+    if name in preference(request):
         return f"can, but {chosen} comes first"
-    return f"can, but is used on {device.type} only where asked for by name"
+    return f"can, but is used on {request.device.type} only where asked for by name"
 
 
 def _name(dtype: torch.dtype) -> str:

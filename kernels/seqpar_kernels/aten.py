@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 
 import torch
 from jaxtyping import Float
@@ -29,6 +30,11 @@ _forward, _backward = attention_ops(CPU_FLASH)
 # 557, 557, 642, 517. Repeats differ by 10 %. The forward op gains nothing from cutting.
 BACKWARD_COLUMNS = {torch.bfloat16: 512}
 BACKWARD_COLUMNS_ELSE = 384
+
+
+def _strip_width(dtype: torch.dtype) -> int:
+    return BACKWARD_COLUMNS.get(dtype, BACKWARD_COLUMNS_ELSE)
+
 
 HeadsFirst = Callable[[Tensor], Tensor]
 
@@ -72,7 +78,7 @@ def backward(
     assert not of.lse_learns, "rows whose delta is not that of `out` never come here"
     q, k, v, out, dout = _as_the_op_wants(of.q, k, v, of.out, of.dout)
     q, scale, sign = positive(q, block.score.factor)
-    width = BACKWARD_COLUMNS.get(q.dtype, BACKWARD_COLUMNS_ELSE)
+    width = _strip_width(q.dtype)
     for rect in cut(block, q.shape[1], k.shape[1], partial(strips, width=width)):
         causal, mask = _how(rect, q)
         parts = (rect.rows, rect.cols, rect.cols)
@@ -90,6 +96,66 @@ def backward(
             for total, grad in ((dk, dk_t), (dv, dv_t)):
                 if total is not None:
                     _add_heads(of_kv(total), grad)
+
+
+def forward_whole(
+    q: Float[Tensor, "b i hq d"],
+    k: Float[Tensor, "b j hkv d"],
+    v: Float[Tensor, "b j hkv vd"],
+    block: Block,
+) -> tuple[Float[Tensor, "b i hq vd"], Float[Tensor, "b i hq"]] | None:
+    """(out, lse) of a block that is all there is, if one call gives them: see `dispatch.attend_whole`."""
+    found = _at_once(block, q, k)
+    if found is None:
+        return None
+    cols, causal = found
+    dtype, vd = q.dtype, v.shape[-1]
+    q, k, v = (x.transpose(1, 2) for x in _as_the_op_wants(q, k, v))
+    q, scale, _ = positive(q, block.score.factor)
+    out, lse = _forward(q, k[:, :, cols], v[:, :, cols], 0.0, causal, scale=scale)
+    out = out[..., :vd].transpose(1, 2).to(dtype)
+    return out.contiguous(), lse.transpose(1, 2).contiguous()
+
+
+def backward_whole(
+    dout: Float[Tensor, "b i hq vd"],
+    q: Float[Tensor, "b i hq d"],
+    k: Float[Tensor, "b j hkv d"],
+    v: Float[Tensor, "b j hkv vd"],
+    out: Float[Tensor, "b i hq vd"],
+    lse: Float[Tensor, "b i hq"],
+    block: Block,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """(dq, dk, dv) of a block that is all there is, in the type of q, if one call gives them."""
+    found, j = _at_once(block, q, k), k.shape[1]
+    if found is None or found[0] != slice(0, j) or j > _strip_width(q.dtype):
+        return None
+    dtype, widths = q.dtype, (q.shape[-1], k.shape[-1], v.shape[-1])
+    q, k, v, out, dout = (x.transpose(1, 2) for x in _as_the_op_wants(q, k, v, out, dout))
+    q, scale, sign = positive(q, block.score.factor)
+    if sign != 1:
+        return None
+    lse = lse.transpose(1, 2)
+    grads = _backward(dout, q, k, v, out, lse, 0.0, found[1], scale=scale)
+    dq, dk, dv = (
+        x[..., :w].transpose(1, 2).to(dtype).contiguous()
+        for x, w in zip(grads, widths, strict=True)
+    )
+    return dq, dk, dv
+
+
+def _at_once(block: Block, q: Tensor, k: Tensor) -> tuple[slice, bool] | None:
+    """(columns, is_causal) of the one call that has all rows, no mask and a kv head for each query head."""
+    if q.shape[2] != k.shape[2]:
+        return None
+    found = list(islice(cut(block, q.shape[1], k.shape[1], rectangles), 2))
+    if (
+        len(found) > 1
+        or found[0].rows != slice(0, q.shape[1])
+        or found[0].band not in (FULL, CAUSAL)
+    ):
+        return None
+    return found[0].cols, found[0].band == CAUSAL
 
 
 def positive(q: Tensor, scale: float) -> tuple[Tensor, float, int]:

@@ -26,9 +26,10 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HALF = (torch.bfloat16, torch.float16)
 PREFERENCE: dict[str, tuple[Implementation, ...]] = {
     "cpu": ("aten", "reference"),  # triton interprets there, for tests
-    # cuDNN only on request: its adapter has never run on a GPU, and aten does all that it does.
-    "cuda": ("triton", "aten", "flash_attn", "reference"),
+    # docs/design.md: what computes on CUDA was measured
+    "cuda": ("aten", "triton", "flash_attn", "reference"),
 }
+CUDNN_LEADS = ((9, 0),)  # capabilities where it was measured
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def choose(request: Request, requested: Implementation | None = None) -> Impleme
         return requested or "reference"
     if request.dtype not in DTYPES:
         raise NotImplementedError(f"attention is computed in one of {DTYPES}, got {request.dtype}")
-    able = (name for name in preference(request.device) if refusal(name, request) is None)
+    able = (name for name in preference(request) if refusal(name, request) is None)
     if requested is None:
         return next(able)
     reason = refusal(requested, request)
@@ -75,9 +76,15 @@ def choose(request: Request, requested: Implementation | None = None) -> Impleme
     return requested
 
 
-def preference(device: torch.device) -> tuple[Implementation, ...]:
-    """The implementations that are tried on a kind of device, the fastest first."""
-    return PREFERENCE.get(device.type, ("reference",))
+def preference(request: Request) -> tuple[Implementation, ...]:
+    """The implementations that are tried for a request, the fastest first."""
+    device = request.device
+    names = PREFERENCE.get(device.type, ("reference",))
+    if device.type != "cuda":
+        return names
+    if any(kind.hides for kind in request.terms):  # the others take a call for each document
+        return "triton", *(name for name in names if name != "triton")
+    return ("cudnn", *names) if _capability(device) in CUDNN_LEADS else names
 
 
 def refusal(name: Implementation, request: Request) -> str | None:
@@ -132,10 +139,16 @@ def _flash_attn(request: Request) -> str | None:
 def _cudnn(request: Request) -> str | None:
     if request.device.type == "cuda" and not torch.backends.cudnn.is_available():
         return "has no cuDNN in this build of torch"
-    if max(request.d, request.vd) > 128:
-        return f"has no head dim above 128, got {_widths(request)}"
     lacking = _aten(request) if request.device.type == "cuda" else _flash(request)
+    if lacking is None and max(request.d, request.vd) > (widest := _widest(request.device)):
+        return f"has no head dim above {widest}, got {_widths(request)}"
     return lacking or _absent(CUDNN)
+
+
+def _widest(device: torch.device) -> int:
+    """The widest head of cuDNN's attention, as torch's own choice has it."""
+    on_hopper = torch.version.hip is None and _capability(device) == (9, 0)
+    return 256 if on_hopper and (torch.backends.cudnn.version() or 0) >= 90501 else 128
 
 
 def _triton(request: Request) -> str | None:
@@ -166,7 +179,7 @@ def _flash(request: Request) -> str | None:
         (widest > 256, f"has no head dim above 256, got {_widths(request)}"),
         (not _is_ampere(device), "needs compute capability 8.0 or newer"),
         (
-            widest > 192 and torch.cuda.get_device_capability(device) not in big,
+            widest > 192 and _capability(device) not in big,
             f"has a backward above head dim 192 on A100 and H100 only, got {_widths(request)}",
         ),
     )
@@ -212,4 +225,8 @@ def _first(*reasons: tuple[bool, str]) -> str | None:
 
 
 def _is_ampere(device: torch.device) -> bool:
-    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.version.hip is not None or _capability(device) >= (8, 0)
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)

@@ -18,8 +18,8 @@ from seqpar_kernels.band import Band
 from seqpar_kernels.block import Block
 from seqpar_kernels.choice import Implementation, Request, choose
 from seqpar_kernels.derivatives import first_only
-from seqpar_kernels.dispatch import attend, attend_backward, finish
-from seqpar_kernels.partial import Partial, accumulation_dtype
+from seqpar_kernels.dispatch import attend_backward, attend_whole, attend_whole_backward
+from seqpar_kernels.partial import accumulation_dtype
 from seqpar_kernels.rows import Rows
 from seqpar_kernels.score import BY_BLOCKS, TENSORS, Score, finished_gradients, sum_rows
 from seqpar_kernels.terms import TERMS, ScoreTerm
@@ -120,9 +120,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tenso
     # The forward of an implementation that has no such backward is not worth having.
     asked = Request.of(q, v, block.acting, lse=lse_learns)
     implementation = choose(asked, implementation)
-    running = Partial.identity(q, v.shape[-1])
-    attend(q, k, v, block, into=running, implementation=implementation)
-    return finish(running, q.dtype, block.score, implementation=implementation)
+    return attend_whole(q, k, v, block, implementation=implementation)
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG001
@@ -144,6 +142,12 @@ def _backward(
     *described, _, implementation = args
     block = _block(*described)
     score, wanted = block.score, [n for n, learns in zip(TENSORS, learn, strict=True) if learns]
+    if dlse is None and not wanted:
+        at_once = attend_whole_backward(
+            dout, q, k, v, out, lse, block, implementation=implementation
+        )
+        if at_once is not None:
+            return list(at_once)
     rows = Rows.of(q, out, dout, lse, dlse, implementation=implementation)
     dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v))
     by_row = {name: torch.zeros_like(lse) for name in wanted if name in BY_BLOCKS}

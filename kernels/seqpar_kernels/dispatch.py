@@ -92,6 +92,61 @@ def attend_backward(
             chosen.backward(rows, k, v, block, into, learned or {})
 
 
+def attend_whole(
+    q: Float[Tensor, "b i hq d"],
+    k: Float[Tensor, "b j hkv d"],
+    v: Float[Tensor, "b j hkv vd"],
+    block: Block,
+    *,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Tensor, "b i hq vd"], Float[Tensor, "b i hq"]]:
+    """(out, lse) of a block that holds all the keys of its rows.
+
+    What an op gives in one call is the result. Else it goes the way of every block: sums that are begun,
+    continued and finished.
+    """
+    way = _whole_way(q, k, v, block, implementation)
+    if way is not None:
+        with without_autocast(q.device):
+            found = None if _spreads(way, q, k, v) else way.forward_whole(q, k, v, block)
+        if found is not None:
+            return found
+    running = Partial.identity(q, v.shape[-1])
+    attend(q, k, v, block, into=running, implementation=implementation)
+    return finish(running, q.dtype, block.score, implementation=implementation)
+
+
+def attend_whole_backward(
+    dout: Float[Tensor, "b i hq vd"],
+    q: Float[Tensor, "b i hq d"],
+    k: Float[Tensor, "b j hkv d"],
+    v: Float[Tensor, "b j hkv vd"],
+    out: Float[Tensor, "b i hq vd"],
+    lse: Float[Tensor, "b i hq"],
+    block: Block,
+    *,
+    implementation: Implementation | None = None,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """(dq, dk, dv) of such a block in the type of q, or `None` where one call of an op does not give them."""
+    way = _whole_way(q, k, v, block, implementation)
+    if way is None:
+        return None
+    with without_autocast(q.device):
+        if _spreads(way, q, k, v, dout, out):
+            return None
+        return way.backward_whole(dout, q, k, v, out, lse, block)
+
+
+def _whole_way(
+    q: Tensor, k: Tensor, v: Tensor, block: Block, implementation: Implementation | None
+) -> ModuleType | Adapter | None:
+    """What has a `forward_whole` and a `backward_whole` and may be asked."""
+    if watcher() is not None or _nothing_to_do(q, k, block) or block.score.joined() is not None:
+        return None
+    way = _chosen(q, v, block, implementation)
+    return way if way is aten or isinstance(way, Adapter) else None
+
+
 def finish(
     running: Partial,
     dtype: torch.dtype,

@@ -120,6 +120,45 @@ class Adapter:
                 if total is not None:
                     total[:, part].add_(grad[..., : total.shape[-1]], alpha=factor)
 
+    def forward_whole(
+        self,
+        q: Float[Tensor, "b i hq d"],
+        k: Float[Tensor, "b j hkv d"],
+        v: Float[Tensor, "b j hkv vd"],
+        block: Block,
+    ) -> tuple[Float[Tensor, "b i hq vd"], Float[Tensor, "b i hq"]] | None:
+        """(out, lse) of a block that is all there is, if one call gives them: see `dispatch.attend_whole`."""
+        vd, shape = v.shape[-1], (q.shape[1], k.shape[1])
+        q, k, v = _as_the_op_wants(q, k, v)
+        q, scale, _ = positive(q, block.score.factor)
+        call = _only(self._calls(q, k, v, scale, block))
+        if call is None or _lengths(call)[0] != shape[0]:
+            return None
+        out, lse = self.forward_op(call)
+        return out[..., :vd].contiguous(), lse.transpose(1, 2).contiguous()
+
+    def backward_whole(
+        self,
+        dout: Float[Tensor, "b i hq vd"],
+        q: Float[Tensor, "b i hq d"],
+        k: Float[Tensor, "b j hkv d"],
+        v: Float[Tensor, "b j hkv vd"],
+        out: Float[Tensor, "b i hq vd"],
+        lse: Float[Tensor, "b i hq"],
+        block: Block,
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """(dq, dk, dv) of a block that is all there is, in the type of q, if one call gives them."""
+        widths, shape = (q.shape[-1], k.shape[-1], v.shape[-1]), (q.shape[1], k.shape[1])
+        q, k, v, out, dout = _as_the_op_wants(q, k, v, out, dout)
+        q, scale, sign = positive(q, block.score.factor)
+        call = _only(self._calls(q, k, v, scale, block))
+        if call is None or _lengths(call) != shape or sign != 1:
+            return None
+        lse = lse.transpose(1, 2).contiguous()
+        grads = self.backward_op(call, Attended(dout, out, lse))
+        dq, dk, dv = (x[..., :w].contiguous() for x, w in zip(grads, widths, strict=True))
+        return dq, dk, dv
+
     def _calls(self, q: Tensor, k: Tensor, v: Tensor, scale: float, block: Block) -> Iterator[Call]:
         terms: dict[str, Any] = {}
         for term in block.acting:
@@ -129,6 +168,12 @@ class Adapter:
         for window in windows(block, q.shape[1], k.shape[1]):
             rows, cols = window.rows, window.cols
             yield Call(q[:, rows], k[:, cols], v[:, cols], window, scale, terms)
+
+
+def _only(calls: Iterator[Call]) -> Call | None:
+    """The call, if it is the only one."""
+    first = next(calls, None)
+    return first if next(calls, None) is None else None
 
 
 # torch's FlashAttention-2: deterministic where `torch.use_deterministic_algorithms` asks for it.

@@ -18,7 +18,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from seqpar_kernels.block import Block
-from seqpar_kernels.choice import interprets
 from seqpar_kernels.partial import Partial
 from seqpar_kernels.rows import Learned, Rows, RunningGradients
 from seqpar_kernels.terms import Term
@@ -27,7 +26,9 @@ from seqpar_kernels.triton_forward import forward_kernel
 from seqpar_kernels.tuning import L2_BYTES, Tiles, family, tiles_for
 
 HOOKS = ("load", "score", "share", "draw", "weigh")  # the Triton functions that a term may have
-_INTERPRETER = Lock()  # it patches triton.language while a kernel runs, and ranks may be threads
+# Ranks may be threads, of which Triton (3.6 to 3.9) lets one launch what another has not loaded yet. Its
+# interpreter patches triton.language while a kernel runs.
+_LAUNCH = Lock()
 
 
 def forward(
@@ -294,12 +295,10 @@ def launch(kernel: Any, num_programs: int, on: Tensor, *args: Any, **constants: 
     """Launches a kernel on the device of a tensor; in a dry run, nothing."""
     if on.device.type == "meta":
         return
-    with _launching(on.device):
+    with _LAUNCH, _current(on.device):
         kernel[(num_programs,)](*args, **constants)
 
 
-def _launching(device: torch.device) -> AbstractContextManager[Any]:
-    """What a launch on this device needs around it."""
-    if device.type == "cuda":
-        return torch.cuda.device(device)
-    return _INTERPRETER if interprets() else nullcontext()
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """A block in which the device is the one that Triton launches on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -16,6 +16,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,11 @@ from seqpar.strategies import STRATEGIES
 HEADS, D, DTYPE = 16, 128, torch.bfloat16
 TOKENS = (1024, 2048, 4096, 8192, 16384)
 ROUNDS = 20
+WAITING = 2048  # tokens of the calls whose waits are looked for
 MASKS = {
-    "causal": lambda n: Mask(causal=True),
-    "documents": lambda n: Mask(causal=True, documents=(0, n // 3, n // 2, n)),
-    "window": lambda n: Mask(causal=True, window=n // 4),
+    "causal": Mask(causal=True),
+    "documents": Mask(causal=True, documents=(0, WAITING // 3, WAITING // 2, WAITING)),
+    "window": Mask(causal=True, window=WAITING // 4),
 }
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -65,7 +67,7 @@ def seqpar_attention(strategy: str, tokens: int, implementation: Any = None) -> 
 
 
 def torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """torch's own."""
+    """Torch's own."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
@@ -117,15 +119,15 @@ def host_and_memory(tokens: int, device: torch.device) -> Iterator[dict[str, Any
 
 def waits(size: int, strategy: str, mask: str, device: torch.device) -> dict[str, Any]:
     """Where the second call of a plan waits for the device, forward and backward."""
-    tokens, found = 2048, Counter[str]()
-    everyone = tensors(tokens, device)
+    found = Counter[str]()
+    everyone = tensors(WAITING, device)
 
-    def told(message: Any, category: Any, filename: str, lineno: int, *_: Any) -> None:
+    def told(message: Any, _: Any, filename: str, lineno: int, *__: Any) -> None:
         if "synchroniz" in str(message):
             found[f"{Path(filename).parent.name}/{Path(filename).name}:{lineno}"] += 1
 
     def run(group: Group) -> None:
-        plan = plan_of(group, tokens, strategy, MASKS[mask](tokens), None)
+        plan = plan_of(group, WAITING, strategy, MASKS[mask], None)
         at = plan.layout.positions(group.rank).to(device)
         *leaves, dout = (x.detach()[:, at] for x in everyone)
         leaves = [x.requires_grad_() for x in leaves]
@@ -200,6 +202,8 @@ def compiled(strategy: str, mode: str, device: torch.device) -> dict[str, Any]:
 def main() -> None:
     """Measures, prints a line for each record and writes after every one what there is so far."""
     parser = parser_of(__doc__)
+    parts = ("calls", "others", "waits")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--json", type=Path, help="write the records here")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -214,17 +218,20 @@ def main() -> None:
         if args.json:
             args.json.write_text(json.dumps(results, indent=1) + "\n")
 
-    for size in (1, 4):
-        for strategy in STRATEGIES:
-            for mask in MASKS:
-                keep("waits", waits(size, strategy, mask, device))
-    for tokens in TOKENS:
-        for record in host_and_memory(tokens, device):
-            keep("calls", record)
-    for strategy in ("ulysses", "ring"):
-        keep("others", compiled(strategy, "default", device))
-        keep("others", compiled(strategy, "reduce-overhead", device))
-        keep("others", captured(strategy, device))
+    if "calls" in args.parts:
+        for tokens in TOKENS:
+            for record in host_and_memory(tokens, device):
+                keep("calls", record)
+    if "others" in args.parts:
+        for strategy in ("ulysses", "ring"):
+            keep("others", compiled(strategy, "default", device))
+            keep("others", compiled(strategy, "reduce-overhead", device))
+            keep("others", captured(strategy, device))
+    if "waits" in args.parts:
+        for strategy, mask in product(STRATEGIES, MASKS):
+            keep("waits", waits(1, strategy, mask, device))
+        for strategy, mask in product(("ring", "ulysses", "allgather"), MASKS):
+            keep("waits", waits(2, strategy, mask, device))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,9 @@ def main() -> None:
         raise SystemExit(2)
 
     n, name = args.tokens, args.implementation
-    shapes = [(1, n, heads, args.d) for heads in (args.heads, args.kv_heads, args.kv_heads, args.heads)]
+    shapes = [
+        (1, n, heads, args.d) for heads in (args.heads, args.kv_heads, args.kv_heads, args.heads)
+    ]
     dtype = getattr(torch, args.dtype)
     q, k, v, dout = (torch.randn(shape, device="cuda").to(dtype) for shape in shapes)
     documents = (Documents((0, n // 3, n // 2)),) if args.documents else ()

@@ -60,6 +60,9 @@ SETTINGS = [
     Setting(4096, 32, 8, 128, causal=True),
     Setting(2048, 32, 8, 128, causal=True),
     Setting(4096, 16, 16, 64, causal=True, dtype=torch.float32),
+    Setting(16384, 32, 8, 128, causal=True, window=1024),
+    Setting(16384, 32, 8, 128, causal=True, documents=8),
+    Setting(16384, 32, 8, 128, causal=True, documents=64),
 ]
 QUICK = SETTINGS[:2]
 SMALL = 2048  # tokens where errors are measured
@@ -90,7 +93,7 @@ def rates(
     timings = race(invited(setting, setting.tensors(device)), rounds, device)
     smaller = replace(setting, tokens=min(small, setting.tokens))
     tensors = smaller.tensors(device)
-    expected, _ = exact(tensors, setting.causal)
+    expected, _ = exact(tensors, setting.mask)
     errors = deviations(invited(smaller, tensors), expected)
     return [rate(setting, name, timings[name], errors[name]) for name in timings]
 
@@ -130,7 +133,7 @@ def ring_tax(
     layouts |= {kind: LAYOUTS[kind](setting.tokens, ranks) for kind in RING_LAYOUTS}
 
     def make(name: str) -> Contender:
-        return Ranks(tensors, layouts[name], setting.causal, implementation)
+        return Ranks(tensors, layouts[name], setting.mask, implementation)
 
     timings = race({name: partial(make, name) for name in layouts}, rounds, device)
     one = timings.pop("whole")

@@ -23,7 +23,7 @@ def is_invariant(plan: Plan, request: Request) -> bool:
     # docs/design.md: invariant bits
     if order is None or not order.by_default:
         return False
-    return plan.implementation is None or plan.implementation in _able(order, request)
+    return (plan.implementation or choose(request)) in _able(order, request)
 
 
 def invariant_implementation(plan: Plan, request: Request) -> Implementation:
@@ -36,7 +36,7 @@ def invariant_implementation(plan: Plan, request: Request) -> Implementation:
     order = _order(plan)
     able = _able(order, request)
     if plan.implementation is None:
-        fast = (name for name in preference(request.device) if refusal(name, request) is None)
+        fast = (name for name in preference(request) if refusal(name, request) is None)
         # The reference serves every request in a fixed order, so there always is one.
         return next(name for name in fast if name in able)
     name = choose(request, plan.implementation)

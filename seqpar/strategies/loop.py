@@ -29,6 +29,7 @@ from seqpar_kernels import (
     first_only,
     sum_rows,
 )
+from seqpar_kernels.transfer import on_device
 
 Learned = Mapping[str, Tensor]  # by the name of a learned tensor, each row's share of its gradient
 
@@ -212,7 +213,7 @@ def _own_gradient(x: Tensor, plan: Plan) -> Tensor:
     if not plan.invariant:
         return sum_rows(x)
     if group.size == 1:
-        return sum_rows(x.index_select(1, layout.inverse().to(x.device)))
+        return sum_rows(x.index_select(1, on_device(layout.inverse(), x.device)))
     pieces = tuple(Piece(rank, 0, n) for rank, n in enumerate(layout.rows))
     to_first = GatherSchedule(
         group.rank, group.size, 1, lambda *_: pieces, lambda rank, _: rank == 0
@@ -220,7 +221,7 @@ def _own_gradient(x: Tensor, plan: Plan) -> Tensor:
     ((_, (everything,)),) = gather_pass((x,), to_first, group, primitive="learned")
     if group.rank > 0:
         return x.new_zeros(x.shape[2])
-    return sum_rows(everything.index_select(1, layout.inverse().to(x.device)))
+    return sum_rows(everything.index_select(1, on_device(layout.inverse(), x.device)))
 
 
 def _some(x: Tensor | None, rows: slice) -> Tensor | None:

@@ -20,6 +20,7 @@ from seqpar.strategies.stored_scores import ByColumns, ByDepth, ByRows, Sharding
 from seqpar.strategies.strategy import Strategy
 from seqpar_kernels import Place, dense, finished_gradients, first_only, sum_rows
 from seqpar_kernels.row_softmax import add_dot_, add_sums_, join_, score_gradient, weights
+from seqpar_kernels.transfer import on_device
 
 SHARDINGS: dict[str, type[Sharding]] = {
     "materialised_rows": ByRows,
@@ -149,7 +150,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, ...]:
 def _stored(plan: Plan, device: torch.device) -> tuple[Sharding, dense.Cells]:
     """The sharding of the matrix, and the cells of it that are stored here."""
     sharding = SHARDINGS[plan.strategy](plan.group, plan.layout, plan.keys)
-    row, col = (x.to(device) for x in sharding.positions())
+    row, col = (on_device(x, device) for x in sharding.positions())
     position = Span(0, 1)
     band = plan.mask.band(position, position)
     lengths = plan.layout.length, plan.keys.length

@@ -27,6 +27,7 @@ from seqpar.comm import (
 )
 from seqpar.layout import Layout, split_heads
 from seqpar_kernels import accumulation_dtype, dense
+from seqpar_kernels.transfer import on_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +150,7 @@ class ByRows(Sharding):
 
     def in_order(self, x: Tensor) -> Tensor:
         """Puts the columns, which are whole, in order."""
-        return x[..., self.cols.inverse()]
+        return x.index_select(-1, on_device(self.cols.inverse(), x.device))
 
     @property
     def _schedule(self) -> RingSchedule:
@@ -200,7 +201,7 @@ class ByColumns(Sharding):
 
     def in_order(self, x: Tensor) -> Tensor:
         """Puts the rows, which are whole, in order."""
-        return x[:, :, self.rows.inverse()]
+        return x.index_select(2, on_device(self.rows.inverse(), x.device))
 
 
 class ByDepth(Sharding):
@@ -235,7 +236,7 @@ class ByDepth(Sharding):
     def spread(self, t: Tensor) -> Tensor:
         """Gathers the statistic of all rows."""
         gathered = all_gather(t, self.group, self.rows.rows, dim=1)
-        return gathered[:, self.rows.inverse()].transpose(1, 2)
+        return gathered.index_select(1, on_device(self.rows.inverse(), t.device)).transpose(1, 2)
 
     def own(self, t: Tensor) -> Tensor:
         """Takes own rows out: every rank has the statistic of all."""
@@ -243,7 +244,7 @@ class ByDepth(Sharding):
 
     def share(self, t: Tensor) -> Tensor:
         """Takes own rows out, or every rank would count all."""
-        return t[..., self.rows.positions(self.group.rank)]
+        return t.index_select(-1, on_device(self.rows.positions(self.group.rank), t.device))
 
     def _slice(self, x: Tensor, layout: Layout) -> Tensor:
         (y,) = rows_to_heads((x.transpose(2, 3),), self._all_to_all(layout, x.shape[3]))

@@ -25,6 +25,7 @@ from seqpar.tensor_parallel.rotary import Angles, Rotary
 from seqpar.tensor_parallel.shared_heads import share_heads, shared_heads
 from seqpar.tensor_parallel.whole_weights import Names, WholeWeights
 from seqpar_kernels import Score
+from seqpar_kernels.transfer import on_device
 
 
 class ParallelAttention(nn.Module):
@@ -148,7 +149,7 @@ class ParallelAttention(nn.Module):
                 **told(layout=layout),
             }
         if self.rotary is not None and angles is None:
-            angles = self.rotary.angles(layout.positions(sp.rank).to(x.device)[None])
+            angles = self.rotary.angles(on_device(layout.positions(sp.rank), x.device)[None])
         plan = self.attention.plan(layout)
         q, k, v = self.heads(x, angles)
         plan = replace(plan, score=self.score_here(plan.score), first_head=self.first_head)

@@ -40,6 +40,12 @@ def test_flops_are_counted_the_usual_way():
     assert full.forward_flops == 4 * 3 * 1000 * 1000 * 16
     assert Setting(1000, 3, 1, 16, causal=True).forward_flops == full.forward_flops / 2
     assert full.backward_flops == 2.5 * full.forward_flops
+    packed = Setting(1000, 3, 1, 16, causal=True, documents=4)
+    assert packed.forward_flops == full.forward_flops / 8
+    for causal in (True, False):
+        banded = Setting(1000, 3, 1, 16, causal, window=100)
+        seen = int(oracle.visible(1000, causal, 100).sum())
+        assert banded.forward_flops == pytest.approx(4 * 3 * seen * 16, rel=0.01)
     timing = Timing(forward=[[0.5, 0.5], [2.0, 1.0], [1.0, 1.0]], backward=[[1.0]] * 3)
     record = kernel_speed.rate(full, "x", timing, {})
     assert record["forward_seconds"] == 2.0
@@ -59,7 +65,7 @@ def test_the_oracle_in_chunks_is_the_oracle(causal):
     p = torch.softmax(s.masked_fill(~seen, -torch.inf), -1)
     out = torch.einsum("bhij,bjhd->bihd", p, v)
     expected = out, *torch.autograd.grad(out, leaves, tensors[3])
-    found, lse = exact(tensors, causal, chunk=16)
+    found, lse = exact(tensors, setting.mask, chunk=16)
     torch.testing.assert_close(lse.exp(), torch.exp(s).masked_fill(~seen, 0).sum(-1).mT)
     for got, want in zip(found, expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
@@ -70,12 +76,12 @@ def test_the_oracle_in_chunks_is_the_oracle(causal):
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_ranks_in_turn_compute_the_whole(ranks, kind, implementation):
     tensors = SMALL.tensors(CPU)
-    ring = Ranks(tensors, LAYOUTS[kind](49, ranks), True, implementation)
+    ring = Ranks(tensors, LAYOUTS[kind](49, ranks), SMALL.mask, implementation)
     assert len(ring.forward) == ranks
     for _ in range(2):  # rounds do not add up
         for step in (*ring.forward, *ring.backward):
             step()
-    for got, want in zip(ring.results(), exact(tensors, True)[0], strict=True):
+    for got, want in zip(ring.results(), exact(tensors, SMALL.mask)[0], strict=True):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
 
 
@@ -85,13 +91,15 @@ def test_ranks_in_turn_compute_the_whole(ranks, kind, implementation):
 def test_blocks_hold_every_visible_score_once(kind, blocks):
     """Zigzag rank 0 sees each other owner's two runs with its late one; rank 3's two are one run."""
     layout = LAYOUTS[kind](64, 4)
-    met = [[b for _, blocks in meetings(layout, True, 8, r) for b in blocks] for r in range(4)]
+    met = [
+        [b for _, blocks in meetings(layout, SMALL.mask, 8, r) for b in blocks] for r in range(4)
+    ]
     assert [len(x) for x in met] == blocks
     sizes = [
         (rows.stop - rows.start, cols.stop - cols.start, b) for m in met for rows, cols, b in m
     ]
     assert sum(b.band.count(i, j) for i, j, b in sizes) == 64 * 65 // 2
-    assert [owner for owner, _ in meetings(layout, True, 8, 1)] == [1, 0, 3, 2]
+    assert [owner for owner, _ in meetings(layout, SMALL.mask, 8, 1)] == [1, 0, 3, 2]
 
 
 def test_who_fails_is_recorded_and_the_others_go_on():
@@ -120,12 +128,12 @@ def test_who_fails_is_recorded_and_the_others_go_on():
 def test_contenders_meet_on_a_cpu_too():
     """CuDNN cannot, and its record says so; torch's flash attention can."""
     setting = Setting(96, 4, 4, 16, causal=True, dtype=torch.bfloat16)
-    names = ["seqpar aten", "torch flash", "torch cuDNN"]
+    names = ["seqpar", "seqpar aten", "torch flash", "torch cuDNN"]
     assert set(contenders(setting, setting.tensors(CPU))) == {*names, "torch flex"}
     records = kernel_speed.rates(setting, 2, CPU, small=64, names=names)
     by_name = {r["contender"]: r for r in records}
     assert list(by_name) == names
-    for name in names[:2]:
+    for name in names[:3]:
         assert by_name[name]["error"] is None
         assert by_name[name]["forward_tflops"] > 0
         assert len(by_name[name]["backward_rounds"]) == 2
@@ -134,8 +142,8 @@ def test_contenders_meet_on_a_cpu_too():
     assert by_name["torch cuDNN"]["forward_tflops"] is None
     json.dumps(records)
     sheet = kernel_speed.rate_sheet(records)
-    assert [len(row) for row in sheet.rows] == [len(sheet.columns)] * 3
-    assert sheet.rows[2][-1]
+    assert [len(row) for row in sheet.rows] == [len(sheet.columns)] * 4
+    assert sheet.rows[3][-1]
 
 
 @pytest.mark.parametrize("implementation", ["aten", "reference"])

@@ -265,8 +265,10 @@ def test_the_implementation_that_was_asked_for_runs(module, implementation, size
     ran = []
     for name, its in modules.items():
         for direction in ("forward", "backward"):
-            real = getattr(its, direction)
-            monkeypatch.setattr(its, direction, partial(spied, ran, (name, direction), real))
+            for way in (direction, f"{direction}_whole"):
+                if hasattr(its, way):
+                    spy = partial(spied, ran, (name, direction), getattr(its, way))
+                    monkeypatch.setattr(its, way, spy)
 
     def fn(group):
         device = device_of(implementation)

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from seqpar_kernels.terms.term import Place, Term
+from seqpar_kernels.transfer import on_device
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Documents(Term):
 
     def visible(self, place: Place) -> Bool[Tensor, "i j"]:
         """True where a row and a column are of one document."""
-        borders = torch.tensor(self.bounds[1:], device=place.row.device)
+        borders = on_device(self.bounds[1:], place.row.device)
         row, col = (torch.searchsorted(borders, x, right=True) for x in (place.row, place.col))
         return row[:, None] == col
 
@@ -57,8 +58,8 @@ class Documents(Term):
         self, start: int, length: int, others: int, num_others: int, step: int, device: torch.device
     ) -> Int[Tensor, "length 2"]:
         """Per position, the range of others in the same document."""
-        ends = torch.tensor([*self.bounds[1:], torch.iinfo(torch.int64).max >> 1], device=device)
-        starts = torch.tensor(self.bounds, device=device)
+        ends = on_device((*self.bounds[1:], torch.iinfo(torch.int64).max >> 1), device)
+        starts = on_device(self.bounds, device)
         positions = start + step * torch.arange(length, device=device)
         document = torch.searchsorted(ends, positions, right=True)
         both = torch.stack((starts[document], ends[document]), dim=1)

@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import seqpar
 from seqpar.layout import Layout, Mask, joined_tiles, tiles
 from seqpar.layout.shards import whole
+from seqpar.testing import oracle
 from seqpar_kernels import (
     IMPLEMENTATIONS,
     Block,
@@ -43,7 +45,12 @@ Meeting = tuple[int, list[tuple[slice, slice, Block]]]  # owner; local rows, its
 
 @dataclass(frozen=True)
 class Setting:
-    """An attention problem of one sequence."""
+    """An attention problem of one sequence.
+
+    Args:
+        window: keys a row sees, itself included.
+        documents: of equal lengths, packed.
+    """
 
     tokens: int
     heads: int
@@ -51,17 +58,35 @@ class Setting:
     d: int
     causal: bool
     dtype: torch.dtype = torch.bfloat16
+    window: int | None = None
+    documents: int = 1
 
     def __str__(self) -> str:
         heads = f"{self.heads}" if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
         mask = "causal" if self.causal else "full"
-        dtype = "" if self.dtype == torch.bfloat16 else f", {str(self.dtype).removeprefix('torch.')}"
+        mask += f", window {self.window}" if self.window else ""
+        mask += f", {self.documents} documents" if self.documents > 1 else ""
+        dtype = (
+            "" if self.dtype == torch.bfloat16 else f", {str(self.dtype).removeprefix('torch.')}"
+        )
         return f"{self.tokens} tokens, {heads} heads of {self.d}, {mask}{dtype}"
+
+    @property
+    def mask(self) -> Mask:
+        """What rows see."""
+        length = self.tokens // self.documents
+        bounds = (*range(0, length * self.documents, length), self.tokens)
+        return Mask(self.causal, self.window, bounds if self.documents > 1 else None)
 
     @property
     def forward_flops(self) -> float:
         """Two products of 2 i j d operations for each head; half of them where causal."""
-        return 4 * self.heads * self.tokens**2 * self.d / (2 if self.causal else 1)
+        length = self.tokens / self.documents
+        pairs = length**2 / (2 if self.causal else 1)
+        if self.window is not None and self.window < length:
+            hidden = (length - self.window) ** 2
+            pairs -= hidden / 2 if self.causal else hidden
+        return 4 * self.heads * self.documents * pairs * self.d
 
     @property
     def backward_flops(self) -> float:
@@ -97,12 +122,12 @@ class Ranks:
     """
 
     def __init__(
-        self, tensors: Tensors, layout: Layout, causal: bool, implementation: Implementation
+        self, tensors: Tensors, layout: Layout, mask: Mask, implementation: Implementation
     ) -> None:
         self._layout, self._implementation = layout, implementation
         device, ranks = tensors[0].device, range(layout.size)
         self._shards = [[x[:, layout.positions(r).to(device)] for x in tensors] for r in ranks]
-        self._meetings = [meetings(layout, causal, tensors[0].shape[-1], r) for r in ranks]
+        self._meetings = [meetings(layout, mask, tensors[0].shape[-1], r) for r in ranks]
         self._saved: dict[int, tuple[Tensor, Tensor]] = {}
         self._sums: dict[int, tuple[Tensor, Tensor]] = {}
         self._dq: dict[int, Tensor] = {}
@@ -162,20 +187,23 @@ class Ranks:
         return out, dq, dk, dv
 
 
-def meetings(layout: Layout, causal: bool, d: int, rank: int) -> list[Meeting]:
+def meetings(layout: Layout, mask: Mask, d: int, rank: int) -> list[Meeting]:
     """The blocks of a rank's queries and every owner's keys, in the order in which owners pass by."""
     score = Score().resolve(d)
     met = []
     for step in range(layout.size):
         owner = (rank - step) % layout.size
-        joined = joined_tiles(tiles(layout.spans[rank], layout.spans[owner], Mask(causal=causal)))
-        blocks = [(t.rows, t.cols, Block(t.band, score, t.row, t.col, t.step)) for t in joined]
+        joined = joined_tiles(tiles(layout.spans[rank], layout.spans[owner], mask))
+        blocks = [
+            (t.rows, t.cols, Block(t.band, score, t.row, t.col, t.step, terms=mask.terms))
+            for t in joined
+        ]
         met.append((owner, blocks))
     return met
 
 
 class Torch:
-    """An attention of torch's, differentiated by autograd. It sees `[b h s d]` views of `[b s h d]`."""
+    """An attention that autograd differentiates. It sees `[b h s d]` views of `[b s h d]`."""
 
     def __init__(self, tensors: Tensors, attention: Attention) -> None:
         *leaves, self._dout = (x.transpose(1, 2) for x in tensors)
@@ -199,7 +227,10 @@ class Torch:
 
 
 def contenders(setting: Setting, tensors: Tensors) -> Makers:
-    """Everyone who may try a setting. Making or running one may fail, and says why."""
+    """Everyone who may try a setting. Making or running one may fail, and says why.
+
+    "seqpar" is a whole call of one rank; with the name of an implementation, its blocks alone.
+    """
     causal, is_grouped = setting.causal, setting.heads != setting.kv_heads
 
     def sdpa(backend: SDPBackend) -> Contender:
@@ -217,49 +248,63 @@ def contenders(setting: Setting, tensors: Tensors) -> Makers:
         torch.compiler.reset()  # or the shapes of earlier settings count towards a limit
         compiled = torch.compile(flex_attention, dynamic=False)
         n, device = setting.tokens, tensors[0].device.type
-        seen = create_block_mask(_is_past, None, None, n, n, device=device) if causal else None
+        shown, mask = None, setting.mask
+        if mask != Mask():
+            shown = create_block_mask(_shows(mask, device), None, None, n, n, device=device)
         return Torch(
-            tensors, lambda q, k, v: compiled(q, k, v, block_mask=seen, enable_gqa=is_grouped)
+            tensors, lambda q, k, v: compiled(q, k, v, block_mask=shown, enable_gqa=is_grouped)
         )
 
     layout = whole(setting.tokens)
-    ours = {
-        f"seqpar {name}": partial(Ranks, tensors, layout, causal, name)
+    plan = seqpar.Plan(seqpar.Group.alone(), layout, setting.mask, strategy="ulysses")
+
+    def public(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return seqpar.attention(*(x.transpose(1, 2) for x in (q, k, v)), plan).transpose(1, 2)
+
+    ours: dict[str, Callable[[], Contender]] = {"seqpar": lambda: Torch(tensors, public)}
+    ours |= {
+        f"seqpar {name}": partial(Ranks, tensors, layout, setting.mask, name)
         for name in implementations(setting, tensors[0].device)
     }
-    return {
-        **ours,
-        "torch flash": partial(sdpa, SDPBackend.FLASH_ATTENTION),
-        "torch cuDNN": partial(sdpa, SDPBackend.CUDNN_ATTENTION),
-        "torch flex": flex,
-    }
+    backends = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
+    if setting.mask != Mask(causal):  # which torch's do not take
+        backends = {}
+    torchs = {f"torch {name}": partial(sdpa, backend) for name, backend in backends.items()}
+    return {**ours, **torchs, "torch flex": flex}
 
 
 def implementations(setting: Setting, device: torch.device) -> list[Implementation]:
     """The fast implementations that can do a setting: in order of preference, then those by name only."""
-    request = Request(device, setting.dtype, setting.d, setting.d)
-    names = dict.fromkeys((*preference(device), *IMPLEMENTATIONS))
+    kinds = tuple(type(term) for term in setting.mask.terms)
+    request = Request(device, setting.dtype, setting.d, setting.d, kinds)
+    names = dict.fromkeys((*preference(request), *IMPLEMENTATIONS))
     slow = {"reference", "triton" if device.type == "cpu" else "reference"}
     return [n for n in names if n not in slow and refusal(n, request) is None]
 
 
-def _is_past(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:  # noqa: ARG001 - flex passes them
-    return i >= j
+def _shows(mask: Mask, device: str) -> Callable[..., Tensor]:
+    """The mask as FlexAttention takes it."""
+    if mask.documents is None and mask.window is None:
+        return lambda _b, _h, i, j: i >= j
+    if mask.documents is None:
+        return lambda _b, _h, i, j: (i >= j) & (i - j < mask.window)
+    bounds = torch.tensor(mask.bounds, device=device)
+    document = torch.searchsorted(bounds, torch.arange(mask.bounds[-1], device=device), right=True)
+    return lambda _b, _h, i, j: (i >= j) & (document[i] == document[j])
 
 
-def exact(tensors: Tensors, causal: bool, chunk: int = 256) -> tuple[Tensors, Tensor]:
+def exact(tensors: Tensors, mask: Mask, chunk: int = 256) -> tuple[Tensors, Tensor]:
     """(out, dq, dk, dv) and lse in float64, by the definition, `chunk` rows at a time."""
     q, k, v, dout = (x.double() for x in tensors)
     group, scale = q.shape[2] // k.shape[2], 1 / math.sqrt(q.shape[3])
     k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
     out, dq, dk, dv = (torch.zeros_like(x) for x in (dout, q, k, v))
     lse = torch.zeros_like(q[..., 0])
-    columns = torch.arange(k.shape[1], device=q.device)
+    seen = oracle.visible(q.shape[1], mask.causal, mask.window, mask.documents).to(q.device)
     for start in range(0, q.shape[1], chunk):
         rows = slice(start, min(start + chunk, q.shape[1]))
         s = torch.einsum("bihd,bjhd->bhij", q[:, rows], k) * scale
-        if causal:
-            s.masked_fill_(columns[None, :] > columns[rows, None], float("-inf"))
+        s.masked_fill_(~seen[rows], float("-inf"))
         lse[:, rows] = torch.logsumexp(s, dim=-1).transpose(1, 2)
         p = torch.softmax(s, dim=-1)
         out[:, rows] = torch.einsum("bhij,bjhd->bihd", p, v)

@@ -57,7 +57,9 @@ class Launch:
         triton_attention.backward(
             self._rows, self._k, self._v, self._block, into, {}, tiles=self._tiles[1]
         )
-        found = (old if new is None else new for old, new in zip(self._results[1:], into, strict=True))
+        found = (
+            old if new is None else new for old, new in zip(self._results[1:], into, strict=True)
+        )
         self._results = (self._results[0], *found)
 
     def results(self) -> Tensors:
@@ -73,7 +75,7 @@ def tune(
     q, _, v, dout = tensors
     band = Band(upper=0) if setting.causal else Band()
     block = Block(band, Score().resolve(setting.d))
-    known, lse = exact(tensors, setting.causal)
+    known, lse = exact(tensors, setting.mask)
     out, lse = known[0].to(q.dtype), lse.to(accumulation_dtype(q.dtype))
     rows = Rows.of(q, out, dout, lse, implementation="reference")
 

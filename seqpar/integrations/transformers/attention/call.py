@@ -16,6 +16,7 @@ from seqpar.functional import attention
 from seqpar.integrations.transformers.attention.terms import Layer, Terms, dropout_of
 from seqpar.integrations.transformers.documents import RowGroup
 from seqpar.strategies import Plan
+from seqpar_kernels.transfer import on_device
 
 
 class Call:
@@ -65,7 +66,7 @@ class Call:
             attention(q[rows], k[rows], v[rows], plan)
             for plan, rows in zip(plans, (list(g.rows or ()) for g in self.groups), strict=True)
         ]
-        order = torch.tensor([row for g in self.groups for row in g.rows or ()], device=q.device)
+        order = on_device([row for g in self.groups for row in g.rows or ()], q.device)
         return torch.cat(parts)[torch.argsort(order)]
 
     def _plans(self, layer: Layer) -> list[Plan]:
