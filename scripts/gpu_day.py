@@ -24,9 +24,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 MEASURE = "scripts/measure"
 PYTHON = sys.executable
-SETTINGS = range(12)  # of kernel_speed.py
+SETTINGS, TUNED = range(12), range(3)  # of kernel_speed.py
 SANITIZED = (
-    ("memcheck", "--documents"), ("memcheck", "--window 50 --d 40"), ("racecheck", "--documents"),
+    ("memcheck", "--documents 3"), ("memcheck", "--window 50 --d 40"), ("racecheck", "--documents 3"),
     ("racecheck", ""),
 )  # fmt: skip
 
@@ -53,7 +53,7 @@ class Outcome:
 
 PARTS = (
     Part("doctor", 60, ["{python} -m seqpar doctor"]),
-    Part("tests", 200, ["{python} -m pytest -q -p no:benchmark -n {jobs} --dist worksteal tests/gpu"]),
+    Part("tests", 200, ["{python} -m pytest -q -n {jobs} --dist worksteal tests/gpu"]),
     Part("sanitizer", 90, [
         f"compute-sanitizer --tool {tool} --error-exitcode 3 {{python}} {MEASURE}/gpu_launches.py {how}"
         for tool, how in SANITIZED
@@ -72,12 +72,16 @@ PARTS = (
         f"{{python}} {MEASURE}/kernel_speed.py --parts ring --rounds 5 --json {{out}}/ring.json "
         "--markdown {out}/ring.md"
     ]),
-    Part("tune", 240, [
+    Part("compile_tiles", 120, [
+        f"{{python}} {MEASURE}/kernel_speed.py --tune {kernel} --settings {n} --rounds 1"
+        for kernel in ("forward", "dkdv", "dq") for n in TUNED
+    ], at_once=True),
+    Part("tune", 120, [
         f"{{python}} {MEASURE}/kernel_speed.py --tune {kernel} --json {{out}}/tune_{kernel}.json "
         f"--markdown {{out}}/tune_{kernel}.md"
         for kernel in ("forward", "dkdv", "dq")
     ]),
-    Part("blocks", 240, ["{python} -m pytest -q -p no:benchmark -n {jobs} --dist worksteal tests/block"]),
+    Part("blocks", 240, ["{python} -m pytest -q -n {jobs} --dist worksteal tests/block"]),
     Part("counters", 120, [
         "ncu --clock-control none --section SpeedOfLight --section Occupancy --section WarpStateStats "
         "--section LaunchStats --kernel-name regex:forward_kernel|dq_kernel|dkdv_kernel "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
 from typing import Literal, get_args
@@ -82,7 +83,9 @@ def preference(request: Request) -> tuple[Implementation, ...]:
     names = PREFERENCE.get(device.type, ("reference",))
     if device.type != "cuda":
         return names
-    if any(kind.hides for kind in request.terms):  # the others take a call for each document
+    hides = any(kind.hides for kind in request.terms)
+    # The others take a call for each document, and two runs of their backward differ in the last bits of dq.
+    if hides or torch.are_deterministic_algorithms_enabled():
         return "triton", *(name for name in names if name != "triton")
     return ("cudnn", *names) if _capability(device) in CUDNN_LEADS else names
 
@@ -128,7 +131,7 @@ def _aten(request: Request) -> str | None:
 
 def _flash_attn(request: Request) -> str | None:
     # The extension, since other packages share the name flash_attn.
-    if find_spec("flash_attn_2_cuda") is None:
+    if not _is_installed("flash_attn_2_cuda"):
         return _flash(request) or "is not installed: pip install 'flash-attn>=2.7'"
     version = metadata.version("flash-attn")
     if tuple(int(x) for x in version.split(".")[:2]) < (2, 7):
@@ -160,7 +163,7 @@ def _triton(request: Request) -> str | None:
         (request.dtype == torch.float64, "accumulates in float32 and refuses float64"),
         (max(request.d, request.vd) > 256, f"has no head dim above 256, got {_widths(request)}"),
         (bool(unknown), f"has no kernel for {', '.join(unknown)}"),
-        (find_spec("triton") is None, "is not installed: pip install triton"),
+        (not _is_installed("triton"), "is not installed: pip install triton"),
         (device.type == "cpu" and not interprets(), f"needs a GPU ({here})"),
         (device.type == "cuda" and not _is_ampere(device), "needs compute capability 8.0 or newer"),
     )
@@ -200,6 +203,11 @@ def _lacks(request: Request, name: Implementation | None = None) -> str | None:
         ),
         (request.lse, "derives delta from out, and so cannot differentiate lse"),
     )
+
+
+@cache  # to look for a package takes longer than all else that a call decides
+def _is_installed(module: str) -> bool:
+    return find_spec(module) is not None
 
 
 def _absent(use: str) -> str | None:

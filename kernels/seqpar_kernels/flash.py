@@ -272,9 +272,11 @@ def _cudnn_backward(call: Call, rows: Attended) -> tuple[Tensor, Tensor, Tensor]
 def _is_causal(call: Call) -> bool | None:
     """Whether the op has to mask, or `None` where it cannot.
 
-    Only squares: where a causal mask of another shape hangs is not documented.
+    Only squares: where a causal mask of another shape hangs is not documented. A single key it refuses.
     """
     (num_rows, num_cols), window = _lengths(call), call.window
+    if num_cols == 1:
+        return None
     if window.left is None and window.right is None:
         return False
     square = num_rows == num_cols and window.left is None and window.right == 0

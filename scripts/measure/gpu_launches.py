@@ -1,14 +1,17 @@
 """Launches the kernels of one forward and backward on a CUDA GPU, for tools that look at each launch.
 
 Example: ncu --set full python scripts/measure/gpu_launches.py --tokens 16384
-Example: compute-sanitizer --tool racecheck python scripts/measure/gpu_launches.py --tokens 333 --documents
+Example: compute-sanitizer --tool racecheck python scripts/measure/gpu_launches.py --tokens 333 --documents 3
 """
 
 from __future__ import annotations
 
+import statistics
 import sys
+from collections.abc import Callable
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from seqpar.commands.arguments import parser_of
 from seqpar_kernels import (
@@ -25,6 +28,25 @@ from seqpar_kernels import (
 )
 
 
+def tell_launches(step: Callable[[], object], times: int = 5) -> None:
+    """Prints each launch of a step, in order, with the median of its microseconds."""
+    for _ in range(2):
+        step()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        for _ in range(times):
+            step()
+        torch.cuda.synchronize()
+    events = sorted(profiled.events(), key=lambda e: e.time_range.start)
+    launches = [
+        (e.name, e.time_range.elapsed_us()) for e in events if e.name != "Activity Buffer Request"
+    ]
+    count = len(launches) // times
+    for n in range(count):
+        took = statistics.median(us for _, us in launches[n::count])
+        print(f"{took:9.1f} us  {launches[n][0][:90]}")
+
+
 def main() -> None:
     """Parses arguments, launches, and fails if a result is not finite."""
     parser = parser_of(__doc__)
@@ -34,9 +56,10 @@ def main() -> None:
     parser.add_argument("--d", type=int, default=128)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--window", type=int, help="positions a row sees before itself")
-    parser.add_argument("--documents", action="store_true", help="three packed documents")
+    parser.add_argument("--documents", type=int, default=1, help="packed, of equal lengths")
     parser.add_argument("--softcap", type=float)
     parser.add_argument("--implementation", choices=IMPLEMENTATIONS, default="triton")
+    parser.add_argument("--profile", action="store_true", help="print each launch and its time")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("gpu_launches.py needs a CUDA GPU, and torch sees none here.", file=sys.stderr)
@@ -48,17 +71,25 @@ def main() -> None:
     ]
     dtype = getattr(torch, args.dtype)
     q, k, v, dout = (torch.randn(shape, device="cuda").to(dtype) for shape in shapes)
-    documents = (Documents((0, n // 3, n // 2)),) if args.documents else ()
+    bounds = tuple(range(0, n, -(-n // args.documents)))
+    documents = (Documents(bounds),) if args.documents > 1 else ()
     band = Band(None if args.window is None else -args.window, 0)
     score = Score(softcap=args.softcap).resolve(args.d)
     block = Block(band, score, terms=documents)
-    running = Partial.identity(q, args.d)
-    attend(q, k, v, block, into=running, implementation=name)
-    out, lse = finish(running, q.dtype, score, implementation=name)
-    rows = Rows.of(q, out, dout, lse, implementation=name)
-    into = tuple(torch.zeros(x.shape, device="cuda") for x in (q, k, v))
-    attend_backward(rows, k, v, block, into=into, implementation=name)
-    assert all(bool(torch.isfinite(x).all()) for x in (out, lse, *into))
+
+    def step() -> tuple[torch.Tensor, ...]:
+        running = Partial.identity(q, args.d)
+        attend(q, k, v, block, into=running, implementation=name)
+        out, lse = finish(running, q.dtype, score, implementation=name)
+        rows = Rows.of(q, out, dout, lse, implementation=name)
+        into = tuple(torch.zeros(x.shape, device="cuda") for x in (q, k, v))
+        attend_backward(rows, k, v, block, into=into, implementation=name)
+        return out, lse, *into
+
+    results = step()
+    assert all(bool(torch.isfinite(x).all()) for x in results)
+    if args.profile:
+        tell_launches(step)
     print(f"{name}: {n} tokens, all finite")
 
 

@@ -165,6 +165,7 @@ def aten_backward(*args, scale, window_size_left, window_size_right):
 def cudnn_forward(*args, scale):
     like = on_meta(REAL_CUDNN.forward, *args, scale=scale)
     q, k, v, bias, wants_lse, dropout_p, causal, debug = args
+    assert k.shape[2] > 1, "cuDNN refuses one key of one query, torch one key of any"
     assert (bias, wants_lse, dropout_p, debug) == (None, True, 0.0, False)
     assert not causal or q.shape[2] == k.shape[2], "where another shape's mask hangs is not known"
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -333,3 +334,38 @@ def test_flash_attn_is_deterministic_on_request():
         attended(ADAPTERS["flash_attn"], q, k, v, dout, Block(Band(), Score(0.2)), [0, 5])
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+@given(
+    band=BANDS,
+    num_rows=st.integers(1, 70),
+    num_cols=st.integers(1, 70),
+    heads=st.sampled_from([(4, 4), (6, 2)]),
+    widths=st.sampled_from([(8, 8), (5, 16), (16, 3)]),
+    scale=st.sampled_from([0.4, -0.3, 0.0]),
+    bounds=st.none() | st.lists(st.integers(0, 70), max_size=2),
+)
+@example(Band(None, 0), 40, 40, (6, 2), (5, 16), 0.4, None)
+@example(Band(None, 0), 1, 1, (4, 4), (8, 8), 0.4, None)  # which cuDNN refuses
+@example(Band(None, 0), 40, 30, (4, 4), (8, 8), 0.4, None)
+@example(Band(None, 5), 30, 40, (4, 4), (8, 8), 0.4, None)
+def test_a_block_that_is_all_there_is(name, band, num_rows, num_cols, heads, widths, scale, bounds):
+    """What one call of the op gives is given, or nothing is."""
+    (hq, hkv), (d, vd) = heads, widths
+    q, k = normal(0, 1, num_rows, hq, d), normal(1, 1, num_cols, hkv, d)
+    v, dout = normal(2, 1, num_cols, hkv, vd), normal(3, 1, num_rows, hq, vd)
+    documents = () if bounds is None else (Documents((0, *sorted(bounds))),)
+    block, adapter = Block(band, Score(scale), terms=documents), ADAPTERS[name]
+    want_out, want_lse, *want = attended(adapter, q, k, v, dout, block, [0, num_cols])
+    parts, whole = list(windows(block, num_rows, num_cols)), slice(0, num_rows)
+    results = adapter.forward_whole(q, k, v, block)
+    assert (results is not None) == (len(parts) == 1 and parts[0].rows == whole)
+    if results is not None:
+        torch.testing.assert_close(results, (want_out, want_lse), **CLOSE)
+    grads = adapter.backward_whole(dout, q, k, v, want_out, want_lse, block)
+    has_all = len(parts) == 1 and (parts[0].rows, parts[0].cols) == (whole, slice(0, num_cols))
+    assert (grads is not None) == (has_all and scale > 0)
+    if grads is not None:
+        torch.testing.assert_close(grads, tuple(want), **CLOSE)
+        assert [x.dtype for x in grads] == [q.dtype] * 3

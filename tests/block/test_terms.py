@@ -4,6 +4,9 @@ The Triton kernels run compiled where there is a GPU, else interpreted. A lower 
 the error of dense attention in that precision, see `seqpar.testing.budget`.
 """
 
+import time
+from threading import Thread
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -319,3 +322,26 @@ def test_ranks_in_threads_equal_one_device(case, size, strategy):
     results = simulate(size, errors_on_rank, case, strategy, "triton", case.budget(), DEVICE)
     for rank, errors in enumerate(results):
         assert not errors.failures, f"rank {rank}: {errors.failures}"
+
+
+def test_one_launch_at_a_time():
+    """Triton gives a thread a kernel that another is still loading: ranks that are threads launch in turn."""
+    inside, most = [], []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return self
+
+        def __call__(self):
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0.01)
+            inside.pop()
+
+    x = torch.zeros(1, device=DEVICE)
+    threads = [Thread(target=triton_attention.launch, args=(Kernel(), 1, x)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 8

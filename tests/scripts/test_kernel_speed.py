@@ -232,8 +232,8 @@ def test_every_stage_can_be_asked_for(monkeypatch):
     assert kinds(settings=[3, 5], parts=["rates"]) == ["rates"] * 2
     assert kinds(quick=True) == ["rates"] * 2 + ["ring"] * 2
     assert kinds(parts=["ring"]) == ["ring"] * 3
-    assert kinds(tune=[]) == ["tune"] * 6
-    assert kinds(tune=["dq"]) == ["tune"] * 2
+    assert kinds(tune=[]) == ["tune"] * 9
+    assert kinds(tune=["dq"]) == ["tune"] * 3
 
 
 def test_tiles_are_ranked():

@@ -22,7 +22,10 @@ CANDIDATES: dict[str, list[Tiles]] = {
         *(Tiles(*t) for t in product((128,), (64, 128), (4, 8), (2, 3, 4))),
         *(Tiles(*t) for t in product((64,), (64,), (4,), (2, 3))),
     ],
-    "dq": [Tiles(*t) for t in product((64, 128), (32, 64), (4, 8), (2, 3))],
+    "dq": [
+        *(Tiles(*t) for t in product((64, 128), (32, 64), (4, 8), (2, 3))),
+        Tiles(128, 128, 8, 2),
+    ],
     "dkdv": [Tiles(*t) for t in product((32, 64), (64, 128), (4, 8), (2, 3))],
 }
 
