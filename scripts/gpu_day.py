@@ -52,37 +52,37 @@ class Outcome:
 
 
 PARTS = (
-    Part("doctor", 60, ["{python} -m seqpar doctor"]),
-    Part("tests", 200, ["{python} -m pytest -q -n {jobs} --dist worksteal tests/gpu"]),
-    Part("sanitizer", 90, [
+    Part("doctor", 90, ["{python} -m seqpar doctor"]),
+    Part("tests", 240, ["{python} -m pytest -q -n {jobs} --dist worksteal tests/gpu"]),
+    Part("sanitizer", 60, [
         f"compute-sanitizer --tool {tool} --error-exitcode 3 {{python}} {MEASURE}/gpu_launches.py {how}"
         for tool, how in SANITIZED
     ], at_once=True),
     # Compiles what the next part times, side by side.
-    Part("compile", 150, [
+    Part("compile", 90, [
         f"{{python}} {MEASURE}/kernel_speed.py --parts rates --rounds 1 --settings {n}"
         for n in SETTINGS
     ], at_once=True),
-    Part("rates", 150, [
+    Part("rates", 60, [
         f"{{python}} {MEASURE}/kernel_speed.py --parts rates --json {{out}}/rates.json "
         "--markdown {out}/rates.md"
     ]),
-    Part("calls", 150, [f"{{python}} {MEASURE}/gpu_calls.py --json {{out}}/calls.json"]),
+    Part("calls", 90, [f"{{python}} {MEASURE}/gpu_calls.py --json {{out}}/calls.json"]),
     Part("ring", 120, [
         f"{{python}} {MEASURE}/kernel_speed.py --parts ring --rounds 5 --json {{out}}/ring.json "
         "--markdown {out}/ring.md"
     ]),
-    Part("compile_tiles", 120, [
+    Part("compile_tiles", 200, [
         f"{{python}} {MEASURE}/kernel_speed.py --tune {kernel} --settings {n} --rounds 1"
         for kernel in ("forward", "dkdv", "dq") for n in TUNED
     ], at_once=True),
-    Part("tune", 120, [
+    Part("tune", 100, [
         f"{{python}} {MEASURE}/kernel_speed.py --tune {kernel} --json {{out}}/tune_{kernel}.json "
         f"--markdown {{out}}/tune_{kernel}.md"
         for kernel in ("forward", "dkdv", "dq")
     ]),
     Part("blocks", 240, ["{python} -m pytest -q -n {jobs} --dist worksteal tests/block"]),
-    Part("counters", 120, [
+    Part("counters", 60, [
         "ncu --clock-control none --section SpeedOfLight --section Occupancy --section WarpStateStats "
         "--section LaunchStats --kernel-name regex:forward_kernel|dq_kernel|dkdv_kernel "
         f"{{python}} {MEASURE}/gpu_launches.py --tokens 16384 --heads 16 --kv-heads 16"

@@ -105,6 +105,7 @@ def attend_whole(
     What an op gives in one call is the result. Else it goes the way of every block: sums that are begun,
     continued and finished.
     """
+    # docs/design.md: a block that is all there is gives what the op gives
     way = _whole_way(q, k, v, block, implementation)
     if way is not None:
         with without_autocast(q.device):

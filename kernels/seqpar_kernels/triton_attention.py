@@ -295,6 +295,7 @@ def launch(kernel: Any, num_programs: int, on: Tensor, *args: Any, **constants: 
     """Launches a kernel on the device of a tensor; in a dry run, nothing."""
     if on.device.type == "meta":
         return
+    # docs/design.md: one launch at a time
     with _LAUNCH, _current(on.device):
         kernel[(num_programs,)](*args, **constants)
 

@@ -59,9 +59,11 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=1, help="packed, of equal lengths")
     parser.add_argument("--softcap", type=float)
     parser.add_argument("--implementation", choices=IMPLEMENTATIONS, default="triton")
+    parser.add_argument("--device", default="cuda", help="cpu: to try the script")
     parser.add_argument("--profile", action="store_true", help="print each launch and its time")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
         print("gpu_launches.py needs a CUDA GPU, and torch sees none here.", file=sys.stderr)
         raise SystemExit(2)
 
@@ -70,7 +72,7 @@ def main() -> None:
         (1, n, heads, args.d) for heads in (args.heads, args.kv_heads, args.kv_heads, args.heads)
     ]
     dtype = getattr(torch, args.dtype)
-    q, k, v, dout = (torch.randn(shape, device="cuda").to(dtype) for shape in shapes)
+    q, k, v, dout = (torch.randn(shape, device=device).to(dtype) for shape in shapes)
     bounds = tuple(range(0, n, -(-n // args.documents)))
     documents = (Documents(bounds),) if args.documents > 1 else ()
     band = Band(None if args.window is None else -args.window, 0)
@@ -82,7 +84,7 @@ def main() -> None:
         attend(q, k, v, block, into=running, implementation=name)
         out, lse = finish(running, q.dtype, score, implementation=name)
         rows = Rows.of(q, out, dout, lse, implementation=name)
-        into = tuple(torch.zeros(x.shape, device="cuda") for x in (q, k, v))
+        into = tuple(torch.zeros(x.shape, device=device) for x in (q, k, v))
         attend_backward(rows, k, v, block, into=into, implementation=name)
         return out, lse, *into
 

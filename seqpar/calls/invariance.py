@@ -21,9 +21,9 @@ def is_invariant(plan: Plan, request: Request) -> bool:
         return plan.invariant
     order = STRATEGIES[plan.strategy].order
     # docs/design.md: invariant bits
-    if order is None or not order.by_default:
+    if order is None or not order.by_default or request.device.type == "cuda":
         return False
-    return (plan.implementation or choose(request)) in _able(order, request)
+    return plan.implementation is None or plan.implementation in _able(order, request)
 
 
 def invariant_implementation(plan: Plan, request: Request) -> Implementation:
