@@ -16,7 +16,7 @@ from seqpar_kernels import aten, poison, reference
 from seqpar_kernels.block import Block
 from seqpar_kernels.choice import Implementation, Request, choose, fuses
 from seqpar_kernels.finite import may_hold_poison
-from seqpar_kernels.flash import ADAPTERS, Adapter
+from seqpar_kernels.flash import ADAPTERS, Adapter, without_launches
 from seqpar_kernels.partial import Partial, without_autocast
 from seqpar_kernels.rows import Learned, Rows, RunningGradients
 from seqpar_kernels.score import Score
@@ -111,6 +111,7 @@ def attend_whole(
         with without_autocast(q.device):
             found = None if _spreads(way, q, k, v) else way.forward_whole(q, k, v, block)
         if found is not None:
+            _is_only_told("forward", q, k, block)
             return found
     running = Partial.identity(q, v.shape[-1])
     attend(q, k, v, block, into=running, implementation=implementation)
@@ -135,16 +136,24 @@ def attend_whole_backward(
     with without_autocast(q.device):
         if _spreads(way, q, k, v, dout, out):
             return None
-        return way.backward_whole(dout, q, k, v, out, lse, block)
+        found = way.backward_whole(dout, q, k, v, out, lse, block)
+    if found is not None:
+        _is_only_told("backward", q, k, block)
+    return found
 
 
 def _whole_way(
     q: Tensor, k: Tensor, v: Tensor, block: Block, implementation: Implementation | None
 ) -> ModuleType | Adapter | None:
     """What has a `forward_whole` and a `backward_whole` and may be asked."""
-    if watcher() is not None or _nothing_to_do(q, k, block) or block.score.joined() is not None:
+    told = watcher()
+    if _nothing_to_do(q, k, block) or block.score.joined() is not None:
+        return None
+    if told is not None and not told.walks:
         return None
     way = _chosen(q, v, block, implementation)
+    if isinstance(way, Unlaunched):
+        return None if implementation is None else without_launches(ADAPTERS[implementation])
     return way if way is aten or isinstance(way, Adapter) else None
 
 

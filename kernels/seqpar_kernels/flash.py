@@ -9,7 +9,7 @@ have fakes of the ops.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -288,6 +288,20 @@ ADAPTERS = {
     "flash_attn": Adapter("flash_attn", _package_forward, _package_backward),
     "cudnn": Adapter("cudnn", _cudnn_forward, _cudnn_backward),
 }
+
+
+def without_launches(adapter: Adapter) -> Adapter:
+    """The adapter with ops that give tensors without content, for a dry run."""
+
+    def forward(call: Call) -> tuple[Tensor, Tensor]:
+        b, i, hq, _ = call.q.shape
+        return torch.empty_like(call.q), call.q.new_empty((b, hq, i), dtype=torch.float32)
+
+    def backward(call: Call, _: Attended) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = map(torch.empty_like, call.qkv)
+        return dq, dk, dv
+
+    return replace(adapter, forward_op=forward, backward_op=backward)
 
 
 def _as_the_op_wants(*tensors: Tensor) -> Iterator[Tensor]:

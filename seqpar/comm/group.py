@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -77,6 +77,15 @@ class Group:
         # What has been logged of its calls, not to be logged again.
         self.told: set[str] = set()
         _LIVE[self.name] = self
+
+    def __reduce__(self) -> Any:
+        """One rank alone is made anew elsewhere; several are of this process."""
+        if self.size > 1:
+            raise TypeError(
+                f"{self} is of this process and cannot be pickled: save a module's state_dict(), and give "
+                "modules their group in the process that uses them"
+            )
+        return Group.alone, ()
 
     @staticmethod
     def named(name: str) -> Group:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from seqpar.comm import Group, agreed
 from seqpar.tensor_parallel.cut import Cut, CutRecord, ModuleKind
 from seqpar.tensor_parallel.policy import Policy, Rule
+from seqpar.tensor_parallel.saving import guard_saving
 from seqpar.tensor_parallel.vocabulary import vocabulary_range
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def apply_policy(model: nn.Module, policy: Policy, mesh: Any) -> None:
             model.get_submodule(path).register_forward_hook(CutRecord(num_dealt=group.size))
     if len(axes) > 1:
         shard_weights(model, axes[1])
+    guard_saving(model)
 
 
 def _digest(x: Tensor) -> tuple[object, ...]:

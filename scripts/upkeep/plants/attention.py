@@ -7,6 +7,7 @@ from plants.plant import Plant
 LAYOUT, BLOCK, COMM = "seqpar/layout", "kernels/seqpar_kernels", "seqpar/comm"
 TERMS, STORED, OPS = (f"tests/block/test_{x}.py" for x in ("terms", "row_softmax", "custom_ops"))
 POISON = "tests/block/test_poison.py"
+WHOLE, ADAPTERS, CHOICE = (f"tests/block/test_{x}.py" for x in ("whole", "adapters", "choice"))
 KEEP, COMPILE = (f"tests/strategies/test_{x}.py" for x in ("keep_attention", "compile"))
 SECOND = "tests/strategies/test_second_derivatives.py"
 BITS = "tests/strategies/test_invariance.py"
@@ -44,7 +45,7 @@ ATTENTION = [
           "aligned = head % group == 0 and q_stop - head >= group",
           "aligned = q_stop - head >= group", "tests/layout"),
     Plant("rows restored in rank order", "seqpar/data.py",
-          "return gathered.index_select(dim, layout.inverse().to(x.device))", "return gathered",
+          "return gathered.index_select(dim, on_device(layout.inverse(), x.device))", "return gathered",
           "tests/data"),
     Plant("labels sharded before they are shifted", "seqpar/data.py",
           "shifted[:, :-1] = labels[:, 1:]", "shifted[:, :-1] = labels[:, :-1]", "tests/data"),
@@ -145,7 +146,7 @@ ATTENTION = [
           "    if inner.size == 1 and not any(map(_moves, (*at_q[i], *at_k[i]))):",
           "    if inner.size == 1:"),
     Plant("slopes of one rank added as its rows lie", LOOP,
-          "return sum_rows(x.index_select(1, layout.inverse().to(x.device)))", "return sum_rows(x)", BITS),
+          "return sum_rows(x.index_select(1, on_device(layout.inverse(), x.device)))", "return sum_rows(x)", BITS),
     Plant("products with vectors of one element", f"{BLOCK}/reference.py",
           "NARROWEST = 2", "NARROWEST = 1", "tests/block/test_bits.py"),
     Plant("aten: rows that share memory", f"{BLOCK}/aten.py",
@@ -215,7 +216,7 @@ ATTENTION = [
           "for start, stop in _shared_documents(mask.bounds, rows, cols):",
           "for start, stop in _shared_documents((0,), rows, cols):", "tests/layout"),
     Plant("stored scores: columns in rank order", "seqpar/strategies/stored_scores.py",
-          "return x[..., self.cols.inverse()]", "return x",
+          "return x.index_select(-1, on_device(self.cols.inverse(), x.device))", "return x",
           "tests/strategies/test_materialised.py"),
     Plant("stored scores: sums not made relative to the common maximum",
           "seqpar/strategies/stored_scores.py",
@@ -271,4 +272,29 @@ ATTENTION = [
     Plant("a trusted plan trusts every shape", "seqpar/calls/check.py",
           "        if _kind(operation, _claim(q, k, v, resolved, with_lse, learning)) in known:\n",
           "        if True:\n", "tests/strategies/test_backward_order.py"),
+    Plant("a whole block: a hidden row taken for all", f"{BLOCK}/aten.py",
+          "found[0].rows != slice(0, q.shape[1])", "False", WHOLE),
+    Plant("a whole block: its keys in the wrong place", f"{BLOCK}/aten.py",
+          "k[:, :, cols], v[:, :, cols]", "k[:, :, : cols.stop - cols.start], v[:, :, cols]", WHOLE),
+    Plant("a whole block: sinks left out", f"{BLOCK}/dispatch.py",
+          "or block.score.joined() is not None", "", WHOLE),
+    Plant("a whole block: poison let through", f"{BLOCK}/dispatch.py",
+          "found = None if _spreads(way, q, k, v) else way.forward_whole(q, k, v, block)",
+          "found = way.forward_whole(q, k, v, block)", WHOLE),
+    Plant("a whole block: a negative scale's sign lost", f"{BLOCK}/aten.py",
+          "    if sign != 1:\n        return None\n", "", WHOLE),
+    Plant("an adapter's whole block: columns that no row sees", f"{BLOCK}/flash.py",
+          "if call is None or _lengths(call) != shape or sign != 1:",
+          "if call is None or sign != 1:", ADAPTERS),
+    Plant("an adapter's whole block: rows that see nothing", f"{BLOCK}/flash.py",
+          "if call is None or _lengths(call)[0] != shape[0]:", "if call is None:", ADAPTERS),
+    Plant("cuDNN given a single key", f"{BLOCK}/flash.py",
+          "    if num_cols == 1:\n        return None\n", "", ADAPTERS),
+    Plant("ranks launch at once", f"{BLOCK}/triton_attention.py",
+          "with _LAUNCH, _current(on.device):", "with _current(on.device):", TERMS),
+    Plant("cuDNN leads everywhere", f"{BLOCK}/choice.py",
+          "if _capability(device) in CUDNN_LEADS else names", "", CHOICE),
+    Plant("documents to what takes a call for each", f"{BLOCK}/choice.py",
+          "if hides or torch.are_deterministic_algorithms_enabled():",
+          "if torch.are_deterministic_algorithms_enabled():", CHOICE),
 ]  # fmt: skip

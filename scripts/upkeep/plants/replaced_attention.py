@@ -8,6 +8,7 @@ HUGGING_FACE, TESTS = "seqpar/integrations/transformers", "tests/tensor_parallel
 REPLACE = f"{HUGGING_FACE}/replace"
 EQUAL, CALLS, STATE = f"{TESTS}.py", f"{TESTS}_calls.py", f"{TESTS}_state.py"
 REFUSALS = f"{TESTS}_refusals.py"
+SAVING, OWN_LOSS = "tests/tensor_parallel/test_saving.py", "tests/integrations/test_own_loss.py"
 REPLACED = [
     Plant("replaced: every rank drops as the first", f"{REPLACE}/replaced.py",
           'terms["first_head"] = self.layer.first_head', 'terms["first_head"] = 0', CALLS),
@@ -48,4 +49,18 @@ REPLACED = [
           "        if hooks:", "        if False:", REFUSALS),
     Plant("replaced: gradients lost", f"{REPLACE}/original.py",
           "            if parameter.grad is not None:", "            if False:", REFUSALS),
+    Plant("saving: the stand-in's names", f"{REPLACE}/replaced.py",
+          "        self._saving.put()\n", "", SAVING),
+    Plant("saving: a trainer's state as it is", "seqpar/tensor_parallel/saving.py",
+          "if state is None or not self._is_whole(state):", "if state is None:", SAVING),
+    Plant("saving: shards of a policy", "seqpar/tensor_parallel/apply.py",
+          "    guard_saving(model)\n", "", SAVING),
+    Plant("optimizers of given up weights step", f"{REPLACE}/given_up.py",
+          "        if held:", "        if False:", SAVING),
+    Plant("optimizers of put back weights step", f"{REPLACE}/replaced.py",
+          'GivenUp(weights, "restore() has put', '(weights, "restore() has put', SAVING),
+    Plant("loss: labels by the name of the class", f"{HUGGING_FACE}/probe/own_loss.py",
+          "if not given or loss is None:", "if True:", OWN_LOSS),
+    Plant("loss: another one taken for cross entropy", f"{HUGGING_FACE}/probe/own_loss.py",
+          "named if named in found else None", "named", OWN_LOSS),
 ]  # fmt: skip

@@ -29,12 +29,6 @@ from seqpar.replicas import same_weights
 from seqpar_kernels import accumulation_dtype
 
 TokenLosses = Callable[[Tensor, Tensor], Tensor]
-LABELS: dict[str | None, Labels] = {
-    "ForCausalLM": "next",
-    None: "next",  # as transformers does for classes it cannot tell, such as GPT2LMHeadModel
-    "ForMaskedLM": "own",
-    "ForTokenClassification": "own",
-}
 
 
 class SequenceParallel:
@@ -42,8 +36,8 @@ class SequenceParallel:
 
     The model is switched in place to the attention implementation "seqpar". It may be wrapped (PEFT, DDP,
     torch.compile) or sharded in place (FSDP2), before or after; `loss` calls what was wrapped round it. It is
-    run here four times on a few tokens, to see that its rows do not depend on each other outside of attention
-    and that its outputs stay what they were.
+    run here four times on a few tokens, to see that its rows do not depend on each other outside of
+    attention, that its outputs stay what they were, and which label its own loss compares a row with.
 
     Args:
         model: with its weights; each rank's own.
@@ -122,7 +116,8 @@ class SequenceParallel:
             batch: what the model takes on one device, labels included, see `seqpar.shard_batch`.
             kind: of layout; by default "zigzag" for causal models, else "contiguous".
             multiple_of: shards are cut at multiples of this many positions.
-            labels: "next" or "own", as in `seqpar.shard_batch`; by default what the model's own loss does.
+            labels: "next" or "own", as in `seqpar.shard_batch`; by default what the model's own loss was
+                found to do when this was made.
             seed: of attention dropout, another for every step; needed only where the model drops weights.
             whole: names of tensors to pass on unsharded.
 
@@ -133,9 +128,7 @@ class SequenceParallel:
                 rank holds instead of the whole.
             DesyncError: ranks differ in their batch or options, or another rank raised one of the above.
         """
-        sharding = Sharding(
-            self.attend, self.inner, self.findings, LABELS.get(self.inner.loss_type)
-        )
+        sharding = Sharding(self.attend, self.inner, self.findings)
         with agreed(self.tp, operation="shard, over tp") as claim:
             inputs = sharding.shard(
                 batch, kind=kind, multiple_of=multiple_of, labels=labels, seed=seed, whole=whole
@@ -207,10 +200,11 @@ class SequenceParallel:
     def _check_loss(self, batch: Mapping[str, Any]) -> None:
         if batch.get("labels") is None:
             raise ValueError(f"loss needs labels in the batch, got {sorted(batch)}")
-        if self.inner.loss_type not in LABELS or hasattr(self.inner, "_loss_function"):
+        if self.findings.labels is None or hasattr(self.inner, "_loss_function"):
             raise NotImplementedError(
-                f"the loss of {type(self.inner).__name__} is not the cross entropy of each token; compute it "
-                "from model(**sp.shard(batch)) and reduce it with seqpar.mean_loss"
+                f"the loss of {type(self.inner).__name__} is not the cross entropy of each token, as a trial "
+                "of the model with labels found; compute it from model(**sp.shard(batch, labels=...)) and "
+                "reduce it with seqpar.mean_loss"
             )
 
     def _check_classes(self, logits: Tensor) -> None:

@@ -37,7 +37,6 @@ class Sharding:
     attend: Attention
     model: PreTrainedModel
     findings: Findings
-    labels: Labels | None
 
     def shard(
         self,
@@ -129,7 +128,7 @@ class Sharding:
             )
 
     def _labels(self, batch: Mapping[str, Any], labels: Labels | None) -> Labels | None:
-        chosen = labels or self.labels
+        chosen = labels or self.findings.labels
         if chosen is None and "labels" in batch:
             raise ValueError(
                 f"whether the labels of {type(self.model).__name__} are of the next token or of its own is "

@@ -79,9 +79,18 @@ class Handover:
             self._plans[mask] = plan
         return plan
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leaves calls that are under way out of a copy."""
-        return self.__dict__ | {"_plan": None, "_plans": WeakIdKeyDictionary()}
+    def __deepcopy__(self, memo: dict[int, Any]) -> Handover:
+        """A copy without the calls that are under way."""
+        copied = memo[id(self)] = Handover(self.group, switches=self.switches)
+        copied.findings = self.findings
+        return copied
+
+    def __reduce__(self) -> Any:
+        """Refuses to be pickled: weights are those of a rank, and hooks hold a process together."""
+        raise TypeError(
+            "a model whose attention was replaced cannot be pickled: save replaced.state_dict(), and load it "
+            "into a model of its class"
+        )
 
 
 class Replacement(nn.Module):

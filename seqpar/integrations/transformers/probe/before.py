@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from seqpar.data import Labels
 from seqpar.integrations.transformers.internals import attention_name
 from seqpar.integrations.transformers.probe.compare import Rows, difference, rows_of
+from seqpar.integrations.transformers.probe.own_loss import labels_of, trial_labels
 from seqpar.integrations.transformers.probe.tokens import Tokens
 
 
@@ -26,12 +28,14 @@ class Before:
         outputs: of the tokens in order.
         first_position: what it counts their positions from.
         packed: its outputs for two documents in one sequence.
+        labels: what its own loss compares a row with, see `own_loss`.
     """
 
     attention: str
     outputs: Rows
     first_position: int
     packed: Rows
+    labels: Labels | None
 
 
 def run_before(inner: PreTrainedModel) -> Before:
@@ -45,7 +49,10 @@ def run_before(inner: PreTrainedModel) -> Before:
         raise NotImplementedError(f"{type(inner).__name__} takes no position_ids")
     tokens, first = Tokens.of(inner), 0
     with evaluating(inner):
-        plain = inner(**tokens.runs(inner, first=0).plain)
+        given = trial_labels(inner, tokens.num_rows)
+        plain = inner(**tokens.runs(inner, first=0).plain, **given)
+        labels = labels_of(inner, plain, given)
+        plain = {name: x for name, x in plain.items() if name != "loss"}
         _check_output(inner, plain, tokens.num_rows)
         outputs = rows_of(plain, 0)
         numbered = inner(**tokens.runs(inner, first=0).numbered)
@@ -54,7 +61,7 @@ def run_before(inner: PreTrainedModel) -> Before:
             moved = inner(**tokens.runs(inner, first=after_padding).numbered)
             if difference(outputs, rows_of(moved, 0)) is None:
                 first, numbered = after_padding, moved
-    return Before(attention_name(inner.config), outputs, first, rows_of(numbered, 1))
+    return Before(attention_name(inner.config), outputs, first, rows_of(numbered, 1), labels)
 
 
 @contextmanager

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from seqpar.data import Labels
+
 
 @dataclass(frozen=True)
 class Findings:
@@ -17,6 +19,7 @@ class Findings:
         first_position: what the model counts positions from: 0, or as RoBERTa does, 1 after its padding.
         counts_seen: whether positions that it is not given are counted over what attention_mask shows.
         packs: whether positions that start anew are documents to it, on one device.
+        labels: which label its own loss compares a row with; `None`: it is no cross entropy of tokens.
         numbers: of the modules that attend, in the order in which they do; those that attend once in a call.
     """
 
@@ -24,4 +27,5 @@ class Findings:
     first_position: int
     counts_seen: bool
     packs: bool
+    labels: Labels | None
     numbers: Mapping[nn.Module, int] = field(repr=False)

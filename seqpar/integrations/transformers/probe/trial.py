@@ -7,7 +7,8 @@
 
 A run has one of these for all of its sequences, so there are no fewer. What each proves:
 
-plain                 What one device gives, to compare with. It is one row per token.
+plain                 What one device gives, to compare with. It is one row per token. With labels, the
+                      model's own loss too, which says which label a row is compared with.
 numbered              Sequence 0: given the positions that it counts itself, the model gives `plain` again.
                       So it counts from 0, or this run is done once more, with positions after the padding
                       token. Sequence 1: what it makes of positions that start anew.
@@ -148,6 +149,7 @@ def run_after(inner: PreTrainedModel, known: Before | Findings, *, across: Group
         first_position=known.first_position,
         counts_seen=counts_seen,
         packs=packs,
+        labels=known.labels,
         numbers={module: number for number, module in enumerate(once)},
     )
 

@@ -12,10 +12,12 @@ from seqpar.comm import agreed
 from seqpar.integrations.transformers.attention.replacement import Handover, Replacement
 from seqpar.integrations.transformers.attention.terms import Layer
 from seqpar.integrations.transformers.internals import name_attention
+from seqpar.integrations.transformers.replace.given_up import GivenUp
 from seqpar.integrations.transformers.replace.original import Original
 from seqpar.tensor_parallel.check_state import check_state
 from seqpar.tensor_parallel.layer import ParallelAttention
 from seqpar.tensor_parallel.policy import weight_paths
+from seqpar.tensor_parallel.saving import GuardedSave, is_plain
 from seqpar.tensor_parallel.whole_model import whole_state, write_whole
 from seqpar.tensor_parallel.whole_weights import Names
 from seqpar_kernels import accumulation_dtype
@@ -118,6 +120,11 @@ class ReplacedAttention(Replacement):
         return f"in place of {self.family.name}" + ("" if number is None else f" of layer {number}")
 
 
+def _own(layer: ParallelAttention) -> list[nn.Parameter]:
+    """The parameters of a layer that its original has not."""
+    return list(layer.parameters(recurse=False))
+
+
 class ReplacedModel:
     """A model whose attention was replaced. Made by `replace_attention`.
 
@@ -140,6 +147,10 @@ class ReplacedModel:
         self._names = tuple(model.state_dict())
         self._before = attention
         self._hooks: list[Any] = []
+        self._given_up: GivenUp | None = None
+        self._saving = GuardedSave(
+            inner, whole=self._whole_alone, is_whole=self._is_whole, how="replaced.state_dict()"
+        )
 
     def replace(self) -> None:
         """Puts the replacements in place. All ranks must call."""
@@ -153,6 +164,9 @@ class ReplacedModel:
             inner.register_forward_pre_hook(handover.enter, with_kwargs=True),
             inner.register_forward_hook(handover.leave, always_call=True),
         ]
+        weights = [p for original in self._originals for p in original.weights]
+        self._given_up = GivenUp(weights, "replace_attention has put others in the place of")
+        self._saving.put()
 
     def restore(self) -> None:
         """Puts the model's own attention back, with the weights as they are now. All ranks must call.
@@ -173,6 +187,11 @@ class ReplacedModel:
             original.put(original.module)
         for hook in self._hooks:
             hook.remove()
+        if self._given_up is not None:
+            self._given_up.forget()
+        weights = [p for replacement in self.replacements for p in _own(replacement.layer)]
+        GivenUp(weights, "restore() has put the model's own back in the place of")
+        self._saving.take_away()
         self.replacements = []
         if self._handover.switches:
             self._inner.set_attn_implementation(self._before)
@@ -218,6 +237,24 @@ class ReplacedModel:
         write_whole(self.model, {name: x for name, x in rest.items() if name in own})
         buffers = {name: x for name, x in rest.items() if name not in own}
         self.model.load_state_dict(buffers, strict=False)
+
+    def _whole_alone(self) -> dict[str, Tensor] | None:
+        """The state of the inner model, if that takes no other rank."""
+        if self.tp.size > 1 or not is_plain(self.model.state_dict()):
+            return None
+        inside = {m: f"{name}." for name, m in self.model.named_modules() if name}
+        prefix = inside.get(self._inner, "")
+        state = self.state_dict().items()
+        return {n.removeprefix(prefix): x for n, x in state if n.startswith(prefix)}
+
+    def _is_whole(self, state: Mapping[str, Tensor]) -> bool:
+        """Whether a state has none of the names that stand in for the model's own."""
+        ours = {
+            f"{path}.layer.{name}"
+            for path, replacement in self._placed()
+            for name, _ in replacement.layer.named_parameters(recurse=False)
+        }
+        return is_plain(state) and not any(n.endswith(tuple(ours)) for n in state)
 
     def _placed(self) -> Iterator[tuple[str, ReplacedAttention]]:
         paths = (original.path for original in self._originals)
