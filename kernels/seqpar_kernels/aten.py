@@ -149,11 +149,9 @@ def _at_once(block: Block, q: Tensor, k: Tensor) -> tuple[slice, bool] | None:
     if q.shape[2] != k.shape[2]:
         return None
     found = list(islice(cut(block, q.shape[1], k.shape[1], rectangles), 2))
-    if (
-        len(found) > 1
-        or found[0].rows != slice(0, q.shape[1])
-        or found[0].band not in (FULL, CAUSAL)
-    ):
+    if len(found) != 1 or found[0].rows != slice(0, q.shape[1]):
+        return None
+    if found[0].band not in (FULL, CAUSAL):
         return None
     return found[0].cols, found[0].band == CAUSAL
 

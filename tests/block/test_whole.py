@@ -50,19 +50,21 @@ def in_sums(q, k, v, dout, block):
     batch=st.sampled_from([1, 2]),
     scale=st.sampled_from([0.4, -0.3, 0.0]),
     bounds=st.none() | st.lists(st.integers(0, 90), max_size=3),
+    at=st.tuples(st.integers(0, 60), st.integers(0, 60)),
     sinks=st.booleans(),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
 )
-@example(CAUSAL, (64, 64), (4, 4), (16, 3), 2, 0.4, None, False, torch.float16)
-@example(Band(None, -5), (64, 64), (4, 4), (8, 8), 1, 0.4, None, False, torch.float32)
-@example(Band(None, 5), (70, 60), (4, 4), (8, 8), 1, 0.4, None, False, torch.float32)
-@example(Band(), (33, 70), (4, 4), (5, 16), 1, -0.3, None, True, torch.bfloat16)
-def test_bits_are_those_of_sums(band, sizes, heads, widths, batch, scale, bounds, sinks, dtype):
+@example(CAUSAL, (64, 64), (4, 4), (16, 3), 2, 0.4, None, (0, 0), False, torch.float16)
+@example(Band(None, -5), (64, 64), (4, 4), (8, 8), 1, 0.4, None, (0, 0), False, torch.float32)
+@example(Band(None, 5), (70, 60), (4, 4), (8, 8), 1, 0.4, None, (0, 0), False, torch.float32)
+@example(Band(), (33, 70), (4, 4), (5, 16), 1, -0.3, None, (0, 0), True, torch.bfloat16)
+@example(Band(), (9, 40), (4, 4), (8, 8), 1, 0.4, [20], (20, 0), False, torch.float32)
+def test_bits_are_those_of_sums(band, sizes, heads, widths, batch, scale, bounds, at, sinks, dtype):
     q, k, v, dout = problem(*sizes, heads, widths, dtype, batch)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     logits = torch.linspace(-1, 1, heads[0], dtype=wide) if sinks else None
     documents = () if bounds is None else (Documents((0, *sorted(bounds))),)
-    block = Block(band, Score(scale, sinks=logits), terms=documents)
+    block = Block(band, Score(scale, sinks=logits), *at, terms=documents)
     want = in_sums(q, k, v, dout, block)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     out, lse = attention(*leaves, block)

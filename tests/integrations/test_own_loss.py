@@ -12,6 +12,7 @@ from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
 import seqpar
 from seqpar.integrations.transformers import SequenceParallel, replace_attention
+from seqpar.integrations.transformers.probe.own_loss import BY_NAME
 from seqpar.testing.models.tiny import SERVED, batch_of
 
 BATCH = batch_of(2, 21)
@@ -63,7 +64,7 @@ def test_a_loss_that_does_not_shift_is_that_of_sp():
     for labels, loss in seqpar.simulate(3, on_rank):
         assert labels == "own"
         torch.testing.assert_close(loss, want, rtol=1e-12, atol=0)
-    assert made.loss_type == "ForCausalLM"
+    assert BY_NAME.get(made.loss_type) == "next"
 
 
 def test_another_loss_is_refused_and_labels_must_be_said():
