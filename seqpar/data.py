@@ -12,7 +12,7 @@ from torch import Tensor
 
 from seqpar.calls.options import told
 from seqpar.comm import Group, agreed, agreed_backward, all_gather
-from seqpar.layout import LAYOUTS, Layout, Mask, balanced, check_rows, check_size
+from seqpar.layout import LAYOUTS, Layout, Mask, balanced, check_mark, check_rows, check_size, mark
 from seqpar_kernels.transfer import on_device
 
 Labels = Literal["next", "next_in_document", "own"]
@@ -25,6 +25,8 @@ SEQUENCES = (
 def shard_sequence(x: Tensor, layout: Layout, rank: int, dim: int = 1) -> Tensor:
     """The rows of `x` along `dim` that `rank` holds, in its order, contiguous. Differentiable.
 
+    They know their layout: as q, k or v of a plan with another one they are refused.
+
     Raises:
         ValueError: x is not `layout.length` long along `dim`, or the layout has no such rank.
     """
@@ -34,7 +36,8 @@ def shard_sequence(x: Tensor, layout: Layout, rank: int, dim: int = 1) -> Tensor
         )
     if not 0 <= rank < layout.size:
         raise ValueError(f"rank must be one of 0 ... {layout.size - 1}, got {rank}")
-    return x.index_select(dim, on_device(layout.positions(rank), x.device))
+    shard = x.index_select(dim, on_device(layout.positions(rank), x.device))
+    return mark(shard, layout) if dim % x.ndim == 1 else shard
 
 
 def unshard_sequence(x: Tensor, layout: Layout, group: Group, dim: int = 1) -> Tensor:
@@ -120,6 +123,7 @@ def shard_batch(
         if labels == "next_in_document":
             _ignore_borders(sequences, mask)
         layout = _layout(kind, first.shape[1], group.size, multiple_of, mask)
+    group.note_cut(layout.length, layout.code)
 
     shards = {name: shard_sequence(x, layout, group.rank) for name, x in sequences.items()}
     if "position_ids" not in shards:
@@ -133,6 +137,8 @@ def _check_shard(x: Tensor, layout: Layout, group: Group, dim: int) -> None:
     if not -x.ndim <= dim < x.ndim:
         raise ValueError(f"x has no dim {dim}, got {tuple(x.shape)}")
     check_rows(layout, group.rank, x.shape[dim], f"{tuple(x.shape)}, sharded along dim {dim}")
+    if dim % x.ndim == 1:
+        check_mark(x, layout, "x")
 
 
 def _sequences(batch: Mapping[str, Any], kind: str, whole: tuple[str, ...]) -> dict[str, Tensor]:

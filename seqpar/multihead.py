@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from seqpar.comm import Group, agreed
-from seqpar.layout import Layout
+from seqpar.layout import Layout, check_mark
 
 
 class MultiheadAttention(nn.Module):
@@ -150,6 +150,14 @@ class MultiheadAttention(nn.Module):
                     f"kv_layout, or the keys it is of, got {kv_layout}"
                 )
             self._check(query, key, value)
+            keys = layout if kv_layout is None else kv_layout
+            for name, x, of in (
+                ("query", query, layout),
+                ("key", key, keys),
+                ("value", value, keys),
+            ):
+                if x is not None:
+                    check_mark(x, of, name)
             claim |= {"cross attention": key is not None, "embed_dim": self.embed_dim}
             claim["heads"] = self.num_heads, self.kv_heads
         heads = (x.unflatten(2, (-1, self.head_dim)) for x in self._project(query, key, value))

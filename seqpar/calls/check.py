@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from seqpar.calls.announce import announce, is_heard
+from seqpar.calls.hints import warn_of_another_cut
 from seqpar.calls.invariance import check_cuts, invariant_implementation, is_invariant
 from seqpar.calls.options import told_of
 from seqpar.calls.shape import Shape
 from seqpar.comm import Grid, Group, agreed
-from seqpar.layout import Layout, Mask, check_rows, check_size
+from seqpar.layout import Layout, Mask, check_mark, check_rows, check_size
 from seqpar.strategies.plan import Agree, Plan
 from seqpar.strategies.registry import STRATEGIES
 from seqpar.version import VERSION
@@ -82,6 +83,7 @@ def check_call(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, with_lse: bool = 
     _check_plan(plan)
     _check_tensors(q, k, v)
     _check_rows(q, k, v, plan)
+    warn_of_another_cut(plan)
     _check_heads(q, plan.score)
     _check_tangents({"q": q, "k": k, "v": v, **plan.score.tensors})
     return resolve(plan, q, v, with_lse=with_lse)
@@ -227,6 +229,7 @@ def _check_rows(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
     for name, x, layout in (("q", q, plan.layout), ("k", k, plan.keys), ("v", v, plan.keys)):
         got = f"{name} {tuple(x.shape)} as [b sl h d]"
         check_rows(layout, plan.group.rank, x.shape[1], got)
+        check_mark(x, layout, name)
 
 
 def _check_heads(q: Tensor, score: Score) -> None:

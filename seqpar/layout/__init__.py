@@ -7,6 +7,7 @@ rectangle of scores whose visibility is one `Band`. Kernels and strategies never
 from seqpar.layout.balance import balanced
 from seqpar.layout.fits import check_rows, check_size
 from seqpar.layout.heads import HeadSegment, HeadSplit, split_heads
+from seqpar.layout.marks import check_mark, mark
 from seqpar.layout.mask import Mask
 from seqpar.layout.shards import LAYOUTS, Layout, contiguous, striped, whole, zigzag
 from seqpar.layout.spans import Span, joined
@@ -22,12 +23,14 @@ __all__ = [
     "Span",
     "Tile",
     "balanced",
+    "check_mark",
     "check_rows",
     "check_size",
     "contiguous",
     "held",
     "joined",
     "joined_tiles",
+    "mark",
     "meets",
     "part",
     "sees",

@@ -16,7 +16,7 @@ from torch.func import functional_call
 from seqpar.calls.options import told
 from seqpar.comm import Group, agreed, agreed_backward, all_reduce, replicate
 from seqpar.functional import attention as attend
-from seqpar.layout import Layout
+from seqpar.layout import Layout, check_mark
 from seqpar.layout.fits import check_rows, check_size
 from seqpar.layout.heads import HeadSplit
 from seqpar.module import Attention
@@ -142,6 +142,7 @@ class ParallelAttention(nn.Module):
             self._check(x)
             check_size(layout, sp.size)
             check_rows(layout, sp.rank, x.shape[1], f"x {tuple(x.shape)}")
+            check_mark(x, layout, "x")
             # Along sp ranks have as many rows as the layout says, and all else in common.
             claim |= {
                 "shape": (x.shape[0], "rows", x.shape[2]),

@@ -7,6 +7,7 @@ from plants.plant import Plant
 LAYOUT, BLOCK, COMM = "seqpar/layout", "kernels/seqpar_kernels", "seqpar/comm"
 TERMS, STORED, OPS = (f"tests/block/test_{x}.py" for x in ("terms", "row_softmax", "custom_ops"))
 POISON = "tests/block/test_poison.py"
+MARKS = "tests/data/test_marks.py"
 WHOLE, ADAPTERS, CHOICE = (f"tests/block/test_{x}.py" for x in ("whole", "adapters", "choice"))
 KEEP, COMPILE = (f"tests/strategies/test_{x}.py" for x in ("keep_attention", "compile"))
 SECOND = "tests/strategies/test_second_derivatives.py"
@@ -299,4 +300,14 @@ ATTENTION = [
     Plant("documents to what takes a call for each", f"{BLOCK}/choice.py",
           "if hides or torch.are_deterministic_algorithms_enabled():",
           "if torch.are_deterministic_algorithms_enabled():", CHOICE),
+    Plant("shards of any layout taken", "seqpar/calls/check.py",
+          "        check_mark(x, layout, name)\n", "", MARKS),
+    Plant("marks outlive what they were made of", "seqpar/layout/marks.py",
+          "or written != version(x)", "", MARKS),
+    Plant("layouts told apart by their names", "seqpar/layout/marks.py",
+          "if cut.spans != layout.spans:", "if cut != layout:", MARKS),
+    Plant("another cut is not warned of", "seqpar/data.py",
+          "    group.note_cut(layout.length, layout.code)\n", "", MARKS),
+    Plant("another cut is warned of in every step", "seqpar/calls/hints.py",
+          "        plan.group.warned.add(code)\n", "", MARKS),
 ]  # fmt: skip
