@@ -1,0 +1,152 @@
+"""The fuzzer finds nothing in what there is, and what is planted; it keeps that and tries it first."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import fuzz
+import pytest
+import torch
+from fuzz import Fuzz
+from fuzzing import judge
+from fuzzing.problem import USES, Poison, Problem, problems, strided
+from hypothesis import HealthCheck, find, given, settings
+
+from seqpar.testing import Case
+
+PLAIN = Problem(Case(21, 4, 2), 3, "ring", None, "plain", "normal", "plain", None)
+
+
+def test_some_problems_are_solved(tmp_path):
+    tried = Fuzz(tmp_path)
+    tried.round(60)
+    assert tried.wrong == []
+    assert tried.tried.total() >= 60
+
+
+def test_the_script_says_what_it_tried(tmp_path):
+    path = tmp_path / "fuzz.json"
+    options = ["--cases", "12", "--examples", tmp_path / "examples", "--json", path]
+    done = subprocess.run(
+        [sys.executable, fuzz.__file__, *options], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert ", 0 wrong" in done.stdout
+    assert json.loads(path.read_text())["wrong"] == []
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem(Case(21, 4, 2), 3, "ring", None, use, "normal", "plain", None)
+        for use in USES
+        if use != "shared"
+    ]
+    + [
+        Problem(Case(21, 3, 3), 3, "ulysses", None, "shared", "normal", "width apart", None),
+        Problem(
+            Case(9, 2, 1, dtype=torch.float32), 2, "mesh", None, "plain", "steep", "sliced", None
+        ),
+    ],
+    ids=lambda p: p.use,
+)
+def test_every_use_is_judged(problem, monkeypatch):
+    """What is right passes, and a small error in out or in a gradient does not."""
+    judge.judge(problem)
+    real = judge.attention, judge.attention_with_lse
+    monkeypatch.setattr(judge, "attention", lambda *a: real[0](*a) * 1.02)
+    monkeypatch.setattr(judge, "attention_with_lse", lambda *a: (real[1](*a)[0] * 1.02, None))
+    with pytest.raises(judge.WrongResultError, match="off by"):
+        judge.judge(problem)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "dout"])
+def test_poison_is_judged(name, monkeypatch):
+    case = Case(21, 4, 2, documents=(0, 8, 21), dtype=torch.float32)
+    poison = Poison(name, 0.2, float("nan"))
+    problem = Problem(case, 2, "ring", None, "plain", "normal", "plain", poison)
+    judge.judge(problem)
+    real = judge.attention
+
+    class Leaks(torch.autograd.Function):
+        @staticmethod
+        def forward(_, x):
+            return x + x.sum() * 0
+
+        @staticmethod
+        def backward(_, grad):
+            return grad + grad.sum() * 0
+
+    leaks = Leaks.apply
+    monkeypatch.setattr(
+        judge, "attention", lambda q, k, v, plan: leaks(real(leaks(q), leaks(k), leaks(v), plan))
+    )
+    with pytest.raises(judge.WrongResultError, match="where it is not seen"):
+        judge.judge(problem)
+
+
+def test_poison_that_is_lost_is_found(monkeypatch):
+    real = judge.attention
+    monkeypatch.setattr(judge, "attention", lambda *a: real(*a).nan_to_num())
+    poison = Poison("v", 0.5, float("nan"))
+    problem = Problem(Case(9), 2, "ring", None, "plain", "normal", "plain", poison)
+    with pytest.raises(judge.WrongResultError, match="is lost in out"):
+        judge.judge(problem)
+
+
+def test_what_fails_is_shrunk_kept_and_tried_first(tmp_path, monkeypatch):
+    real = judge.solved
+
+    def wrong(group, problem, tensors):
+        results = real(group, problem, tensors)
+        if problem.size > 2 and problem.case.length > 4:
+            results["out"] = results["out"] + 1e-3
+        return results
+
+    monkeypatch.setattr(judge, "solved", wrong)
+    first = Fuzz(tmp_path)
+    first.round(200)
+    assert len(first.wrong) == 1
+    assert "length=5," in first.wrong[0]
+    assert "size=3," in first.wrong[0]
+    again = Fuzz(tmp_path)
+    again.round(1)
+    assert len(again.wrong) == 1
+    monkeypatch.setattr(judge, "solved", real)
+    mended = Fuzz(tmp_path)
+    mended.round(1)
+    assert mended.wrong == []
+
+
+def test_all_that_can_be_drawn_is():
+    drawn = Counter()
+
+    @settings(
+        max_examples=600, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    )
+    @given(problem=problems())
+    def draw(problem):
+        drawn.update([problem.use, problem.values, problem.strides, problem.strategy])
+        drawn["poison"] += problem.poisoned is not None
+        drawn[problem.implementation or "default"] += 1
+
+    draw()
+    names = [*USES, "normal", "steep", "huge", "tiny", "constant", "zero", "plain", "heads first"]
+    names += ["sliced", "width apart", "shared batch", "poison", "default", "reference", "aten"]
+    assert all(drawn[name] for name in names), drawn
+
+
+@pytest.mark.parametrize("how", ["plain", "heads first", "sliced", "width apart", "shared batch"])
+def test_strides_hold_the_same_numbers(how):
+    x = torch.randn(1, 5, 3, 4)
+    assert torch.equal(strided(x, how), x)
+    assert (strided(x, how).stride() == x.stride()) == (how in ("plain", "shared batch"))
+
+
+def test_a_problem_can_be_pasted():
+    names = {"Problem": Problem, "Case": Case, "Poison": Poison, "torch": torch}
+    assert eval(repr(PLAIN), names) == PLAIN
+    assert find(problems(), lambda p: p.size == 2).size == 2
+    assert Path(fuzz.__file__).name == "fuzz.py"
