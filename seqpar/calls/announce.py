@@ -36,11 +36,9 @@ def announce(plan: Plan, shape: Shape, device: torch.device) -> None:
     group.told.add(text)
     sent = dry_run.sent(plan, shape, group.rank)
     forward, backward = (_size(count.bytes) for count in (sent.forward, sent.backward))
-    LOGGER.info("%s; rank 0 sends %s forward, %s backward", text, forward, backward)
-    if saved := idle_share(plan):
-        LOGGER.info(
-            "a zigzag layout would take about %.0f %% off the time of this ring", 100 * saved
-        )
+    saved = idle_share(plan)
+    hint = f"; a zigzag layout would take about {saved:.0%} of its time off" if saved else ""
+    LOGGER.info("%s; rank 0 sends %s forward, %s backward%s", text, forward, backward, hint)
     if len(group.told) == MOST:
         LOGGER.info("%d kinds of calls have been told; others of this group will not be", MOST)
 
