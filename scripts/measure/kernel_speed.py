@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 import torch.nn.attention
-from kernel_race.contenders import Contender, Ranks, Setting, contenders, exact, implementations
+from kernel_race.contenders import Contender, Ranks, contenders, exact, implementations
 from kernel_race.race import (
     NAMES,
     Timing,
@@ -40,6 +40,7 @@ from kernel_race.race import (
     median_sum,
     race,
 )
+from kernel_race.setting import QUICK, RING, SETTINGS, TUNED, Setting
 from kernel_race.sheet import Sheet
 from kernel_race.tune import CANDIDATES, tune, tune_sheet
 from rich.console import Console
@@ -50,30 +51,9 @@ from seqpar.layout.shards import whole
 from seqpar_kernels import Implementation
 
 Measure = partial[list[dict[str, Any]]]
-SETTINGS = [
-    Setting(16384, 32, 32, 64, causal=True),
-    Setting(16384, 16, 16, 128, causal=True),
-    Setting(16384, 16, 16, 128, causal=False),
-    Setting(16384, 32, 8, 128, causal=True),
-    Setting(8192, 8, 8, 256, causal=True),
-    Setting(8192, 4, 1, 128, causal=True),  # what Ulysses leaves of 32/8 heads on each of 8 ranks
-    Setting(4096, 32, 8, 128, causal=True),
-    Setting(2048, 32, 8, 128, causal=True),
-    Setting(4096, 16, 16, 64, causal=True, dtype=torch.float32),
-    Setting(16384, 32, 8, 128, causal=True, window=1024),
-    Setting(16384, 32, 8, 128, causal=True, documents=8),
-    Setting(16384, 32, 8, 128, causal=True, documents=64),
-]
-QUICK = SETTINGS[:2]
 SMALL = 2048  # tokens where errors are measured
 RANKS, ROWS = (2, 4, 8), 8192
-RING = Setting(0, 16, 16, 128, causal=True)
 RING_LAYOUTS = ("zigzag", "contiguous")
-TUNED = [
-    Setting(8192, 32, 32, 64, causal=True),
-    Setting(8192, 16, 16, 128, causal=True),
-    Setting(8192, 8, 8, 256, causal=True),
-]
 
 
 def rates(

@@ -9,15 +9,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.utils._pytree import tree_map
 
-from seqpar_kernels import Band, Block, Documents, Partial, Rows, Score, flash, reference
+from seqpar_kernels import Band, Block, Documents, Partial, Rows, Score, flash_ops, reference
 from seqpar_kernels.flash import ADAPTERS
 from seqpar_kernels.windows import windows
 
 BANDS = st.builds(Band, st.none() | st.integers(-75, 20), st.none() | st.integers(-20, 75))
 SIZES = st.integers(0, 70)
 CLOSE = {"rtol": 0, "atol": 1e-11}
-REAL = SimpleNamespace(forward=flash._forward, backward=flash._backward)
-REAL_CUDNN = SimpleNamespace(forward=flash._cudnn, backward=flash._cudnn_back)
+REAL = SimpleNamespace(forward=flash_ops._forward, backward=flash_ops._backward)
+REAL_CUDNN = SimpleNamespace(forward=flash_ops._cudnn, backward=flash_ops._cudnn_back)
 
 
 def inside(nq, nk, left, right):
@@ -195,10 +195,10 @@ def _fakes():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "flash_attn", package)
         patch.setitem(sys.modules, "flash_attn.flash_attn_interface", interface)
-        patch.setattr(flash, "_forward", aten_forward)
-        patch.setattr(flash, "_backward", aten_backward)
-        patch.setattr(flash, "_cudnn", cudnn_forward)
-        patch.setattr(flash, "_cudnn_back", cudnn_backward)
+        patch.setattr(flash_ops, "_forward", aten_forward)
+        patch.setattr(flash_ops, "_backward", aten_backward)
+        patch.setattr(flash_ops, "_cudnn", cudnn_forward)
+        patch.setattr(flash_ops, "_cudnn_back", cudnn_backward)
         yield
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import kernel_speed
 import pytest
 import torch
-from kernel_race.contenders import Ranks, Setting, contenders, exact, meetings
+from kernel_race.contenders import Ranks, contenders, exact, meetings
 from kernel_race.race import Timing, brief, median_max, median_sum, race, relative
+from kernel_race.setting import Setting
 from kernel_race.sheet import Sheet
 from kernel_race.tune import CANDIDATES
 
@@ -241,7 +242,7 @@ def test_tiles_are_ranked():
     assert set(CANDIDATES) == set(KERNELS)
     code = """
 import torch
-from kernel_race.contenders import Setting
+from kernel_race.setting import Setting
 from kernel_race.tune import tune, tune_sheet
 from seqpar_kernels.tuning import Tiles
 setting = Setting(33, 2, 1, 16, causal=True, dtype=torch.float32)

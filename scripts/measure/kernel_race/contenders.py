@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import seqpar
+from kernel_race.setting import Setting, Tensors
 from seqpar.layout import Layout, Mask, joined_tiles, tiles
 from seqpar.layout.shards import whole
 from seqpar.testing import oracle
@@ -37,68 +37,9 @@ from seqpar_kernels import (
     refusal,
 )
 
-Tensors = tuple[Tensor, Tensor, Tensor, Tensor]  # q, k, v, dout, or out, dq, dk, dv: [b s h d]
 Step = Callable[[], None]
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 Meeting = tuple[int, list[tuple[slice, slice, Block]]]  # owner; local rows, its rows, block
-
-
-@dataclass(frozen=True)
-class Setting:
-    """An attention problem of one sequence.
-
-    Args:
-        window: keys a row sees, itself included.
-        documents: of equal lengths, packed.
-    """
-
-    tokens: int
-    heads: int
-    kv_heads: int
-    d: int
-    causal: bool
-    dtype: torch.dtype = torch.bfloat16
-    window: int | None = None
-    documents: int = 1
-
-    def __str__(self) -> str:
-        heads = f"{self.heads}" if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
-        mask = "causal" if self.causal else "full"
-        mask += f", window {self.window}" if self.window else ""
-        mask += f", {self.documents} documents" if self.documents > 1 else ""
-        dtype = (
-            "" if self.dtype == torch.bfloat16 else f", {str(self.dtype).removeprefix('torch.')}"
-        )
-        return f"{self.tokens} tokens, {heads} heads of {self.d}, {mask}{dtype}"
-
-    @property
-    def mask(self) -> Mask:
-        """What rows see."""
-        length = self.tokens // self.documents
-        bounds = (*range(0, length * self.documents, length), self.tokens)
-        return Mask(self.causal, self.window, bounds if self.documents > 1 else None)
-
-    @property
-    def forward_flops(self) -> float:
-        """Two products of 2 i j d operations for each head; half of them where causal."""
-        length = self.tokens / self.documents
-        pairs = length**2 / (2 if self.causal else 1)
-        if self.window is not None and self.window < length:
-            hidden = (length - self.window) ** 2
-            pairs -= hidden / 2 if self.causal else hidden
-        return 4 * self.heads * self.documents * pairs * self.d
-
-    @property
-    def backward_flops(self) -> float:
-        """Five products, where the forward has two."""
-        return 2.5 * self.forward_flops
-
-    def tensors(self, device: torch.device) -> Tensors:
-        """q, k, v and dout: normal numbers."""
-        make = partial(torch.randn, device=device, dtype=self.dtype)
-        of_q = 1, self.tokens, self.heads, self.d
-        of_kv = 1, self.tokens, self.kv_heads, self.d
-        return make(of_q), make(of_kv), make(of_kv), make(of_q)
 
 
 class Contender(Protocol):

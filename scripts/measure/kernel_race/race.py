@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kernel_race.contenders import Contender, Makers, Step, Tensors
+from kernel_race.contenders import Contender, Makers, Step
+from kernel_race.setting import Tensors
 
 WARM_UPS = 2
 SCRATCH_BYTES = 2**30  # more than any L2 cache; 0.2 ms of an H200

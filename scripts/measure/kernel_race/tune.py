@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernel_race.contenders import Setting, Step, Tensors, exact
+from kernel_race.contenders import Step, exact
 from kernel_race.race import brief, deviations, median_sum, race
+from kernel_race.setting import Setting, Tensors
 from kernel_race.sheet import Sheet
 from seqpar_kernels import Band, Block, Partial, Rows, Score, accumulation_dtype, finish
 from seqpar_kernels.tuning import KERNELS, Tiles, tiles_for
