@@ -123,7 +123,6 @@ def shard_batch(
         if labels == "next_in_document":
             _ignore_borders(sequences, mask)
         layout = _layout(kind, first.shape[1], group.size, multiple_of, mask)
-    group.note_cut(layout.length, layout.code)
 
     shards = {name: shard_sequence(x, layout, group.rank) for name, x in sequences.items()}
     if "position_ids" not in shards:

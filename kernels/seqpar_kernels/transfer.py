@@ -14,6 +14,6 @@ def on_device(x: Tensor | Sequence[int], device: torch.device) -> Tensor:
     From memory that may be paged out CUDA copies at once, after all that it has been given to do before.
     """
     x = x if isinstance(x, Tensor) else torch.tensor(x)
-    if device.type != "cuda" or x.device.type != "cpu":
+    if device.type != "cuda" or x.device.type != "cpu" or torch.compiler.is_compiling():
         return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)

@@ -14,6 +14,7 @@ import json
 import time
 from collections import Counter
 from pathlib import Path
+from unittest import SkipTest
 
 import torch
 from fuzzing.judge import judge
@@ -34,13 +35,20 @@ class Fuzz:
         self._last: Problem | None = None
         self._database = DirectoryBasedExampleDatabase(folder)
 
+    def again(self) -> None:
+        """Tries what failed before."""
+        self._round(1, [Phase.reuse])
+
     def round(self, count: int) -> None:
-        """Tries some problems, those first that failed; of those that fail now the smallest is kept."""
+        """Tries some problems; of those that fail the smallest is kept."""
+        self._round(count, [Phase.generate, Phase.shrink])
+
+    def _round(self, count: int, phases: list[Phase]) -> None:
 
         @settings(
             max_examples=count, deadline=None, database=self._database, derandomize=False,
             suppress_health_check=list(HealthCheck), report_multiple_bugs=False,
-            phases=[Phase.reuse, Phase.generate, Phase.shrink],
+            phases=phases,
         )  # fmt: skip
         @given(problem=problems())
         def attempt(problem: Problem) -> None:
@@ -50,6 +58,8 @@ class Fuzz:
 
         try:
             attempt()
+        except SkipTest:  # nothing has failed before
+            return
         except Exception as error:  # whatever it is: what failed last is the smallest
             lines = str(error).strip().splitlines() or [""]
             self.wrong.append(f"{type(error).__name__}: {lines[0]}\n  {self._last}")
@@ -68,6 +78,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     fuzz, start = Fuzz(args.examples), time.monotonic()
+    fuzz.again()
     while fuzz.tried.total() < args.cases and time.monotonic() - start < args.seconds:
         fuzz.round(min(ROUND, args.cases - fuzz.tried.total()))
     took = time.monotonic() - start

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from seqpar.calls.announce import announce, is_heard
-from seqpar.calls.hints import warn_of_another_cut
 from seqpar.calls.invariance import check_cuts, invariant_implementation, is_invariant
 from seqpar.calls.options import told_of
 from seqpar.calls.shape import Shape
@@ -83,7 +82,6 @@ def check_call(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, with_lse: bool = 
     _check_plan(plan)
     _check_tensors(q, k, v)
     _check_rows(q, k, v, plan)
-    warn_of_another_cut(plan)
     _check_heads(q, plan.score)
     _check_tangents({"q": q, "k": k, "v": v, **plan.score.tensors})
     return resolve(plan, q, v, with_lse=with_lse)

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from seqpar.comm.grid import Grid
 
 
-MOST_CUTS = 64  # lengths of batches whose layouts are remembered
 _numbers = count()
 
 
@@ -77,21 +76,7 @@ class Group:
         self.name = f"group {next(_numbers)}"
         # What has been logged of its calls, not to be logged again.
         self.told: set[str] = set()
-        # Of batches, by length: the code of the layout that the last was cut by; and what was warned of.
-        self._cuts: dict[int, str] = {}
-        self.warned: set[str] = set()
         _LIVE[self.name] = self
-
-    def note_cut(self, length: int, code: str) -> None:
-        """Notes the layout by which a batch of this length was cut last."""
-        self._cuts.pop(length, None)
-        self._cuts[length] = code
-        if len(self._cuts) > MOST_CUTS:
-            del self._cuts[next(iter(self._cuts))]
-
-    def cut_of(self, length: int) -> str | None:
-        """The code of the layout by which a batch of this length was cut last, if one was."""
-        return self._cuts.get(length)
 
     def __reduce__(self) -> Any:
         """One rank alone is made anew elsewhere; several are of this process."""

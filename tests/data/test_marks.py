@@ -6,13 +6,12 @@ Both hold as many rows, so no shape shows it, and the results are wrong everywhe
 import copy
 import io
 import logging
-import warnings
 
 import pytest
 import torch
 
 import seqpar
-from seqpar import Mask, contiguous, shard_batch, shard_sequence, unshard_sequence, zigzag
+from seqpar import Mask, contiguous, shard_sequence, unshard_sequence, zigzag
 from seqpar.calls import announce
 from seqpar.layout import Layout
 
@@ -109,51 +108,6 @@ def test_marks_do_no_harm():
         lambda t: shard_sequence(t, CUT, 0) + 1, fullgraph=True, backend="eager"
     )
     assert torch.equal(compiled(torch.ones(1, LENGTH)), torch.full((1, 6), 2.0))
-
-
-def batch():
-    return {"input_ids": torch.arange(LENGTH)[None]}
-
-
-def test_a_batch_that_was_cut_in_another_way_is_warned_of_once():
-    def attend(group):
-        made = []
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            for _ in range(3):
-                _, layout = shard_batch(batch(), group)
-                x = torch.randn(1, 6, 2, 4)
-                seqpar.RingAttention(group)(x, x, x, layout)
-                made.append(len(caught))
-                seqpar.RingAttention(group)(x, x, x, TAKEN)
-            seqpar.RingAttention(group)(x[:, :4], x[:, :4], x[:, :4], contiguous(8, SIZE))
-        return made, [str(w.message) for w in caught]
-
-    def alone(group):  # threads would share what is caught
-        return attend(group) if group.rank == 0 else quiet(group)
-
-    def quiet(group):
-        for _ in range(3):
-            shard_batch(batch(), group)
-            x = torch.randn(1, 6, 2, 4)
-            group.warned.add(CUT.code)
-            seqpar.RingAttention(group)(x, x, x, CUT)
-            seqpar.RingAttention(group)(x, x, x, TAKEN)
-        seqpar.RingAttention(group)(x[:, :4], x[:, :4], x[:, :4], contiguous(8, SIZE))
-
-    made, said = seqpar.simulate(SIZE, alone)[0]
-    assert made == [0, 1, 1]
-    assert len(said) == 1
-    assert "was cut as" in said[0]
-    assert "give the layout that shard_batch returned" in said[0]
-
-
-def test_lengths_are_forgotten_in_the_end():
-    group = seqpar.Group.alone()
-    for length in range(200):
-        group.note_cut(length, "x")
-    assert group.cut_of(199) == "x"
-    assert group.cut_of(0) is None
 
 
 HINTS = [

@@ -42,7 +42,15 @@ def test_every_implementation_equals_one_device(case, strategy, implementation):
         assert not errors.failures, f"rank {rank}: {errors.failures}"
 
 
-@pytest.mark.parametrize("implementation", ["cudnn", "triton"])  # aten's backward adds as it comes
+# Others add to dq as it comes.
+EXACT = {
+    "triton": ("out", "dq", "dk", "dv"),
+    "cudnn": ("out", "dk", "dv"),
+    "aten": ("out", "dk", "dv"),
+}
+
+
+@pytest.mark.parametrize("implementation", EXACT)
 @pytest.mark.parametrize("strategy", ["ulysses", "ring"])
 def test_the_same_call_gives_the_same_bits(strategy, implementation):
     case = Case(1000, 4, 4, 64, 64, dtype=torch.bfloat16, kind="zigzag")
@@ -59,4 +67,4 @@ def test_the_same_call_gives_the_same_bits(strategy, implementation):
     for _ in range(3):
         for one, other in zip(first, simulate(2, results), strict=True):
             for name, x, y in zip(("out", "dq", "dk", "dv"), one, other, strict=True):
-                assert torch.equal(x, y), name
+                assert torch.equal(x, y) or name not in EXACT[implementation], name

@@ -8,7 +8,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+)
 
 import seqpar
 from seqpar.integrations.transformers import SequenceParallel, replace_attention
@@ -77,17 +83,69 @@ def test_another_loss_is_refused_and_labels_must_be_said():
     assert sp.shard(BATCH, labels="next").labels is not None
 
 
-def test_where_rounding_hides_the_difference_the_name_decides():
-    """The loss of this model is computed in bfloat16, from logits that are nearly all the same."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [LlamaForCausalLM, Unshifted])
+def test_a_loss_in_half_precision_is_told_apart_too(kind, dtype):
+    """`Unshifted` computes its loss in the type of its logits, transformers in float32."""
+    want = "own" if kind is Unshifted else "next"
+    assert set_up(llama(kind).to(dtype)).findings.labels == want
 
-    class Coarse(Unshifted):
+
+def test_a_loss_that_is_nearly_cross_entropy_is_refused_in_half_precision():
+    class Regularised(Unshifted):
         def forward(self, *args, labels=None, **kwargs):
             output = super().forward(*args, labels=labels, **kwargs)
             if labels is not None:
-                output["loss"] = output["loss"].bfloat16()
+                output["loss"] = output["loss"] * 1.05
             return output
 
-    assert set_up(llama(Coarse)).findings.labels == "next"
+    assert set_up(llama(Regularised).bfloat16()).findings.labels is None
+
+
+def test_where_all_logits_are_the_same_the_name_decides():
+    model = llama()
+    torch.nn.init.zeros_(model.lm_head.weight)
+    assert set_up(model).findings.labels == "next"
+
+
+def test_a_head_of_one_class_has_no_cross_entropy():
+    """Value and reward heads: their labels are numbers."""
+    config = llama().config
+    config.num_labels = 1
+    sp = set_up(LlamaForTokenClassification(config).double())
+    assert sp.findings.labels is None
+    with pytest.raises(NotImplementedError, match="is not the cross entropy of each token"):
+        sp.loss(BATCH)
+
+
+def test_a_pooled_head_is_refused_as_ever_and_its_config_left_alone():
+    config = llama().config
+    config.pad_token_id = 0
+    model = LlamaForSequenceClassification(config).double()
+    with pytest.raises(NotImplementedError, match="without its pooling or head"):
+        set_up(model)
+    assert model.config.problem_type is None
+
+
+def test_labels_that_a_model_does_not_take_are_no_error():
+    class Demanding(LlamaForCausalLM):
+        def forward(self, *args, labels=None, **kwargs):
+            if labels is not None:
+                raise IndexError("labels of another kind, please")
+            return super().forward(*args, **kwargs)
+
+    assert set_up(llama(Demanding)).findings.labels is None
+
+
+def test_logits_that_are_sharded_by_vocabulary_go_by_the_name():
+    class Sharded(LlamaForCausalLM):
+        def forward(self, *args, labels=None, **kwargs):
+            assert labels is None
+            output = super().forward(*args, **kwargs)
+            output["logits"] = output["logits"][..., :24]
+            return output
+
+    assert set_up(llama(Sharded)).findings.labels == "next"
 
 
 def test_a_model_without_labels_goes_by_its_name():

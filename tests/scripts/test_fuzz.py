@@ -112,11 +112,14 @@ def test_what_fails_is_shrunk_kept_and_tried_first(tmp_path, monkeypatch):
     assert "length=5," in first.wrong[0]
     assert "size=3," in first.wrong[0]
     again = Fuzz(tmp_path)
-    again.round(1)
+    again.again()
     assert len(again.wrong) == 1
+    before = again.tried.total()
+    again.round(40)  # and goes on with others
+    assert again.tried.total() > before + 5
     monkeypatch.setattr(judge, "solved", real)
     mended = Fuzz(tmp_path)
-    mended.round(1)
+    mended.again()
     assert mended.wrong == []
 
 

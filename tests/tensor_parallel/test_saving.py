@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 import seqpar
 from seqpar.integrations.transformers import SequenceParallel, replace_attention
 from seqpar.tensor_parallel import apply_policy, megatron, whole_state
+from seqpar.tensor_parallel.saving import guard_saving
 from seqpar.testing.models.fused import FUSED
 
 
@@ -72,6 +73,77 @@ def test_a_model_inside_of_another_saves_under_its_own_names(tmp_path):
     replace_attention(outer["inside"])
     outer["inside"].save_pretrained(tmp_path)
     assert_saved(tmp_path, want)
+
+
+class Around(torch.nn.Module):
+    """As DDP: the model is its `module`."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+
+def test_the_state_of_a_model_around_it_is_saved_under_its_own_names(tmp_path):
+    model, want = made()
+    replaced = replace_attention(Around(model))
+    state = replaced.state_dict()
+    assert all(name.startswith("module.") for name in state)
+    model.save_pretrained(tmp_path, state_dict=state)
+    assert_saved(tmp_path, want)
+
+
+def test_adapters_that_were_merged_leave_a_model_that_saves_itself(tmp_path):
+    model, _ = made()
+    torch.manual_seed(3)
+    config = LoraConfig(target_modules=["up_proj"], r=2, init_lora_weights=False)
+    adapted = get_peft_model(model, config)
+    replace_attention(adapted)
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(again.get_parameter(name), merged.get_parameter(name))
+    assert "model.layers.0.self_attn.q_proj.weight" in again.state_dict()
+
+
+def test_a_model_goes_when_it_is_let_go_of():
+    model, _ = made()
+    replace_attention(model)
+    gone = ref(model)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_only_what_has_the_method_itself_is_guarded(tmp_path):
+    """A compiled model and PEFT's inner one hand on what they are asked for."""
+    model, want = made()
+    guard_saving(torch.compile(model, backend="eager"))
+    with pytest.raises(RuntimeError, match="call state = "):
+        model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, state_dict=dict(want))
+    assert_saved(tmp_path, want)
+    adapted = get_peft_model(made()[0], LoraConfig(target_modules=["up_proj"], r=2))
+    guard_saving(adapted)
+    assert "save_pretrained" not in vars(adapted.base_model)
+    assert "save_pretrained" in vars(adapted.base_model.model)
+
+
+def test_what_was_guarded_and_pickled_does_not_save():
+    model, _ = made()
+    guard_saving(model)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    with pytest.raises(RuntimeError, match="was pickled while its weights were shared out"):
+        torch.load(buffer, weights_only=False).save_pretrained("nowhere")
 
 
 def test_weights_on_several_ranks_are_refused_until_they_are_gathered(tmp_path):

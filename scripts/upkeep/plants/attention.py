@@ -306,8 +306,4 @@ ATTENTION = [
           "or written != version(x)", "", MARKS),
     Plant("layouts told apart by their names", "seqpar/layout/marks.py",
           "if cut.spans != layout.spans:", "if cut != layout:", MARKS),
-    Plant("another cut is not warned of", "seqpar/data.py",
-          "    group.note_cut(layout.length, layout.code)\n", "", MARKS),
-    Plant("another cut is warned of in every step", "seqpar/calls/hints.py",
-          "        plan.group.warned.add(code)\n", "", MARKS),
 ]  # fmt: skip

@@ -36,7 +36,7 @@ class SequenceParallel:
 
     The model is switched in place to the attention implementation "seqpar". It may be wrapped (PEFT, DDP,
     torch.compile) or sharded in place (FSDP2), before or after; `loss` calls what was wrapped round it. It is
-    run here four times on a few tokens, to see that its rows do not depend on each other outside of
+    run here five times on a few tokens, to see that its rows do not depend on each other outside of
     attention, that its outputs stay what they were, and which label its own loss compares a row with.
 
     Args:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from seqpar.data import Labels
 from seqpar.integrations.transformers.internals import attention_name
 from seqpar.integrations.transformers.probe.compare import Rows, difference, rows_of
-from seqpar.integrations.transformers.probe.own_loss import labels_of, trial_labels
+from seqpar.integrations.transformers.probe.own_loss import own_labels
 from seqpar.integrations.transformers.probe.tokens import Tokens
 
 
@@ -49,12 +49,10 @@ def run_before(inner: PreTrainedModel) -> Before:
         raise NotImplementedError(f"{type(inner).__name__} takes no position_ids")
     tokens, first = Tokens.of(inner), 0
     with evaluating(inner):
-        given = trial_labels(inner, tokens.num_rows)
-        plain = inner(**tokens.runs(inner, first=0).plain, **given)
-        labels = labels_of(inner, plain, given)
-        plain = {name: x for name, x in plain.items() if name != "loss"}
+        plain = inner(**tokens.runs(inner, first=0).plain)
         _check_output(inner, plain, tokens.num_rows)
         outputs = rows_of(plain, 0)
+        labels = own_labels(inner, tokens.runs(inner, first=0).plain, plain)
         numbered = inner(**tokens.runs(inner, first=0).numbered)
         if difference(outputs, rows_of(numbered, 0)) is not None:
             after_padding = (getattr(inner.config, "pad_token_id", None) or 0) + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,39 +21,50 @@ BY_NAME: dict[str | None, Labels] = {
     "ForMaskedLM": "own",
     "ForTokenClassification": "own",
 }
-_DRAWN = (1, 0, 0, 1, IGNORE, 1, 0, 1, 1, 0, 0)  # two classes are enough for any head
+_IGNORED = 2  # a row whose label does not count
 
 
-def trial_labels(inner: PreTrainedModel, num_rows: int) -> dict[str, Tensor]:
-    """Labels to run a model with, as an argument, if it takes any."""
-    if "labels" not in inspect.signature(inner.forward).parameters:
-        return {}
-    return {"labels": torch.tensor([_DRAWN[:num_rows]], device=inner.device)}
-
-
-def labels_of(inner: PreTrainedModel, output: Any, given: dict[str, Tensor]) -> Labels | None:
+def own_labels(
+    inner: PreTrainedModel, arguments: Mapping[str, Any], output: Mapping[str, Any]
+) -> Labels | None:
     """Which label its loss compares a row with: the next one, its own, or `None` where it is another loss.
 
+    It is run once more, with labels. The name of its class has to do where that cannot tell: it takes no
+    labels, its logits are sharded by vocabulary, or are all the same. A run that fails is another loss.
+
     Args:
-        output: of a run with the labels `given`, if any: without, the name of the class has to do.
+        arguments: of a run of one sequence.
+        output: what it gave, a row for each token.
     """
-    named = BY_NAME.get(inner.loss_type)
-    loss, logits = output.get("loss"), output.get("logits")
-    if not given or loss is None:
+    named, logits = BY_NAME.get(inner.loss_type), output.get("logits")
+    if logits is None or "labels" not in inspect.signature(inner.forward).parameters:
         return named
-    if logits is None or logits.ndim != 3 or loss.numel() != 1 or logits.shape[-1] < 2:
+    if logits.ndim != 3 or logits.shape[-1] < 2:
         return None
-    (labels,) = given["labels"]
-    rows = logits[0].to(accumulation_dtype(logits.dtype))
-    candidates: dict[Labels, Tensor] = {
-        "next": F.cross_entropy(rows[:-1], labels[1:], ignore_index=IGNORE),
-        "own": F.cross_entropy(rows, labels, ignore_index=IGNORE),
-    }
-    # Some compute it in the type of the model, some in float32.
-    step = max(torch.finfo(loss.dtype).eps, torch.finfo(torch.float32).eps)
-    found = [
-        name
-        for name, ours in candidates.items()
-        if abs(float(loss) - float(ours)) <= 16 * step * max(1.0, abs(float(ours)))
-    ]
+    head = inner.get_output_embeddings()
+    if logits.shape[-1] != getattr(head, "out_features", logits.shape[-1]):
+        return named
+    # The class that a row finds least likely: no other label has a loss as high.
+    labels = logits[0].argmin(-1)
+    labels[_IGNORED : _IGNORED + 1] = IGNORE
+    try:
+        loss = inner(**arguments, labels=labels[None]).get("loss")
+    except Exception:  # whatever it is: labels of this kind are not what it takes
+        return None
+    if loss is None or loss.numel() != 1:
+        return None
+    ways: tuple[Labels, ...] = ("next", "own")
+    found = [name for name in ways if _is_loss(name, loss, logits[0], labels)]
     return found[0] if len(found) == 1 else named if named in found else None
+
+
+def _is_loss(name: Labels, loss: Tensor, rows: Tensor, labels: Tensor) -> bool:
+    """Whether a loss is the mean cross entropy of these labels; some models compute it in their own type."""
+    if name == "next":
+        rows, labels = rows[:-1], labels[1:]
+    step = max(torch.finfo(loss.dtype).eps, torch.finfo(torch.float32).eps)
+    for dtype in {rows.dtype, accumulation_dtype(rows.dtype), torch.float32}:
+        ours = float(F.cross_entropy(rows.to(dtype), labels, ignore_index=IGNORE))
+        if abs(float(loss) - ours) <= 2 * step * max(1.0, abs(ours)):
+            return True
+    return False

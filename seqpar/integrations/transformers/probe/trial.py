@@ -1,5 +1,7 @@
 """The trial of a model: four runs on a few tokens, one for each way of giving it positions and a mask.
 
+One of those is done again with labels.
+
 |                 | no attention_mask                           | attention_mask                          |
 |-----------------|---------------------------------------------|-----------------------------------------|
 | no position_ids | `plain`: 1 sequence, the model's attention  | `masked`: 1 sequence, ours              |
@@ -7,8 +9,8 @@
 
 A run has one of these for all of its sequences, so there are no fewer. What each proves:
 
-plain                 What one device gives, to compare with. It is one row per token. With labels, the
-                      model's own loss too, which says which label a row is compared with.
+plain                 What one device gives, to compare with. It is one row per token. The same run with
+                      labels says which of them the model's own loss compares a row with.
 numbered              Sequence 0: given the positions that it counts itself, the model gives `plain` again.
                       So it counts from 0, or this run is done once more, with positions after the padding
                       token. Sequence 1: what it makes of positions that start anew.

@@ -1,53 +1,49 @@
-"""`GivenUp`: parameters that are in a model no more, and the optimizers that still hold them."""
+"""Parameters that are in a model no more, and the optimizers that still hold them.
+
+Such an optimizer would leave the weights in their place as they are, without a word.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
+_GIVEN_UP = WeakIdKeyDictionary()  # by parameter, what became of it, as the end of a sentence
+_KNOWN = WeakIdKeyDictionary()  # optimizers that hold none, and how many parameters they had then
 
-class GivenUp:
-    """Refuses the steps of optimizers that were made before parameters were given up for others.
 
-    Such an optimizer would leave the weights in their place as they are, without a word.
+def give_up(parameters: Iterable[nn.Parameter], why: str) -> None:
+    """Refuses the steps of optimizers that hold one of these."""
+    _watch()
+    _KNOWN.clear()
+    for parameter in parameters:
+        _GIVEN_UP[parameter] = why
 
-    Args:
-        parameters: that are in the model no more.
-        why: what became of them, as the end of a sentence.
-    """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], why: str) -> None:
-        self._why = why
-        self._parameters = WeakIdKeyDictionary(dict.fromkeys(parameters, True))
-        self._known = (
-            WeakIdKeyDictionary()
-        )  # optimizers, and how many parameters they had when looked at
-        # All optimizers of the process ask, for good: torch has no hook removed while it calls them.
-        register_optimizer_step_pre_hook(self._check)
+def take_back(parameters: Iterable[nn.Parameter]) -> None:
+    """Refuses nothing for these any more."""
+    for parameter in parameters:
+        _GIVEN_UP.pop(parameter, None)
 
-    def __deepcopy__(self, memo: object) -> GivenUp:
-        """Of a copied model no optimizer knows yet."""
-        return self
 
-    def forget(self) -> None:
-        """Refuses nothing any more: the parameters are back."""
-        self._parameters.clear()
+@cache
+def _watch() -> None:
+    """Has all optimizers of the process ask, from now on."""
+    register_optimizer_step_pre_hook(_check)
 
-    def _check(self, optimizer: Optimizer, *_: object) -> None:
-        if len(self._parameters) == 0:  # or they are all gone
-            return
-        count = sum(len(group["params"]) for group in optimizer.param_groups)
-        if self._known.get(optimizer) == count:
-            return
-        held = [
-            p for group in optimizer.param_groups for p in group["params"] if p in self._parameters
-        ]
-        if held:
-            raise RuntimeError(
-                f"{type(optimizer).__name__} holds {len(held)} parameters that {self._why}; make the "
-                "optimizer anew, of the parameters that the model has now"
-            )
-        self._known[optimizer] = count
+
+def _check(optimizer: Optimizer, *_: object) -> None:
+    count = sum(len(group["params"]) for group in optimizer.param_groups)
+    if len(_GIVEN_UP) == 0 or _KNOWN.get(optimizer) == count:
+        return
+    held = [p for group in optimizer.param_groups for p in group["params"] if p in _GIVEN_UP]
+    if held:
+        raise RuntimeError(
+            f"{type(optimizer).__name__} holds {len(held)} parameters that {_GIVEN_UP[held[0]]}; make the "
+            "optimizer anew, of the parameters that the model has now"
+        )
+    _KNOWN[optimizer] = count

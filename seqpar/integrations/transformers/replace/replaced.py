@@ -12,12 +12,12 @@ from seqpar.comm import agreed
 from seqpar.integrations.transformers.attention.replacement import Handover, Replacement
 from seqpar.integrations.transformers.attention.terms import Layer
 from seqpar.integrations.transformers.internals import name_attention
-from seqpar.integrations.transformers.replace.given_up import GivenUp
+from seqpar.integrations.transformers.replace.given_up import give_up, take_back
 from seqpar.integrations.transformers.replace.original import Original
 from seqpar.tensor_parallel.check_state import check_state
 from seqpar.tensor_parallel.layer import ParallelAttention
 from seqpar.tensor_parallel.policy import weight_paths
-from seqpar.tensor_parallel.saving import GuardedSave, is_plain
+from seqpar.tensor_parallel.saving import Saving, guard, is_plain, unguard
 from seqpar.tensor_parallel.whole_model import whole_state, write_whole
 from seqpar.tensor_parallel.whole_weights import Names
 from seqpar_kernels import accumulation_dtype
@@ -147,10 +147,6 @@ class ReplacedModel:
         self._names = tuple(model.state_dict())
         self._before = attention
         self._hooks: list[Any] = []
-        self._given_up: GivenUp | None = None
-        self._saving = GuardedSave(
-            inner, whole=self._whole_alone, is_whole=self._is_whole, how="replaced.state_dict()"
-        )
 
     def replace(self) -> None:
         """Puts the replacements in place. All ranks must call."""
@@ -165,8 +161,8 @@ class ReplacedModel:
             inner.register_forward_hook(handover.leave, always_call=True),
         ]
         weights = [p for original in self._originals for p in original.weights]
-        self._given_up = GivenUp(weights, "replace_attention has put others in the place of")
-        self._saving.put()
+        give_up(weights, "replace_attention has put others in the place of")
+        guard(inner, REPLACED)
 
     def restore(self) -> None:
         """Puts the model's own attention back, with the weights as they are now. All ranks must call.
@@ -187,11 +183,10 @@ class ReplacedModel:
             original.put(original.module)
         for hook in self._hooks:
             hook.remove()
-        if self._given_up is not None:
-            self._given_up.forget()
-        weights = [p for replacement in self.replacements for p in _own(replacement.layer)]
-        GivenUp(weights, "restore() has put the model's own back in the place of")
-        self._saving.take_away()
+        take_back(p for original in self._originals for p in original.weights)
+        ours = [p for replacement in self.replacements for p in _own(replacement.layer)]
+        give_up(ours, "restore() has put the model's own back in the place of")
+        unguard(self._inner)
         self.replacements = []
         if self._handover.switches:
             self._inner.set_attn_implementation(self._before)
@@ -238,24 +233,6 @@ class ReplacedModel:
         buffers = {name: x for name, x in rest.items() if name not in own}
         self.model.load_state_dict(buffers, strict=False)
 
-    def _whole_alone(self) -> dict[str, Tensor] | None:
-        """The state of the inner model, if that takes no other rank."""
-        if self.tp.size > 1 or not is_plain(self.model.state_dict()):
-            return None
-        inside = {m: f"{name}." for name, m in self.model.named_modules() if name}
-        prefix = inside.get(self._inner, "")
-        state = self.state_dict().items()
-        return {n.removeprefix(prefix): x for n, x in state if n.startswith(prefix)}
-
-    def _is_whole(self, state: Mapping[str, Tensor]) -> bool:
-        """Whether a state has none of the names that stand in for the model's own."""
-        ours = {
-            f"{path}.layer.{name}"
-            for path, replacement in self._placed()
-            for name, _ in replacement.layer.named_parameters(recurse=False)
-        }
-        return is_plain(state) and not any(n.endswith(tuple(ours)) for n in state)
-
     def _placed(self) -> Iterator[tuple[str, ReplacedAttention]]:
         paths = (original.path for original in self._originals)
         return zip(paths, self.replacements, strict=True)
@@ -288,3 +265,41 @@ class ReplacedModel:
                 f"{min(lost)} is not in the model any more; take out first what was put into it later, such "
                 "as adapters"
             )
+
+
+def _replacements(model: nn.Module) -> dict[str, ReplacedAttention]:
+    return {f"{path}.": m for path, m in model.named_modules() if isinstance(m, ReplacedAttention)}
+
+
+def _whole_alone(model: PreTrainedModel) -> dict[str, Tensor] | None:
+    """The state under the model's own names, if that takes no other rank."""
+    replaced, state = _replacements(model), model.state_dict()
+    if any(m.handover.group.size > 1 for m in replaced.values()) or not is_plain(state):
+        return None
+    ours = {
+        f"{path}layer.{n}" for path, m in replaced.items() for n, _ in m.layer.named_parameters()
+    }
+    kept = {name: x for name, x in state.items() if name not in ours}
+    whole = {
+        f"{path}{n}": x for path, m in replaced.items() for n, x in m.layer.whole_state().items()
+    }
+    return kept | whole
+
+
+def _fit(model: PreTrainedModel, state: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
+    """The state under the model's own names, if it is whole; it may be that of a model around it."""
+    replaced = _replacements(model)
+    own = {f"{path}{n}" for path, m in replaced.items() for n in m.layer.weights.shapes(m.layer)}
+    own |= {n for n in model.state_dict() if not any(n.startswith(f"{p}layer.") for p in replaced)}
+    first = next(iter(state), "")
+    places = {first.removesuffix(name) for name in own if first.endswith(name)}
+    for place in sorted(places, key=len):
+        fits = is_plain(state) and all(
+            n.startswith(place) and n.removeprefix(place) in own for n in state
+        )
+        if fits:
+            return {n.removeprefix(place): x for n, x in state.items()}
+    return None
+
+
+REPLACED = Saving(_whole_alone, _fit, how="replaced.state_dict()")
