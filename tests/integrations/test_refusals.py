@@ -229,13 +229,13 @@ def test_what_follows_from_other_sequences_is_found_in_replaced_models_too(chang
 
 
 @pytest.mark.parametrize("replaced", [False, True])
-def test_a_model_is_run_four_times(replaced):
+def test_a_model_is_run_five_times(replaced):
     """Once for each way of giving positions and a mask; without a mask a replaced one was run before."""
     model, runs = FAMILIES["llama"].make(), []
     model.register_forward_pre_hook(lambda *_: runs.append(1))
     if replaced:
         replace_attention(model)
-        assert len(runs) == 4
+        assert len(runs) == 5
         runs.clear()
     SequenceParallel(model, seqpar.RingAttention(seqpar.Group.alone()))
     assert len(runs) == (2 if replaced else 4)

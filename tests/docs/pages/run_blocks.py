@@ -19,6 +19,9 @@ import seqpar
 from pages.blocks import ROOT, Block
 
 
+STORES: list[dist.TCPStore | None] = []  # as long as the process lives
+
+
 def settings_of(page: str) -> ModuleType | None:
     """The settings of a page, if it has any."""
     name = re.sub(r"\W", "_", page.removeprefix("docs/").removesuffix(".md").lower())
@@ -30,7 +33,7 @@ def run(group: seqpar.Group, blocks: list[Block]) -> list[str]:
     """What each block printed on this rank. Its process can do nothing else afterwards."""
     (name, size), page = blocks[0].setting, blocks[0].page
     warnings.simplefilter("error", DeprecationWarning)
-    _store = as_torchrun_starts_it(group)  # which ranks need for as long as they run
+    STORES.append(as_torchrun_starts_it(group))  # a slower rank may need it when this one is done
     if size > 1 and not any("init_process_group(" in block.text for block in blocks):
         dist.init_process_group("gloo")
     if name is None:
