@@ -238,7 +238,7 @@ def test_a_model_is_run_five_times(replaced):
         assert len(runs) == 5
         runs.clear()
     SequenceParallel(model, seqpar.RingAttention(seqpar.Group.alone()))
-    assert len(runs) == (2 if replaced else 4)
+    assert len(runs) == (2 if replaced else 5)
 
 
 def test_setting_up_leaves_the_mode_of_every_module():

@@ -18,7 +18,6 @@ import torch.distributed as dist
 import seqpar
 from pages.blocks import ROOT, Block
 
-
 STORES: list[dist.TCPStore | None] = []  # as long as the process lives
 
 
