@@ -1,7 +1,6 @@
-import re
-
 """Worlds fail loudly: errors come with their rank, waits that cannot end are found, misuse is caught."""
 
+import re
 import signal
 import sys
 import threading
