@@ -9,7 +9,6 @@ Example: python scripts/gpu_day.py --out gpu-day --parts rates ring
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
@@ -20,6 +19,8 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from seqpar.commands.arguments import parser_of
 
 ROOT = Path(__file__).parent.parent
 MEASURE = "scripts/measure"
@@ -149,9 +150,7 @@ def _endings(running, end: float) -> Iterator[str]:  # type: ignore[no-untyped-d
 
 def main() -> None:
     """Runs the parts that were asked for; fails if one did."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     names = [part.name for part in PARTS]
     parser.add_argument("--out", type=Path, required=True, help="folder for results")
     parser.add_argument("--parts", nargs="+", choices=names, default=names)

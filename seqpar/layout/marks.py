@@ -17,9 +17,8 @@ _MARK = "seqpar_layout"  # (the layout as text, how often the tensor had been wr
 
 def mark(x: Tensor, layout: Layout) -> Tensor:
     """The shard itself, marked as one of the layout."""
-    if not (
-        torch.compiler.is_compiling() or x.is_inference()
-    ):  # where nobody counts what is written
+    # In inference mode nobody counts what is written to a tensor.
+    if not (torch.compiler.is_compiling() or x.is_inference()):
         setattr(x, _MARK, (layout.code, version(x)))
     return x
 

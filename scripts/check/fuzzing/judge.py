@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fuzzing.problem import Problem, strided
+from fuzzing.problem import INPUTS, Problem, strided
 from seqpar import Group, Plan, attention, attention_with_lse, shard_sequence, simulate
 from seqpar.testing import NAMES, Budget, oracle
-from seqpar.testing.budget import largest, max_error
+from seqpar.testing.budget import max_error
 
 Results = dict[str, Tensor]  # out, and the gradients that were asked for, of a rank
 FACTORS = {"twice": 2.0, "hooked": 2.0}  # of gradients
@@ -38,7 +38,7 @@ def judge(problem: Problem) -> None:
         name, at = problem.poisoned
         assert problem.poison is not None, "it is poisoned"
         bad = [x.clone() for x in clean]
-        bad["qkv".find(name) if len(name) == 1 else 3][0, at] = problem.poison.value
+        bad[INPUTS.index(name)][0, at] = problem.poison.value
         _check_poison(problem, seen, by_rank, simulate(problem.size, solved, problem, bad))
 
 
@@ -56,10 +56,7 @@ def _with_magnitudes(
     p = oracle.weights(wide[0], wide[1], seen, terms)
     step = 64 * torch.finfo(problem.case.dtype).eps
     sums = oracle.magnitudes(*wide, p, terms)
-    allowed = (
-        max(a, step * largest(torch.as_tensor(m)))
-        for a, m in zip(budget.allowed, sums, strict=True)
-    )
+    allowed = (max(a, step * m) for a, m in zip(budget.allowed, sums, strict=True))
     return Budget(budget.expected, tuple(allowed))
 
 

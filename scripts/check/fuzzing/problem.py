@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from seqpar.strategies import STRATEGIES
-from seqpar.testing import NAMES, Case
+from seqpar.testing import Case
 from seqpar.testing.drawn import SCORE_TERMS, cases
 
 Use = Literal[
@@ -19,6 +19,7 @@ Use = Literal[
 ]  # fmt: skip
 Values = Literal["normal", "steep", "huge", "tiny", "constant", "zero"]
 Strides = Literal["plain", "heads first", "sliced", "width apart", "shared batch"]
+INPUTS = ("q", "k", "v", "dout")
 USES: tuple[Use, ...] = get_args(Use)
 LENGTHS = st.one_of(st.integers(0, 9), st.integers(10, 48), st.sampled_from([65, 97, 129]))
 
@@ -64,12 +65,15 @@ class Problem:
             tensors[1] = tensors[2] = q
         if self.use == "summed":
             tensors[3] = torch.ones_like(tensors[3])
+        if self.strides == "shared batch":
+            for x in tensors:
+                x[:] = x[:1].clone()
         return tensors
 
     @property
     def poisoned(self) -> tuple[str, int] | None:
         """(which input, at which position), if any."""
-        if self.poison is None:
+        if self.poison is None or self.strides == "shared batch":  # which would share it
             return None
         of_keys = self.case.kv_length if self.poison.name in ("k", "v") else None
         length = self.case.length if of_keys is None else of_keys
@@ -93,7 +97,7 @@ def problems(draw: st.DrawFn) -> Problem:
     able = [None, "reference"] + ["aten"] * (plain and not stores and use != "with lse")
     poison = st.builds(
         Poison,
-        st.sampled_from(NAMES_OF_INPUTS),
+        st.sampled_from(INPUTS),
         st.floats(0, 0.999),
         st.sampled_from([float("nan"), float("inf")]),
     )
@@ -109,10 +113,6 @@ def problems(draw: st.DrawFn) -> Problem:
     )
 
 
-NAMES_OF_INPUTS = ("q", "k", "v", "dout")
-assert len(NAMES) == len(NAMES_OF_INPUTS)
-
-
 def strided(x: Tensor, how: Strides) -> Tensor:
     """The same numbers in memory of another order."""
     if how == "heads first":
@@ -121,6 +121,6 @@ def strided(x: Tensor, how: Strides) -> Tensor:
         return torch.nn.functional.pad(x, (1, 3))[..., 1 : 1 + x.shape[-1]]
     if how == "width apart":
         return x.mT.contiguous().mT
-    if how == "shared batch" and x.shape[0] == 1:
-        return x.expand(1, *x.shape[1:])
+    if how == "shared batch":  # all of it is the first entry
+        return x[:1].expand(x.shape)
     return x.contiguous()

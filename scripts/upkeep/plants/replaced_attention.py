@@ -53,7 +53,7 @@ REPLACED = [
           "        guard(inner, REPLACED)\n", "", SAVING),
     Plant("saving: a trainer's state as it is", "seqpar/tensor_parallel/saving.py",
           "state = None if state is None else saving.fit(model, state)", "pass", SAVING),
-    Plant("saving: names of a model around it", f"{REPLACE}/replaced.py",
+    Plant("saving: names of a model around it", f"{REPLACE}/state.py",
           "return {n.removeprefix(place): x for n, x in state.items()}", "return state", SAVING),
     Plant("saving: shards of a policy", "seqpar/tensor_parallel/apply.py",
           "    guard_saving(model)\n", "", SAVING),

@@ -49,11 +49,12 @@ def run_before(inner: PreTrainedModel) -> Before:
         raise NotImplementedError(f"{type(inner).__name__} takes no position_ids")
     tokens, first = Tokens.of(inner), 0
     with evaluating(inner):
-        plain = inner(**tokens.runs(inner, first=0).plain)
+        given = tokens.runs(inner, first=0)
+        plain = inner(**given.plain)
         _check_output(inner, plain, tokens.num_rows)
         outputs = rows_of(plain, 0)
-        labels = own_labels(inner, tokens.runs(inner, first=0).plain, plain)
-        numbered = inner(**tokens.runs(inner, first=0).numbered)
+        labels = own_labels(inner, given.plain, plain)
+        numbered = inner(**given.numbered)
         if difference(outputs, rows_of(numbered, 0)) is not None:
             after_padding = (getattr(inner.config, "pad_token_id", None) or 0) + 1
             moved = inner(**tokens.runs(inner, first=after_padding).numbered)

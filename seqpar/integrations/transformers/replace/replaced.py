@@ -14,10 +14,11 @@ from seqpar.integrations.transformers.attention.terms import Layer
 from seqpar.integrations.transformers.internals import name_attention
 from seqpar.integrations.transformers.replace.given_up import give_up, take_back
 from seqpar.integrations.transformers.replace.original import Original
+from seqpar.integrations.transformers.replace.state import REPLACED, shapes_of, whole_of
 from seqpar.tensor_parallel.check_state import check_state
 from seqpar.tensor_parallel.layer import ParallelAttention
 from seqpar.tensor_parallel.policy import weight_paths
-from seqpar.tensor_parallel.saving import Saving, guard, is_plain, unguard
+from seqpar.tensor_parallel.saving import guard, unguard
 from seqpar.tensor_parallel.whole_model import whole_state, write_whole
 from seqpar.tensor_parallel.whole_weights import Names
 from seqpar_kernels import accumulation_dtype
@@ -239,18 +240,10 @@ class ReplacedModel:
 
     def _whole(self) -> dict[str, Tensor]:
         """The whole weights of attention, by their names in the model."""
-        return {
-            f"{path}.{name}": x
-            for path, replacement in self._placed()
-            for name, x in replacement.layer.whole_state().items()
-        }
+        return whole_of(self._placed())
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return {
-            f"{path}.{name}": shape
-            for path, replacement in self._placed()
-            for name, shape in replacement.layer.weights.shapes(replacement.layer).items()
-        }
+        return shapes_of(self._placed())
 
     def _check_in_place(self) -> None:
         if not self.replacements:
@@ -265,41 +258,3 @@ class ReplacedModel:
                 f"{min(lost)} is not in the model any more; take out first what was put into it later, such "
                 "as adapters"
             )
-
-
-def _replacements(model: nn.Module) -> dict[str, ReplacedAttention]:
-    return {f"{path}.": m for path, m in model.named_modules() if isinstance(m, ReplacedAttention)}
-
-
-def _whole_alone(model: PreTrainedModel) -> dict[str, Tensor] | None:
-    """The state under the model's own names, if that takes no other rank."""
-    replaced, state = _replacements(model), model.state_dict()
-    if any(m.handover.group.size > 1 for m in replaced.values()) or not is_plain(state):
-        return None
-    ours = {
-        f"{path}layer.{n}" for path, m in replaced.items() for n, _ in m.layer.named_parameters()
-    }
-    kept = {name: x for name, x in state.items() if name not in ours}
-    whole = {
-        f"{path}{n}": x for path, m in replaced.items() for n, x in m.layer.whole_state().items()
-    }
-    return kept | whole
-
-
-def _fit(model: PreTrainedModel, state: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
-    """The state under the model's own names, if it is whole; it may be that of a model around it."""
-    replaced = _replacements(model)
-    own = {f"{path}{n}" for path, m in replaced.items() for n in m.layer.weights.shapes(m.layer)}
-    own |= {n for n in model.state_dict() if not any(n.startswith(f"{p}layer.") for p in replaced)}
-    first = next(iter(state), "")
-    places = {first.removesuffix(name) for name in own if first.endswith(name)}
-    for place in sorted(places, key=len):
-        fits = is_plain(state) and all(
-            n.startswith(place) and n.removeprefix(place) in own for n in state
-        )
-        if fits:
-            return {n.removeprefix(place): x for n, x in state.items()}
-    return None
-
-
-REPLACED = Saving(_whole_alone, _fit, how="replaced.state_dict()")
