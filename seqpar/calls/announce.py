@@ -14,7 +14,6 @@ from seqpar.layout import Layout, Mask
 from seqpar.strategies.plan import Plan
 
 LOGGER = logging.getLogger("seqpar")
-LOGGER.addHandler(logging.NullHandler())  # what is heard is the program's to say
 
 MOST = 100  # lines of a group: every batch may have a length of its own
 

@@ -127,5 +127,12 @@ def _explain(everyone: list[tuple[dict[str, str], str | None]]) -> str:
 
 
 def named_ranks(ranks: Sequence[int]) -> str:
-    """Ranks in words: "rank 1", "ranks 0, 2"."""
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
+    """Ranks in words: "rank 1", "ranks 0, 2", "ranks 0-5, 9"."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    words = [f"{run[0]}-{run[-1]}" if len(run) > 3 else ", ".join(map(str, run)) for run in runs]
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(words)

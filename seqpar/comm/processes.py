@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from seqpar.comm.agree import DesyncError
+from seqpar.comm.agree import DesyncError, named_ranks
 from seqpar.comm.objects import gather_objects, largest
 from seqpar.comm.transport import AGREE, NO_OPERATION, Message, Operation, ReduceOp
 from seqpar.comm.waits import Wait
@@ -49,6 +49,7 @@ class ProcessTransport:
         self._watch = _watch(patience) if self.size > 1 else None
         self._peers = [dist.get_global_rank(group, rank) for rank in range(self.size)]
         self._others = [peer for rank, peer in enumerate(self._peers) if rank != self.rank]
+        self._members = named_ranks(self._peers)
 
     @staticmethod
     def of(ranks: dist.ProcessGroup | DeviceMesh | None, patience: float) -> ProcessTransport:
@@ -153,6 +154,7 @@ class ProcessTransport:
 
     def _waiting(self, peers: Sequence[int], primitive: str, operation: Operation) -> _Waiting:
         what = f"{primitive} of {operation.name}" if operation.name else primitive
+        what = f"{what} among {self._members}"
         place = f"{self._name} {operation.numbers}"
         return _Waiting(self._watch, self.rank, peers, place, what, self._wake)
 

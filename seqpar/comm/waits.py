@@ -20,6 +20,7 @@ class Wait:
         what: is waited for, in words.
         seconds: how long ago it began, when it was told.
         wake: ends it in an error.
+        reported: how many seconds it had lasted when the program was told of it.
     """
 
     rank: int
@@ -29,11 +30,21 @@ class Wait:
     seconds: float = 0.0
     wake: Callable[[], None] = lambda: None
     since: float = field(default_factory=time.monotonic)
+    reported: float = 0.0
     thread: int = field(default_factory=threading.get_ident)
 
     def turn_to(self, ranks: Sequence[int]) -> None:
         """Goes on to wait for other ranks."""
         self.ranks, self.since = tuple(dict.fromkeys(ranks)), time.monotonic()
+        self.reported = 0.0
+
+    def is_due(self, first: float) -> bool:
+        """Whether the program is to be told of it: after so many seconds, then whenever they double."""
+        seconds = time.monotonic() - self.since
+        if seconds < max(first, 2 * self.reported):
+            return False
+        self.reported = seconds
+        return True
 
     def __str__(self) -> str:
         return f"rank {self.rank} waits for {named_ranks(self.ranks)} in {self.what}"

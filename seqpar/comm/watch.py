@@ -8,47 +8,23 @@ gone with its rank, or not answer.
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
+from seqpar.comm.tales import Store, Tales
 from seqpar.comm.waits import Wait, circle_of
+
+LOGGER = logging.getLogger("seqpar")
 
 BEATS = 6  # within its patience a rank says so many times that it lives
 MANY = 64  # ranks
 ANSWER_SECONDS = 2.0  # how long a rank that failed waits to hear why
+SHOWN = 4  # ranks that are waited for, of which a message says what they do
 LEAVE_SECONDS = 0.5  # how long a process that ends waits for its watch to say so
-
-
-class Store(Protocol):
-    """What is used of a store of torch.distributed."""
-
-    def set(self, key: str, value: str) -> None:
-        """Sets a value that all ranks can read."""
-
-    def add(self, key: str, amount: int) -> int:
-        """Adds to a counter, and gives it."""
-
-    def check(self, keys: list[str]) -> bool:
-        """Whether the keys have values."""
-
-    def get(self, key: str) -> bytes:
-        """The value of a key."""
-
-
-@dataclass
-class _Heard:
-    """What a rank told last, and at which beat of this rank it was heard first.
-
-    Beats and not seconds, so that no time passes while a job is suspended.
-    """
-
-    tale: dict[str, Any]
-    at: int
 
 
 @dataclass(eq=False)
@@ -70,16 +46,15 @@ class Watch:
     """
 
     def __init__(self, store: Store, rank: int, patience: float) -> None:
-        self._store, self._rank, self.patience = store, rank, patience
+        self._tales, self._rank, self.patience = Tales(store, rank), rank, patience
         self._process = os.getpid()
         self._waits: list[Wait] = []
         self._threads = {threading.get_ident()}  # that have ever waited, or may yet
         self._questions: list[_Question] = []
         self._to_tell: list[threading.Event] = []
         self._why: dict[Wait, str] = {}
-        self._heard: dict[int, _Heard] = {}
         self._circles: set[Wait] = set()
-        self._beat, self._life, self._failures = 0, 0, 0
+        self._failures = 0
         self._end, self._left = "", False
         self._lock, self._awake = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="seqpar watch", daemon=True)
@@ -144,8 +119,6 @@ class Watch:
             self._awake.clear()
 
     def _turn(self) -> None:
-        if not self._life:  # process groups may be made anew over one store
-            self._life = self._store.add(f"seqpar/lives/{self._rank}", 1)
         waiting_to_tell = self._to_tell[:]
         self._tell()
         for told in waiting_to_tell:
@@ -157,11 +130,16 @@ class Watch:
             waits = list(self._waits)
         for wait in waits:
             why = self._look(wait, self.patience)
-            if why is not None and self._is_still(wait):
+            if not self._is_still(wait):
+                continue
+            if why is not None:
                 self._why[wait] = why
                 self._end = self._end or why
                 self._tell()
                 wait.wake()
+            elif wait.is_due(self.patience / 2):
+                doing = "; ".join(self._tales.doing(rank) for rank in wait.ranks[:SHOWN])
+                LOGGER.warning("%s, for %.0f s so far: %s", wait, wait.reported, doing)
 
     def _is_still(self, wait: Wait) -> bool:
         with self._lock:
@@ -170,7 +148,7 @@ class Watch:
     def _answer(self, question: _Question) -> None:
         try:
             for rank in question.wait.ranks:
-                tale = self._listen(rank).tale
+                tale = self._tales.listen(rank).tale
                 if tale.get("end"):
                     question.answer = f"rank {rank} gave up: {tale['end']}"
                 elif tale.get("left"):
@@ -182,33 +160,19 @@ class Watch:
             question.is_answered.set()
 
     def _tell(self) -> None:
-        self._beat += 1
         alive = {thread.ident for thread in threading.enumerate()}
         with self._lock:
             self._threads &= alive
             busy = self._threads - {wait.thread for wait in self._waits}
             waits = [(w.ranks, w.place, w.what, time.monotonic() - w.since) for w in self._waits]
         tale = {
-            "beat": self._beat,
             "every": self.patience / BEATS,
             "busy": len(busy),
             "waits": waits,
             "end": self._end,
             "left": self._left,
         }
-        self._store.set(self._key(self._rank), json.dumps(tale))
-
-    def _key(self, rank: int) -> str:
-        return f"seqpar/where/{self._life}/{rank}"
-
-    def _listen(self, rank: int) -> _Heard:
-        """What a rank told last; an empty tale if it has told nothing yet."""
-        if not self._store.check([self._key(rank)]):
-            return _Heard({}, self._beat)
-        tale, heard = json.loads(self._store.get(self._key(rank))), self._heard.get(rank)
-        if heard is None or heard.tale["beat"] != tale["beat"]:
-            heard = self._heard[rank] = _Heard(tale, self._beat)
-        return heard
+        self._tales.tell(tale)
 
     def _look(self, wait: Wait, patience: float) -> str | None:
         """Why a wait will not end, if that is known.
@@ -221,7 +185,7 @@ class Watch:
         if seconds < every:
             return None
         # Many ranks that wait for a slow one would all read what all others told, so they take turns.
-        in_turn = len(self._heard) <= MANY or (self._beat - self._rank) % BEATS == 0
+        in_turn = self._tales.tellers <= MANY or (self._tales.beat - self._rank) % BEATS == 0
         follows = seconds > patience and in_turn
         after: dict[Wait, list[Wait]] = {}
         waits: dict[int, list[Wait]] = {self._rank: [wait]}
@@ -230,10 +194,10 @@ class Watch:
             at = todo.pop()
             after[at] = []
             for rank in at.ranks:
-                heard = self._listen(rank)
+                heard = self._tales.listen(rank)
                 if not heard.tale:
                     continue
-                silent = (self._beat - heard.at) * every
+                silent = (self._tales.beat - heard.at) * every
                 if heard.tale["end"]:
                     return f"rank {rank} gave up: {heard.tale['end']}"
                 if silent > max(self.patience, BEATS * heard.tale["every"]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
@@ -19,6 +20,7 @@ from seqpar.comm import DesyncError, Group, agreed, all_reduce
 from seqpar.functional import attention
 from seqpar.layout import contiguous
 from seqpar.strategies import STRATEGIES, Plan
+from seqpar.testing.loopback import ADDRESS, loopback_store, stay_on_loopback
 
 PATIENCE_SECONDS = 3.0
 GIVEN_UP_SECONDS = 60.0  # by the process group itself, and by `outcome`
@@ -137,10 +139,11 @@ PHASES: tuple[Phase, ...] = (before_a_call, inside_forward, before_backward, ins
 
 @dataclass(frozen=True)
 class Told:
-    """What a rank was told, and after how many seconds."""
+    """What a rank was told, after how many seconds, and what it was warned of before."""
 
     text: str
     seconds: float
+    warnings: tuple[str, ...] = ()
 
 
 def outcome(size: int, strategy: str, phase: Phase, fault: Fault) -> list[Told | None]:
@@ -148,7 +151,7 @@ def outcome(size: int, strategy: str, phase: Phase, fault: Fault) -> list[Told |
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["seqpar.testing.worlds"])
     # Served from here, as torchrun does, so that it outlives every rank.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    store = loopback_store()
     pipes: list[Connection] = []
     processes = []
     for rank in range(size):
@@ -177,8 +180,13 @@ def _run(
     pipe: Connection, rank: int, size: int, port: int, strategy: str, phase: Phase, fault: Fault
 ) -> None:
     torch.set_num_threads(1)
+    warnings: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("seqpar").addHandler(handler)
     timeout = timedelta(seconds=GIVEN_UP_SECONDS)
-    store = dist.TCPStore("127.0.0.1", port)  # type: ignore[attr-defined]
+    stay_on_loopback()
+    store = dist.TCPStore(ADDRESS, port)  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
     start = time.monotonic()
     try:
@@ -190,5 +198,5 @@ def _run(
         text = f"DesyncError: {error}"
     except (Exception, SystemExit) as error:
         text = f"{type(error).__name__}: {error}"
-    pipe.send(Told(text, time.monotonic() - start))
+    pipe.send(Told(text, time.monotonic() - start, tuple(warnings)))
     os._exit(0)  # without a word to the others, as after an error that nobody catches

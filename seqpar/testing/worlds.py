@@ -20,6 +20,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from seqpar.comm import Group
+from seqpar.testing.loopback import stay_on_loopback
 
 
 class WorldError(RuntimeError):
@@ -120,6 +121,7 @@ def _rank(group: Group) -> int:
 
 def _serve(rank: int, size: int, num_threads: int, folder: str, pipe: Connection) -> None:
     torch.set_num_threads(num_threads)
+    stay_on_loopback()
     store = dist.FileStore(os.path.join(folder, "store"), size)  # type: ignore[attr-defined]
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=120)

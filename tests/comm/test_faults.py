@@ -1,5 +1,7 @@
 """A rank that is gone, stopped or elsewhere is named by every other rank, in the time that was asked for."""
 
+import re
+
 import pytest
 
 from seqpar.testing import faults
@@ -39,3 +41,8 @@ def test_a_rank_that_takes_its_time_is_waited_for(phase):
     """Others may be through with a call that it is still in: they have sent all that it wants of them."""
     found = faults.outcome(4, "ring", phase, faults.slow)
     assert [told and told.text for told in found] == ["nothing"] * 3
+    said = rf"rank \d waits for rank {faults.ODD} in \w+ of .*attention.* among ranks 0-3, for \d s so far: "
+    said += f"rank {faults.ODD} is busy with something else"
+    warnings = [text for told in found for text in told.warnings]
+    assert any(re.fullmatch(said, text) for text in warnings), warnings
+    assert len(warnings) <= 2 * 3, "after half of the patience, and when it has taken twice as long"

@@ -111,8 +111,6 @@ def test_nothing_is_told_by_default_nor_by_one_rank_alone(caplog, heard, capfd):
     told = simulate(2, lambda group: (call(group, causal(group)), group.told)[1])
     assert (heard(), told) == ([], [set(), set()])
     assert capfd.readouterr() == ("", "")
-    kinds = [type(handler) for handler in logging.getLogger("seqpar").handlers]
-    assert kinds.count(logging.NullHandler) == 1
 
 
 def test_what_is_remembered_has_an_end(heard, monkeypatch):

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from byte_lm.safe_reader import SafePlanner, SafeReader
 from seqpar import Group
 from seqpar.comm import agreed
 
@@ -116,28 +117,31 @@ def save(
 def load(path: Path, model: nn.Module, optimizer: Optimizer) -> None:
     """Restores parameters and the optimizer's state, however many ranks have saved them.
 
-    Every rank reads what it holds, by itself.
+    Every rank reads what it holds, by itself. Nothing that the checkpoint says is run.
 
     Raises:
-        OSError: the checkpoint cannot be read.
+        OSError: the checkpoint cannot be read, or holds more than numbers and tensors.
     """
     state = _state(model, optimizer)
-    with _as_os_error(path):
-        dcp.load(state, checkpoint_id=path, no_dist=True)
+    _read(path, state)
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
 
 
 def load_model(path: Path, model: nn.Module) -> None:
-    """Restores parameters alone, such as to generate.
+    """Restores parameters alone, such as to generate. Nothing that the checkpoint says is run.
 
     Raises:
-        OSError: the checkpoint cannot be read.
+        OSError: the checkpoint cannot be read, or holds more than numbers and tensors.
     """
     state = {"model": get_model_state_dict(model)}
-    with _as_os_error(path):
-        dcp.load(state, checkpoint_id=path, no_dist=True)
+    _read(path, state)
     set_model_state_dict(model, state["model"])
+
+
+def _read(path: Path, state: dict[str, Any]) -> None:
+    with _as_os_error(path):
+        dcp.load(state, storage_reader=SafeReader(path), planner=SafePlanner(), no_dist=True)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 import seqpar
 from pages.blocks import ROOT, Block
+from seqpar.testing.loopback import ADDRESS, loopback_store
 
 STORES: list[dist.TCPStore | None] = []  # as long as the process lives
 
@@ -52,12 +53,12 @@ def as_torchrun_starts_it(group: seqpar.Group) -> dist.TCPStore | None:
     """No process group any more, and the environment of torchrun; on rank 0, the store of its ranks."""
     store = None
     if group.rank == 0:
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        store = loopback_store()
     port = group.transport.gather_objects(store and store.port)[0]
     rank, size = str(group.rank), str(group.size)
     dist.destroy_process_group()
     os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": ADDRESS, "MASTER_PORT": str(port)}
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     return store
 
