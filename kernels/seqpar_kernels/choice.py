@@ -43,12 +43,17 @@ class Request:
     vd: int
     terms: tuple[type[Term], ...] = ()
     lse: bool = False  # whether lse, too, is differentiated
+    repeats: bool = False  # whether torch is to give the same bits every time
+    is_dry: bool = False  # whether tensors have no device, as in a dry run
 
     @staticmethod
     def of(q: Tensor, v: Tensor, terms: Iterable[Term], *, lse: bool = False) -> Request:
         """What a call with these terms asks for."""
         kinds = dict.fromkeys(type(term) for term in terms if term.acts and not term.joins)
-        return Request(q.device, q.dtype, q.shape[-1], v.shape[-1], tuple(kinds), lse)
+        repeats = torch.are_deterministic_algorithms_enabled()
+        return Request(
+            q.device, q.dtype, q.shape[-1], v.shape[-1], tuple(kinds), lse, repeats, watcher() is not None
+        )  # fmt: skip
 
 
 def choose(request: Request, requested: Implementation | None = None) -> Implementation:
@@ -62,7 +67,7 @@ def choose(request: Request, requested: Implementation | None = None) -> Impleme
         raise ValueError(
             f"implementation must be one of {IMPLEMENTATIONS} or None, got {requested!r}"
         )
-    if watcher() is not None:  # tensors have no device then
+    if request.is_dry:
         return requested or "reference"
     if request.dtype not in DTYPES:
         raise NotImplementedError(f"attention is computed in one of {DTYPES}, got {request.dtype}")
@@ -85,7 +90,7 @@ def preference(request: Request) -> tuple[Implementation, ...]:
         return names
     hides = any(kind.hides for kind in request.terms)
     # The others take a call for each document, and two runs of their backward differ in the last bits of dq.
-    if hides or torch.are_deterministic_algorithms_enabled():
+    if hides or request.repeats:
         return "triton", *(name for name in names if name != "triton")
     return ("cudnn", *names) if _capability(device) in CUDNN_LEADS else names
 

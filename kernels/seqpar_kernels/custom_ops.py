@@ -23,6 +23,7 @@ from seqpar_kernels.partial import accumulation_dtype
 from seqpar_kernels.rows import Rows
 from seqpar_kernels.score import BY_BLOCKS, TENSORS, Score, finished_gradients, sum_rows
 from seqpar_kernels.terms import TERMS, ScoreTerm
+from seqpar_kernels.torch_internals import nobody_looks
 from seqpar_kernels.torch_ops import define
 
 # Ops take no dataclasses. Tensors first; what follows describes the block.
@@ -52,7 +53,7 @@ def attention(
         ValueError: hq is not a multiple of hkv.
         NotImplementedError: the implementation cannot do what is asked.
     """
-    return torch.ops.seqpar.attention_forward(q, k, v, *_described(block), False, implementation)
+    return _attended(q, k, v, block, implementation, lse_learns=False)
 
 
 def attention_with_lse(
@@ -69,7 +70,7 @@ def attention_with_lse(
         ValueError: hq is not a multiple of hkv.
         NotImplementedError: the implementation cannot do what is asked, or cannot differentiate lse.
     """
-    return torch.ops.seqpar.attention_forward(q, k, v, *_described(block), True, implementation)
+    return _attended(q, k, v, block, implementation, lse_learns=True)
 
 
 def recalled(
@@ -85,6 +86,21 @@ def recalled(
     """(out, lse) as `attention`, or `attention_with_lse`, gave them for this call: only backward computes."""
     described = *_described(block), lse_learns, implementation
     return _Recalled.apply(q, k, v, *described, *results)
+
+
+def _attended(
+    q: Tensor, k: Tensor, v: Tensor, block: Block, implementation: Implementation | None, *, lse_learns: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    tensors = [block.score.tensors.get(name) for name in TENSORS]
+    # docs/design.md: an op where somebody looks
+    if not nobody_looks((q, k, v, *tensors)):
+        op = torch.ops.seqpar.attention_forward
+        return op(q, k, v, *_described(block), lse_learns, implementation)
+    if torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (q, k, v, *tensors)
+    ):
+        return _Attention.apply(q, k, v, *tensors, block, lse_learns, implementation)
+    return _forward(q, k, v, block, implementation, lse_learns=lse_learns)
 
 
 def _described(block: Block) -> list[Any]:
@@ -114,9 +130,9 @@ def _block(*described: Any) -> Block:
     return Block(Band(lower, upper), score, row, col, step, head, tuple(terms))
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    *described, lse_learns, implementation = args
-    block = _block(*described)
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, block: Block, implementation: Implementation | None, *, lse_learns: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     # The forward of an implementation that has no such backward is not worth having.
     asked = Request.of(q, v, block.acting, lse=lse_learns)
     implementation = choose(asked, implementation)
@@ -128,6 +144,11 @@ def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, 
     return out, q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype))
 
 
+def _forward_op(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    *described, lse_learns, implementation = args
+    return _forward(q, k, v, _block(*described), implementation, lse_learns=lse_learns)
+
+
 def _backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -137,10 +158,9 @@ def _backward(
     out: Tensor,
     lse: Tensor,
     learn: Sequence[bool],
-    *args: Any,
+    block: Block,
+    implementation: Implementation | None,
 ) -> list[Tensor]:
-    *described, _, implementation = args
-    block = _block(*described)
     score, wanted = block.score, [n for n, learns in zip(TENSORS, learn, strict=True) if learns]
     if dlse is None and not wanted:
         at_once = attend_whole_backward(
@@ -158,6 +178,11 @@ def _backward(
     learned = [sum_rows(by_row[name]).to(score.tensors[name].dtype) for name in wanted]
     # An op may not give back one tensor twice, nor what it was given.
     return [dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *learned]
+
+
+def _backward_op(*args: Any) -> list[Tensor]:
+    dout, dlse, q, k, v, out, lse, learn, *described, _, implementation = args
+    return _backward(dout, dlse, q, k, v, out, lse, learn, _block(*described), implementation)
 
 
 def _backward_fake(
@@ -196,6 +221,43 @@ def _differentiate(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None,
     return dq, dk, dv, *gradients, *(None for _ in ctx.described)
 
 
+class _Attention(torch.autograd.Function):
+    """q [b i hq d], k [b j hkv d], v [b j hkv vd] -> out [b i hq vd], lse [b i hq].
+
+    backward  dq, dk, dv, and gradients [hq] of the score's tensors
+    saved     q k v out lse
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        q, k, v, *tensors, block, lse_learns, implementation = args
+        out, lse = _forward(q, k, v, block, implementation, lse_learns=lse_learns)
+        # The tensors of the score are saved as tensors are, so that hooks see them, and not in it.
+        ctx.block, ctx.implementation = (
+            replace(block, score=block.score.without_tensors()),
+            implementation,
+        )
+        ctx.lse_learns = lse_learns
+        if not lse_learns:
+            ctx.mark_non_differentiable(lse)
+        ctx.save_for_backward(q, k, v, out, lse, *tensors)
+        return out, lse
+
+    @staticmethod
+    @first_only
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        score = ctx.block.score.with_tensors(dict(zip(TENSORS, tensors, strict=True)))
+        block = replace(ctx.block, score=score)
+        learn = ctx.needs_input_grad[3 : 3 + len(TENSORS)]
+        dlse = dlse if ctx.lse_learns else None
+        dq, dk, dv, *learned = _backward(
+            dout, dlse, q, k, v, out, lse, learn, block, ctx.implementation
+        )
+        left = iter(learned)
+        return dq, dk, dv, *(next(left) if learns else None for learns in learn), None, None, None
+
+
 class _Recalled(torch.autograd.Function):
     """q [b i hq d], k [b j hkv d], v [b j hkv vd] -> the given (out, lse).
 
@@ -217,7 +279,7 @@ class _Recalled(torch.autograd.Function):
 define(
     "attention_forward",
     f"(Tensor q, Tensor k, Tensor v, {_BLOCK}) -> (Tensor, Tensor)",
-    _forward,
+    _forward_op,
     fake=_forward_fake,
     save=_save,
     differentiate=_differentiate,
@@ -226,6 +288,6 @@ define(
     "attention_backward",
     "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"bool[] learn, {_BLOCK}) -> Tensor[]",
-    _backward,
+    _backward_op,
     fake=_backward_fake,
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -20,7 +22,7 @@ def may_hold_poison(*tensors: Tensor) -> bool:
     # Of a subclass, such as the tensors that a compiler traces with, numbers may not be asked for.
     if tensors[0].device.type != "cpu" or any(type(x) is not Tensor for x in tensors):
         return True
-    return not all(x.sum(dtype=_SUMMED_IN.get(x.dtype)).isfinite() for x in tensors)
+    return not all(math.isfinite(x.sum(dtype=_SUMMED_IN.get(x.dtype)).item()) for x in tensors)
 
 
 def taken_out(

@@ -30,6 +30,7 @@ VERSIONS = "keeping what attention gave"
 HOOKS = "looking at the hooks of a module"
 BUFFERS = "telling which buffers are saved"
 RELOADING = "defining an op anew"
+LOOKING = "telling whether anybody looks at ops"
 WATCHING = "naming a rank that is waited for in vain"
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -68,6 +69,11 @@ PARTS: dict[str, tuple[str, ...]] = {
     HOOKS: tuple(f"nn.Module.{name}" for name in _HOOKS),
     BUFFERS: ("nn.Module._non_persistent_buffers_set",),
     RELOADING: ("library.Library._destroy", "_disable_dynamo"),
+    LOOKING: (
+        "_C._len_torch_dispatch_stack",
+        "_C._functorch.peek_interpreter_stack",
+        "_C._get_tracing_state",
+    ),
     WATCHING: ("distributed.distributed_c10d._get_default_store", "distributed.Store.clone"),
 }
 
@@ -159,6 +165,20 @@ def is_traced_here() -> bool:
     """Whether a compiler traces this thread. `torch.compiler.is_compiling` is of the whole process."""
     get_mode, proxy = parts(KEEP_COMPILED)
     return get_mode(proxy) is not None
+
+
+def nobody_looks(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether no compiler, mode, transform or subclass of Tensor is there to see an op of these tensors."""
+    if torch.compiler.is_compiling() or missing(LOOKING) is not None:
+        return False
+    num_modes, transforms, jit = parts(LOOKING)
+    kinds = (Tensor, nn.Parameter)
+    return (
+        num_modes() == 0
+        and transforms() is None
+        and jit() is None
+        and all(x is None or (type(x) in kinds and x.device.type != "meta") for x in tensors)
+    )
 
 
 def without_subclass() -> AbstractContextManager[object]:

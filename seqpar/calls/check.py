@@ -99,24 +99,30 @@ def resolve(plan: Plan, q: Tensor, v: Tensor, *, with_lse: bool = False) -> Plan
     score = plan.score.resolve(q.shape[3])
     # docs/design.md: lse is differentiated where it is asked for
     request = Request.of(q, v, (*score.terms, *plan.terms), lse=with_lse)
-    invariant = is_invariant(plan, request)
-    name: Implementation | None
-    if invariant:
-        name = invariant_implementation(plan, request)
-        check_cuts(plan, tile_border(name, q, v))
-    elif STRATEGIES[plan.strategy].stores_scores:
-        if plan.implementation not in (None, "reference", "triton"):
-            raise NotImplementedError(
-                f"stored scores are made by torch and softened by torch or Triton, got implementation "
-                f"{plan.implementation!r}; 'reference', 'triton' or None can do it"
-            )
-        # Only to refuse: without a name, torch or Triton makes the softmax, as the device has it.
-        choose(request, plan.implementation)
-        name = plan.implementation
-    else:
-        name = choose(request, plan.implementation)
+    asked = request, plan.strategy, plan.implementation, plan.invariant
+    name, invariant = plan.kept("implementation", lambda: _decided(plan, request, q, v), *asked)
     # docs/design.md: `choice.py` alone decides
     return replace(plan, implementation=name, invariant=invariant, score=score)
+
+
+def _decided(
+    plan: Plan, request: Request, q: Tensor, v: Tensor
+) -> tuple[Implementation | None, bool]:
+    """(implementation, whether bits are invariant), as `resolve` decides them."""
+    if is_invariant(plan, request):
+        name = invariant_implementation(plan, request)
+        check_cuts(plan, tile_border(name, q, v))
+        return name, True
+    if not STRATEGIES[plan.strategy].stores_scores:
+        return choose(request, plan.implementation), False
+    if plan.implementation not in (None, "reference", "triton"):
+        raise NotImplementedError(
+            f"stored scores are made by torch and softened by torch or Triton, got implementation "
+            f"{plan.implementation!r}; 'reference', 'triton' or None can do it"
+        )
+    # Only to refuse: without a name, torch or Triton makes the softmax, as the device has it.
+    choose(request, plan.implementation)
+    return plan.implementation, False
 
 
 def _check_plan(plan: Plan) -> None:
@@ -143,7 +149,7 @@ def _check_layouts(plan: Plan) -> None:
     for each in (layout, keys):
         check_size(each, group.size)
     # docs/design.md: keys of another length keep their own positions
-    if len({span.step for each in (layout, keys) for spans in each.spans for span in spans}) > 1:
+    if len({each.step for each in (layout, keys)} - {None}) > 1:
         raise ValueError(
             "queries and keys must be dealt in the same steps: both striped, or neither; "
             f"got {layout.kind} and {keys.kind}"

@@ -7,9 +7,9 @@ Either way can be begun and left to go on while something else is done, forward 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -44,16 +44,34 @@ class AllToAll:
     num_heads: tuple[int, ...]
     repeats: tuple[Ranges | None, ...]
 
-    def rows(self, tensor: int) -> tuple[int, ...]:
-        """The number of rows of a tensor that every rank has."""
-        places = self.places[tensor]
+    @cached_property
+    def rows(self) -> tuple[tuple[int, ...], ...]:
+        """By tensor, the number of rows that every rank has."""
         # Local rows follow on one another from 0, so the greatest stop is their number.
-        return tuple(max((local.stop for local, _ in p), default=0) for p in places)
+        return tuple(
+            tuple(max((local.stop for local, _ in p), default=0) for p in of_tensor)
+            for of_tensor in self.places
+        )
 
     def takes(self, tensor: int, rank: int) -> slice:
         """The heads of a tensor that a rank takes."""
         return slice(*self.ranges[tensor][rank])
 
+    # Messages between two ranks are told apart by their order alone, so all ranks list tensors alike. With
+    # more ranks than heads most of them take none: those have no part in the loops below.
+    @cached_property
+    def takers(self) -> list[tuple[int, int]]:
+        """(rank, tensor) of which another rank takes heads."""
+        tensors = range(len(self.places))
+        return [(r, n) for r in self.group.others for n in tensors if _length(self.takes(n, r))]
+
+    @cached_property
+    def givers(self) -> list[tuple[int, int]]:
+        """(rank, tensor) of which this rank takes heads and another one has rows."""
+        tensors = [n for n in range(len(self.places)) if _length(self.takes(n, self.group.rank))]
+        return [(r, n) for r in self.group.others for n in tensors if self.rows[n][r]]
+
+    @cached_property
     def by_query_head(self) -> AllToAll:
         """The exchange in which a repeated head is as many heads as it serves, each taken once."""
         queries = [None if r is None else _num_heads(r) for r in self.repeats]
@@ -138,22 +156,16 @@ class _Serve(torch.autograd.Function):
 def _to_heads(xs: Sequence[Tensor], all_to_all: AllToAll) -> Finish:
     """Begins to bring rows to their heads: one message per rank and tensor, received in place if possible."""
     rank, places = all_to_all.group.rank, all_to_all.places
-    ys = tuple(
-        x.new_empty(
-            x.shape[0], sum(all_to_all.rows(n)), _length(all_to_all.takes(n, rank)), x.shape[3]
-        )
-        for n, x in enumerate(xs)
-    )
-    # Messages between two ranks are told apart by their order alone, so all ranks list tensors alike.
-    others = [(r, n) for r in all_to_all.group.others for n in range(len(xs))]
-    sends = [(r, xs[n][:, :, all_to_all.takes(n, r)].contiguous()) for r, n in others]
+    rows, mine = all_to_all.rows, [_length(all_to_all.takes(n, rank)) for n in range(len(xs))]
+    ys = tuple(x.new_empty(x.shape[0], sum(rows[n]), mine[n], x.shape[3]) for n, x in enumerate(xs))
+    sends = [(r, xs[n][:, :, all_to_all.takes(n, r)].contiguous()) for r, n in all_to_all.takers]
     staged: dict[tuple[int, int], Tensor] = {}
     receives = []
-    for r, n in others:
+    for r, n in all_to_all.givers:
         # docs/design.md: rows come back in the order of the sequence
         target = ys[n][:, places[n][r][0][1]] if len(places[n][r]) == 1 else None
         if target is None or not target.is_contiguous():
-            target = ys[n].new_empty(ys[n].shape[0], all_to_all.rows(n)[r], *ys[n].shape[2:])
+            target = ys[n].new_empty(ys[n].shape[0], rows[n][r], *ys[n].shape[2:])
             staged[r, n] = target
         receives.append((r, target))
     pending = all_to_all.group.exchange("rows_to_heads", sends, receives)
@@ -185,34 +197,28 @@ def _to_rows(ys: Sequence[Tensor], all_to_all: AllToAll) -> Finish:
     """Begins to bring heads back to their rows; shares of a head are added once all are there."""
     rank, places, num_heads = all_to_all.group.rank, all_to_all.places, all_to_all.num_heads
     # docs/design.md: a kv head that several ranks need is sent to each
-    all_to_all = all_to_all.by_query_head()
-    sends = [(r, _take(y, places[n][r])) for r in all_to_all.group.others for n, y in enumerate(ys)]
-    receives = [
-        (
-            r,
-            y.new_empty(
-                y.shape[0], all_to_all.rows(n)[rank], _length(all_to_all.takes(n, r)), y.shape[3]
-            ),
-        )
-        for r in all_to_all.group.others
-        for n, y in enumerate(ys)
-    ]
-    pending = all_to_all.group.exchange("heads_to_rows", sends, receives)
+    all_to_all, group = all_to_all.by_query_head, all_to_all.group
+    rows, takers = all_to_all.rows, all_to_all.takers
+    sends = [(r, _take(ys[n], places[n][r])) for r, n in all_to_all.givers]
+    shares = {}
+    for r, n in takers:
+        num, (batch, _, _, width) = _length(all_to_all.takes(n, r)), ys[n].shape
+        shares[r, n] = ys[n].new_empty(batch, rows[n][rank], num, width)
+    pending = group.exchange("heads_to_rows", sends, [(r, x) for (r, _), x in shares.items()])
     own = [_take(y, places[n][rank]) for n, y in enumerate(ys)]
-    batch = ys[0].shape[0]
 
     def finish() -> tuple[Tensor, ...]:
         pending.wait()
-        shares = dict(_by_rank(receives, len(own))) | {rank: own}
         xs = []
         for n, mine in enumerate(own):
-            shape = batch, all_to_all.rows(n)[rank], all_to_all.num_heads[n], mine.shape[3]
+            shares[rank, n] = mine
+            shape = mine.shape[0], rows[n][rank], all_to_all.num_heads[n], mine.shape[3]
             adds = all_to_all.sums(n)
             wide = accumulation_dtype(mine.dtype)
             x = mine.new_zeros(shape, dtype=wide) if adds else mine.new_empty(shape)
-            for r in range(all_to_all.group.size):
+            for r in sorted({rank, *(r for r, tensor in takers if tensor == n)}):
                 heads = x[:, :, all_to_all.takes(n, r)]
-                heads.add_(shares[r][n]) if adds else heads.copy_(shares[r][n])
+                heads.add_(shares[r, n]) if adds else heads.copy_(shares[r, n])
             xs.append(_fold(x.to(mine.dtype), all_to_all.num_heads[n] // num_heads[n]))
         return tuple(xs)
 
@@ -235,14 +241,6 @@ def _take(y: Tensor, places: Places) -> Tensor:
     """The rows of `y` that belong to a rank, in its order, contiguous."""
     rows = [y[:, place] for _, place in places] or [y[:, :0]]
     return rows[0].contiguous() if len(rows) == 1 else torch.cat(rows, dim=1)
-
-
-def _by_rank(
-    messages: Sequence[tuple[int, Tensor]], each: int
-) -> Iterator[tuple[int, list[Tensor]]]:
-    """Messages, `each` per rank, as (rank, tensors)."""
-    for start in range(0, len(messages), each):
-        yield messages[start][0], [x for _, x in messages[start : start + each]]
 
 
 def _length(s: slice) -> int:

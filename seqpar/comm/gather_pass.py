@@ -6,10 +6,11 @@ rank holds two chunks and never the whole sequence. A piece is sent to the ranks
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import accumulate
+from functools import cached_property
+from itertools import accumulate, product
 
 from torch import Tensor
 
@@ -47,14 +48,16 @@ class GatherSchedule:
     Args:
         rank, size: of this rank in the group.
         num_chunks: how many there are.
-        due: the pieces of chunk n for a rank.
-        wants: (rank, piece), where the rank is not the owner. This and `due` are the same on every rank.
+        due: the pieces of chunk n for this rank.
+        taken: (rank, piece) of this rank's pieces that are due in chunk n, in the order of ranks.
+        wants: (rank, piece), where the rank is not the owner; the same on every rank.
     """
 
     rank: int
     size: int
     num_chunks: int
-    due: Callable[[int, int], Chunk]
+    due: Callable[[int], Chunk]
+    taken: Callable[[int], Iterable[tuple[int, Piece]]]
     wants: Callable[[int, Piece], bool] = field(default=lambda rank, piece: True)  # noqa: ARG005
 
     @staticmethod
@@ -67,20 +70,49 @@ class GatherSchedule:
             blocks: by owner.
         """
         size = len(blocks)
-        return GatherSchedule(rank, size, size, lambda n, r: blocks[(r - n) % size], wants)
+        return GatherSchedule(
+            rank, size, size, lambda n: blocks[(rank - n) % size],
+            lambda n: (((rank + n) % size, p) for p in blocks[rank]), wants,
+        )  # fmt: skip
+
+    @staticmethod
+    def together(
+        rank: int, size: int, chunks: Sequence[Chunk], wants: Callable[[int, Piece], bool]
+    ) -> GatherSchedule:
+        """The schedule in which all ranks gather the same chunks, one after the other."""
+
+        def taken(n: int) -> Iterable[tuple[int, Piece]]:
+            own = [p for p in chunks[n] if p.owner == rank]
+            return product(range(size), own) if own else ()
+
+        return GatherSchedule(rank, size, len(chunks), lambda n: chunks[n], taken, wants)
 
     def received(self, n: int) -> list[tuple[Piece, slice]]:
         """The pieces of chunk n that this rank then holds, its own too, and where they are."""
-        due = self.due(n, self.rank)
-        # docs/design.md: no hop that nobody needs
-        pieces = [p for p in due if p.owner == self.rank or self.wants(self.rank, p)]
-        ends = list(accumulate((p.length for p in pieces), initial=0))
-        return [(p, slice(a, b)) for p, a, b in zip(pieces, ends[:-1], ends[1:], strict=True)]
+        return self._received[n]
 
     def sent(self, n: int) -> list[tuple[int, Piece]]:
-        """(to, piece) of this rank's pieces in chunk n."""
-        due = ((r, p) for r in range(self.size) if r != self.rank for p in self.due(n, r))
-        return [(r, p) for r, p in due if p.owner == self.rank and self.wants(r, p)]
+        """(to, piece) of this rank's pieces in chunk n, in the order of ranks."""
+        return self._sent[n]
+
+    @cached_property
+    def _received(self) -> list[list[tuple[Piece, slice]]]:
+        found = []
+        for n in range(self.num_chunks):
+            # docs/design.md: no hop that nobody needs
+            pieces = [p for p in self.due(n) if p.owner == self.rank or self.wants(self.rank, p)]
+            ends = list(accumulate((p.length for p in pieces), initial=0))
+            found.append(
+                [(p, slice(a, b)) for p, a, b in zip(pieces, ends, ends[1:], strict=False)]
+            )
+        return found
+
+    @cached_property
+    def _sent(self) -> list[list[tuple[int, Piece]]]:
+        return [
+            [(r, p) for r, p in self.taken(n) if r != self.rank and self.wants(r, p)]
+            for n in range(self.num_chunks)
+        ]
 
 
 def gather_pass(

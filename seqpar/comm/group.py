@@ -11,6 +11,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from seqpar.comm.kept import Kept
 from seqpar.comm.processes import ProcessTransport
 from seqpar.comm.traffic import Count, Traffic
 from seqpar.comm.transport import (
@@ -76,6 +77,8 @@ class Group:
         self.name = f"group {next(_numbers)}"
         # What has been logged of its calls, not to be logged again.
         self.told: set[str] = set()
+        # docs/design.md: schedules are made once
+        self.kept = Kept()
         _LIVE[self.name] = self
 
     def __reduce__(self) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -35,10 +36,16 @@ class PackedMessage:
         """The same tensors in the type that their sums are in, which is one message."""
         return PackedMessage(self.widths, tuple(accumulation_dtype(dtype) for dtype in self.dtypes))
 
-    @property
+    @cached_property
     def messages(self) -> list[torch.dtype]:
         """The dtype of each message."""
         return list(dict.fromkeys(self.dtypes))
+
+    @cached_property
+    def _parts(self) -> list[tuple[list[int], list[int]]]:
+        """By message, which of the tensors it holds, and their widths."""
+        held = [[n for n, t in enumerate(self.dtypes) if t == dtype] for dtype in self.messages]
+        return [(places, [self.widths[n] or 1 for n in places]) for places in held]
 
     def pack(self, block: Sequence[Tensor]) -> Tensors:
         """The messages, each `[rows b h w]` and contiguous. Copies."""
@@ -51,26 +58,17 @@ class PackedMessage:
 
     def unpack(self, messages: Sequence[Tensor]) -> Tensors:
         """The tensors `[b rows h (w)]`, views of the messages."""
-        parts = {
-            dtype: iter(
-                message.transpose(0, 1).split(
-                    [w or 1 for w, t in zip(self.widths, self.dtypes, strict=True) if t == dtype],
-                    dim=-1,
-                )
-            )
-            for dtype, message in zip(self.messages, messages, strict=True)
-        }
-        tensors = [next(parts[dtype]) for dtype in self.dtypes]
+        found: dict[int, Tensor] = {}
+        for message, (places, widths) in zip(messages, self._parts, strict=True):
+            parts = message.transpose(0, 1).split_with_sizes(widths, -1)
+            found.update(zip(places, parts, strict=True))
         return tuple(
-            x if w is not None else x.squeeze(-1) for x, w in zip(tensors, self.widths, strict=True)
+            found[n] if w is not None else found[n].squeeze(-1) for n, w in enumerate(self.widths)
         )
 
     def empty(self, like: Tensor, rows: int, batch: int, heads: int) -> Tensors:
         """Messages to receive, on the device of a tensor."""
         return tuple(
-            like.new_empty(rows, batch, heads, self._width(dtype), dtype=dtype)
-            for dtype in self.messages
+            like.new_empty(rows, batch, heads, sum(widths), dtype=dtype)
+            for dtype, (_, widths) in zip(self.messages, self._parts, strict=True)
         )
-
-    def _width(self, dtype: torch.dtype) -> int:
-        return sum(w or 1 for w, t in zip(self.widths, self.dtypes, strict=True) if t == dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 from torch import Tensor
@@ -66,9 +67,20 @@ class RingSchedule:
         far = self.at(step + 1)
         return step > 0 and self.visits(far, self.rank) and not self.follows(far, self.rank)
 
+    @cached_property
     def is_awaited(self) -> bool:
         """Whether anybody else wants this rank's block."""
         return any(self.visits(rank, self.rank) for rank in range(self.size))
+
+    @cached_property
+    def last_far(self) -> int:
+        """The last step after which this rank's block is sent far."""
+        return max((step for step in range(self.size - 1) if self.goes_far(step)), default=0)
+
+    @cached_property
+    def most_rows(self) -> int:
+        """The rows of the largest block."""
+        return max(self.rows)
 
 
 def ring_pass(
@@ -82,10 +94,9 @@ def ring_pass(
         block: this rank's tensors, `[b sl h w]` or `[b sl h]`, packed by `PackedMessage`.
     """
     message = PackedMessage.of(block)
-    own = message.pack(block) if schedule.is_awaited() else ()
+    own = message.pack(block) if schedule.is_awaited else ()
     held: Tensors | None = own
-    double = _DoubleBuffer(block, message, max(schedule.rows))
-    last_far = max((step for step in range(group.size - 1) if schedule.goes_far(step)), default=0)
+    double = _DoubleBuffer(block, message, schedule.most_rows)
     for step in range(group.size):
         owner, coming = schedule.owner_at(step), schedule.owner_at(step + 1)
         sends: list[Message] = []
@@ -110,7 +121,7 @@ def ring_pass(
         # The hop is waited for only here, so that the caller has computed while it was under way.
         pending.wait()
         held = arriving
-        if step >= last_far:
+        if step >= schedule.last_far:
             own = ()  # nobody is sent it any more, and it would live on for the whole round
 
 

@@ -50,6 +50,14 @@ class Mask:
                 f"window must be at least 1 (the row itself), got {self.window}; None means no window"
             )
 
+    def __hash__(self) -> int:
+        """The hash of all of it, made once: there may be thousands of documents."""
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.causal, self.window, self.documents))
+
     @property
     def bounds(self) -> tuple[int, ...]:
         """The boundaries of documents; (0,) where there is one document and no boundary."""

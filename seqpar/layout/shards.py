@@ -45,6 +45,8 @@ class Layout:
         object.__setattr__(self, "spans", kept)
         spans = [[(span.start, span.length, span.step) for span in s] for s in self.spans]
         object.__setattr__(self, "_code", repr((self.kind, self.length, self.size, spans)))
+        object.__setattr__(self, "_rows", tuple(sum(n for _, n, _ in s) for s in spans))
+        object.__setattr__(self, "_hash", hash(self.spans))
         if len(self.spans) != self.size:
             raise ValueError(f"a layout for {self.size} ranks needs as many lists of spans")
         for span in (span for s in self.spans for span in s):
@@ -80,14 +82,21 @@ class Layout:
     @property
     def fingerprint(self) -> int:
         """A number that tells layouts of other spans apart, the same in every process."""
-        return hash(
-            self.spans
-        )  # unlike that of a string, the hash of integers is the same everywhere
+        return self._hash  # type: ignore[attr-defined] # of integers, whose hash is the same everywhere
+
+    def __hash__(self) -> int:
+        """Its `fingerprint`, since a hash of as many spans as ranks takes long to make."""
+        return self.fingerprint
 
     @property
     def rows(self) -> tuple[int, ...]:
         """The number of rows that each rank holds."""
-        return tuple(sum(span.length for span in spans) for spans in self.spans)
+        return self._rows  # type: ignore[attr-defined]
+
+    @property
+    def step(self) -> int | None:
+        """The step of all spans; `None` where there are no positions."""
+        return next((span.step for spans in self.spans for span in spans), None)
 
     def positions(self, rank: int) -> Int[Tensor, "sl"]:
         """The global position of each of the rank's rows, int64, in the order in which it holds them."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 from seqpar.layout.mask import Mask
 from seqpar.layout.shards import Layout
@@ -41,7 +40,6 @@ class Tile:
         return both_full or drawn_on == below.band
 
 
-@lru_cache(maxsize=1024)
 def tiles(rows: tuple[Span, ...], cols: tuple[Span, ...], mask: Mask) -> tuple[Tile, ...]:
     """The tiles of the query rows of some spans and the keys of others in which anything is visible.
 
@@ -59,7 +57,6 @@ def tiles(rows: tuple[Span, ...], cols: tuple[Span, ...], mask: Mask) -> tuple[T
     return tuple(met)
 
 
-@lru_cache(maxsize=4096)
 def meets(rows: tuple[Span, ...], cols: tuple[Span, ...], mask: Mask) -> bool:
     """Whether any of the rows sees any of the columns."""
     return any(sees(mask, r, c) for r in rows for c in cols)
@@ -84,7 +81,6 @@ def part(spans: Sequence[Span], rows: slice) -> tuple[Span, ...]:
     return tuple(parts)
 
 
-@lru_cache(maxsize=1024)
 def tall_tiles(rows: tuple[Span, ...], cols: tuple[Span, ...], mask: Mask) -> tuple[Tile, ...]:
     """The tiles that `tiles` gives, joined where one continues another."""
     return joined_tiles(tiles(rows, cols, mask))

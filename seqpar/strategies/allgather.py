@@ -14,14 +14,14 @@ as one device does. For dk and dv queries are then walked upwards, gathered in p
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from math import gcd
 
 from jaxtyping import Float
 from torch import Tensor
 
-from seqpar.comm import GatherSchedule, Grid, Piece, gather_pass
-from seqpar.layout import Layout, held
+from seqpar.comm import GatherSchedule, Grid, Group, Piece, gather_pass
+from seqpar.layout import Layout, held, meets
 from seqpar.strategies.loop import (
     Differentiate,
     Gradients,
@@ -48,13 +48,14 @@ def allgather_attention(
 ) -> tuple[Float[Tensor, "b sl hq vd"], Float[Tensor, "b sl hq"]]:
     """(out, lse) of this rank's rows of softmax(q k^T) v. The call has been checked; all ranks must call."""
     # docs/design.md: the all-gather is the mesh of one column
-    route: Route = InOrderRoute(plan) if plan.invariant else MeshRoute(plan, column(plan))
+    route: Route = InOrderRoute(plan) if plan.invariant else MeshRoute(plan, column(plan.group))
     return attend_by(route, q, k, v, plan, plan.score.resolve(q.shape[-1]))
 
 
-def column(plan: Plan) -> Grid:
+def column(group: Group) -> Grid:
     """The grid in which all ranks share keys, and each has its own rows."""
-    return Grid(plan.group, tuple((rank,) for rank in range(plan.layout.size)))
+    members = lambda: Grid(group, tuple((rank,) for rank in range(group.size)))  # noqa: E731
+    return group.kept.get("one column", members)
 
 
 class InOrderRoute:
@@ -62,16 +63,7 @@ class InOrderRoute:
 
     def __init__(self, plan: Plan) -> None:
         self._plan, self._rank = plan, plan.group.rank
-        rows, keys = plan.layout.spans, plan.keys.spans
-        size, by_key, by_row = plan.layout.size, runs(plan.keys), runs(plan.layout)
-        self._keys = GatherSchedule(
-            self._rank, size, len(by_key), lambda n, _: by_key[-1 - n],
-            cache(lambda peer, p: plan.sees(rows[peer], spans_of([p], keys))),
-        )  # fmt: skip
-        self._queries = GatherSchedule(
-            self._rank, size, len(by_row), lambda n, _: by_row[n],
-            cache(lambda peer, p: plan.sees(spans_of([p], rows), keys[peer])),
-        )  # fmt: skip
+        self._keys, self._queries = plan.kept("all-gather in order", partial(_in_order, plan))
 
     def rows(self, q: Tensor) -> tuple[Spans, Tensor]:
         """The query rows of this rank, as they are."""
@@ -106,6 +98,18 @@ class InOrderRoute:
             )
             differentiate(Meeting(spans, own_keys, rows, k, v, None, dk, dv, {}))
         return Gradients(dq, dk, dv, learned)
+
+
+def _in_order(plan: Plan) -> tuple[GatherSchedule, GatherSchedule]:
+    """The tables of the keys, walked downwards, and of the queries, walked upwards."""
+    rows, keys, mask = plan.layout.spans, plan.keys.spans, plan.mask
+    rank, size = plan.group.rank, plan.group.size
+    sees_keys = cache(lambda peer, p: meets(rows[peer], spans_of([p], keys), mask))
+    sees_rows = cache(lambda peer, p: meets(spans_of([p], rows), keys[peer], mask))
+    return (
+        GatherSchedule.together(rank, size, runs(plan.keys)[::-1], sees_keys),
+        GatherSchedule.together(rank, size, runs(plan.layout), sees_rows),
+    )
 
 
 def runs(layout: Layout) -> list[tuple[Piece, ...]]:

@@ -215,9 +215,7 @@ def _own_gradient(x: Tensor, plan: Plan) -> Tensor:
     if group.size == 1:
         return sum_rows(x.index_select(1, on_device(layout.inverse(), x.device)))
     pieces = tuple(Piece(rank, 0, n) for rank, n in enumerate(layout.rows))
-    to_first = GatherSchedule(
-        group.rank, group.size, 1, lambda *_: pieces, lambda rank, _: rank == 0
-    )
+    to_first = GatherSchedule.together(group.rank, group.size, [pieces], lambda rank, _: rank == 0)
     ((_, (everything,)),) = gather_pass((x,), to_first, group, primitive="learned")
     if group.rank > 0:
         return x.new_zeros(x.shape[2])

@@ -23,13 +23,13 @@ of a product that is never stored.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 
 from jaxtyping import Float
 from torch import Tensor
 
 from seqpar.comm import GatherSchedule, Grid, HomeSum, Piece, gather_pass, send_home
-from seqpar.layout import Span, held, joined, part
+from seqpar.layout import Span, held, joined, meets, part
 from seqpar.strategies.loop import (
     Differentiate,
     Gradients,
@@ -66,25 +66,8 @@ class MeshRoute:
     def __init__(self, plan: Plan, grid: Grid) -> None:
         self._plan = plan
         self._in_row, self._in_column = grid.ulysses, grid.ring
-        i, j = grid.index_of(plan.group.rank)
-        row, col = grid.members[i], [members[j] for members in grid.members]
-        self._row_spans = [plan.layout.spans[r] for r in row]
-        self._col_spans = [plan.keys.spans[r] for r in col]
-        keys = [
-            tuple(s for m in grid.members for s in plan.keys.spans[m[n]]) for n in range(len(row))
-        ]
-        queries = [tuple(s for r in m for s in plan.layout.spans[r]) for m in grid.members]
-        rows = tuple(Piece(n, 0, length) for n, length in enumerate(lengths(self._row_spans)))
-        self._rows = GatherSchedule(
-            j, len(row), 1, lambda *_: rows,
-            cache(lambda peer, p: plan.sees(self._row_spans[p.owner], keys[peer])),
-        )  # fmt: skip
-        blocks = [pieces(owner, spans) for owner, spans in enumerate(self._col_spans)]
-        self._cols = GatherSchedule.in_turn(
-            i,
-            blocks,
-            cache(lambda peer, p: plan.sees(queries[peer], spans_of([p], self._col_spans))),
-        )
+        tables = plan.kept("mesh", partial(_tables, plan, grid), plan.strategy)
+        self._rows, self._cols, self._row_spans, self._col_spans = tables
 
     def rows(self, q: Tensor) -> tuple[Spans, Tensor]:
         """Gathers the query rows of the grid row."""
@@ -145,6 +128,26 @@ class MeshRoute:
             return self._row_spans[0], mine
         spans, message = self._gather_rows(row_message(mine, self._plan.implementation))
         return spans, rows_of(message, lse_learns=mine.lse_learns)
+
+
+Tables = tuple[GatherSchedule, GatherSchedule, list[Spans], list[Spans]]
+
+
+def _tables(plan: Plan, grid: Grid) -> Tables:
+    """Who gathers which rows in this rank's grid row, and which keys in its column; positions by rank."""
+    mask = plan.mask
+    i, j = grid.index_of(plan.group.rank)
+    row, col = grid.members[i], [members[j] for members in grid.members]
+    row_spans = [plan.layout.spans[r] for r in row]
+    col_spans = [plan.keys.spans[r] for r in col]
+    keys = [tuple(s for m in grid.members for s in plan.keys.spans[m[n]]) for n in range(len(row))]
+    queries = [tuple(s for r in m for s in plan.layout.spans[r]) for m in grid.members]
+    gathered = tuple(Piece(n, 0, length) for n, length in enumerate(lengths(row_spans)))
+    blocks = [pieces(owner, spans) for owner, spans in enumerate(col_spans)]
+    sees_keys = cache(lambda peer, p: meets(row_spans[p.owner], keys[peer], mask))
+    sees_rows = cache(lambda peer, p: meets(queries[peer], spans_of([p], col_spans), mask))
+    rows = GatherSchedule.together(j, len(row), [gathered], sees_keys)
+    return rows, GatherSchedule.in_turn(i, blocks, sees_rows), row_spans, col_spans
 
 
 def lengths(spans: Sequence[Spans]) -> list[int]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, TypeVar
 
 from seqpar.comm import Grid, Group
-from seqpar.layout import Layout, Mask, Span, meets, tall_tiles, tiles
+from seqpar.layout import Layout, Mask, Span, Tile, tall_tiles, tiles
 from seqpar_kernels import Block, Dropout, Implementation, Score, Term
 
+T = TypeVar("T")
 Spans = tuple[Span, ...]
 Agree = Literal["call", "plan"]
 _DEFAULT = "default"
@@ -77,13 +78,20 @@ class Plan:
         named = (*self.mask.terms, self.dropout)
         return tuple(term for term in named if term is not None and term.acts)
 
+    def kept(self, name: str, make: Callable[[], T], *more: Hashable) -> T:
+        """What was made under this name for plans of these layouts, mask and grid, or is made now.
+
+        Args:
+            more: what else it depends on.
+        """
+        # docs/design.md: schedules are made once
+        members = None if self.grid is None else self.grid.members
+        key = name, self.layout, self.kv_layout, self.mask, members, *more
+        return self.group.kept.get(key, make)
+
     def outline(self) -> Plan:
         """A plan of the same shapes for tensors without content, which drops nothing."""
         return replace(self, dropout=None, implementation="reference")
-
-    def sees(self, rows: Spans, cols: Spans) -> bool:
-        """Whether any of these query rows sees any of these keys."""
-        return meets(rows, cols, self.mask)
 
     def blocks(
         self, rows: Spans, cols: Spans, score: Score, head: int
@@ -99,6 +107,9 @@ class Plan:
         needs_positions = any(term.needs_positions for term in (*score.terms, *terms))
         # docs/design.md: tiles keep positions apart until joining is allowed
         made = tiles if needs_positions else tall_tiles
-        for t in made(rows, cols, self.mask):
+        known = self.kept(made.__name__, dict[tuple[Spans, Spans], tuple[Tile, ...]])
+        if (met := known.get((rows, cols))) is None:
+            met = known[rows, cols] = made(rows, cols, self.mask)
+        for t in met:
             block = Block(t.band, score, t.row, t.col, t.step, head, terms)
             yield t.rows, t.cols, block

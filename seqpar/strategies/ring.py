@@ -36,13 +36,13 @@ Sun et al. 2024, BurstAttention (arXiv:2403.09347).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 
 from jaxtyping import Float
 from torch import Tensor
 
 from seqpar.comm import RingSchedule, RingSum, current_replay, ring_pass
-from seqpar.layout import Layout, Span
+from seqpar.layout import Layout, Span, meets
 from seqpar.strategies.loop import (
     Differentiate,
     Gradients,
@@ -185,16 +185,18 @@ def _named(learned: Learned, tensors: Sequence[Tensor]) -> Learned:
 
 def _key_schedule(plan: Plan) -> RingSchedule:
     """Keys go to the next rank, so a rank meets them from its own downwards."""
-    rows, keys = plan.layout.spans, plan.keys.spans
-    wants = cache(lambda visitor, owner: plan.sees(rows[visitor], keys[owner]))
-    return RingSchedule(plan.group.rank, plan.keys.rows, wants)
+    rows, keys, mask = plan.layout.spans, plan.keys.spans, plan.mask
+    wants = cache(lambda visitor, owner: meets(rows[visitor], keys[owner], mask))
+    make = partial(RingSchedule, plan.group.rank, plan.keys.rows, wants)
+    return plan.kept("keys of a ring", make)
 
 
 def _row_schedule(plan: Plan) -> RingSchedule:
     """Query rows go to the rank before, so a rank's keys meet them from its own upwards."""
-    rows, keys = plan.layout.spans, plan.keys.spans
-    wants = cache(lambda visitor, owner: plan.sees(rows[owner], keys[visitor]))
-    return RingSchedule(plan.group.rank, plan.layout.rows, wants, direction=-1)
+    rows, keys, mask = plan.layout.spans, plan.keys.spans, plan.mask
+    wants = cache(lambda visitor, owner: meets(rows[owner], keys[visitor], mask))
+    make = partial(RingSchedule, plan.group.rank, plan.layout.rows, wants, direction=-1)
+    return plan.kept("rows of a ring", make)
 
 
 def _out_of_order(plan: Plan) -> str | None:

@@ -23,24 +23,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from seqpar.comm import (
-    AllToAll,
-    AsyncExchange,
-    Grid,
-    Group,
-    Places,
-    serve,
-    start_to_heads,
-    start_to_rows,
-)
-from seqpar.layout import Layout, held, joined, split_heads, whole
-from seqpar.strategies.head_chunks import Cut, dealt, in_head_order, packed
+from seqpar.comm import AsyncExchange, serve
+from seqpar.strategies.exchanges import Exchanges
+from seqpar.strategies.head_chunks import dealt, in_head_order
 from seqpar.strategies.plan import Plan
 from seqpar.strategies.ring import ring_attention
 from seqpar.strategies.strategy import Order, Strategy
@@ -60,17 +52,12 @@ def ulysses_attention(
     Any head counts will do. Ranges of query heads differ by at most one, and a kv head is sent to every rank
     whose query heads need it. Ranks beyond the number of heads attend nothing.
     """
-    grid = _grid(plan)
-    (i, j), inner = grid.index_of(plan.group.rank), grid.ulysses
-    middle, at_q, at_k = _middle(plan, grid)
-    cut = _cut(plan, grid, q.shape[2], k.shape[2])
-    attend = _Attend(cut, j, middle, in_order=bool(plan.invariant), with_lse=with_lse)
+    heads, in_order = (q.shape[2], k.shape[2]), bool(plan.invariant)
+    make = partial(Exchanges.of, plan, *heads, in_order=in_order)
+    exchanges = plan.kept("heads", make, *heads, plan.head_chunks, in_order)
+    attend = _Attend(exchanges, _middle(plan, exchanges), with_lse=with_lse)
     # docs/design.md: one rank puts its rows in order
-    if inner.size == 1 and not any(map(_moves, (*at_q[i], *at_k[i]))):
-        ys = attend(0, (q, k, v))
-    else:
-        exchanges = _Exchanges(cut, inner, at_q[i], at_k[i], in_order=bool(plan.invariant))
-        ys = _in_chunks((q, k, v), exchanges, attend)
+    ys = _in_chunks((q, k, v), exchanges, attend) if exchanges.moves else attend(0, (q, k, v))
     # docs/design.md: lse is differentiated where it is asked for
     return ys[0], ys[1].squeeze(-1) if with_lse else None
 
@@ -78,12 +65,8 @@ def ulysses_attention(
 class _Attend:
     """The attention between the exchanges, chunk after chunk."""
 
-    def __init__(
-        self, cut: Cut, rank: int, middle: Plan, *, in_order: bool, with_lse: bool
-    ) -> None:
-        chunks = range(len(cut.q))
-        self._runs = [list(cut.runs(chunk, rank, in_order=in_order)) for chunk in chunks]
-        self._has_kv_by_chunk = len(cut.kv) > 1
+    def __init__(self, exchanges: Exchanges, middle: Plan, *, with_lse: bool) -> None:
+        self._runs, self._has_kv_by_chunk = exchanges.runs, len(exchanges.cut.kv) > 1
         self._middle, self._with_lse = middle, with_lse
         self._ks: list[Tensor] = []  # for the runs to come
         self._vs: list[Tensor] = []
@@ -114,34 +97,7 @@ class _Attend:
         return ys
 
 
-class _Exchanges:
-    """The exchanges of one rank, chunk after chunk."""
-
-    def __init__(
-        self, cut: Cut, group: Group, at_q: tuple[Places, ...], at_k: tuple[Places, ...], *, in_order: bool
-    ) -> None:  # fmt: skip
-        self.cut, self._group, self._places = cut, group, (at_q, at_k, at_k)
-        repeats = cut.heads.q if in_order and cut.heads.replicates else None
-        self._repeats = None, repeats, repeats
-
-    def there(self, chunk: int, xs: Sequence[Tensor]) -> AsyncExchange:
-        """Begins to bring q of a chunk, and k and v if they go with it, to where they are attended."""
-        cut, n = self.cut, len(xs)
-        ranges = tuple(packed(x, chunk) for x in (cut.q, cut.kv, cut.kv)[:n])
-        return start_to_heads(xs, self._all_to_all(ranges, self._places[:n], self._repeats[:n]))
-
-    def back(self, chunk: int, ys: Sequence[Tensor]) -> AsyncExchange:
-        """Begins to bring out of a chunk, and lse if it is there, to where its rows are."""
-        n = len(ys)
-        ranges = (packed(self.cut.q, chunk),) * n
-        return start_to_rows(ys, self._all_to_all(ranges, self._places[:1] * n, (None,) * n))
-
-    def _all_to_all(self, ranges: Any, places: Any, repeats: Any) -> AllToAll:
-        num_heads = tuple(max(stop for _, stop in by_rank) for by_rank in ranges)
-        return AllToAll(self._group, places, ranges, num_heads, repeats)
-
-
-def _in_chunks(xs: Sequence[Tensor], exchanges: _Exchanges, attend: _Attend) -> list[Tensor]:
+def _in_chunks(xs: Sequence[Tensor], exchanges: Exchanges, attend: _Attend) -> list[Tensor]:
     """Attends q, k and v chunk by chunk; gives the results of own rows, in the order of heads.
 
     While a chunk is attended the next one comes and the one before goes back. Backward runs through the
@@ -187,62 +143,18 @@ class _Together(torch.autograd.Function):
         return grad_outputs
 
 
-def _cut(plan: Plan, grid: Grid, hq: int, hkv: int) -> Cut:
-    size = grid.shape[1]
-    return Cut.of(split_heads(hq, hkv, size), plan.head_chunks if size > 1 else 1)
-
-
-def _grid(plan: Plan) -> Grid:
-    return plan.group.grid(ring=1) if plan.grid is None else plan.grid
-
-
-def _middle(
-    plan: Plan, grid: Grid
-) -> tuple[Plan, tuple[tuple[Places, ...], ...], tuple[tuple[Places, ...], ...]]:
-    """The plan between the exchanges, and where the rows of q and of k then are, by ring index and rank."""
-    layout, at_q = _merged(plan.layout, grid.members)
-    keys, at_k = _merged(plan.keys, grid.members)
-    outer = Group.alone() if grid.shape[0] == 1 else grid.ring
-    # Invariant bits are seen to here, by how heads are cut; a single rank has no order to keep.
-    middle = replace(
+def _middle(plan: Plan, exchanges: Exchanges) -> Plan:
+    """The plan between the exchanges."""
+    # Invariant bits are seen to by how heads are cut; a single rank has no order to keep.
+    return replace(
         plan,
-        group=outer,
-        layout=layout,
-        kv_layout=keys,
+        group=exchanges.outer,
+        layout=exchanges.layout,
+        kv_layout=exchanges.keys,
         strategy="ring",
         grid=None,
         invariant=False,
     )
-    return middle, at_q, at_k
-
-
-def _merged(
-    layout: Layout, members: Sequence[Sequence[int]]
-) -> tuple[Layout, tuple[tuple[Places, ...], ...]]:
-    """The layout in which the ranks of each row are one, their rows in the order of positions."""
-    if len(members) == 1:
-        return whole(layout.length), (tuple(layout.places(rank) for rank in members[0]),)
-    all_spans, all_places = [], []
-    for ranks in members:
-        rows = [
-            (span, n, at) for n, rank in enumerate(ranks) for at, span in held(layout.spans[rank])
-        ]
-        # Rows of a single rank stay in its own order, so that nothing is moved for it.
-        if len(ranks) > 1:
-            rows.sort(key=lambda row: row[0].start)
-        places: list[list[tuple[slice, slice]]] = [[] for _ in ranks]
-        for (place, _), (_, n, at) in zip(held([s for s, _, _ in rows]), rows, strict=True):
-            places[n].append((at, place))
-        all_spans.append(joined(span for span, _, _ in rows))
-        by_row = (sorted(p, key=lambda pair: pair[0].start) for p in places)
-        all_places.append(tuple(tuple(p) for p in by_row))
-    merged = Layout(layout.kind, layout.length, len(members), tuple(all_spans))
-    return merged, tuple(all_places)
-
-
-def _moves(places: Places) -> bool:
-    """Whether any row lies elsewhere in the sequence than on its rank."""
-    return any((at.start, at.stop) != (place.start, place.stop) for at, place in places)
 
 
 ULYSSES = Strategy(

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -26,6 +27,7 @@ from seqpar_kernels import (
     attention_with_lse,
     reference,
 )
+from seqpar_kernels.torch_internals import nobody_looks
 
 BLOCKS = {
     "plain": Block(Band(None, 0), Score(0.4)),
@@ -100,6 +102,75 @@ def test_the_op_hands_on_everything_it_is_told():
             assert not torch.equal(attention(q, k, v, replace(block, **change))[0], out), change
         with pytest.raises(NotImplementedError, match="'aten' has no softcap"):
             attention(q, k, v, block, implementation="aten")
+
+
+class Ops(TorchDispatchMode):
+    """Names the ops that are called in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def step(block, tensors, lse_learns):
+    """(out, lse and all gradients, what has kept the graph)."""
+    (q, k, v), learned = tensors
+    out, lse = (attention_with_lse if lse_learns else attention)(q, k, v, block)
+    loss = out.square().sum() + (lse.sum() if lse_learns else 0.0)
+    wanted = [x for x in (q, k, v, *learned) if x.requires_grad]
+    return [out, lse, *torch.autograd.grad(loss, wanted)], out.grad_fn.name()
+
+
+@pytest.mark.parametrize("lse_learns", [False, True])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_nobody_looks_and_the_same_comes_out(name, lse_learns):
+    """Where a mode would see the op it is called; elsewhere the same functions run without it."""
+    block, ops = BLOCKS[name], Ops()
+    tensors = problem(block)
+    alone, node = step(block, tensors, lse_learns)
+    with ops:
+        seen, other = step(block, tensors, lse_learns)
+    assert all(torch.equal(a, b) for a, b in zip(alone, seen, strict=True))
+    assert "seqpar.attention_forward.default" in ops.seen
+    assert "seqpar.attention_backward.default" in ops.seen
+    assert node != other
+    learned = tensors[1]
+    for x in learned[1:]:  # some gradients and not others
+        x.requires_grad_(False)
+    tensors[0][1].requires_grad_(False)
+    alone, _ = step(block, tensors, lse_learns)
+    with ops:
+        seen, _ = step(block, tensors, lse_learns)
+    assert all(torch.equal(a, b) for a, b in zip(alone, seen, strict=True))
+    for x in (*learned, tensors[0][1]):
+        x.requires_grad_()
+
+
+def test_without_gradients_nothing_is_kept():
+    (q, k, v), _ = problem(BLOCKS["plain"])
+    with torch.no_grad():
+        out, lse = attention(q, k, v, BLOCKS["plain"])
+    assert not out.requires_grad
+    assert torch.equal(out, attention(q, k, v, BLOCKS["plain"])[0])
+    assert torch.equal(lse, attention(q, k, v, BLOCKS["plain"])[1])
+
+
+def test_transforms_and_subclasses_see_the_op():
+    (q, k, v), _ = problem(BLOCKS["plain"])
+    assert nobody_looks((q, k, v, None))
+    assert not nobody_looks((q, torch.empty(1, device="meta")))
+    assert not nobody_looks((q, Marked(k.detach())))
+    seen = []
+    torch.func.grad(lambda x: (seen.append(nobody_looks((k,))), x.sum())[1])(q.detach())
+    assert seen == [False]
+
+
+class Marked(torch.Tensor):
+    pass
 
 
 def test_lse_is_not_differentiable_and_says_so():

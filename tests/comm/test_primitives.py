@@ -217,8 +217,10 @@ def pieces_pair(group, rows, num_chunks, wanted):
         return chunks[(n + rank) % num_chunks]
 
     schedule = GatherSchedule(
-        group.rank, group.size, num_chunks, due, lambda r, p: (r, p.owner) in wanted
-    )
+        group.rank, group.size, num_chunks, lambda n: due(n, group.rank),
+        lambda n: [(r, p) for r in range(group.size) for p in due(n, r) if p.owner == group.rank],
+        lambda r, p: (r, p.owner) in wanted,
+    )  # fmt: skip
     block = (normal(group, 2, rows[group.rank], 1, 2),)
     sums = HomeSum(block, schedule, group)
     seen = []

@@ -54,6 +54,7 @@ ELSEWHERE = {  # script: the test that runs it, small, and looks at what it writ
     "activation_memory": "scripts/test_activation_memory.py",
     "kernel_speed": "scripts/test_kernel_speed.py",  # without a GPU: it refuses, and its parts run
     "fuzz": "scripts/test_fuzz.py",
+    "mutants": "scripts/test_mutants.py",
     "gpu_day": "scripts/test_gpu_scripts.py",  # without a GPU, as the two below
     "gpu_calls": "scripts/test_gpu_scripts.py",
     "gpu_launches": "scripts/test_gpu_scripts.py",
