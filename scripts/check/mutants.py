@@ -36,6 +36,7 @@ PARTS = {
     "data": "seqpar/data.py",
 }
 ROUNDS = (8.0, 60.0)  # seconds of tests: few first, and many where these notice nothing
+CONTROL = (2.0,)  # seconds of tests of a file without a change
 
 
 def chosen(tests: Sequence[str], tests_of: TestsOf, seconds: float) -> list[str]:
@@ -99,15 +100,23 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write what was found here")
     args = parser.parse_args()
     tests_of, found = TestsOf(args.coverage, args.report), defaultdict[str, list[str]](list)
-    mutants = drawn(args.parts, args.sample, args.seed)
+    mutants = [
+        mutant
+        for mutant in drawn(args.parts, args.sample, args.seed)
+        if tests_of.of(mutant.file, mutant.line)
+    ]
+    print(
+        f"{args.sample - len(mutants)} of {args.sample} lines run in no test, or in other processes"
+    )
     controls = {mutant.file: unchanged(mutant) for mutant in mutants}
     with ProcessPoolExecutor(args.jobs, mp_context=mp.get_context("spawn")) as pool:
         futures = {}
         for mutant in (*controls.values(), *mutants):
             tests = tests_of.of(mutant.file, mutant.line)
-            rounds = [chosen(tests, tests_of, seconds) for seconds in ROUNDS] if tests else []
             is_control = mutant is controls[mutant.file]
-            futures[pool.submit(outcome, rounds[:1] if is_control else rounds, mutant)] = mutant
+            seconds = CONTROL if is_control else ROUNDS
+            rounds = [chosen(tests, tests_of, most) for most in seconds] if tests else []
+            futures[pool.submit(outcome, rounds, mutant)] = mutant
         for done in as_completed(futures):
             mutant = futures[done]
             if mutant is not controls[mutant.file]:

@@ -1,9 +1,9 @@
 """`balanced`: equal rows and equal work on every rank, for packed documents of any lengths.
 
-The blocks lie on a circle in order of position. Of the arcs that hold a rank's share of the rows, some do
-more than its share of the work and some less. From one arc to the next, work changes by a block's at most:
-so one of them does just its share. A rank takes it, the gap closes, the next rank chooses. One
-causal document becomes a zigzag this way; of many, arcs begin and end where documents do.
+The blocks lie on a circle in order of position. Of the arcs that hold half of the rows, some do more than
+half of the work and some less. From one arc to the next, work changes by a block's at most: so one of them
+does just half. Half of the ranks take it, the gap closes, and both halves are split again, until every rank
+has its share. One causal document becomes a zigzag this way; of many, arcs begin and end where documents do.
 
 Source: Alon 1987, Splitting necklaces (2 * size - 2 cuts divide two measures fairly).
 """
@@ -15,13 +15,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 
-from seqpar.layout.circle import Blocks, Circle
+from seqpar.layout.circle import Blocks, Circle, Runs
 from seqpar.layout.mask import Mask
 from seqpar.layout.shards import Layout, contiguous, zigzag
-from seqpar.layout.spans import Span, joined
+from seqpar.layout.spans import joined
 
 PERMILLE = 50  # how far from the mean a rank may be
 PPM = 10**6
+NEAR_PPM = 5000  # from the mean, which is near enough
 
 
 def balanced(length: int, size: int, mask: Mask, *, multiple_of: int = 1) -> Layout:
@@ -52,46 +53,57 @@ def balanced(length: int, size: int, mask: Mask, *, multiple_of: int = 1) -> Lay
     if length == 0 or (mask.documents is None and mask.window is None):
         return replace(layout, kind="balanced")
     blocks = Blocks(length, mask, multiple_of)
-    circle = Circle(blocks, [(0, blocks.num_blocks)])
-    shares: list[tuple[Span, ...]] = []
-    for num_ranks in range(size, 0, -1):
-        # docs/design.md: `balanced` splits a necklace
-        share, rest = circle.split(*_Choice(circle, size, num_ranks).best())
-        shares.append(joined(blocks.span(*run) for run in share))
-        circle = Circle(blocks, rest)
+    runs = _shares(blocks, [(0, blocks.num_blocks)], size, size)
+    shares = [joined(blocks.span(*run) for run in of_rank) for of_rank in runs]
     shares.sort(key=lambda spans: spans[0].start if spans else length)
     return Layout("balanced", length, size, tuple(shares))
 
 
-class _Choice:
-    """The choice of an arc by one of the `num_ranks` ranks, of `size` in all, that share what is left."""
+def _shares(blocks: Blocks, runs: Runs, size: int, num_ranks: int) -> Iterator[Runs]:
+    """Yields the runs of each of the `num_ranks` ranks, of `size` in all, that share these runs."""
+    if num_ranks == 1:
+        yield runs
+        return
+    circle, taken = Circle(blocks, runs), num_ranks // 2
+    # docs/design.md: `balanced` splits a necklace
+    arc, rest = circle.split(*_Choice(circle, size, num_ranks, taken).best())
+    yield from _shares(blocks, arc, size, taken)
+    yield from _shares(blocks, rest, size, num_ranks - taken)
 
-    def __init__(self, circle: Circle, size: int, num_ranks: int) -> None:
-        self.circle, self.size, self.num_ranks = circle, size, num_ranks
+
+class _Choice:
+    """The choice of an arc for `taken` of the `num_ranks` ranks, of `size` in all, that share a circle."""
+
+    def __init__(self, circle: Circle, size: int, num_ranks: int, taken: int) -> None:
+        self.circle, self.size, self.num_ranks, self.taken = circle, size, num_ranks, taken
         self.rows = self._range(circle.num_blocks, circle.blocks.num_blocks)
         self.work = self._range(circle.work, circle.blocks.work)
+        self.goal = circle.work * taken // num_ranks
 
     def best(self) -> tuple[int, int]:
         """Finds the arc (start, stop) with as few cuts as will do, and then as near the mean as can be."""
         circle = self.circle
-        if self.num_ranks == 1 or circle.num_blocks == 0:
-            return 0, circle.num_blocks
-        arcs: list[tuple[int, int, int]] = []
+        if circle.num_blocks == 0:
+            return 0, 0
+        best, cost = (0, 0, 0), None
         for find in (self._whole_documents, self._cut_once, self._cut_twice):
-            arcs += find()
-            if arcs and self._fits(best := min(arcs, key=self._cost)):
+            for arc in find():
+                of_arc = self._cost(arc)
+                if cost is None or of_arc < cost:
+                    best, cost = arc, of_arc
+                # To look through all arcs for one that is nearer still takes longer than it is worth.
+                if self._fits(arc) and of_arc[2] < NEAR_PPM:
+                    return arc[:2]
+            if cost is not None and self._fits(best):
                 break
         # `_cut_twice` finds arcs in any circle, so there is a best one even where none fits.
         return best[:2]
 
     def _range(self, left: int, whole: int) -> tuple[int, int]:
-        """The least and the most to take of what is left of a whole.
-
-        Within these the rank is near its share of the whole, and the mean of the others nearer.
-        """
-        others = self.num_ranks - 1
-        least, most = _around(whole, self.size, PERMILLE)
-        rest = _around(whole * others, self.size, PERMILLE if others == 1 else PERMILLE // 2)
+        """The least and the most to take of what is left of a whole: both sides are near their shares."""
+        others = self.num_ranks - self.taken
+        least, most = _around(whole * self.taken, self.size, _permille(self.taken))
+        rest = _around(whole * others, self.size, _permille(others))
         return max(least, left - rest[1]), min(most, left - rest[0])
 
     def _fits(self, arc: tuple[int, int, int]) -> bool:
@@ -101,21 +113,17 @@ class _Choice:
 
     def _cost(self, arc: tuple[int, int, int]) -> tuple[int, int, int, int]:
         start, stop, work = arc
-        row_share, work_share = (stop - start) * self.num_ranks, work * self.num_ranks
+        rows, all_work = (self.circle.num_blocks * self.taken, self.circle.work * self.taken)
         off = max(
-            abs(row_share - self.circle.num_blocks) * PPM // self.circle.num_blocks,
-            abs(work_share - self.circle.work) * PPM // self.circle.work,
+            abs((stop - start) * self.num_ranks - rows) * PPM // rows,
+            abs(work * self.num_ranks - all_work) * PPM // all_work,
         )
         cuts = self.circle.num_cuts(start, stop)
         return (0, cuts, off, start) if self._fits(arc) else (1, off, cuts, start)
 
     def _whole_documents(self) -> Iterator[tuple[int, int, int]]:
         """Finds arcs within bounds that cut nothing: of each beginning the one nearest to the mean work."""
-        borders, works, goal = (
-            self.circle.borders,
-            self.circle.works,
-            self.circle.work // self.num_ranks,
-        )
+        borders, works, goal = self.circle.borders, self.circle.works, self.goal
         (least, most), (least_work, most_work) = self.rows, self.work
         # Arcs begin on the first turn of the circle; the second is there for them to end on.
         for start, work in zip(borders[: len(borders) // 2], works, strict=False):
@@ -129,7 +137,7 @@ class _Choice:
 
     def _cut_once(self) -> Iterator[tuple[int, int, int]]:
         """Finds arcs within bounds of rows, with the mean work, that cut nothing where they begin, or end."""
-        circle, goal = self.circle, self.circle.work // self.num_ranks
+        circle, goal = self.circle, self.goal
         borders, works, (least, most) = circle.borders, circle.works, self.rows
         slack = self.work[1] - self.work[0]
         if least > most or slack < 0:
@@ -156,25 +164,31 @@ class _Choice:
         Arcs that lie side by side around the circle do the mean on average. Between one that does less
         and one that does more lies one that does neither.
         """
-        circle, num_ranks = self.circle, self.num_ranks
-        for rows in {circle.num_blocks // num_ranks, -(-circle.num_blocks // num_ranks)}:
-            starts = [n * rows for n in range(num_ranks + 1)]
-            # One arc more than ranks, of the next turn, so that neighbours are compared all the way round.
+        circle, num_ranks, goal = self.circle, self.num_ranks, self.circle.work * self.taken
+        share = circle.num_blocks * self.taken
+        for rows in {share // num_ranks, -(-share // num_ranks)}:
+            # One arc more than it takes to be back at the first: neighbours are compared all the way round.
             before = [circle.work_before(n * rows) for n in range(num_ranks + 2)]
             works = [b - a for a, b in pairwise(before)]
-            yield from ((a, a + rows, work) for a, work in zip(starts, works, strict=True))
-            for (low, work), (high, other) in pairwise(zip(starts, works, strict=True)):
-                is_more = work * num_ranks > circle.work
-                if is_more == (other * num_ranks > circle.work):
+            for n, (work, other) in enumerate(pairwise(works)):
+                low, high = n * rows, (n + 1) * rows
+                yield low, high, work
+                is_more = work * num_ranks > goal
+                if is_more == (other * num_ranks > goal):
                     continue
                 while high - low > 1:
                     start = (low + high) // 2
                     work = circle.work_before(start + rows) - circle.work_before(start)
                     yield start, start + rows, work
-                    if is_more == (work * num_ranks > circle.work):
+                    if is_more == (work * num_ranks > goal):
                         low = start
                     else:
                         high = start
+
+
+def _permille(num_ranks: int) -> int:
+    """How far from their share so many ranks may be together: nearer the more often it is split again."""
+    return PERMILLE // (1 + (num_ranks - 1).bit_length())
 
 
 def _around(amount: int, size: int, permille: int) -> tuple[int, int]:

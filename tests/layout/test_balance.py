@@ -1,6 +1,7 @@
 """A balanced layout spreads rows and work evenly whatever the documents, and cuts few of them."""
 
 import random
+import sys
 
 import pytest
 import torch
@@ -173,6 +174,20 @@ def test_one_giant_document_is_cut_on_every_rank_and_hardly_another():
     of_giant = [sum(16320 <= p < 49152 for p in layout.positions(r).tolist()) for r in range(8)]
     assert all(of_giant)
     assert meetings(layout, mask) <= 8 * 9 // 2 + 4
+
+
+def test_many_documents_on_many_ranks_take_little_work():
+    """Counted in calls of functions; to fit each rank with all that is left took many times as many."""
+    rng = random.Random(0)
+    mask = Mask(causal=True, documents=(0, *sorted(rng.sample(range(1, 10**6), 999)), 10**6))
+    counted = []
+    sys.setprofile(lambda frame, event, _: counted.append(1) if event == "call" else None)
+    try:
+        layout = balanced(10**6, 256, mask)
+    finally:
+        sys.setprofile(None)
+    assert len(counted) < 300_000
+    assert max(layout.rows) <= 1.05 * 10**6 / 256
 
 
 def test_wrong_requests_are_refused():

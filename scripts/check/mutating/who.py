@@ -42,11 +42,5 @@ class TestsOf:
         return {line: sorted(tests, key=self._seconds.__getitem__) for line, tests in found.items()}
 
     def of(self, file: Path, line: int) -> list[str]:
-        """The tests that run a line, the quickest first.
-
-        What runs in processes that tests start is known of no test. For such lines these are the tests of
-        the part of the package that the file is in.
-        """
-        known = self._by_line(str(file)).get(line)
-        folder = f"tests/{file.parent.name}/"
-        return known or sorted((t for t in self._seconds if t.startswith(folder)), key=self.seconds)
+        """The tests that run a line, the quickest first; not those whose processes run it."""
+        return self._by_line(str(file)).get(line, [])
