@@ -232,6 +232,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         q, k, v, *tensors, block, lse_learns, implementation = args
         out, lse = _forward(q, k, v, block, implementation, lse_learns=lse_learns)
+        ctx.described = *_described(block)[len(TENSORS) :], lse_learns, implementation
         # The tensors of the score are saved as tensors are, so that hooks see them, and not in it.
         ctx.block, ctx.implementation = (
             replace(block, score=block.score.without_tensors()),
@@ -245,14 +246,24 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @first_only
-    def backward(ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+        if not nobody_looks((dout,)):  # now, such as a compiler of backward
+            return *_differentiate(ctx, dout, dlse)[: 3 + len(TENSORS)], None, None, None
         q, k, v, out, lse, *tensors = ctx.saved_tensors
         score = ctx.block.score.with_tensors(dict(zip(TENSORS, tensors, strict=True)))
         block = replace(ctx.block, score=score)
         learn = ctx.needs_input_grad[3 : 3 + len(TENSORS)]
-        dlse = dlse if ctx.lse_learns else None
         dq, dk, dv, *learned = _backward(
-            dout, dlse, q, k, v, out, lse, learn, block, ctx.implementation
+            dout,
+            dlse if ctx.lse_learns else None,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            learn,
+            block,
+            ctx.implementation,
         )
         left = iter(learned)
         return dq, dk, dv, *(next(left) if learns else None for learns in learn), None, None, None

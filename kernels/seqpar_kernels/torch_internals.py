@@ -71,6 +71,8 @@ PARTS: dict[str, tuple[str, ...]] = {
     RELOADING: ("library.Library._destroy", "_disable_dynamo"),
     LOOKING: (
         "_C._len_torch_dispatch_stack",
+        "_C._len_torch_function_stack",
+        "_ops._len_torch_dispatch_stack_pre_dispatch",
         "_C._functorch.peek_interpreter_stack",
         "_C._get_tracing_state",
     ),
@@ -171,10 +173,10 @@ def nobody_looks(tensors: Iterable[Tensor | None]) -> bool:
     """Whether no compiler, mode, transform or subclass of Tensor is there to see an op of these tensors."""
     if torch.compiler.is_compiling() or missing(LOOKING) is not None:
         return False
-    num_modes, transforms, jit = parts(LOOKING)
+    *modes, transforms, jit = parts(LOOKING)
     kinds = (Tensor, nn.Parameter)
     return (
-        num_modes() == 0
+        not any(count() for count in modes)
         and transforms() is None
         and jit() is None
         and all(x is None or (type(x) in kinds and x.device.type != "meta") for x in tensors)

@@ -123,6 +123,7 @@ def main() -> None:
                 found[done.result()].append(str(mutant))
                 print(f"tests {done.result()}: {mutant}", flush=True)
             elif done.result() != "pass":
+                pool.shutdown(wait=False, cancel_futures=True)
                 raise RuntimeError(f"tests {done.result()} without a change in {mutant.file}")
     noticed = len(mutants) - len(found["pass"])
     print(f"{len(mutants)} changes, {noticed} noticed: {noticed / len(mutants):.1%}, of which in")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -25,12 +26,11 @@ class Kept:
         Args:
             key: all that the result depends on. It holds no tensors, which would live on with it.
         """
-        made = self._made
-        try:
-            found: T = made[key]
-            made.move_to_end(key)
-        except KeyError:  # also where another thread has dropped it in between
-            found = made[key] = make()
-            if len(made) > MOST:
-                made.popitem(last=False)
+        with suppress(KeyError):  # also where another thread has dropped it in between
+            found: T = self._made[key]
+            self._made.move_to_end(key)
+            return found
+        found = self._made[key] = make()
+        if len(self._made) > MOST:
+            self._made.popitem(last=False)
         return found

@@ -74,6 +74,8 @@ class Tales:
         tale = self.listen(rank).tale
         if not tale:
             return f"rank {rank} has not begun"
+        if tale["left"]:
+            return f"rank {rank} has left"
         if tale["busy"] or not tale["waits"]:
             return f"rank {rank} is busy with something else"
         ranks, place, what, _ = tale["waits"][0]

@@ -139,7 +139,7 @@ class Watch:
                 wait.wake()
             elif wait.is_due(self.patience / 2):
                 doing = "; ".join(self._tales.doing(rank) for rank in wait.ranks[:SHOWN])
-                LOGGER.warning("%s, for %.0f s so far: %s", wait, wait.reported, doing)
+                _warn(f"{wait}, for {wait.reported:.0f} s so far: {doing}")
 
     def _is_still(self, wait: Wait) -> bool:
         with self._lock:
@@ -218,3 +218,8 @@ class Watch:
             return circle
         self._circles.add(wait)
         return None
+
+
+def _warn(text: str) -> None:
+    """Logs from a thread of its own: handlers are the program's, and may raise, or not come back."""
+    threading.Thread(target=LOGGER.warning, args=("%s", text), daemon=True).start()

@@ -56,7 +56,8 @@ class Mask:
 
     @cached_property
     def _hash(self) -> int:
-        return hash((self.causal, self.window, self.documents))
+        # Of integers alone, so that it is the same in another process, which a pickled mask may come to.
+        return hash((self.causal, self.window or 0, self.documents or ()))
 
     @property
     def bounds(self) -> tuple[int, ...]:

@@ -48,14 +48,15 @@ def allgather_attention(
 ) -> tuple[Float[Tensor, "b sl hq vd"], Float[Tensor, "b sl hq"]]:
     """(out, lse) of this rank's rows of softmax(q k^T) v. The call has been checked; all ranks must call."""
     # docs/design.md: the all-gather is the mesh of one column
-    route: Route = InOrderRoute(plan) if plan.invariant else MeshRoute(plan, column(plan.group))
+    route: Route = (
+        InOrderRoute(plan) if plan.invariant else MeshRoute(plan, partial(column, plan.group))
+    )
     return attend_by(route, q, k, v, plan, plan.score.resolve(q.shape[-1]))
 
 
 def column(group: Group) -> Grid:
     """The grid in which all ranks share keys, and each has its own rows."""
-    members = lambda: Grid(group, tuple((rank,) for rank in range(group.size)))  # noqa: E731
-    return group.kept.get("one column", members)
+    return Grid(group, tuple((rank,) for rank in range(group.size)))
 
 
 class InOrderRoute:

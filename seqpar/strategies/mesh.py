@@ -22,13 +22,14 @@ of a product that is never stored.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import cache, partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from typing import NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
 
-from seqpar.comm import GatherSchedule, Grid, HomeSum, Piece, gather_pass, send_home
+from seqpar.comm import GatherSchedule, Grid, Group, HomeSum, Piece, gather_pass, send_home
 from seqpar.layout import Span, held, joined, meets, part
 from seqpar.strategies.loop import (
     Differentiate,
@@ -56,18 +57,24 @@ def mesh_attention(
 ) -> tuple[Float[Tensor, "b sl hq vd"], Float[Tensor, "b sl hq"]]:
     """(out, lse) of this rank's rows of softmax(q k^T) v. The call has been checked; all ranks must call."""
     assert plan.grid is not None, "checked"
-    route = MeshRoute(plan, plan.grid)
+    grid = plan.grid
+    route = MeshRoute(plan, lambda: grid)
     return attend_by(route, q, k, v, plan, plan.score.resolve(q.shape[-1]))
 
 
 class MeshRoute:
-    """The route on which the query rows of a grid row meet the keys of a grid column, chunk by chunk."""
+    """The route on which the query rows of a grid row meet the keys of a grid column, chunk by chunk.
 
-    def __init__(self, plan: Plan, grid: Grid) -> None:
+    Args:
+        grid: makes the grid, for the first call of its kind.
+    """
+
+    def __init__(self, plan: Plan, grid: Callable[[], Grid]) -> None:
         self._plan = plan
-        self._in_row, self._in_column = grid.ulysses, grid.ring
-        tables = plan.kept("mesh", partial(_tables, plan, grid), plan.strategy)
-        self._rows, self._cols, self._row_spans, self._col_spans = tables
+        tables = plan.kept("mesh", lambda: _tables(plan, grid()), plan.strategy)
+        self._in_row, self._in_column = tables.in_row, tables.in_column
+        self._rows, self._cols = tables.rows, tables.cols
+        self._row_spans, self._col_spans = tables.row_spans, tables.col_spans
 
     def rows(self, q: Tensor) -> tuple[Spans, Tensor]:
         """Gathers the query rows of the grid row."""
@@ -130,11 +137,18 @@ class MeshRoute:
         return spans, rows_of(message, lse_learns=mine.lse_learns)
 
 
-Tables = tuple[GatherSchedule, GatherSchedule, list[Spans], list[Spans]]
+class _Tables(NamedTuple):
+    """Who gathers which rows in a rank's grid row, and which keys in its column; positions by rank."""
+
+    in_row: Group
+    in_column: Group
+    rows: GatherSchedule
+    cols: GatherSchedule
+    row_spans: list[Spans]
+    col_spans: list[Spans]
 
 
-def _tables(plan: Plan, grid: Grid) -> Tables:
-    """Who gathers which rows in this rank's grid row, and which keys in its column; positions by rank."""
+def _tables(plan: Plan, grid: Grid) -> _Tables:
     mask = plan.mask
     i, j = grid.index_of(plan.group.rank)
     row, col = grid.members[i], [members[j] for members in grid.members]
@@ -147,7 +161,8 @@ def _tables(plan: Plan, grid: Grid) -> Tables:
     sees_keys = cache(lambda peer, p: meets(row_spans[p.owner], keys[peer], mask))
     sees_rows = cache(lambda peer, p: meets(queries[peer], spans_of([p], col_spans), mask))
     rows = GatherSchedule.together(j, len(row), [gathered], sees_keys)
-    return rows, GatherSchedule.in_turn(i, blocks, sees_rows), row_spans, col_spans
+    cols = GatherSchedule.in_turn(i, blocks, sees_rows)
+    return _Tables(grid.ulysses, grid.ring, rows, cols, row_spans, col_spans)
 
 
 def lengths(spans: Sequence[Spans]) -> list[int]:

@@ -15,6 +15,7 @@ T = TypeVar("T")
 Spans = tuple[Span, ...]
 Agree = Literal["call", "plan"]
 _DEFAULT = "default"
+MOST_TILES = 64  # of two ranks that are kept: shards of many spans may meet in thousands
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,8 +86,9 @@ class Plan:
             more: what else it depends on.
         """
         # docs/design.md: schedules are made once
-        members = None if self.grid is None else self.grid.members
-        key = name, self.layout, self.kv_layout, self.mask, members, *more
+        # The group by name: schedules may hold a view of it, and the grid's may be another than the plan's.
+        grid = None if self.grid is None else (self.grid.group.name, self.grid.members)
+        key = name, self.layout, self.kv_layout, self.mask, grid, *more
         return self.group.kept.get(key, make)
 
     def outline(self) -> Plan:
@@ -109,7 +111,9 @@ class Plan:
         made = tiles if needs_positions else tall_tiles
         known = self.kept(made.__name__, dict[tuple[Spans, Spans], tuple[Tile, ...]])
         if (met := known.get((rows, cols))) is None:
-            met = known[rows, cols] = made(rows, cols, self.mask)
+            met = made(rows, cols, self.mask)
+            if len(met) <= MOST_TILES:
+                known[rows, cols] = met
         for t in met:
             block = Block(t.band, score, t.row, t.col, t.step, head, terms)
             yield t.rows, t.cols, block

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -150,6 +152,17 @@ def test_nobody_looks_and_the_same_comes_out(name, lse_learns):
         x.requires_grad_()
 
 
+def test_who_looks_at_backward_alone_sees_its_op():
+    """As a compiler of backward does."""
+    (q, k, v), _ = problem(BLOCKS["plain"])
+    out, _ = attention(q, k, v, BLOCKS["plain"])
+    expected = torch.autograd.grad(out.sum(), (q, k, v), retain_graph=True)
+    with Ops() as ops:
+        found = torch.autograd.grad(out.sum(), (q, k, v))
+    assert "seqpar.attention_backward.default" in ops.seen
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
 def test_without_gradients_nothing_is_kept():
     (q, k, v), _ = problem(BLOCKS["plain"])
     with torch.no_grad():
@@ -164,6 +177,12 @@ def test_transforms_and_subclasses_see_the_op():
     assert nobody_looks((q, k, v, None))
     assert not nobody_looks((q, torch.empty(1, device="meta")))
     assert not nobody_looks((q, Marked(k.detach())))
+    with BaseTorchFunctionMode():
+        assert not nobody_looks((q,))
+    with Ops():
+        assert not nobody_looks((q,))
+    graph = make_fx(lambda x: attention(x, k, v, BLOCKS["plain"])[0], pre_dispatch=True)(q)
+    assert "seqpar.attention_forward" in str(graph.graph)
     seen = []
     torch.func.grad(lambda x: (seen.append(nobody_looks((k,))), x.sum())[1])(q.detach())
     assert seen == [False]

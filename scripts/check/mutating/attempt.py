@@ -41,6 +41,9 @@ class Tree:
         paths = [str(self.path), str(self.path / "kernels")]
         os.environ["PYTHONPATH"] = os.pathsep.join(paths)
         os.environ["CI"] = "true"  # the same examples every time
+        os.environ.setdefault(
+            "TRITON_INTERPRET", "1"
+        )  # read when triton is imported, as by transformers
         os.chdir(self.path)
         sys.path[:0] = paths
         for name in PRELOADED:

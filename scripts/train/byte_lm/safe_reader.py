@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
 
 _METADATA = "torch.distributed.checkpoint.metadata"
@@ -27,26 +27,27 @@ _KNOWN = {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.serialization", "_get_layout"),
     ("torch", "Size"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "WindowsPath"),
 }
 
 
 class SafeReader(FileSystemReader):
     """Reads a checkpoint whose metadata name nothing but what they are made of, and files beside them."""
 
-    def read_metadata(self, *args: Any, **options: Any) -> Metadata:
+    def read_metadata(self, *_: Any, **options: Any) -> Metadata:
         """What the checkpoint holds.
 
         Raises:
             UnpicklingError: the file names something else, such as a function to be called.
         """
         with self.fs.create_stream(self._get_metadata_path(options.get("rank")), "rb") as file:
-            checked = _Unpickler(file).load()
-        for info in checked.storage_data.values():
-            if PurePath(info.relative_path).name != str(info.relative_path):
-                raise pickle.UnpicklingError(f"it reads {info.relative_path}, elsewhere")
-        return super().read_metadata(*args, **options)
+            metadata: Metadata = _Unpickler(file).load()
+        for info in metadata.storage_data.values():
+            file_name = info.relative_path
+            if type(file_name) is not str or PurePath(file_name).name != file_name:
+                raise pickle.UnpicklingError(f"it reads {file_name}, elsewhere")
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
 
 
 class SafePlanner(DefaultLoadPlanner):
@@ -65,7 +66,13 @@ class SafePlanner(DefaultLoadPlanner):
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if module == "pathlib":  # of the folder it was written to
+            return _path
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if (module, name) not in _KNOWN and not is_dtype:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
         return super().find_class(module, name)
+
+
+def _path(*parts: str) -> str:
+    return "/".join(parts)
