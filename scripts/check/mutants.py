@@ -39,12 +39,16 @@ ROUNDS = (8.0, 60.0)  # seconds of tests: few first, and many where these notice
 CONTROL = (2.0,)  # seconds of tests of a file without a change
 
 
-def chosen(tests: Sequence[str], tests_of: TestsOf, seconds: float) -> list[str]:
-    """Tests of all files in turn, each time the quickest that is left, for so many seconds."""
-    ranked, seen = [], Counter[str]()
-    for test in tests:
+def chosen(mutant: Mutant, tests_of: TestsOf, seconds: float) -> list[str]:
+    """Tests that run a line, for so many seconds.
+
+    First come those of the mutant's own part of the package, then of all files in turn the quickest.
+    """
+    own, ranked, seen = f"tests/{mutant.file.parent.name}/", [], Counter[str]()
+    for test in tests_of.of(mutant.file, mutant.line):
         file = test.split("::")[0]
-        ranked.append((seen[file], tests_of.seconds(test), test))
+        turn = -1 if test.startswith(own) else seen[file]
+        ranked.append((turn, tests_of.seconds(test), test))
         seen[file] += 1
     found: list[str] = []
     for _, took, test in sorted(ranked):
@@ -112,10 +116,9 @@ def main() -> None:
     with ProcessPoolExecutor(args.jobs, mp_context=mp.get_context("spawn")) as pool:
         futures = {}
         for mutant in (*controls.values(), *mutants):
-            tests = tests_of.of(mutant.file, mutant.line)
             is_control = mutant is controls[mutant.file]
             seconds = CONTROL if is_control else ROUNDS
-            rounds = [chosen(tests, tests_of, most) for most in seconds] if tests else []
+            rounds = [chosen(mutant, tests_of, most) for most in seconds]
             futures[pool.submit(outcome, rounds, mutant)] = mutant
         for done in as_completed(futures):
             mutant = futures[done]

@@ -5,9 +5,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import mutants
-from mutating.mutant import mutants_of
+from mutating.mutant import Mutant, mutants_of
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = '''
@@ -60,13 +61,12 @@ def test_every_part_has_files():
     assert all(list(ROOT.glob(pattern)) for pattern in mutants.PARTS.values())
 
 
-def test_tests_of_all_files_come_in_turn():
-    class Tests:
-        seconds = {"a::1": 1.0, "a::2": 2.0, "b::1": 3.0, "b::2": 4.0}.__getitem__
-
-    tests = ["a::1", "a::2", "b::1", "b::2"]
-    assert mutants.chosen(tests, Tests, 6.0) == ["a::1", "b::1", "a::2"]
-    assert mutants.chosen(tests, Tests, 0.5) == ["a::1"], "at least one"
+def test_tests_of_the_part_come_first_and_then_those_of_all_files_in_turn():
+    took = {"tests/a/a::1": 1.0, "tests/a/a::2": 2.0, "tests/b/b::1": 3.0, "tests/c/c::1": 4.0}
+    tests = SimpleNamespace(seconds=took.__getitem__, of=lambda *_: list(took))
+    mutant = Mutant(Path("seqpar/c/file.py"), 1, "", "", "")
+    assert mutants.chosen(mutant, tests, 8.0) == ["tests/c/c::1", "tests/a/a::1", "tests/b/b::1"]
+    assert mutants.chosen(mutant, tests, 0.5) == ["tests/c/c::1"], "at least one"
 
 
 def test_the_script(tmp_path):
