@@ -85,19 +85,17 @@ class _Choice:
         circle = self.circle
         if circle.num_blocks == 0:
             return 0, 0
-        best, cost = (0, 0, 0), None
+        found: list[tuple[bool, int, int, int]] = []
         for find in (self._whole_documents, self._cut_once, self._cut_twice):
             for arc in find():
-                of_arc = self._cost(arc)
-                if cost is None or of_arc < cost:
-                    best, cost = arc, of_arc
+                found.append((not self._fits(arc), self._off(arc), *arc[:2]))
                 # To look through all arcs for one that is nearer still takes longer than it is worth.
-                if self._fits(arc) and of_arc[2] < NEAR_PPM:
+                if found[-1] < (False, NEAR_PPM):
                     return arc[:2]
-            if cost is not None and self._fits(best):
+            if found and not min(found)[0]:
                 break
         # `_cut_twice` finds arcs in any circle, so there is a best one even where none fits.
-        return best[:2]
+        return min(found)[2:]
 
     def _range(self, left: int, whole: int) -> tuple[int, int]:
         """The least and the most to take of what is left of a whole: both sides are near their shares."""
@@ -111,15 +109,14 @@ class _Choice:
         (least, most), (least_work, most_work) = self.rows, self.work
         return least <= stop - start <= most and least_work <= work <= most_work
 
-    def _cost(self, arc: tuple[int, int, int]) -> tuple[int, int, int, int]:
+    def _off(self, arc: tuple[int, int, int]) -> int:
+        """How far an arc is from its share of rows or of work, in millionths of it."""
         start, stop, work = arc
-        rows, all_work = (self.circle.num_blocks * self.taken, self.circle.work * self.taken)
-        off = max(
+        rows, all_work = self.circle.num_blocks * self.taken, self.circle.work * self.taken
+        return max(
             abs((stop - start) * self.num_ranks - rows) * PPM // rows,
             abs(work * self.num_ranks - all_work) * PPM // all_work,
         )
-        cuts = self.circle.num_cuts(start, stop)
-        return (0, cuts, off, start) if self._fits(arc) else (1, off, cuts, start)
 
     def _whole_documents(self) -> Iterator[tuple[int, int, int]]:
         """Finds arcs within bounds that cut nothing: of each beginning the one nearest to the mean work."""

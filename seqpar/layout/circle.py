@@ -65,7 +65,6 @@ class Circle:
         self._shift = [p - a for p, (a, _) in zip(self._places, runs, strict=False)]
         self._work_shift = [w - b for w, b in zip(self._works, before, strict=False)]
         borders = [border for n in range(len(runs)) for border in self._borders_of(n)]
-        self._uncut = {place for place, _ in borders}
         next_turn = [(place + self.num_blocks, work + self.work) for place, work in borders]
         end = 2 * self.num_blocks, 2 * self.work
         self.borders, self.works = map(list, zip(*borders, *next_turn, end, strict=True))
@@ -76,10 +75,6 @@ class Circle:
         n = bisect_right(self._places, place) - 1
         work = self.blocks.work_before(place - self._shift[n]) + self._work_shift[n]
         return turns * self.work + work
-
-    def num_cuts(self, start: int, stop: int) -> int:
-        """Counts the documents that are cut where the arc between two places begins and ends: 0 to 2."""
-        return sum(place % self.num_blocks not in self._uncut for place in (start, stop))
 
     def split(self, start: int, stop: int) -> tuple[Runs, Runs]:
         """The runs of the arc between two places, which is at most one turn, and those of the rest."""
