@@ -20,6 +20,7 @@ from seqpar_kernels.choice import (
 from seqpar_kernels.custom_ops import attention, attention_with_lse, recalled
 from seqpar_kernels.derivatives import any_order, first_only
 from seqpar_kernels.dispatch import attend, attend_backward, finish, tile_border
+from seqpar_kernels.finite import may_hold_poison
 from seqpar_kernels.partial import Partial, accumulation_dtype
 from seqpar_kernels.rows import Rows, RunningGradients
 from seqpar_kernels.score import BY_BLOCKS, TENSORS, Score, finished_gradients, sum_rows
@@ -53,6 +54,7 @@ __all__ = [
     "finish",
     "finished_gradients",
     "first_only",
+    "may_hold_poison",
     "needs_out",
     "preference",
     "recalled",

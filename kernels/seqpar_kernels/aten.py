@@ -6,6 +6,7 @@ grouped heads become strides of zero (K and V are not copied), unequal widths ar
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
@@ -24,11 +25,12 @@ from seqpar_kernels.torch_internals import CPU_FLASH, attention_ops
 _forward, _backward = attention_ops(CPU_FLASH)
 
 # Columns per call of the backward op, for which dk, dv and a block of keys stay in cache. Milliseconds
-# at 256, 384, 512, 1024 columns and uncut. float32, 4 heads of 64, one thread: N = 2048 causal 88, 86,
-# 100, 100, 96; N = 8192 causal 1264, 1152, 1278, 1306, 1240; 8 heads, 4096 x 2048 full 608, 563, 576,
-# 635, 623. bfloat16, two processes at once: 94, 103, 96, 91, 89; 1270, 1272, 1103, 1139, 1153; 626,
-# 557, 557, 642, 517. Repeats differ by 10 %. The forward op gains nothing from cutting.
-BACKWARD_COLUMNS = {torch.bfloat16: 512}
+# at 256, 384, 512, 1024 columns and uncut, of heads of 64 and one thread. float32, AMD EPYC, 4 heads:
+# N = 2048 causal 88, 86, 100, 100, 96; N = 8192 causal 1264, 1152, 1278, 1306, 1240; Intel Xeon with AMX,
+# 8 heads: N = 2048 causal 108, 117, 116, 115, 114; 2 heads, N = 8192 328, 330, 332, 312, 304. bfloat16, AMD:
+# 94, 103, 96, 91, 89; 1270, 1272, 1103, 1139, 1153; Intel: 84, 104, 90, 87, 88; 266, 323, 276, 243, 239.
+# Uncut, a block that is all there is needs no sums: Intel, bfloat16, 4 heads, N = 2048 44 in place of 56.
+BACKWARD_COLUMNS = {torch.bfloat16: sys.maxsize}
 BACKWARD_COLUMNS_ELSE = 384
 
 

@@ -32,6 +32,7 @@ def attend(
     *,
     into: Partial,
     implementation: Implementation | None = None,
+    finite: bool | None = None,
 ) -> None:
     """Attends one block of query rows over one block of key rows and continues `into`, in place.
 
@@ -42,6 +43,7 @@ def attend(
         block: what the rows see, and the score with its scale resolved.
         into: the running sums of these rows, float32 or wider; never normalised between blocks.
         implementation: `None` chooses, see `choose`.
+        finite: whether q, k and v are known to be finite; `None` looks.
 
     Raises:
         ValueError: hq is not a multiple of hkv.
@@ -51,7 +53,7 @@ def attend(
         return
     with without_autocast(q.device):
         chosen = _chosen(q, v, block, implementation)
-        if _spreads(chosen, q, k, v):
+        if _spreads(chosen, q, k, v, finite=finite):
             poison.attend(chosen.forward, q, k, v, block, into)
         else:
             chosen.forward(q, k, v, block, into)
@@ -66,6 +68,7 @@ def attend_backward(
     into: RunningGradients,
     learned: Learned | None = None,
     implementation: Implementation | None = None,
+    finite: bool | None = None,
 ) -> None:
     """Adds the block's share of (dq, dk, dv) to `into`, in place.
 
@@ -74,6 +77,7 @@ def attend_backward(
         into: dq `[b i hq d]`, dk `[b j hkv d]`, dv `[b j hkv vd]`, float32 or wider. dq may be `None`, or
             both dk and dv: not wanted, and not computed by kernels that can leave it out.
         learned: by name, what each row's share of the gradient of a term of the score is added to.
+        finite: whether rows, k and v are known to be finite; `None` looks.
 
     Raises:
         ValueError: hq is not a multiple of hkv, or just one of dk and dv is wanted.
@@ -86,7 +90,7 @@ def attend_backward(
         return
     with without_autocast(rows.q.device):
         chosen = _chosen(rows.q, v, block, implementation, lse_learns=rows.lse_learns)
-        if _spreads(chosen, rows.q, k, v, rows.dout, rows.delta):
+        if _spreads(chosen, rows.q, k, v, rows.dout, rows.delta, finite=finite):
             poison.attend_backward(chosen.backward, rows, k, v, block, into, learned or {})
         else:
             chosen.backward(rows, k, v, block, into, learned or {})
@@ -215,10 +219,14 @@ def _chosen(
     return ADAPTERS.get(name, reference)
 
 
-def _spreads(chosen: ModuleType | Adapter | Unlaunched, *tensors: Tensor) -> bool:
+def _spreads(
+    chosen: ModuleType | Adapter | Unlaunched, *tensors: Tensor, finite: bool | None = None
+) -> bool:
     """Whether something that is not finite may be here and would reach what does not see it."""
     # docs/design.md: poison is taken out and put back
-    return chosen in (aten, reference) and may_hold_poison(*tensors)
+    if chosen not in (aten, reference):
+        return False
+    return may_hold_poison(*tensors) if finite is None else not finite
 
 
 def _is_only_told(direction: Direction, q: Tensor, k: Tensor, block: Block) -> bool:

@@ -22,7 +22,13 @@ def may_hold_poison(*tensors: Tensor) -> bool:
     # Of a subclass, such as the tensors that a compiler traces with, numbers may not be asked for.
     if tensors[0].device.type != "cpu" or any(type(x) is not Tensor for x in tensors):
         return True
-    return not all(math.isfinite(x.sum(dtype=_SUMMED_IN.get(x.dtype)).item()) for x in tensors)
+    return not all(math.isfinite(_sum(x)) for x in tensors)
+
+
+def _sum(x: Tensor) -> float:
+    dtype = _SUMMED_IN.get(x.dtype)
+    # Of k beside v in a packed message, 1024 rows of 8 heads of 64, bfloat16: 54 us, and 222 at once.
+    return float((x if x.is_contiguous() else x.sum(1, dtype=dtype)).sum(dtype=dtype))
 
 
 def taken_out(

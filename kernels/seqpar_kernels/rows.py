@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from seqpar_kernels.choice import Implementation
+from seqpar_kernels.finite import may_hold_poison
 from seqpar_kernels.partial import accumulation_dtype
 from seqpar_kernels.row_softmax import add_dot_
 
@@ -53,6 +55,11 @@ class Rows:
         if dlse is not None:
             delta -= dlse
         return Rows(q, out, dout, lse, delta, lse_learns=dlse is not None)
+
+    @cached_property
+    def finite(self) -> bool:
+        """Whether all that a backward multiplies is known to be finite."""
+        return not may_hold_poison(self.q, self.dout, self.delta)
 
     def __getitem__(self, rows: slice) -> Rows:
         """A view of some rows."""

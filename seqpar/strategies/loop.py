@@ -27,6 +27,7 @@ from seqpar_kernels import (
     finish,
     finished_gradients,
     first_only,
+    may_hold_poison,
     sum_rows,
 )
 from seqpar_kernels.transfer import on_device
@@ -162,12 +163,13 @@ class _Loop(torch.autograd.Function):
         by_row = {name: torch.zeros_like(lse) for name in wanted if name in BY_BLOCKS}
 
         def differentiate(met: Meeting) -> None:
+            finite = met.rows.finite and not may_hold_poison(met.k, met.v)
             for rows, cols, block in plan.blocks(met.row_spans, met.col_spans, score, call.head):
                 attend_backward(
                     met.rows[rows], met.k[:, cols], met.v[:, cols], block,
                     into=(_some(met.dq, rows), _some(met.dk, cols), _some(met.dv, cols)),
                     learned={name: x[:, rows] for name, x in met.learned.items()},
-                    implementation=plan.implementation,
+                    implementation=plan.implementation, finite=finite,
                 )  # fmt: skip
 
         sums = call.route.backward(mine, k, v, by_row, differentiate)
@@ -185,11 +187,14 @@ def _forward(
     plan, route, score = call.plan, call.route, call.scored(tensors)
     row_spans, q_r = route.rows(q)
     running = Partial.identity(q_r, v.shape[-1])
+    # Looked for once for all tiles, since to look takes a sum over each tensor.
+    finite_q = not may_hold_poison(q_r)
     for col_spans, k_c, v_c in route.columns(k, v):
+        finite = finite_q and not may_hold_poison(k_c, v_c)
         for rows, cols, block in plan.blocks(row_spans, col_spans, score, call.head):
             attend(
                 q_r[:, rows], k_c[:, cols], v_c[:, cols], block,
-                into=running[rows], implementation=plan.implementation,
+                into=running[rows], implementation=plan.implementation, finite=finite,
             )  # fmt: skip
         del k_c, v_c  # or they live on while the next ones arrive
     running = route.merged(running)
