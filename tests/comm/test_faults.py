@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from seqpar import Group
 from seqpar.testing import faults
 
 SOON_SECONDS = 15.0  # far below what the process group would wait
@@ -46,3 +47,18 @@ def test_a_rank_that_takes_its_time_is_waited_for(phase):
     warnings = [text for told in found for text in told.warnings]
     assert any(re.fullmatch(said, text) for text in warnings), warnings
     assert len(warnings) <= 2 * 3, "after half of the patience, and when it has taken twice as long"
+
+
+def refused(_, patience):
+    """What `Group.of` says of such a patience."""
+    try:
+        Group.of(patience=patience)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("patience", [0, 0.0, -1.0, float("nan")])
+def test_no_patience_at_all_is_refused(worlds, patience):
+    for text in worlds.run(2, refused, patience):
+        assert text == f"patience is a number of seconds above 0, got {patience!r}"

@@ -1,5 +1,6 @@
 """Layouts partition the sequence, tiles show each score once, heads are dealt completely."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -12,6 +13,7 @@ from seqpar.layout import (
     Layout,
     Mask,
     Span,
+    Tile,
     joined_tiles,
     split_heads,
     tiles,
@@ -19,6 +21,7 @@ from seqpar.layout import (
     zigzag,
 )
 from seqpar.testing import oracle
+from seqpar_kernels import Band
 
 KINDS = st.sampled_from(list(LAYOUTS))
 
@@ -167,3 +170,11 @@ def test_hashes_are_the_same_in_every_process():
     assert hash(Mask(causal=True)) == hash((True, 0, ()))
     assert hash(Mask(window=3, documents=(0, 4, 9))) == hash((False, 3, (0, 4, 9)))
     assert hash(zigzag(9, 2)) == hash(zigzag(9, 2).spans) == zigzag(9, 2).fingerprint
+
+
+def test_tiles_continue_each_other_only_below_and_over_the_same_columns():
+    above = Tile(slice(0, 4), slice(0, 4), Band(), 0, 0, 1)
+    assert above.continues_as(replace(above, rows=slice(4, 8), row=4))
+    assert not above.continues_as(replace(above, rows=slice(5, 8), row=5))
+    assert not above.continues_as(replace(above, rows=slice(4, 8), cols=slice(4, 8), row=4))
+    assert not above.continues_as(replace(above, rows=slice(4, 8), row=4, band=Band(upper=0)))

@@ -234,6 +234,8 @@ def test_ranks_in_different_operations_are_told(worlds):
     pattern = "operation is 'attention' on ranks 0, 2, 'unshard_sequence' on rank 1"
     check_told(simulate(3, other_operation), pattern)
     check_told(worlds.run(3, other_operation, timeout=20), pattern)
+    for text in simulate(3, other_operation):
+        assert text.count(" is ") == 1, "all else differs too, and says nothing"
 
 
 def test_a_plan_of_the_wrong_kind_is_refused():
