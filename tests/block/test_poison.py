@@ -20,6 +20,7 @@ from seqpar_kernels import (
     finished_gradients,
     sum_rows,
 )
+from seqpar_kernels.finite import taken_out
 from seqpar_kernels.row_softmax import score_gradient, weights
 
 # Triton's interpreter runs on numpy, which warns of what is meant here.
@@ -186,3 +187,26 @@ def test_stored_weights_of_a_row_that_is_nan_are_zero_where_it_sees_nothing(impl
     assert ds[:, 2].tolist() == [0, 0]
     assert ds[0, 0] == p[0, 0] * 0.5
     assert ds[0, 1].isnan()
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda x: x,
+        lambda x: x.transpose(0, 1),
+        lambda x: x.permute(2, 0, 3, 1)[..., :3],
+        lambda x: x[..., 1:3],
+        lambda x: x[:, ::2],
+        lambda x: x[:, :1].expand(-1, 4, -1, -1),
+        lambda x: x.as_strided((2, 3, 4), (4, 2, 1)),
+    ],
+)
+def test_what_is_taken_out_leaves_the_strides(made):
+    """Products of tensors that lie otherwise add in another order, where they do not share memory."""
+    x = made(torch.randn(4, 5, 6, 7))
+    x[(0,) * x.ndim] = torch.nan
+    clean, bad = taken_out(x)
+    assert torch.equal(bad, x.isnan())
+    assert torch.equal(clean, x.nan_to_num(nan=0.0))
+    shares = x.stride() in {(210, 0, 7, 1), (4, 2, 1)}
+    assert (clean.stride() == x.stride()) != shares

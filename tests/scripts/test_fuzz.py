@@ -18,6 +18,32 @@ from seqpar.testing import Case
 
 PLAIN = Problem(Case(21, 4, 2), 3, "ring", None, "plain", "normal", "plain", None)
 
+F16, F32, F64 = torch.float16, torch.float32, torch.float64
+NAN = float("nan")
+WRONG_ONCE = {
+    "overflow of its own beside the poison": Problem(
+        Case(10, 1, 1, d=3, vd=1, causal=False, dropout=0.9, dtype=F16, kind="contiguous"),
+        1, "ring", None, "plain", "huge", "plain", Poison("q", 0.0, NAN),
+    ),
+    "products of a packed key that was copied": Problem(
+        Case(1, 2, 2, d=8, vd=1, batch=2, causal=False, dtype=F64, kind="contiguous", kv_length=65),
+        1, "materialised_rows", None, "plain", "normal", "plain", Poison("q", 0.0, NAN),
+    ),
+    "products of a slice of the width that was copied": Problem(
+        Case(20, 2, 2, d=1, vd=1, causal=False, dtype=F64, kind="contiguous", documents=(0, 1, 20)),
+        1, "materialised_depth", None, "plain", "normal", "plain", Poison("k", 0.0, NAN),
+    ),
+    "roundings that go the same way": Problem(
+        Case(13, 2, 1, d=1, vd=1, causal=False, scale=0.0, dtype=F32, kind="contiguous"),
+        1, "materialised_rows", None, "summed", "normal", "plain", None,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG_ONCE)
+def test_what_was_found_is_right(name):
+    judge.judge(WRONG_ONCE[name])
+
 
 def test_some_problems_are_solved(tmp_path):
     tried = Fuzz(tmp_path)
