@@ -51,7 +51,7 @@ def allgather_attention(
     route: Route = (
         InOrderRoute(plan) if plan.invariant else MeshRoute(plan, partial(column, plan.group))
     )
-    return attend_by(route, q, k, v, plan, plan.score)
+    return attend_by(route, q, k, v, plan, plan.score.resolve(q.shape[-1]))
 
 
 def column(group: Group) -> Grid:

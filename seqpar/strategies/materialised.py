@@ -41,7 +41,7 @@ def materialised_attention(
 
     The call has been checked. Gradients of learned tensors are this rank's share.
     """
-    score = plan.score
+    score = plan.score.resolve(q.shape[-1])
     plan = replace(plan, score=score.without_tensors())
     return _Materialised.apply(plan, tuple(score.tensors), q, k, v, *score.tensors.values())
 
@@ -56,6 +56,7 @@ def attention_weights(
     in the order of positions, own columns. By depth `[b hq s s]`: all of it, on every rank. Rows that see
     nothing are zero; where there are sinks, rows sum to less than 1.
     """
+    plan = replace(plan, score=plan.score.resolve(q.shape[-1]))
     sharding, cells = _stored(plan, q.device)
     keys = sharding.for_keys()
     s, _ = dense.scores_(keys.outer(sharding.of_rows(q), keys.of_cols(k), cells), cells)

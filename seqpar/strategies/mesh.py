@@ -59,7 +59,7 @@ def mesh_attention(
     assert plan.grid is not None, "checked"
     grid = plan.grid
     route = MeshRoute(plan, lambda: grid)
-    return attend_by(route, q, k, v, plan, plan.score)
+    return attend_by(route, q, k, v, plan, plan.score.resolve(q.shape[-1]))
 
 
 class MeshRoute:

@@ -82,7 +82,7 @@ def ring_attention(
         with_lse: whether lse may be differentiated.
         head: which of the attention's query heads is the first of q.
     """
-    score = plan.score.of_heads(head, q.shape[2])
+    score = plan.score.resolve(q.shape[-1]).of_heads(head, q.shape[2])
     # docs/design.md: one rank alone calls an op
     if plan.group.size == 1 and all(len(x.spans[0]) <= 1 for x in (plan.layout, plan.keys)):
         band = plan.mask.band(Span(0, plan.layout.length), Span(0, plan.keys.length))

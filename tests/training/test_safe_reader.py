@@ -10,7 +10,7 @@ import torch
 from byte_lm import checkpoint
 from byte_lm.loop import train
 from byte_lm.recipe import Recipe
-from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, MetadataIndex
 
 import seqpar
 
@@ -52,6 +52,30 @@ def test_metadata_that_call_a_function(saved, tmp_path):
     with pytest.raises(OSError, match=r"it names posix\.mkdir, which no checkpoint needs"):
         resume(tmp_path)
     assert not mark.exists()
+
+
+class Reaches:
+    """Unpickled by `getattr`, as members of an enum are by some Pythons."""
+
+    def __init__(self, of, name):
+        self.of, self.name = of, name
+
+    def __reduce__(self):
+        return getattr, (self.of, self.name)
+
+
+def test_only_members_of_an_enum_are_reached_by_getattr(saved, tmp_path):
+    change(
+        saved, lambda metadata: setattr(metadata, "planner_data", Reaches(torch.Size, "__init__"))
+    )
+    with pytest.raises(OSError, match=r"it names __init__ of .*Size.*, which no checkpoint needs"):
+        resume(tmp_path)
+
+
+def test_a_member_of_an_enum_is_read(saved, tmp_path):
+    member = Reaches(_MEM_FORMAT_ENCODING, "TORCH_PRESERVE_FORMAT")
+    change(saved, lambda metadata: setattr(metadata.storage_meta, "save_id", member))
+    resume(tmp_path)
 
 
 def test_an_entry_that_calls_a_function(saved, tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from enum import Enum
 from pathlib import PurePath
 from typing import Any
 
@@ -68,6 +69,11 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module == "pathlib":  # of the folder it was written to
             return _path
+        if (module, name) == (
+            "builtins",
+            "getattr",
+        ):  # as which some Pythons write members of an enum
+            return _member
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if (module, name) not in _KNOWN and not is_dtype:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
@@ -76,3 +82,9 @@ class _Unpickler(pickle.Unpickler):
 
 def _path(*parts: str) -> str:
     return "/".join(parts)
+
+
+def _member(kind: Any, name: str) -> Enum:
+    if not (isinstance(kind, type) and issubclass(kind, Enum)):
+        raise pickle.UnpicklingError(f"it names {name} of {kind}, which no checkpoint needs")
+    return kind[name]
