@@ -69,12 +69,6 @@ class Partial:
         self.l.mul_(keep).add_(add if l is None else l * add)
         self.m.copy_(top)
 
-    def begin_(self, out: Float[Tensor, "*batch vd"], lse: Float[Tensor, "*batch"]) -> None:
-        """Writes a normalised result where no row has seen anything: what `merge_` would give, unmerged."""
-        self.acc.copy_(out)
-        self.m.copy_(lse)
-        self.l.fill_(1.0)
-
     def absorb_(self, other: Partial) -> None:
         """Merges another partial of the same rows, in place. Rows of either may have seen nothing."""
         seen = other.l > 0
