@@ -232,16 +232,10 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         q, k, v, *tensors, block, lse_learns, implementation = args
         out, lse = _forward(q, k, v, block, implementation, lse_learns=lse_learns)
-        ctx.described = *_described(block)[len(TENSORS) :], lse_learns, implementation
+        described = *_described(block)[len(TENSORS) :], lse_learns, implementation
+        _save(ctx, (q, k, v, *tensors, *described), (out, lse))
         # The tensors of the score are saved as tensors are, so that hooks see them, and not in it.
-        ctx.block, ctx.implementation = (
-            replace(block, score=block.score.without_tensors()),
-            implementation,
-        )
-        ctx.lse_learns = lse_learns
-        if not lse_learns:
-            ctx.mark_non_differentiable(lse)
-        ctx.save_for_backward(q, k, v, out, lse, *tensors)
+        ctx.block = replace(block, score=block.score.without_tensors())
         return out, lse
 
     @staticmethod
@@ -263,7 +257,7 @@ class _Attention(torch.autograd.Function):
             lse,
             learn,
             block,
-            ctx.implementation,
+            ctx.described[-1],
         )
         left = iter(learned)
         return dq, dk, dv, *(next(left) if learns else None for learns in learn), None, None, None
