@@ -17,6 +17,7 @@ from torch import Tensor
 
 from seqpar.comm.async_exchange import AsyncExchange, Finish
 from seqpar.comm.group import Group
+from seqpar.comm.together import exchange_together
 from seqpar_kernels import accumulation_dtype, first_only
 
 Ranges = tuple[tuple[int, int], ...]  # by rank: the heads (start, stop) it takes
@@ -154,11 +155,11 @@ class _Serve(torch.autograd.Function):
 
 
 def _to_heads(xs: Sequence[Tensor], all_to_all: AllToAll) -> Finish:
-    """Begins to bring rows to their heads: one message per rank and tensor, received in place if possible."""
+    """Begins to bring rows to their heads; large tensors are received in place if possible."""
     rank, places = all_to_all.group.rank, all_to_all.places
     rows, mine = all_to_all.rows, [_length(all_to_all.takes(n, rank)) for n in range(len(xs))]
     ys = tuple(x.new_empty(x.shape[0], sum(rows[n]), mine[n], x.shape[3]) for n, x in enumerate(xs))
-    sends = [(r, xs[n][:, :, all_to_all.takes(n, r)].contiguous()) for r, n in all_to_all.takers]
+    sends = [(r, xs[n][:, :, all_to_all.takes(n, r)]) for r, n in all_to_all.takers]
     staged: dict[tuple[int, int], Tensor] = {}
     receives = []
     for r, n in all_to_all.givers:
@@ -168,7 +169,7 @@ def _to_heads(xs: Sequence[Tensor], all_to_all: AllToAll) -> Finish:
             target = ys[n].new_empty(ys[n].shape[0], rows[n][r], *ys[n].shape[2:])
             staged[r, n] = target
         receives.append((r, target))
-    pending = all_to_all.group.exchange("rows_to_heads", sends, receives)
+    pending = exchange_together(all_to_all.group, "rows_to_heads", sends, receives)
     for n, (x, y) in enumerate(zip(xs, ys, strict=True)):
         for local, place in places[n][rank]:
             y[:, place] = x[:, local, all_to_all.takes(n, rank)]
@@ -204,7 +205,8 @@ def _to_rows(ys: Sequence[Tensor], all_to_all: AllToAll) -> Finish:
     for r, n in takers:
         num, (batch, _, _, width) = _length(all_to_all.takes(n, r)), ys[n].shape
         shares[r, n] = ys[n].new_empty(batch, rows[n][rank], num, width)
-    pending = group.exchange("heads_to_rows", sends, [(r, x) for (r, _), x in shares.items()])
+    receives = [(r, x) for (r, _), x in shares.items()]
+    pending = exchange_together(group, "heads_to_rows", sends, receives)
     own = [_take(y, places[n][rank]) for n, y in enumerate(ys)]
 
     def finish() -> tuple[Tensor, ...]:

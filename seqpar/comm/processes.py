@@ -114,15 +114,16 @@ class ProcessTransport:
     ) -> _ProcessPending:
         """Starts a batch of isend and irecv."""
         group, peers, tag = self._group, self._peers, _tag(primitive, operation)
-        ops = [dist.P2POp(dist.isend, x, peers[peer], group, tag) for peer, x in sends]
-        ops += [dist.P2POp(dist.irecv, x, peers[peer], group, tag) for peer, x in receives]
-        everyone = [peers[peer] for peer, _ in (*sends, *receives)]
+        # docs/design.md: receives are posted before sends
+        ops = [dist.P2POp(dist.irecv, x, peers[peer], group, tag) for peer, x in receives]
+        ops += [dist.P2POp(dist.isend, x, peers[peer], group, tag) for peer, x in sends]
+        everyone = [peers[peer] for peer, _ in (*receives, *sends)]
         waiting = self._waiting(everyone, primitive, operation)
         with waiting:
             works = dist.batch_isend_irecv(ops) if ops else []
         # Where several messages are one piece of work, it waits for all of their peers.
         awaited = [[peer] for peer in everyone] if len(works) == len(ops) else [everyone]
-        buffers = [x for _, x in (*sends, *receives)]
+        buffers = [x for _, x in (*receives, *sends)]
         return _ProcessPending(list(zip(works, awaited, strict=False)), waiting, buffers)
 
     def all_reduce(self, x: Tensor, op: ReduceOp, operation: Operation) -> None:
