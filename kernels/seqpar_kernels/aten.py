@@ -32,6 +32,7 @@ _forward, _backward = attention_ops(CPU_FLASH)
 # Uncut, a block that is all there is needs no sums: Intel, bfloat16, 4 heads, N = 2048 44 in place of 56.
 BACKWARD_COLUMNS = {torch.bfloat16: sys.maxsize}
 BACKWARD_COLUMNS_ELSE = 384
+ADDED_ROWS = 256  # of a gradient that is added to a sum of a wider type: they stay in cache
 
 
 def _strip_width(dtype: torch.dtype) -> int:
@@ -94,7 +95,7 @@ def backward(
                 0.0, causal, attn_mask=mask, scale=scale,
             )  # fmt: skip
             if dq is not None:
-                of_q(dq).add_(dq_t[..., : dq.shape[-1]], alpha=sign)
+                _add(of_q(dq), dq_t[..., : dq.shape[-1]], sign)
             for total, grad in ((dk, dk_t), (dv, dv_t)):
                 if total is not None:
                     _add_heads(of_kv(total), grad)
@@ -199,7 +200,17 @@ def _add_heads(total: Tensor, grad: Tensor) -> None:
     grad = grad[..., : total.shape[-1]]
     if total.stride(1) == 0 and total.shape[1] > 1:  # expanded: the heads share this memory
         total, grad = total[:, :1], grad.sum(1, keepdim=True, dtype=total.dtype)
-    total.add_(grad)
+    _add(total, grad)
+
+
+def _add(total: Tensor, grad: Tensor, sign: int = 1) -> None:
+    """Adds a gradient `[n h s w]` to a sum, of a narrower type some rows at a time."""
+    if grad.dtype == total.dtype:
+        total.add_(grad, alpha=sign)
+        return
+    # torch copies all that it adds at once into the type of the sum: as much memory as the sum has.
+    for part, share in zip(total.split(ADDED_ROWS, 2), grad.split(ADDED_ROWS, 2), strict=True):
+        part.add_(share, alpha=sign)
 
 
 def _how(rect: Rectangle, q: Tensor) -> tuple[bool, Tensor | None]:

@@ -32,6 +32,8 @@ ATTENTION = [
           "upper=None if ahead is None else -((-apart - ahead) // rows.step)", "tests/layout"),
     Plant("tiles joined that do not continue", f"{LAYOUT}/tiles.py",
           "return both_full or drawn_on == below.band", "return below.work > 0", "tests/layout"),
+    Plant("narrow gradients copied whole before they are added", f"{BLOCK}/aten.py",
+          "    if grad.dtype == total.dtype:\n", "    if True:\n", "tests/block/test_added_gradients.py"),
     Plant("merge without weights", f"{BLOCK}/partial.py",
           "keep, add = torch.exp(self.m - top), torch.exp(m - top)",
           "keep, add = torch.exp(self.m - top), torch.ones_like(m)", "tests/block"),
