@@ -7,6 +7,7 @@ with columns in straight lines, once both are longer than its tiles: so three ru
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -75,13 +76,10 @@ def _measured(
     mask = torch.zeros(lengths["q"], lengths["k"], dtype=tensors[0].dtype) if masked else None
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         given = op(*tensors, *flags, attn_mask=mask, scale=1.0)
-    now = most = 0
-    for _, size in allocated(profiled):
-        now += size
-        most = max(most, now)
-    # Until here what the op gave is alive, so `now` is its size and not counted inside.
+    held = list(accumulate((size for _, size in allocated(profiled)), initial=0))
+    # Until here what the op gave is alive, so the last is its size and not counted inside.
     del given
-    return most - now
+    return max(held) - held[-1]
 
 
 def _zeros(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,7 @@
 """`exchange_together`: small tensors for one rank are one message, large ones a message each.
 
-A message costs some 0.1 ms of two processes' time whatever it holds. A tensor that travels with others is
-copied out of what came, where one that travels alone is received in its place.
+A small message takes 0.1 ms and more, whatever it holds. A tensor that travels with others is copied out of
+what came, where one that travels alone is received in its place.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """Gradients of a narrow type are added to wide sums without a wide copy of them all."""
 
+from itertools import accumulate
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -23,8 +25,5 @@ def test_a_narrow_gradient_is_not_copied_whole():
     total, grad = torch.zeros(1, 4, rows, 32), torch.ones(1, rows, 4, 32, dtype=torch.bfloat16)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         aten._add(total, grad.transpose(1, 2))
-    now = most = 0
-    for _, size in allocated(profiled):
-        now += size
-        most = max(most, now)
+    most = max(accumulate(size for _, size in allocated(profiled)))
     assert most <= total.nbytes / 8

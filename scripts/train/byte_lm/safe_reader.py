@@ -69,9 +69,8 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module == "pathlib":  # of the folder it was written to
             return _path
-        if (
-            module == "builtins" and name == "getattr"
-        ):  # so do some Pythons write members of an enum
+        # Some Pythons write members of an enum as calls of `getattr`.
+        if (module, name) == ("builtins", "getattr"):
             return _member
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if (module, name) not in _KNOWN and not is_dtype:
