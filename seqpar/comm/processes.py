@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from seqpar.comm.agree import DesyncError, named_ranks
+from seqpar.comm.gloo_threads import calm_gloo
 from seqpar.comm.objects import gather_objects, largest
 from seqpar.comm.transport import AGREE, NO_OPERATION, Message, Operation, ReduceOp
 from seqpar.comm.waits import Wait
@@ -44,6 +45,9 @@ class ProcessTransport:
         self.size = dist.get_world_size(group)
         # Messages on the control device are told apart: gloo has tags, NCCL none.
         self._has_tags = "gloo" in str(dist.get_backend_config(group))
+        if self._has_tags:
+            # docs/design.md: gloo's threads wait for a CPU
+            calm_gloo()
         self._name = group.group_name
         self._prepared: set[str] = set()
         self._watch = _watch(patience) if self.size > 1 else None

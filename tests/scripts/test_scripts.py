@@ -32,6 +32,9 @@ SMALLEST = {  # script: options, ranks under torchrun, what it prints
         None, "resumed at step 1 of P=2",
     ),
     "exchange_ways": (["--ranks", 2, "--rows", 4, "--rounds", 2], None, "KiB a rank"),
+    "gloo_threads": (
+        ["--ranks", 2, "--length", 16, "--rounds", 2, "--dtype", "float32"], None, "N = 16 float32 ulysses",
+    ),
     "host_time": (["--ranks", 4], None, "balanced, 1,000 documents, P = 4"),
     "hugging_face": (
         ["--families", "llama", "--strategies", "ring", "--length", 9], 2, "1 cases, 0 failures",

@@ -6,6 +6,7 @@ from plants.plant import Plant
 
 LAYOUT, BLOCK, COMM = "seqpar/layout", "kernels/seqpar_kernels", "seqpar/comm"
 TERMS, STORED, OPS = (f"tests/block/test_{x}.py" for x in ("terms", "row_softmax", "custom_ops"))
+GLOO = "tests/comm/test_gloo_threads.py"
 POISON = "tests/block/test_poison.py"
 MARKS = "tests/data/test_marks.py"
 WHOLE, ADAPTERS, CHOICE = (f"tests/block/test_{x}.py" for x in ("whole", "adapters", "choice"))
@@ -50,6 +51,10 @@ ATTENTION = [
           " and len({x.dtype for x in xs}) == 1", "", "tests/comm/test_together.py"),
     Plant("large tensors joined", f"{COMM}/together.py",
           " and num_bytes <= SMALL", "", "tests/comm/test_together.py"),
+    Plant("all threads wait for a CPU", f"{COMM}/gloo_threads.py",
+          "if (thread / \"comm\").read_text().strip() == NAME:", "if True:", GLOO),
+    Plant("gloo's threads left as they are", f"{COMM}/processes.py",
+          "            calm_gloo()\n", "            pass\n", GLOO),
     Plant("heads dealt to the wrong kv head", f"{LAYOUT}/heads.py",
           "aligned = head % group == 0 and q_stop - head >= group",
           "aligned = q_stop - head >= group", "tests/layout"),
