@@ -1,4 +1,4 @@
-"""The steps that `seqpar bench` takes the time of and measures: one forward and backward in a process."""
+"""The steps that `seqpar bench` takes the time of, measures and checks: one call in a process."""
 
 from __future__ import annotations
 
@@ -6,47 +6,94 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqpar import Group, Mask, Plan
-from seqpar.calls import Volume
-from seqpar.layout import LAYOUTS, Layout
+from seqpar import Group, Mask, Plan, attention
+from seqpar.calls import Shape, dry_run, resolve
+from seqpar.commands.peers import PEERS, Attend, one_device
+from seqpar.layout import LAYOUTS
 from seqpar.strategies import STRATEGIES
-from seqpar.testing import PeakMemory, run_step
+from seqpar.testing import NAMES, PeakMemory
+
+Results = tuple[Tensor, ...]  # out, and with a backward dq, dk, dv
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is attended, and by strategy in which layout."""
+    """What is attended, and by contender in which layout.
+
+    Args:
+        backward: whether gradients are computed too.
+    """
 
     length: int
     heads: int
     d: int
     dtype: torch.dtype
     causal: bool
+    backward: bool
     layouts: dict[str, str]
 
 
+@dataclass(frozen=True)
+class Taken:
+    """How long a step took on a rank, and what it sent: counted, and by a dry run; unknown of a peer."""
+
+    seconds: float
+    sent_bytes: int | None = None
+    derived_bytes: int | None = None
+
+
 def one_device_step(_: Group, setting: Setting) -> float:
-    """Seconds of forward and backward on the whole sequence, with torch's own attention."""
-    shape = 1, setting.heads, setting.length, setting.d
-    q, k, v, dout = (torch.randn(shape, dtype=setting.dtype) for _ in range(4))
-    leaves = q, k, v = q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
-    start = time.perf_counter()
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=setting.causal)
-    torch.autograd.grad(out, leaves, dout)
-    return time.perf_counter() - start
+    """Seconds of a step on the whole sequence, with torch's own attention and tensors as it likes them."""
+    heads_first = tuple(x.transpose(1, 2).contiguous() for x in _tensors(setting))
+    attend = partial(F.scaled_dot_product_attention, is_causal=setting.causal)
+    return _timed(attend, heads_first, setting)[1]
 
 
-def rank_step(group: Group, setting: Setting, strategy: str) -> tuple[float, Volume, Volume]:
-    """Seconds of forward and backward on this rank, what it sent, and what a dry run says."""
-    plan = _plan(group, setting, strategy)
-    q, k, v, dout = _rank_tensors(plan.layout, group.rank, setting)
-    step = run_step(q, k, v, dout, plan)
-    return step.seconds, step.sent, step.derived
+def rank_step(group: Group, setting: Setting, name: str) -> Taken:
+    """A step on this rank's rows. The clock starts once all ranks are there."""
+    q, k, v, dout = _rank_tensors(group, setting, name)
+    if name in PEERS:
+        attend = PEERS[name].make(setting.causal)
+        _meet(group)
+        return Taken(_timed(attend, (q, k, v, dout), setting)[1])
+    plan = _plan(group, setting, name)
+    _meet(group)
+    group.traffic.reset()
+    _, seconds = _timed(partial(attention, plan=plan), (q, k, v, dout), setting)
+    sent = group.traffic.total.bytes
+    derived = dry_run.sent(resolve(plan, q, v), Shape.of(q, k, v), group.rank)
+    backward = derived.backward.bytes if setting.backward else 0
+    return Taken(seconds, sent, derived.forward.bytes + backward)
+
+
+def save_expected(_: Group, setting: Setting, path: Path) -> None:
+    """Writes what one device computes in float32 from the same tensors."""
+    wide = tuple(x.float() for x in _tensors(setting))
+    torch.save(_timed(partial(one_device.attend, causal=setting.causal), wide, setting)[0], path)
+
+
+def rank_errors(group: Group, setting: Setting, name: str, path: Path) -> dict[str, float]:
+    """By result, how far this rank's rows are from what one device computed, as a share of its norm."""
+    q, k, v, dout = (x[:, _rows(group, setting, name)] for x in _tensors(setting))
+    attend: Attend
+    if name in PEERS:
+        attend = PEERS[name].make(setting.causal)
+    else:
+        attend = partial(attention, plan=_plan(group, setting, name))
+    results, _ = _timed(attend, (q, k, v, dout), setting)
+    rows = _rows(group, setting, name)
+    expected = [x[:, rows] for x in torch.load(path)]
+    return {
+        what: float((x.float() - right).norm() / right.norm())
+        for what, x, right in zip(NAMES, results, expected, strict=False)
+    }
 
 
 def one_device_memory(group: Group, setting: Setting) -> int | None:
@@ -55,11 +102,32 @@ def one_device_memory(group: Group, setting: Setting) -> int | None:
     return _peak(lambda: one_device_step(group, setting))
 
 
-def rank_memory(group: Group, setting: Setting, strategy: str) -> int | None:
+def rank_memory(group: Group, setting: Setting, name: str) -> int | None:
     """Peak growth in bytes over one step, the rank's own q, k, v, dout and gradients included."""
     small = replace(setting, length=8 * group.size)
-    rank_step(group, small, strategy)  # threads, buffers of gloo
-    return _peak(lambda: rank_step(group, setting, strategy))
+    rank_step(group, small, name)  # threads, buffers of gloo
+    return _peak(lambda: rank_step(group, setting, name))
+
+
+def _meet(group: Group) -> None:
+    """Waits until all ranks are here."""
+    group.all_reduce_(torch.zeros(1), "sum")
+
+
+def _timed(attend: Attend, tensors: Results, setting: Setting) -> tuple[Results, float]:
+    """(results, seconds) of one step."""
+    q, k, v, dout = tensors
+    if not setting.backward:
+        start = time.perf_counter()
+        with torch.no_grad():
+            out = attend(q, k, v)
+        return (out,), time.perf_counter() - start
+    leaves = q, k, v = q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
+    start = time.perf_counter()
+    out = attend(q, k, v)
+    gradients = torch.autograd.grad(out, leaves, dout)
+    seconds = time.perf_counter() - start
+    return (out.detach(), *gradients), seconds
 
 
 def _peak(step: Callable[[], object]) -> int | None:
@@ -73,15 +141,30 @@ def _peak(step: Callable[[], object]) -> int | None:
 
 
 def _plan(group: Group, setting: Setting, strategy: str) -> Plan:
-    layout = LAYOUTS[setting.layouts[strategy]](setting.length, group.size)
     grid = None
     if STRATEGIES[strategy].needs_grid:  # as square as can be
         divisors = [n for n in range(1, group.size + 1) if group.size % n == 0]
         grid = group.grid(ulysses=divisors[(len(divisors) - 1) // 2])
+    layout = LAYOUTS[setting.layouts[strategy]](setting.length, group.size)
     return Plan(group, layout, Mask(causal=setting.causal), strategy=strategy, grid=grid)
 
 
-def _rank_tensors(layout: Layout, rank: int, setting: Setting) -> tuple[Tensor, ...]:
+def _rows(group: Group, setting: Setting, name: str) -> Tensor:
+    """The positions of this rank's rows."""
+    return LAYOUTS[setting.layouts[name]](setting.length, group.size).positions(group.rank)
+
+
+def _rank_tensors(group: Group, setting: Setting, name: str) -> Results:
     """q, k, v, dout of this rank's rows."""
-    shape = 1, layout.rows[rank], setting.heads, setting.d
+    return _random(setting, len(_rows(group, setting, name)))
+
+
+def _tensors(setting: Setting) -> Results:
+    """q, k, v, dout of the whole sequence, the same in every process."""
+    torch.manual_seed(0)
+    return _random(setting, setting.length)
+
+
+def _random(setting: Setting, rows: int) -> Results:
+    shape = 1, rows, setting.heads, setting.d
     return tuple(torch.randn(shape, dtype=setting.dtype) for _ in range(4))

@@ -1,20 +1,13 @@
-"""`seqpar check` and `seqpar bench` as their users start them, and what they do when something is off."""
+"""`seqpar check` as its users start it, and what it does when something is off."""
 
 import json
-from dataclasses import replace
 
 import pytest
 
 import seqpar.strategies.loop
 from seqpar import cli, simulate
-from seqpar.commands import bench, check
-from seqpar.commands.contest import Row
+from seqpar.commands import check
 from seqpar.testing import TorchrunWorld, WorldError
-
-ROWS = [
-    Row("one device", "", 2.0, 1.0, 1.0, 0, 0, None, [2.0]),
-    Row("ring", "zigzag", 1.0, 0.5, 0.5, 4_000_000, 4_000_000, 5_000_000, [1.0]),
-]
 
 
 class Threads:
@@ -93,20 +86,3 @@ def test_a_number_of_ranks_is_at_least_1(capsys, text):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["check", "--ranks", text])
     assert f"must be an integer of at least 1, got '{text}'" in capsys.readouterr().err
-
-
-def test_a_bench_is_a_table_with_what_could_not_be_read_left_out(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "contest", lambda *_: ROWS)
-    assert cli.main(["bench", "--length", "64", "--dtype", "float32", "--rounds", "1"]) == 0
-    title, header, *rows = capsys.readouterr().out.splitlines()
-    assert title == "N=64 float32 causal, 8 heads of 64, P=2, forward + backward, median of 1"
-    assert header.split("  ")[-1].strip() == "peak MB"
-    assert rows[0].split() == ["one", "device", "2000.0", "1.000", "0.000", "0.000", "-"]
-    assert rows[1].split() == ["ring", "zigzag", "1000.0", "0.500", "4.000", "4.000", "5.0"]
-
-
-def test_a_bench_fails_where_bytes_are_not_those_of_the_dry_run(monkeypatch, capsys):
-    off = [ROWS[0], replace(ROWS[1], derived_bytes=1)]
-    monkeypatch.setattr(bench, "contest", lambda *_: off)
-    assert cli.main(["bench", "--length", "64", "--dtype", "float32"]) == 1
-    assert "differ from the dry run: ring at N=64 float32" in capsys.readouterr().out
