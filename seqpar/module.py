@@ -139,7 +139,7 @@ class _GridAttention(Attention):
 class MeshAttention(_GridAttention):
     """Gives each rank a tile of the score matrix: traffic falls with the root of P; no limit from heads.
 
-    `grid.ring` counts the rows of tiles and `grid.ulysses` the columns. Best with a striped layout where
+    `grid.ring` counts the rows of tiles and `grid.ulysses` the columns. Best with a zigzag layout where
     the mask is causal.
     """
 

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from seqpar_kernels.block import Block
+from seqpar_kernels.caches import level_2_bytes
 from seqpar_kernels.partial import Partial
 from seqpar_kernels.rectangles import CAUSAL, FULL, Rectangle, cut, rectangles, strips
 from seqpar_kernels.reference import visibility
@@ -24,19 +25,17 @@ from seqpar_kernels.torch_internals import CPU_FLASH, attention_ops
 
 _forward, _backward = attention_ops(CPU_FLASH)
 
-# Columns per call of the backward op, for which dk, dv and a block of keys stay in cache. Milliseconds
-# at 256, 384, 512, 1024 columns and uncut, of heads of 64 and one thread. float32, AMD EPYC, 4 heads:
-# N = 2048 causal 88, 86, 100, 100, 96; N = 8192 causal 1264, 1152, 1278, 1306, 1240; Intel Xeon with AMX,
-# 8 heads: N = 2048 causal 108, 117, 116, 115, 114; 2 heads, N = 8192 328, 330, 332, 312, 304. bfloat16, AMD:
-# 94, 103, 96, 91, 89; 1270, 1272, 1103, 1139, 1153; Intel: 84, 104, 90, 87, 88; 266, 323, 276, 243, 239.
-# Uncut, a block that is all there is needs no sums: Intel, bfloat16, 4 heads, N = 2048 44 in place of 56.
-BACKWARD_COLUMNS = {torch.bfloat16: sys.maxsize}
-BACKWARD_COLUMNS_ELSE = 384
+# docs/design.md: the backward is cut where caches are small
+STRIP_COLUMNS = 384
+ROOMY_CACHE = 2 << 20  # bytes of the second level, from which on strips bring nothing
 ADDED_ROWS = 256  # of a gradient that is added to a sum of a wider type: they stay in cache
 
 
 def _strip_width(dtype: torch.dtype) -> int:
-    return BACKWARD_COLUMNS.get(dtype, BACKWARD_COLUMNS_ELSE)
+    """Columns per call of the backward op."""
+    if dtype == torch.bfloat16 or level_2_bytes() >= ROOMY_CACHE:
+        return sys.maxsize
+    return STRIP_COLUMNS
 
 
 HeadsFirst = Callable[[Tensor], Tensor]

@@ -36,7 +36,7 @@ EXAMPLE = (
     "Example: seqpar bench --length 8192 --ranks 2 --dtype float32 bfloat16 --passes forward both"
 )
 CONTENDERS: dict[str, str] = {  # strategy -> the layout it likes best
-    "ring": "zigzag", "ulysses": "contiguous", "allgather": "zigzag", "mesh": "striped",
+    "ring": "zigzag", "ulysses": "contiguous", "allgather": "zigzag", "mesh": "zigzag",
     "hybrid": "zigzag", "materialised_rows": "zigzag",
 }  # fmt: skip
 LINE = "  {:<20}{:<12}" + "{:>10}" * 2 + "{:>14}" + "{:>12}" * 4

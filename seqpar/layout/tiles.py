@@ -34,10 +34,29 @@ class Tile:
         """
         if self.cols != below.cols or self.rows.stop != below.rows.start:
             return False
-        height, width = below.rows.stop - below.rows.start, below.cols.stop - below.cols.start
-        drawn_on = self.band.at(self.rows.stop - self.rows.start, 0)
+        (height, width), drawn_on = below.shape, self.band.at(self.shape[0], 0)
         both_full = drawn_on.is_full(height, width) and below.band.is_full(height, width)
         return both_full or drawn_on == below.band
+
+    def widens_to(self, right: Tile) -> bool:
+        """Whether this tile's band, drawn on over the columns of `right`, is what its rows see of them.
+
+        The rows of `right` may be the last of this tile's, where those above them then see nothing of the new
+        columns. A zigzag rank's own rows and keys are one causal tile so, as those of one device are.
+        """
+        above = right.rows.start - self.rows.start
+        if self.cols.stop != right.cols.start or self.rows.stop != right.rows.stop or above < 0:
+            return False
+        (height, width), old_width = right.shape, self.shape[1]
+        drawn_on = self.band.at(above, old_width)
+        both_full = drawn_on.is_full(height, width) and right.band.is_full(height, width)
+        hidden_above = self.band.at(0, old_width).count(above, width) == 0
+        return hidden_above and (both_full or drawn_on == right.band)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """How many rows and columns it has."""
+        return self.rows.stop - self.rows.start, self.cols.stop - self.cols.start
 
 
 def tiles(rows: tuple[Span, ...], cols: tuple[Span, ...], mask: Mask) -> tuple[Tile, ...]:
@@ -92,11 +111,17 @@ def joined_tiles(apart: tuple[Tile, ...]) -> tuple[Tile, ...]:
     The positions of a joined tile's rows need not be one progression, so it serves only where a band
     says all.
     """
-    met: list[Tile] = []
+    tall: list[Tile] = []
     for tile in apart:
         # docs/design.md: tiles that continue each other are joined
-        if met and met[-1].continues_as(tile):
-            met[-1] = replace(met[-1], rows=slice(met[-1].rows.start, tile.rows.stop))
+        if tall and tall[-1].continues_as(tile):
+            tall[-1] = replace(tall[-1], rows=slice(tall[-1].rows.start, tile.rows.stop))
+        else:
+            tall.append(tile)
+    met: list[Tile] = []
+    for tile in tall:  # from the last columns to the first
+        if met and tile.widens_to(met[-1]):
+            met[-1] = replace(tile, cols=slice(tile.cols.start, met[-1].cols.stop))
         else:
             met.append(tile)
     return tuple(met)

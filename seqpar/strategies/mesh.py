@@ -16,7 +16,9 @@ Shapes, of even shards of sl rows::
     gathered keys   k, v [b slk hkv w], one rank's at a time               in a grid column, R times
     sent home       acc, m, l of C*sl rows; backward dq, and dk, dv of each chunk
 
-Striped layouts make all causal tiles equal. The decomposition is that of SUMMA, van de Geijn and Watts 1997,
+Under a causal mask a zigzag layout gives every tile of the mesh as many scores, whatever the grid: rows of
+one rank see as many keys of any other rank as of their own. Hardly any tile is half empty then; in a striped
+layout all are. The decomposition is that of SUMMA, van de Geijn and Watts 1997,
 of a product that is never stored.
 """
 
@@ -149,6 +151,7 @@ class _Tables(NamedTuple):
 
 
 def _tables(plan: Plan, grid: Grid) -> _Tables:
+    # docs/design.md: the mesh wants a zigzag layout
     mask = plan.mask
     i, j = grid.index_of(plan.group.rank)
     row, col = grid.members[i], [members[j] for members in grid.members]

@@ -17,7 +17,6 @@ EXCEPTIONS = {
     "FlashAttention-2 takes a band as a window": KERNELS,
     "Small kernels are fused where Triton runs": KERNELS,
     "Tile sizes are a table": KERNELS,
-    "The backward is cut into strips of 384 columns": KERNELS,
     "Packed documents are limits, not tiles": KERNELS,
     "Ops are made with `torch.library.Library`": KERNELS,
     "Scripts that are started from elsewhere keep their paths": "it explains where files lie, and no line",

@@ -1,7 +1,7 @@
 """Layouts partition the sequence, tiles show each score once, heads are dealt completely."""
 
 from dataclasses import replace
-from itertools import product
+from itertools import permutations, product
 
 import pytest
 import torch
@@ -90,11 +90,40 @@ def test_the_busiest_rank_does_at_most_two_percent_more_than_the_mean(kind, size
     assert max(loads) <= 1.02 * sum(loads) / size
 
 
-def test_a_zigzag_rank_meets_its_own_rows_in_two_tiles():
-    met = joined_tiles(tiles(zigzag(2048, 2).spans[0], zigzag(2048, 2).spans[0], Mask(causal=True)))
-    assert [(t.rows, t.cols) for t in met] == [
-        (slice(512, 1024), slice(512, 1024)), (slice(0, 1024), slice(0, 512)),
-    ]  # fmt: skip
+@pytest.mark.parametrize("shape", [(2, 2), (3, 2), (2, 3), (1, 4)])
+def test_in_a_zigzag_layout_all_tiles_of_a_mesh_are_as_much_work(shape):
+    """Rows of one rank see as many keys of each other rank; of their own too, but for the diagonal."""
+    rows, columns = shape
+    layout, mask = zigzag(96 * rows * columns, rows * columns), Mask(causal=True)
+    held = layout.spans
+    seen = [
+        sum(
+            t.band.count(*t.shape)
+            for r in range(i * columns, (i + 1) * columns)
+            for c in range(j, rows * columns, columns)
+            for t in tiles(held[r], held[c], mask)
+        )
+        for i in range(rows)
+        for j in range(columns)
+    ]
+    # The diagonal of a rank's own rows is counted whole: half of a row more than half of the square.
+    assert max(seen) - min(seen) <= layout.length
+
+
+def test_a_zigzag_rank_meets_its_own_rows_in_one_causal_tile():
+    for size in (2, 3, 4):
+        own = zigzag(2048 * size, size).spans[0]
+        (met,) = joined_tiles(tiles(own, own, Mask(causal=True)))
+        assert (met.rows, met.cols, met.band) == (slice(0, 2048), slice(0, 2048), Band(upper=0))
+
+
+def test_a_zigzag_rank_meets_the_rows_of_another_in_one_full_tile():
+    layout = zigzag(64, 4)
+    for rank, owner in permutations(range(4), 2):
+        (met,) = joined_tiles(tiles(layout.spans[rank], layout.spans[owner], Mask(causal=True)))
+        height, width = met.shape
+        assert met.band.is_full(height, width)
+        assert height * width == 16 * 8
 
 
 @pytest.mark.parametrize(("hkv", "group"), product(range(1, 6), range(1, 7)))
@@ -170,6 +199,20 @@ def test_hashes_are_the_same_in_every_process():
     assert hash(Mask(causal=True)) == hash((True, 0, ()))
     assert hash(Mask(window=3, documents=(0, 4, 9))) == hash((False, 3, (0, 4, 9)))
     assert hash(zigzag(9, 2)) == hash(zigzag(9, 2).spans) == zigzag(9, 2).fingerprint
+
+
+def test_tiles_widen_only_to_the_right_and_down_to_the_same_row():
+    left = Tile(slice(0, 4), slice(0, 4), Band(upper=0), 0, 0, 1)
+    right = Tile(slice(2, 4), slice(4, 8), Band(), 2, 4, 1)
+    assert not left.widens_to(right), "row 2 sees column 2 and none behind it"
+    full = replace(left, band=Band())
+    assert not full.widens_to(right), "rows 0 and 1 see none of the new columns"
+    assert full.widens_to(replace(right, rows=slice(0, 4), row=0))
+    assert not full.widens_to(replace(right, rows=slice(0, 4), cols=slice(5, 9), row=0))
+    assert not full.widens_to(replace(right, rows=slice(0, 3), row=0))
+    late = replace(left, band=Band(upper=2))  # row 2 sees column 4, the first of the new ones
+    assert late.widens_to(replace(right, band=Band(upper=0)))
+    assert not late.widens_to(replace(right, band=Band(upper=1)))
 
 
 def test_tiles_continue_each_other_only_below_and_over_the_same_columns():
