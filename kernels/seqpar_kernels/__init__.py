@@ -19,7 +19,7 @@ from seqpar_kernels.choice import (
 )
 from seqpar_kernels.custom_ops import attention, attention_with_lse, recalled
 from seqpar_kernels.derivatives import any_order, first_only
-from seqpar_kernels.dispatch import attend, attend_backward, finish, tile_border
+from seqpar_kernels.dispatch import attend, attend_backward, begin, finish, tile_border
 from seqpar_kernels.finite import may_hold_poison
 from seqpar_kernels.partial import Partial, accumulation_dtype
 from seqpar_kernels.rows import Rows, RunningGradients
@@ -50,6 +50,7 @@ __all__ = [
     "attend_backward",
     "attention",
     "attention_with_lse",
+    "begin",
     "choose",
     "finish",
     "finished_gradients",

@@ -106,16 +106,15 @@ def forward_whole(
     v: Float[Tensor, "b j hkv vd"],
     block: Block,
 ) -> tuple[Float[Tensor, "b i hq vd"], Float[Tensor, "b i hq"]] | None:
-    """(out, lse) of a block that is all there is, if one call gives them: see `dispatch.attend_whole`."""
+    """(out, lse) of a block that all rows see some of, if one call gives them; of float16 out is float32."""
     found = _at_once(block, q, k)
     if found is None:
         return None
-    cols, causal = found
-    dtype, vd = q.dtype, v.shape[-1]
+    (cols, causal), vd = found, v.shape[-1]
     q, k, v = (x.transpose(1, 2) for x in _as_the_op_wants(q, k, v))
     q, scale, _ = positive(q, block.score.factor)
     out, lse = _forward(q, k[:, :, cols], v[:, :, cols], 0.0, causal, scale=scale)
-    out = out[..., :vd].transpose(1, 2).to(dtype)
+    out = out[..., :vd].transpose(1, 2)
     return out.contiguous(), lse.transpose(1, 2).contiguous()
 
 

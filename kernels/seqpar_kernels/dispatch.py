@@ -110,16 +110,69 @@ def attend_whole(
     continued and finished.
     """
     # docs/design.md: a block that is all there is gives what the op gives
-    way = _whole_way(q, k, v, block, implementation)
-    if way is not None:
-        with without_autocast(q.device):
-            found = None if _spreads(way, q, k, v) else way.forward_whole(q, k, v, block)
+    if block.score.joined() is None:
+        found = _at_once(q, k, v, block, implementation)
         if found is not None:
-            _is_only_told("forward", q, k, block)
-            return found
-    running = Partial.identity(q, v.shape[-1])
-    attend(q, k, v, block, into=running, implementation=implementation)
+            out, lse = found
+            return out.to(q.dtype), lse
+        running = _begun(q, k, v, block, implementation, None)
+    else:
+        running = begin(q, k, v, block, implementation=implementation)
     return finish(running, q.dtype, block.score, implementation=implementation)
+
+
+def begin(
+    q: Float[Tensor, "b i hq d"],
+    k: Float[Tensor, "b j hkv d"],
+    v: Float[Tensor, "b j hkv vd"],
+    block: Block,
+    *,
+    implementation: Implementation | None = None,
+    finite: bool | None = None,
+) -> Partial:
+    """The running sums of rows after the first block that they meet: as `attend` into the identity.
+
+    What an op gives in one call is not merged with nothing: it is where the sums begin, to the same bits.
+    """
+    found = _at_once(q, k, v, block, implementation, finite)
+    if found is not None:
+        out, lse = found
+        return Partial(out.to(lse.dtype), lse, torch.ones_like(lse))
+    return _begun(q, k, v, block, implementation, finite)
+
+
+def _begun(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block: Block,
+    implementation: Implementation | None,
+    finite: bool | None,
+) -> Partial:
+    running = Partial.identity(q, v.shape[-1])
+    attend(q, k, v, block, into=running, implementation=implementation, finite=finite)
+    return running
+
+
+def _at_once(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block: Block,
+    implementation: Implementation | None,
+    finite: bool | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """(out, lse) of a block, if one call of an op gives them."""
+    way = _whole_way(q, k, v, block, implementation)
+    if way is None:
+        return None
+    with without_autocast(q.device):
+        if _spreads(way, q, k, v, finite=finite):
+            return None
+        found = way.forward_whole(q, k, v, block)
+    if found is not None:
+        _is_only_told("forward", q, k, block)
+    return found
 
 
 def attend_whole_backward(
@@ -134,6 +187,8 @@ def attend_whole_backward(
     implementation: Implementation | None = None,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """(dq, dk, dv) of such a block in the type of q, or `None` where one call of an op does not give them."""
+    if block.score.joined() is not None:
+        return None
     way = _whole_way(q, k, v, block, implementation)
     if way is None:
         return None
@@ -151,7 +206,7 @@ def _whole_way(
 ) -> ModuleType | Adapter | None:
     """What has a `forward_whole` and a `backward_whole` and may be asked."""
     told = watcher()
-    if _nothing_to_do(q, k, block) or block.score.joined() is not None:
+    if _nothing_to_do(q, k, block):
         return None
     if told is not None and not told.walks:
         return None

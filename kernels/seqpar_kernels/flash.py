@@ -99,7 +99,7 @@ class Adapter:
         v: Float[Tensor, "b j hkv vd"],
         block: Block,
     ) -> tuple[Float[Tensor, "b i hq vd"], Float[Tensor, "b i hq"]] | None:
-        """(out, lse) of a block that is all there is, if one call gives them: see `dispatch.attend_whole`."""
+        """(out, lse) of a block that all rows see some of, if one call gives them."""
         vd, shape = v.shape[-1], (q.shape[1], k.shape[1])
         q, k, v = _as_the_op_wants(q, k, v)
         q, scale, _ = positive(q, block.score.factor)

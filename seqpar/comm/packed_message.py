@@ -1,7 +1,8 @@
-"""`PackedMessage`: several tensors of the same rows and heads as one message for each dtype."""
+"""`PackedMessage`: tensors of the same rows and heads as one message for each dtype; large ones alone."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from seqpar.comm.together import SMALL
 from seqpar_kernels import accumulation_dtype
 
 Tensors = tuple[Tensor, ...]
@@ -20,48 +22,66 @@ class PackedMessage:
 
     Side by side means that k and v of a row are neighbours in memory. Each is a view of what was received,
     with stride 1 in its width: nothing is unpacked. Rows first means that some rows of a
-    packed message are one piece of memory, whatever the batch.
+    packed message are one piece of memory, whatever the batch. A message of one tensor is that tensor's
+    memory, where its rows come first as it is.
+
+    Args:
+        widths: `None` where a tensor has none.
+        groups: which tensors, of one dtype, are one message.
     """
 
-    widths: tuple[int | None, ...]  # None: the tensor has no width
+    widths: tuple[int | None, ...]
     dtypes: tuple[torch.dtype, ...]
+    groups: tuple[tuple[int, ...], ...]
 
     @staticmethod
-    def of(block: Sequence[Tensor]) -> PackedMessage:
-        """The packed message that these tensors make."""
-        widths = tuple(x.shape[3] if x.ndim == 4 else None for x in block)
-        return PackedMessage(widths, tuple(x.dtype for x in block))
+    def of(block: Sequence[Tensor], most_rows: int = 0) -> PackedMessage:
+        """The packed message that these tensors make.
+
+        Args:
+            most_rows: of any rank. Tensors of which so many rows are large travel by themselves, so that they
+                need not be copied; the same on all ranks.
+        """
+        widths, dtypes = zip(
+            *((x.shape[3] if x.ndim == 4 else None, x.dtype) for x in block), strict=True
+        )
+        alone = [n for n, x in enumerate(block) if _is_sent_as_it_is(x, most_rows)]
+        joined = [
+            tuple(n for n, t in enumerate(dtypes) if t == dtype and n not in alone)
+            for dtype in dict.fromkeys(dtypes)
+        ]
+        groups = (*((n,) for n in alone), *(group for group in joined if group))
+        return PackedMessage(widths, dtypes, groups)
 
     def of_sums(self) -> PackedMessage:
         """The same tensors in the type that their sums are in, which is one message."""
-        return PackedMessage(self.widths, tuple(accumulation_dtype(dtype) for dtype in self.dtypes))
+        dtypes = tuple(accumulation_dtype(dtype) for dtype in self.dtypes)
+        return PackedMessage(self.widths, dtypes, (tuple(range(len(dtypes))),))
 
     @cached_property
-    def messages(self) -> list[torch.dtype]:
-        """The dtype of each message."""
-        return list(dict.fromkeys(self.dtypes))
-
-    @cached_property
-    def _parts(self) -> list[tuple[list[int], list[int]]]:
-        """By message, which of the tensors it holds, and their widths."""
-        held = [[n for n, t in enumerate(self.dtypes) if t == dtype] for dtype in self.messages]
-        return [(places, [self.widths[n] or 1 for n in places]) for places in held]
+    def _parts(self) -> list[tuple[torch.dtype, list[int]]]:
+        """By message, its dtype and the widths of its tensors."""
+        return [
+            (self.dtypes[group[0]], [self.widths[n] or 1 for n in group]) for group in self.groups
+        ]
 
     def pack(self, block: Sequence[Tensor]) -> Tensors:
-        """The messages, each `[rows b h w]` and contiguous. Copies."""
-        wide = [x if x.ndim == 4 else x.unsqueeze(-1) for x in block]
+        """The messages, each `[rows b h w]` and contiguous; of the tensors' own memory where that is so."""
+        # docs/design.md: tensors travel as packed messages
+        wide = [(x if x.ndim == 4 else x.unsqueeze(-1)).transpose(0, 1) for x in block]
         return tuple(
-            # docs/design.md: tensors travel as packed messages
-            torch.cat([x.transpose(0, 1) for x in wide if x.dtype == dtype], dim=-1).contiguous()
-            for dtype in self.messages
+            (
+                torch.cat([wide[n] for n in group], -1) if len(group) > 1 else wide[group[0]]
+            ).contiguous()
+            for group in self.groups
         )
 
     def unpack(self, messages: Sequence[Tensor]) -> Tensors:
         """The tensors `[b rows h (w)]`, views of the messages."""
         found: dict[int, Tensor] = {}
-        for message, (places, widths) in zip(messages, self._parts, strict=True):
+        for message, group, (_, widths) in zip(messages, self.groups, self._parts, strict=True):
             parts = message.transpose(0, 1).split_with_sizes(widths, -1)
-            found.update(zip(places, parts, strict=True))
+            found.update(zip(group, parts, strict=True))
         return tuple(
             found[n] if w is not None else found[n].squeeze(-1) for n, w in enumerate(self.widths)
         )
@@ -70,5 +90,10 @@ class PackedMessage:
         """Messages to receive, on the device of a tensor."""
         return tuple(
             like.new_empty(rows, batch, heads, sum(widths), dtype=dtype)
-            for dtype, (_, widths) in zip(self.messages, self._parts, strict=True)
+            for dtype, widths in self._parts
         )
+
+
+def _is_sent_as_it_is(x: Tensor, rows: int) -> bool:
+    """Whether so many rows of it are large, and rows come first. Ranks without rows find the same."""
+    return x.shape[0] == 1 and rows * math.prod(x.shape[2:]) * x.element_size() > SMALL

@@ -93,7 +93,7 @@ def ring_pass(
     Args:
         block: this rank's tensors, `[b sl h w]` or `[b sl h]`, packed by `PackedMessage`.
     """
-    message = PackedMessage.of(block)
+    message = PackedMessage.of(block, schedule.most_rows)
     own = message.pack(block) if schedule.is_awaited else ()
     held: Tensors | None = own
     double = _DoubleBuffer(block, message, schedule.most_rows)

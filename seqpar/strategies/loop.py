@@ -18,12 +18,15 @@ from seqpar.comm import GatherSchedule, Piece, gather_pass, once
 from seqpar.strategies.plan import Plan, Spans
 from seqpar_kernels import (
     BY_BLOCKS,
+    Block,
+    Implementation,
     Partial,
     Rows,
     Score,
     accumulation_dtype,
     attend,
     attend_backward,
+    begin,
     finish,
     finished_gradients,
     first_only,
@@ -186,19 +189,34 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     plan, route, score = call.plan, call.route, call.scored(tensors)
     row_spans, q_r = route.rows(q)
-    running = Partial.identity(q_r, v.shape[-1])
+    running: Partial | None = None
     # Looked for once for all tiles, since to look takes a sum over each tensor.
     finite_q = not may_hold_poison(q_r)
     for col_spans, k_c, v_c in route.columns(k, v):
         finite = finite_q and not may_hold_poison(k_c, v_c)
         for rows, cols, block in plan.blocks(row_spans, col_spans, score, call.head):
-            attend(
-                q_r[:, rows], k_c[:, cols], v_c[:, cols], block,
-                into=running[rows], implementation=plan.implementation, finite=finite,
-            )  # fmt: skip
+            running = _continued(
+                running, rows, q_r, k_c[:, cols], v_c[:, cols], block, plan.implementation, finite
+            )
         del k_c, v_c  # or they live on while the next ones arrive
+    if running is None:
+        running = Partial.identity(q_r, v.shape[-1])
     running = route.merged(running)
     return finish(running, q.dtype, score, implementation=plan.implementation)
+
+
+def _continued(
+    running: Partial | None, rows: slice, q: Tensor, k: Tensor, v: Tensor, block: Block,
+    implementation: Implementation | None, finite: bool,
+) -> Partial:  # fmt: skip
+    """The sums of all rows after some of them have met a block: continued, or begun by it."""
+    q_rows = q[:, rows]
+    if running is None and rows == slice(0, q.shape[1]):
+        return begin(q_rows, k, v, block, implementation=implementation, finite=finite)
+    if running is None:
+        running = Partial.identity(q, v.shape[-1])
+    attend(q_rows, k, v, block, into=running[rows], implementation=implementation, finite=finite)
+    return running
 
 
 def like_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

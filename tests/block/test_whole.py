@@ -16,6 +16,7 @@ from seqpar_kernels import (
     attend,
     attend_backward,
     attention,
+    begin,
     finish,
 )
 from seqpar_kernels.dispatch import attend_whole, attend_whole_backward
@@ -73,6 +74,31 @@ def test_bits_are_those_of_sums(band, sizes, heads, widths, batch, scale, bounds
         assert x.dtype == y.dtype
         assert x.is_contiguous()
         assert torch.equal(x, y), name
+
+
+@given(
+    band=BANDS,
+    sizes=st.tuples(SIZES, SIZES),
+    heads=st.sampled_from([(4, 4), (4, 2)]),
+    widths=st.sampled_from([(8, 8), (16, 3)]),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    poisoned=st.booleans(),
+)
+@example(CAUSAL, (64, 64), (4, 4), (16, 3), torch.float16, False)
+@example(Band(), (33, 70), (4, 4), (8, 8), torch.bfloat16, False)
+@example(Band(None, 5), (64, 64), (4, 4), (8, 8), torch.float32, True)
+def test_sums_begin_with_the_bits_of_a_first_block(band, sizes, heads, widths, dtype, poisoned):
+    q, k, v, _ = problem(*sizes, heads, widths, dtype)
+    if poisoned and k.shape[1]:
+        k[0, -1] = torch.inf
+    block, running = Block(band, Score(0.4)), Partial.identity(q, v.shape[-1])
+    attend(q, k, v, block, into=running)
+    begun = begin(q, k, v, block)
+    for name in ("acc", "m", "l"):
+        x, y = getattr(begun, name), getattr(running, name)
+        assert x.dtype == y.dtype
+        assert x.is_contiguous()
+        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True, msg=name)
 
 
 @pytest.mark.parametrize("band", [CAUSAL, Band()])

@@ -270,6 +270,28 @@ def test_messages_are_unpacked_as_they_were_packed(dtypes, batch, rows, heads):
         torch.testing.assert_close(y, x, rtol=0, atol=0)
 
 
+def test_large_tensors_travel_as_they_are_and_small_ones_together():
+    shapes = (1, 64, 2, 8), (1, 64, 2, 8), (1, 64, 2), (1, 64, 2)
+    block = tuple(torch.randn(shape) for shape in shapes)
+    many = 1 + (256 << 10) // (2 * 8 * 4)  # rows of which a wide tensor is more than 256 KiB
+    message = PackedMessage.of(block, many)
+    messages = message.pack(block)
+    assert message.groups == ((0,), (1,), (2, 3))
+    assert [m.shape[-1] for m in messages] == [8, 8, 2]
+    assert [m.data_ptr() for m in messages[:2]] == [x.data_ptr() for x in block[:2]]
+    for x, y in zip(block, message.unpack(messages), strict=True):
+        assert torch.equal(x, y)
+    assert [x.shape for x in message.empty(block[0], 3, 1, 2)] == [(3, 1, 2, 8)] * 2 + [
+        (3, 1, 2, 2)
+    ]
+    assert PackedMessage.of(block, many - 1).groups == ((0, 1, 2, 3),)
+    none = tuple(x[:, :0] for x in block)
+    assert PackedMessage.of(none, many) == message, "a rank without rows knows as much"
+    batch = tuple(torch.cat([x, x]) for x in block)
+    assert PackedMessage.of(batch, many).groups == ((0, 1, 2, 3),), "of a batch rows are not first"
+    assert len(message.of_sums().groups) == 1
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_reductions_are_duals(size):
     check_reduce(simulate(size, reduce_pairs))
