@@ -21,7 +21,8 @@ from seqpar.comm.group import Group
 from seqpar.comm.packed_message import PackedMessage
 from seqpar.comm.reduce import all_reduce, all_reduce_, replicate
 from seqpar.comm.replay import Replay, current_replay, once, plays
-from seqpar.comm.ring_pass import RingSchedule, RingSum, ring_pass
+from seqpar.comm.ring_pass import RingSum, ring_pass
+from seqpar.comm.ring_schedule import RingSchedule
 from seqpar.comm.silent import Listener, silent
 from seqpar.comm.threads import simulate
 from seqpar.comm.traffic import Count, Traffic

@@ -80,8 +80,11 @@ class PackedMessage:
         """The tensors `[b rows h (w)]`, views of the messages."""
         found: dict[int, Tensor] = {}
         for message, group, (_, widths) in zip(messages, self.groups, self._parts, strict=True):
-            parts = message.transpose(0, 1).split_with_sizes(widths, -1)
-            found.update(zip(group, parts, strict=True))
+            rows_second = message.transpose(0, 1)
+            if len(group) == 1:
+                found[group[0]] = rows_second
+                continue
+            found.update(zip(group, rows_second.split_with_sizes(widths, -1), strict=True))
         return tuple(
             found[n] if w is not None else found[n].squeeze(-1) for n, w in enumerate(self.widths)
         )
