@@ -6,7 +6,7 @@ rank holds two chunks and never the whole sequence. A piece is sent to the ranks
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -66,14 +66,21 @@ class GatherSchedule:
     ) -> GatherSchedule:
         """The schedule in which chunk n of a rank is from the owner n ranks before it: all send at once.
 
+        Pieces that follow on one another, and are wanted by one rank, are one piece of it and one message.
+
         Args:
-            blocks: by owner.
+            blocks: by owner, its pieces in the order of its rows.
         """
         size = len(blocks)
-        return GatherSchedule(
-            rank, size, size, lambda n: blocks[(rank - n) % size],
-            lambda n: (((rank + n) % size, p) for p in blocks[rank]), wants,
-        )  # fmt: skip
+
+        def wanted(owner: int, visitor: int) -> Chunk:
+            return _joined(p for p in blocks[owner] if owner == visitor or wants(visitor, p))
+
+        def taken(n: int) -> Iterable[tuple[int, Piece]]:
+            to = (rank + n) % size
+            return ((to, p) for p in wanted(rank, to))
+
+        return GatherSchedule(rank, size, size, lambda n: wanted((rank - n) % size, rank), taken)
 
     @staticmethod
     def together(
@@ -115,6 +122,17 @@ class GatherSchedule:
         ]
 
 
+def _joined(pieces: Iterable[Piece]) -> Chunk:
+    """The same rows of one owner in as few pieces as can be."""
+    found: list[Piece] = []
+    for p in pieces:
+        if found and found[-1].stop == p.start:
+            found[-1] = Piece(p.owner, found[-1].start, p.stop)
+        else:
+            found.append(p)
+    return tuple(found)
+
+
 def gather_pass(
     block: Tensors, schedule: GatherSchedule, group: Group, *, primitive: str = "gather"
 ) -> Iterator[tuple[Chunk, Tensors]]:
@@ -142,7 +160,7 @@ def gather_pass(
                     x.copy_(y[:, p.rows])
         for _, p in sent[n]:
             if p not in packed:
-                packed[p] = message.pack([x[:, p.rows] for x in block])
+                packed[p] = _part_of(packed, p) or message.pack([x[:, p.rows] for x in block])
         pending = group.exchange(
             primitive,
             [(rank, x) for rank, p in sent[n] for x in packed[p]],
@@ -161,6 +179,15 @@ def gather_pass(
         # Begun before this chunk is handed out, so that it comes while the caller computes.
         coming = start(n + 1) if n + 1 < schedule.num_chunks else None
         yield pieces, message.unpack(chunk)
+
+
+def _part_of(packed: Mapping[Piece, Tensors], piece: Piece) -> Tensors | None:
+    """The rows of a piece, where they are packed as a part of another; `None` where they are not."""
+    for whole, messages in packed.items():
+        if whole.start <= piece.start and piece.stop <= whole.stop:
+            rows = slice(piece.start - whole.start, piece.stop - whole.start)
+            return tuple(x[rows] for x in messages)
+    return None
 
 
 class HomeSum:

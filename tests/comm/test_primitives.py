@@ -207,6 +207,39 @@ def test_the_ring_brings_what_is_wanted_and_sums_every_share(ring, direction, in
     check_ring(results, wanted, direction, in_order)
 
 
+def in_turn_pair(group, cuts, wanted):
+    """What each rank holds of each owner in turn, of pieces that are cut alike on all ranks."""
+    blocks = [
+        tuple(Piece(o, a, b) for a, b in zip(cuts, cuts[1:], strict=False))
+        for o in range(group.size)
+    ]
+    schedule = GatherSchedule.in_turn(
+        group.rank, blocks, lambda r, p: (r, p.owner, p.start) in wanted
+    )
+    block = (normal(group, 2, cuts[-1], 1, 2),)
+    sums, seen = HomeSum(block, schedule, group), []
+    for held, (x,) in gather_pass(block, schedule, group):
+        seen.append((held, x.clone()))
+        with sums.share() as (share,):
+            share.add_(group.rank + 1)
+    return block[0], seen, sums.home()[0], [schedule.sent(n) for n in range(schedule.num_chunks)]
+
+
+def test_pieces_that_follow_on_one_another_are_one_message():
+    # Rank 1 wants all of rank 0, rank 2 its first and last piece, rank 0 nothing of anybody.
+    wanted = {(1, 0, 0), (1, 0, 2), (1, 0, 3), (2, 0, 0), (2, 0, 3)}
+    results = simulate(3, in_turn_pair, [0, 2, 3, 7], wanted)
+    assert results[0][3] == [[], [(1, Piece(0, 0, 7))], [(2, Piece(0, 0, 2)), (2, Piece(0, 3, 7))]]
+    assert results[1][3] == results[2][3] == [[], [], []]
+    of_first = results[0][0]
+    assert results[1][1][1][0] == (Piece(0, 0, 7),)
+    assert torch.equal(results[1][1][1][1], of_first)
+    assert results[2][1][2][0] == (Piece(0, 0, 2), Piece(0, 3, 7))
+    assert torch.equal(results[2][1][2][1], of_first[:, [0, 1, 3, 4, 5, 6]])
+    sums = [int(x) for x in results[0][2][0, :, 0, 0]]
+    assert sums == [1 + 2 + 3] * 2 + [1 + 2] + [1 + 2 + 3] * 4
+
+
 def pieces_pair(group, rows, num_chunks, wanted):
     """What gather_pass brings and what HomeSum sums: every holder adds its rank + 1 to a piece."""
     pieces = [Piece(o, n * c // num_chunks, n * (c + 1) // num_chunks)
