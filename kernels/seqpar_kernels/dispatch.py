@@ -132,7 +132,8 @@ def begin(
 ) -> Partial:
     """The running sums of rows after the first block that they meet: as `attend` into the identity.
 
-    What an op gives in one call is not merged with nothing: it is where the sums begin, to the same bits.
+    What an op gives in one call is not merged with nothing: the sums begin with it, to the same bits where
+    scores are finite.
     """
     found = _at_once(q, k, v, block, implementation, finite)
     if found is not None:

@@ -20,6 +20,7 @@ import torch
 from seqpar import Group, Mask, Plan, attention, contiguous, zigzag
 from seqpar.comm.gloo_threads import gloo_threads
 from seqpar.commands.arguments import DTYPE_BY_NAME, parser_of, positive
+from seqpar.commands.contest import quartiles
 from seqpar.testing import ProcessWorld
 
 LAYOUTS = {"ring": zigzag, "ulysses": contiguous, "allgather": zigzag}
@@ -103,8 +104,13 @@ def main() -> None:
 def _row(by_policy: dict[str, list[float]]) -> dict[str, object]:
     before, after = by_policy.values()
     ratios = [b / a for a, b in zip(before, after, strict=True)]
+    lower, upper = quartiles(ratios)
     medians = {policy: 1e3 * statistics.median(seconds) for policy, seconds in by_policy.items()}
-    return {"torch": torch.__version__, "ms": medians, "ratio": statistics.quantiles(ratios, n=4)}
+    return {
+        "torch": torch.__version__,
+        "ms": medians,
+        "ratio": (lower, statistics.median(ratios), upper),
+    }
 
 
 def _told(row: dict[str, object]) -> str:

@@ -13,7 +13,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-NAME = "gloo_tcp_loop"  # of the thread, in /proc/self/task/*/comm
+TASKS, NAME = Path("/proc/self/task"), "gloo_tcp_loop"  # in the comm of each
 
 
 def calm_gloo() -> None:
@@ -33,8 +33,9 @@ def calm_gloo() -> None:
 def gloo_threads() -> list[int]:
     """The numbers of the threads of this process that move bytes for gloo. Linux only."""
     numbers = []
-    for thread in Path("/proc/self/task").iterdir():
-        with suppress(OSError):  # it has ended
-            if (thread / "comm").read_text().strip() == NAME:
-                numbers.append(int(thread.name))
+    with suppress(OSError):  # there may be no /proc
+        for thread in TASKS.iterdir():
+            with suppress(OSError):  # it has ended
+                if (thread / "comm").read_text().strip() == NAME:
+                    numbers.append(int(thread.name))
     return numbers

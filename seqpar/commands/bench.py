@@ -26,7 +26,7 @@ Compares strategies with one process and with other packages: time, bytes, peak 
 
 P ranks with one thread each against one process with --threads threads that runs torch's own
 scaled_dot_product_attention on the whole sequence. Other packages take part where they are installed:
-DeepSpeed, yunchang, ring-flash-attn, and torch's context parallel ring.
+DeepSpeed, yunchang, ring-flash-attn, and torch's own context parallel attention.
 
 Each contender's results are compared with one device before it is timed; what is wrong or fails is
 named and not timed. Rounds alternate between all, so that what else the machine does hits all alike; the
@@ -89,9 +89,9 @@ def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         outcome = contest(setting, args.ranks, args.threads, args.rounds, _say)
         print("\n".join(_table(outcome)), flush=True)
         results.append(_result(setting, outcome, args))
+        if args.json:
+            args.json.write_text(json.dumps(results, indent=1) + "\n")
         failed += [f"{what}, N={setting.length} {_name(setting)}" for what in _failures(outcome)]
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
     for what in failed:
         print(f"FAILED {what}")
     return 1 if failed else 0

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -99,13 +100,14 @@ def contest(
             try:
                 checked[name] = _check(setting, name, ranks, path)
             except (WorldError, ValueError) as error:
-                refused[name] = str(error).strip().splitlines()[-1]
+                refused[name] = _last_line(error)
     names = [name for name in setting.layouts if name in checked]
-    with ProcessWorld(1, num_threads=threads) as one, ProcessWorld(ranks) as many:
-        load, own = Load.now(), _own_seconds(one, many)
-        steps = _rounds(setting, names, one, many, rounds, say)
+    with _Worlds(ranks, threads) as worlds:
+        load, own = Load.now(), worlds.own_seconds()
+        steps, failed = _rounds(setting, names, worlds, rounds, say)
         end = Load.now()
-        others = end.others(load, _own_seconds(one, many) - own) if end and load else None
+        others = end.others(load, worlds.own_seconds() - own) if end and load else None
+    refused |= failed
     alone = [taken.seconds for (taken,) in steps[ONE_DEVICE]]
     rows = [_row(name, setting, steps[name], alone, checked[name]) for name in steps]
     return Outcome(rows, refused, others)
@@ -138,30 +140,69 @@ def _check(setting: Setting, name: str, ranks: int, path: Path) -> _Checked:
     return _Checked(max(known, default=None), max(worst.values()))
 
 
+class _Worlds:
+    """One process, and the processes of the ranks, which are made anew where something fails in them."""
+
+    def __init__(self, ranks: int, threads: int) -> None:
+        self._ranks = ranks
+        self.one, self.many = ProcessWorld(1, num_threads=threads), ProcessWorld(ranks)
+
+    def renew(self) -> None:
+        """Makes new processes of the ranks."""
+        self.many = ProcessWorld(self._ranks)
+
+    def own_seconds(self) -> float:
+        """CPU seconds that these processes, and this one, have used."""
+        worlds = self.one, self.many
+        return time.process_time() + sum(sum(world.run(_cpu_seconds)) for world in worlds)
+
+    def __enter__(self) -> _Worlds:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for world in (self.one, self.many):
+            if world.is_alive:
+                world.close()
+
+
 def _rounds(
     setting: Setting,
     names: Sequence[str],
-    one: ProcessWorld,
-    many: ProcessWorld,
+    worlds: _Worlds,
     rounds: int,
     say: Callable[[str], None],
-) -> dict[str, list[list[Taken]]]:
-    """What every rank took in every round, by name."""
+) -> tuple[dict[str, list[list[Taken]]], dict[str, str]]:
+    """(what every rank took in every round, by name; why a contender failed, by name)."""
     steps: dict[str, list[list[Taken]]] = {name: [] for name in (ONE_DEVICE, *names)}
+    failed: dict[str, str] = {}
     for n in range(rounds + 1):
         say(f"round {n} of {rounds}" if n else "a round to warm up")
-        taken = {}
-        # Each round begins with another, so that nobody always follows the same one.
-        for name in [*steps][n % len(steps) :] + [*steps][: n % len(steps)]:
-            if name == ONE_DEVICE:
-                seconds = one.run(one_device_step, setting, timeout=PATIENCE_SECONDS)
-                taken[name] = [Taken(seconds[0])]
-            else:
-                taken[name] = many.run(rank_step, setting, name, timeout=PATIENCE_SECONDS)
-        if n > 0:  # the first round warms up
-            for name in steps:
-                steps[name].append(taken[name])
-    return steps
+        order = [*steps]
+        # In every round another order, so that nobody always follows the same one.
+        Random(n).shuffle(order)
+        for name in order:
+            try:
+                taken = _step(setting, name, worlds)
+            except WorldError as error:
+                failed[name] = _last_line(error)
+                del steps[name]
+                worlds.renew()
+                continue
+            if n > 0:  # the first round warms up
+                steps[name].append(taken)
+    return steps, failed
+
+
+def _step(setting: Setting, name: str, worlds: _Worlds) -> list[Taken]:
+    if name == ONE_DEVICE:
+        (seconds,) = worlds.one.run(one_device_step, setting, timeout=PATIENCE_SECONDS)
+        return [Taken(seconds)]
+    return worlds.many.run(rank_step, setting, name, timeout=PATIENCE_SECONDS)
+
+
+def _last_line(error: Exception) -> str:
+    """What a traceback ends with."""
+    return str(error).strip().splitlines()[-1]
 
 
 def _row(
@@ -169,7 +210,7 @@ def _row(
 ) -> Row:
     seconds = [max(taken.seconds for taken in ranks) for ranks in steps]
     ratios = [a / b for a, b in zip(seconds, alone, strict=True)]
-    lower, _, upper = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    lower, upper = quartiles(ratios)
     last = steps[-1]
     return Row(
         name,
@@ -186,15 +227,18 @@ def _row(
     )
 
 
+def quartiles(numbers: Sequence[float]) -> tuple[float, float]:
+    """The lower and the upper one of what was measured, however little that is."""
+    if len(numbers) == 1:
+        return numbers[0], numbers[0]
+    lower, _, upper = statistics.quantiles(numbers, n=4, method="inclusive")
+    return lower, upper
+
+
 def _sum(numbers: Any) -> int | None:
     """Their sum, `None` where one is not known."""
     known = list(numbers)
     return None if None in known else sum(known)
-
-
-def _own_seconds(*worlds: ProcessWorld) -> float:
-    """CPU seconds that the processes of worlds, and this one, have used."""
-    return time.process_time() + sum(sum(world.run(_cpu_seconds)) for world in worlds)
 
 
 def _cpu_seconds(_: Group) -> float:

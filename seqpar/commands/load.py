@@ -34,11 +34,11 @@ class Load:
             busy / TICKS_PER_SECOND, (busy + idle + iowait + irq + softirq) / TICKS_PER_SECOND
         )
 
-    def others(self, since: Load, own_seconds: float) -> float:
-        """The share of the machine's CPUs that others used, 0 to 1, since then.
+    def others(self, since: Load, own_seconds: float) -> float | None:
+        """The share of the machine's CPUs that others used, 0 to 1, since then; `None` if time stood still.
 
         Args:
             own_seconds: CPU seconds that the measuring processes used in the meantime.
         """
         passed = self.passed - since.passed
-        return max(0.0, (self.busy - since.busy - own_seconds) / passed) if passed else 0.0
+        return max(0.0, (self.busy - since.busy - own_seconds) / passed) if passed else None

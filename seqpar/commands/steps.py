@@ -94,7 +94,9 @@ def rank_errors(group: Group, setting: Setting, name: str, path: Path) -> dict[s
     found = {}
     for what, x, whole in zip(NAMES, results, _expected(path, setting), strict=False):
         right = whole[:, rows]
-        found[what] = float((x.float() - right).norm() / right.norm())
+        error = float((x.float() - right).norm() / right.norm()) if len(rows) else 0.0
+        # Of a NaN no maximum can be taken, and nothing is worse.
+        found[what] = math.inf if math.isnan(error) else error
     return found
 
 

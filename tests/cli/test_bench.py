@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from seqpar import cli
-from seqpar.commands import bench, contest, load
+from seqpar import Group, cli, simulate
+from seqpar.commands import bench, contest, load, steps
 from seqpar.commands.contest import Outcome, Row
 from seqpar.commands.load import Load
 from seqpar.commands.peers import PEERS, one_device, ring_flash
@@ -81,6 +81,42 @@ def test_a_peer_that_fails_is_named_and_the_others_are_timed(capsys):
     assert "  ulysses  " in text
 
 
+def _fail_later(group, setting, name):
+    """A strategy that fails in its second round, on one rank."""
+    if name == "mesh" and setting.length == 64:
+        _fail_later.rounds = getattr(_fail_later, "rounds", 0) + 1
+        if _fail_later.rounds == 2 and group.rank == 1:
+            raise RuntimeError("it had enough")
+    return steps.rank_step(group, setting, name)
+
+
+def test_what_fails_in_a_round_is_named_and_the_others_go_on(monkeypatch, capsys):
+    monkeypatch.setattr(contest, "rank_step", _fail_later)
+    assert cli.main([*SMALL, "mesh", "ulysses", "--peers"]) == 1
+    text = capsys.readouterr().out
+    assert "mesh                not timed: RuntimeError: it had enough" in text
+    assert "FAILED mesh: RuntimeError: it had enough" in text
+    assert "  ulysses             contiguous" in text
+
+
+def test_nothing_is_worse_than_a_nan_and_no_rows_are_not_wrong(tmp_path):
+    setting = steps.Setting(2, 1, 4, torch.float32, True, False, {"ring": "zigzag"})
+    path = tmp_path / "expected"
+    steps.save_expected(Group.alone(), setting, path)
+    right = simulate(4, steps.rank_errors, setting, "ring", path)
+    assert all(found["out"] < 1e-6 for found in right)
+    assert sum(found["out"] == 0.0 for found in right) >= 2
+    steps._expected(path, setting, shared=True).fill_(torch.nan)
+    found = simulate(4, steps.rank_errors, setting, "ring", path)
+    assert max(x["out"] for x in found) == torch.inf
+
+
+def test_quartiles_are_within_what_was_measured():
+    assert contest.quartiles([1.0]) == (1.0, 1.0)
+    assert contest.quartiles([1.0, 2.0]) == (1.25, 1.75)
+    assert contest.quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 4.0)
+
+
 @pytest.mark.parametrize(
     ("name", "length", "ranks", "causal", "why"),
     [
@@ -114,7 +150,7 @@ def test_others_are_what_is_busy_and_not_ours():
     # Of 40 CPU seconds 14 were busy, 10 of them ours.
     assert Load(114.0, 240.0).others(Load(100.0, 200.0), 10.0) == pytest.approx(0.1)
     assert Load(108.0, 240.0).others(Load(100.0, 200.0), 10.0) == 0.0
-    assert Load(100.0, 200.0).others(Load(100.0, 200.0), 0.0) == 0.0
+    assert Load(100.0, 200.0).others(Load(100.0, 200.0), 0.0) is None
 
 
 def test_where_the_system_does_not_say_it_is_not_told(monkeypatch, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """`seqpar check` as its users start it, and what it does when something is off."""
 
+import functools
 import json
 
 import pytest
@@ -42,12 +43,15 @@ def test_starts_its_own_processes_and_writes_what_it_found(capsys, tmp_path):
     assert all(0 < max(record["worst"].values()) <= 1 for record in found["records"])
 
 
-def test_a_wrong_result_exits_with_1_and_names_the_case(monkeypatch, capsys):
-    def without_scale(q, k, v, block, **options):
-        attend(q * 2, k, v, block, **options)
+def _with_another_q(attend, q, *others, **options):
+    return attend(q * 2, *others, **options)
 
-    attend = seqpar.strategies.loop.attend
-    monkeypatch.setattr(seqpar.strategies.loop, "attend", without_scale)
+
+def test_a_wrong_result_exits_with_1_and_names_the_case(monkeypatch, capsys):
+    for name in ("attend", "begin"):
+        right = getattr(seqpar.strategies.loop, name)
+        wrong = functools.partial(_with_another_q, right)
+        monkeypatch.setattr(seqpar.strategies.loop, name, wrong)
     monkeypatch.setattr(check, "ProcessWorld", Threads)
     options = ["--ranks", "2", "--dtype", "float32", "--strategy", "mesh"]
     assert cli.main(["check", *options]) == 1

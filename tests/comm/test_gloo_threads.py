@@ -36,6 +36,11 @@ def test_a_thread_with_a_policy_of_its_own_keeps_it(worlds):
     assert worlds.run(1, _again) == [os.SCHED_IDLE]
 
 
+def test_where_there_is_no_proc_nothing_happens(monkeypatch, tmp_path):
+    monkeypatch.setattr("seqpar.comm.gloo_threads.TASKS", tmp_path / "none")
+    calm_gloo()
+
+
 def test_where_the_system_forbids_it_nothing_happens(monkeypatch):
     def refuse(*_):
         raise PermissionError("Operation not permitted")

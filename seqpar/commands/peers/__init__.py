@@ -61,5 +61,5 @@ PEERS: dict[str, Peer] = {
     "ring-flash-attn": Peer(
         "ring_flash_attn", "zigzag", ring_flash.zigzag, parts=2, causal_only=True
     ),
-    "torch cp": Peer("torch", "zigzag", context_parallel.ring, parts=2, causal_only=True),
+    "torch cp": Peer("torch", "zigzag", context_parallel.balanced, parts=2, causal_only=True),
 }

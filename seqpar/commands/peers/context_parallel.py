@@ -1,4 +1,7 @@
-"""torch's own context parallel ring, given torch's op for the CPU, which its dispatch does not know."""
+"""torch's own context parallel attention, given torch's op for the CPU, which its dispatch does not know.
+
+As torch has it by default: keys and values are gathered at once, gradients go round a ring.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from torch import Tensor
 from seqpar.commands.peers import one_device
 
 
-def ring(causal: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def balanced(causal: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Attention of all ranks of this process, in its balanced layout."""
     assert causal, "its balanced layout is for causal masks"
     module = import_module("torch.distributed.tensor.experimental._context_parallel._attention")

@@ -9,6 +9,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 from torch import Tensor
 
@@ -16,25 +17,27 @@ from seqpar.commands.peers import one_device
 
 
 def zigzag(causal: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Attention of all ranks of this process. Changes what this process imports under these names."""
+    """Attention of all ranks of this process."""
     attend = _module().zigzag_ring_flash_attn_func
     return lambda q, k, v: attend(q, k, v, causal=causal)
 
 
 @cache
 def _module() -> Any:
+    stand_ins: dict[str, ModuleType] = {}
     if find_spec("flash_attn") is None:
         part = ModuleType("flash_attn.flash_attn_interface")
         part._flash_attn_forward = _flash_attn_forward  # type: ignore[attr-defined]
         part._flash_attn_backward = _flash_attn_backward  # type: ignore[attr-defined]
-        sys.modules |= {"flash_attn": ModuleType("flash_attn"), part.__name__: part}
+        stand_ins = {"flash_attn": ModuleType("flash_attn"), part.__name__: part}
     # Importing the package imports its adapters, which want what transformers no longer has.
     found = find_spec("ring_flash_attn")
     assert found is not None, "only what is installed is made"
     package = ModuleType("ring_flash_attn")
     package.__path__ = [*(found.submodule_search_locations or ())]
-    sys.modules["ring_flash_attn"] = package
-    return import_module("ring_flash_attn.zigzag_ring_flash_attn")
+    stand_ins["ring_flash_attn"] = package
+    with patch.dict(sys.modules, stand_ins):  # for this import alone
+        return import_module("ring_flash_attn.zigzag_ring_flash_attn")
 
 
 def _flash_attn_forward(
