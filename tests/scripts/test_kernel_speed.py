@@ -87,10 +87,10 @@ def test_ranks_in_turn_compute_the_whole(ranks, kind, implementation):
 
 
 @pytest.mark.parametrize(
-    ("kind", "blocks"), [("contiguous", [1, 2, 3, 4]), ("zigzag", [7, 6, 5, 4])]
+    ("kind", "blocks"), [("contiguous", [1, 2, 3, 4]), ("zigzag", [4, 4, 4, 4])]
 )
 def test_blocks_hold_every_visible_score_once(kind, blocks):
-    """Zigzag rank 0 sees each other owner's two runs with its late one; rank 3's two are one run."""
+    """A zigzag rank meets the rows of each owner in one block: their runs are joined."""
     layout = LAYOUTS[kind](64, 4)
     met = [
         [b for _, blocks in meetings(layout, SMALL.mask, 8, r) for b in blocks] for r in range(4)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from seqpar.commands.peers import one_device
+from seqpar_kernels.derivatives import first_only
 
 
 def balanced(causal: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -39,6 +40,7 @@ class _Ring(torch.autograd.Function):
         return out
 
     @staticmethod
+    @first_only
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         dq, dk, dv = ctx.module._templated_ring_attention_backward(
