@@ -110,14 +110,11 @@ def attend_whole(
     continued and finished.
     """
     # docs/design.md: a block that is all there is gives what the op gives
-    if block.score.joined() is None:
-        found = _at_once(q, k, v, block, implementation)
-        if found is not None:
-            out, lse = found
-            return out.to(q.dtype), lse
-        running = _begun(q, k, v, block, implementation, None)
-    else:
-        running = begin(q, k, v, block, implementation=implementation)
+    found = _in_one_call(q, k, v, block, implementation)
+    if found is not None and block.score.joined() is None:
+        out, lse = found
+        return out.to(q.dtype), lse
+    running = _begun(found, q, k, v, block, implementation)
     return finish(running, q.dtype, block.score, implementation=implementation)
 
 
@@ -135,27 +132,29 @@ def begin(
     What an op gives in one call is not merged with nothing: the sums begin with it, to the same bits where
     scores are finite.
     """
-    found = _at_once(q, k, v, block, implementation, finite)
-    if found is not None:
-        out, lse = found
-        return Partial(out.to(lse.dtype), lse, torch.ones_like(lse))
-    return _begun(q, k, v, block, implementation, finite)
+    found = _in_one_call(q, k, v, block, implementation, finite)
+    return _begun(found, q, k, v, block, implementation, finite)
 
 
 def _begun(
+    found: tuple[Tensor, Tensor] | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     block: Block,
     implementation: Implementation | None,
-    finite: bool | None,
+    finite: bool | None = None,
 ) -> Partial:
+    """The sums after a first block, of which one call may have given (out, lse)."""
+    if found is not None:
+        out, lse = found
+        return Partial(out.to(lse.dtype), lse, torch.ones_like(lse))
     running = Partial.identity(q, v.shape[-1])
     attend(q, k, v, block, into=running, implementation=implementation, finite=finite)
     return running
 
 
-def _at_once(
+def _in_one_call(
     q: Tensor,
     k: Tensor,
     v: Tensor,

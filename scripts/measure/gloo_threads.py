@@ -21,7 +21,7 @@ from seqpar import Group, Mask, Plan, attention, contiguous, zigzag
 from seqpar.comm.gloo_threads import gloo_threads
 from seqpar.commands.arguments import DTYPE_BY_NAME, parser_of, positive
 from seqpar.commands.contest import quartiles
-from seqpar.testing import ProcessWorld
+from seqpar.testing import ProcessWorld, meet
 
 LAYOUTS = {"ring": zigzag, "ulysses": contiguous, "allgather": zigzag}
 POLICIES = {"as gloo makes them": os.SCHED_OTHER, "as batch threads": os.SCHED_BATCH}
@@ -51,15 +51,11 @@ def _step(group: Group, strategy: str, length: int, dtype: torch.dtype) -> float
     plan = Plan(group, layout, Mask(causal=True), strategy=strategy)
     shape = 1, layout.rows[group.rank], 8, 64
     q, k, v, dout = (torch.randn(shape, dtype=dtype, requires_grad=True) for _ in range(4))
-    _meet(group)
+    meet(group)
     start = time.perf_counter()
     torch.autograd.grad(attention(q, k, v, plan), (q, k, v), dout)
-    _meet(group)
+    meet(group)
     return time.perf_counter() - start
-
-
-def _meet(group: Group) -> None:
-    group.all_reduce_(torch.zeros(1), "sum")
 
 
 def main() -> None:

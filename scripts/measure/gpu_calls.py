@@ -32,6 +32,7 @@ from seqpar.comm import Group
 from seqpar.commands.arguments import parser_of
 from seqpar.layout import zigzag
 from seqpar.strategies import STRATEGIES
+from seqpar.testing import meet
 
 HEADS, D, DTYPE = 16, 128, torch.bfloat16
 TOKENS = (1024, 2048, 4096, 8192, 16384)
@@ -132,13 +133,13 @@ def waits(size: int, strategy: str, mask: str, device: torch.device) -> dict[str
         *leaves, dout = (x.detach()[:, at] for x in everyone)
         leaves = [x.requires_grad_() for x in leaves]
         for n in range(2):
-            group.all_reduce_(torch.zeros(1), "sum")  # all ranks begin together
+            meet(group)
             if n:
                 torch.cuda.set_sync_debug_mode("warn")
             try:
                 out = seqpar.attention(*leaves, plan)
                 torch.autograd.grad(out, leaves, dout)
-                group.all_reduce_(torch.zeros(1), "sum")
+                meet(group)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
 

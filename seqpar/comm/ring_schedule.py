@@ -85,11 +85,6 @@ class RingSchedule:
         before = (visitor - self.direction) % self.size
         return before == owner or self.visits(before, owner)
 
-    def goes_far(self, step: int) -> bool:
-        """Whether this rank's block is sent straight to the rank where it is due after this step."""
-        far = self.at(step + 1)
-        return step > 0 and self.visits(far, self.rank) and not self.follows(far, self.rank)
-
     @cached_property
     def hops(self) -> tuple[Hop, ...]:
         """What happens to blocks in each step."""
@@ -104,7 +99,10 @@ class RingSchedule:
             source = self.at(-1) if self.follows(self.rank, coming) else coming
         is_here = owner == self.rank or self.visits(self.rank, owner)
         to_next = self.at(1) if is_here and self.visits(self.at(1), owner) else None
-        far = self.at(step + 1) if self.goes_far(step) else None
+        ahead = self.at(step + 1)
+        # Where the neighbour before it does not want this rank's block, it is sent straight from here.
+        goes_far = step > 0 and self.visits(ahead, self.rank) and not self.follows(ahead, self.rank)
+        far = ahead if goes_far else None
         return Hop(owner, to_next, far, source, self.rows[coming])
 
     def sum_hops(self, *, in_order: bool) -> tuple[SumHop, ...]:
@@ -147,7 +145,7 @@ class RingSchedule:
     @cached_property
     def last_far(self) -> int:
         """The last step after which this rank's block is sent far."""
-        return max((step for step in range(self.size - 1) if self.goes_far(step)), default=0)
+        return max((step for step, hop in enumerate(self.hops) if hop.far is not None), default=0)
 
     @cached_property
     def most_rows(self) -> int:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 PATH = Path("/proc/stat")
-TICKS_PER_SECOND = 100  # of /proc/stat, on every Linux in use
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,9 @@ class Load:
         except OSError:
             return None
         user, nice, system, idle, iowait, irq, softirq, steal = map(int, line.split()[1:9])
-        busy = user + nice + system + steal
-        return Load(
-            busy / TICKS_PER_SECOND, (busy + idle + iowait + irq + softirq) / TICKS_PER_SECOND
-        )
+        busy, ticks_per_second = user + nice + system + steal, os.sysconf("SC_CLK_TCK")
+        passed = busy + idle + iowait + irq + softirq
+        return Load(busy / ticks_per_second, passed / ticks_per_second)
 
     def others(self, since: Load, own_seconds: float) -> float | None:
         """The share of the machine's CPUs that others used, 0 to 1, since then; `None` if time stood still.

@@ -19,7 +19,7 @@ from seqpar.calls import Shape, dry_run, resolve
 from seqpar.commands.peers import PEERS, Attend, one_device
 from seqpar.layout import LAYOUTS
 from seqpar.strategies import STRATEGIES
-from seqpar.testing import NAMES, PeakMemory
+from seqpar.testing import NAMES, PeakMemory, meet
 
 Results = tuple[Tensor, ...]  # out, and with a backward dq, dk, dv
 
@@ -59,17 +59,16 @@ def one_device_step(_: Group, setting: Setting) -> float:
 
 def rank_step(group: Group, setting: Setting, name: str) -> Taken:
     """A step on this rank's rows. The clock starts once all ranks are there."""
-    q, k, v, dout = _rank_tensors(group, setting, name)
-    if name in PEERS:
-        attend = PEERS[name].make(setting.causal)
-        _meet(group)
-        return Taken(_timed(attend, (q, k, v, dout), setting)[1])
-    plan = _plan(group, setting, name)
-    _meet(group)
+    tensors = q, k, v, _ = _random(setting, len(_rows(group, setting, name)))
+    attend = _attend(group, setting, name)
+    meet(group)
     group.traffic.reset()
-    _, seconds = _timed(partial(attention, plan=plan), (q, k, v, dout), setting)
+    _, seconds = _timed(attend, tensors, setting)
+    if name in PEERS:
+        return Taken(seconds)
     sent = group.traffic.total.bytes
-    derived = dry_run.sent(resolve(plan, q, v), Shape.of(q, k, v), group.rank)
+    plan = resolve(_plan(group, setting, name), q, v)
+    derived = dry_run.sent(plan, Shape.of(q, k, v), group.rank)
     backward = derived.backward.bytes if setting.backward else 0
     return Taken(seconds, sent, derived.forward.bytes + backward)
 
@@ -83,14 +82,9 @@ def save_expected(_: Group, setting: Setting, path: Path) -> None:
 
 def rank_errors(group: Group, setting: Setting, name: str, path: Path) -> dict[str, float]:
     """By result, how far this rank's rows are from what one device computed, as a share of its norm."""
-    q, k, v, dout = (x[:, _rows(group, setting, name)] for x in _tensors(setting))
-    attend: Attend
-    if name in PEERS:
-        attend = PEERS[name].make(setting.causal)
-    else:
-        attend = partial(attention, plan=_plan(group, setting, name))
-    results, _ = _timed(attend, (q, k, v, dout), setting)
     rows = _rows(group, setting, name)
+    tensors = tuple(x[:, rows] for x in _tensors(setting))
+    results, _ = _timed(_attend(group, setting, name), tensors, setting)
     found = {}
     for what, x, whole in zip(NAMES, results, _expected(path, setting), strict=False):
         right = whole[:, rows]
@@ -119,9 +113,10 @@ def rank_memory(group: Group, setting: Setting, name: str) -> int | None:
     return _peak(lambda: rank_step(group, setting, name))
 
 
-def _meet(group: Group) -> None:
-    """Waits until all ranks are here."""
-    group.all_reduce_(torch.zeros(1), "sum")
+def _attend(group: Group, setting: Setting, name: str) -> Attend:
+    if name in PEERS:
+        return PEERS[name].make(setting.causal)
+    return partial(attention, plan=_plan(group, setting, name))
 
 
 def _timed(attend: Attend, tensors: Results, setting: Setting) -> tuple[Results, float]:
@@ -164,11 +159,6 @@ def _rows(group: Group, setting: Setting, name: str) -> Tensor:
     return LAYOUTS[setting.layouts[name]](setting.length, group.size).positions(group.rank)
 
 
-def _rank_tensors(group: Group, setting: Setting, name: str) -> Results:
-    """q, k, v, dout of this rank's rows."""
-    return _random(setting, len(_rows(group, setting, name)))
-
-
 def _tensors(setting: Setting) -> Results:
     """q, k, v, dout of the whole sequence, the same in every process."""
     torch.manual_seed(0)
@@ -176,5 +166,6 @@ def _tensors(setting: Setting) -> Results:
 
 
 def _random(setting: Setting, rows: int) -> Results:
+    """q, k, v, dout of so many rows."""
     shape = 1, rows, setting.heads, setting.d
     return tuple(torch.randn(shape, dtype=setting.dtype) for _ in range(4))

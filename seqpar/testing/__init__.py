@@ -8,7 +8,7 @@ from seqpar.testing.budget import Budget
 from seqpar.testing.case import NAMES, Case
 from seqpar.testing.equivalence import Errors, errors_on_rank
 from seqpar.testing.memory import PeakMemory
-from seqpar.testing.step import Step, run_step
+from seqpar.testing.step import Step, meet, run_step
 from seqpar.testing.torchrun import TorchrunWorld
 from seqpar.testing.worlds import ProcessWorld, WorldError
 
@@ -23,5 +23,6 @@ __all__ = [
     "TorchrunWorld",
     "WorldError",
     "errors_on_rank",
+    "meet",
     "run_step",
 ]

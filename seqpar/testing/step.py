@@ -9,8 +9,14 @@ import torch
 from torch import Tensor
 
 from seqpar.calls import Shape, Volume, dry_run, resolve
+from seqpar.comm import Group
 from seqpar.functional import attention
 from seqpar.strategies import Plan
+
+
+def meet(group: Group, device: torch.device | None = None) -> None:
+    """Waits until all ranks are here, before a clock starts."""
+    group.all_reduce_(torch.zeros(1, device=device), "sum")
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,7 @@ def run_step(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, plan: Plan) -> Step:
     """
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     leaves += [x for x in plan.score.tensors.values() if x.requires_grad]
-    plan.group.all_reduce_(torch.zeros(1, device=q.device), "sum")
+    meet(plan.group, q.device)
     plan.group.traffic.reset()
     start = time.perf_counter()
     out = attention(leaves[0], leaves[1], leaves[2], plan)

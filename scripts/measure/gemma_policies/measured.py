@@ -23,6 +23,7 @@ from gemma_policies.run import Job, Run
 from gemma_policies.ways import Way
 from seqpar import Group
 from seqpar.tensor_parallel.collectives import Collectives
+from seqpar.testing import meet
 
 STEPS = 3  # whose losses are compared: the second and third depend on gradients
 JOBS: tuple[Job, ...] = ("generation", "LoRA step", "full step")
@@ -113,7 +114,7 @@ def held(group: Group, setting: Setting, way: Way) -> dict[str, int]:
 
 
 def _milliseconds(group: Group, do: Callable[[], object]) -> float:
-    group.all_reduce_(torch.zeros(1), "sum")  # all ranks are here
+    meet(group)
     start = time.perf_counter()
     do()
     return 1e3 * (time.perf_counter() - start)

@@ -309,7 +309,7 @@ ATTENTION = [
     Plant("a whole block: its keys in the wrong place", f"{BLOCK}/aten.py",
           "k[:, :, cols], v[:, :, cols]", "k[:, :, : cols.stop - cols.start], v[:, :, cols]", WHOLE),
     Plant("a whole block: sinks left out", f"{BLOCK}/dispatch.py",
-          "    if block.score.joined() is None:\n        found", "    if True:\n        found", WHOLE),
+          "if found is not None and block.score.joined() is None:", "if found is not None:", WHOLE),
     Plant("a whole block: poison let through", f"{BLOCK}/dispatch.py",
           "        if _spreads(way, q, k, v, finite=finite):\n            return None\n", "", WHOLE),
     Plant("a whole block: a negative scale's sign lost", f"{BLOCK}/aten.py",

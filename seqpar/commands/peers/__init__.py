@@ -10,13 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from torch import Tensor
+from seqpar.commands.peers import context_parallel, deep_speed, one_device, ring_flash, usp
+from seqpar.commands.peers.one_device import Attend
 
-from seqpar.commands.peers import context_parallel, deep_speed, ring_flash, usp
-
-Attend = Callable[
-    [Tensor, Tensor, Tensor], Tensor
-]  # q, k, v [b sl h d] -> out [b sl h d], differentiable
+__all__ = ["PEERS", "Attend", "Peer", "one_device"]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ As torch has it by default: keys and values are gathered at once, gradients go r
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -14,10 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from seqpar.commands.peers import one_device
+from seqpar.commands.peers.one_device import Attend
 from seqpar_kernels.derivatives import first_only
 
 
-def balanced(causal: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def balanced(causal: bool) -> Attend:
     """Attention of all ranks of this process, in its balanced layout."""
     assert causal, "its balanced layout is for causal masks"
     module = import_module("torch.distributed.tensor.experimental._context_parallel._attention")

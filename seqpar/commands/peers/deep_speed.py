@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 
 import torch.distributed as dist
-from torch import Tensor
 
-from seqpar.commands.peers.one_device import attend
+from seqpar.commands.peers.one_device import Attend, attend
 
 
-def ulysses(causal: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def ulysses(causal: bool) -> Attend:
     """Attention of all ranks of this process. Prints what DeepSpeed prints."""
     comm = import_module("deepspeed.comm")
     if not comm.is_initialized():

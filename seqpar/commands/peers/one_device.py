@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from seqpar_kernels.torch_internals import CPU_FLASH, attention_ops
 
+# q, k, v [b sl h d] -> out [b sl h d], differentiable
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 _forward, _backward = attention_ops(CPU_FLASH)
 
 

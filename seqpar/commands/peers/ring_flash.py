@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -14,9 +13,10 @@ from unittest.mock import patch
 from torch import Tensor
 
 from seqpar.commands.peers import one_device
+from seqpar.commands.peers.one_device import Attend
 
 
-def zigzag(causal: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def zigzag(causal: bool) -> Attend:
     """Attention of all ranks of this process."""
     attend = _module().zigzag_ring_flash_attn_func
     return lambda q, k, v: attend(q, k, v, causal=causal)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
-from seqpar.commands.peers.one_device import attend
+from seqpar.commands.peers.one_device import Attend, attend
 
 
-def ulysses(causal: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def ulysses(causal: bool) -> Attend:
     """Attention of all ranks of this process."""
     kernels = import_module("yunchang.kernels")
     layer = import_module("yunchang.ulysses").UlyssesAttention(
