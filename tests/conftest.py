@@ -21,6 +21,7 @@ if torch.backends.cuda.is_built() and not torch.cuda.is_available():
 from hypothesis import Phase, settings
 
 from seqpar.testing import ProcessWorld
+from seqpar_kernels import choose, refusal
 
 torch.set_num_threads(1)
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=40)
@@ -86,3 +87,16 @@ def four_processes():
     world = World(4)
     yield world
     world.close()
+
+
+@pytest.fixture(autouse=True)
+def nothing_chosen_yet():
+    """What computes is remembered, also what a test that changes the machine made of it."""
+    forget_choices()
+    yield
+    forget_choices()
+
+
+def forget_choices():
+    choose.cache_clear()
+    refusal.cache_clear()

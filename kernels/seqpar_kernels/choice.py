@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib import metadata
 from importlib.util import find_spec
 from typing import Literal, get_args
@@ -56,6 +56,8 @@ class Request:
         )  # fmt: skip
 
 
+# docs/design.md: what computes is asked for once
+@lru_cache(256)
 def choose(request: Request, requested: Implementation | None = None) -> Implementation:
     """The implementation that serves a request: the requested one, or the first that can.
 
@@ -95,6 +97,7 @@ def preference(request: Request) -> tuple[Implementation, ...]:
     return ("cudnn", *names) if _capability(device) in CUDNN_LEADS else names
 
 
+@lru_cache(256)
 def refusal(name: Implementation, request: Request) -> str | None:
     """What the implementation lacks, as the end of a sentence that begins with its name, or `None`."""
     return _REFUSALS[name](request)
@@ -111,7 +114,7 @@ def fuses(x: Tensor, implementation: Implementation | None) -> bool:
         return True
     if x.device.type != "cuda" or implementation == "reference":
         return False
-    return _triton(Request(x.device, x.dtype, d=1, vd=1)) is None
+    return refusal("triton", Request(x.device, x.dtype, d=1, vd=1)) is None
 
 
 def interprets() -> bool:

@@ -130,6 +130,11 @@ def _block(*described: Any) -> Block:
     return Block(Band(lower, upper), score, row, col, step, head, tuple(terms))
 
 
+def _scored(block: Block, score: Score) -> Block:
+    """The block with another score."""
+    return block if score is block.score else replace(block, score=score)
+
+
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, block: Block, implementation: Implementation | None, *, lse_learns: bool
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -201,11 +206,18 @@ def _backward_fake(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, *rest = inputs
-    tensors, ctx.described = rest[: len(TENSORS)], rest[len(TENSORS) :]
+    count = 3 + len(TENSORS)
+    ctx.described = inputs[count:]
+    _save_tensors(ctx, inputs[:count], output, lse_learns=ctx.described[-2])
+
+
+def _save_tensors(
+    ctx: Any, inputs: Sequence[Tensor | None], output: tuple[Tensor, Tensor], *, lse_learns: bool
+) -> None:
+    q, k, v, *tensors = inputs
     out, lse = output
-    ctx.lse_learns = ctx.described[-2]
-    if not ctx.lse_learns:
+    ctx.lse_learns = lse_learns
+    if not lse_learns:
         ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(q, k, v, out, lse, *tensors)
 
@@ -230,22 +242,27 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        q, k, v, *tensors, block, lse_learns, implementation = args
-        out, lse = _forward(q, k, v, block, implementation, lse_learns=lse_learns)
-        described = *_described(block)[len(TENSORS) :], lse_learns, implementation
-        _save(ctx, (q, k, v, *tensors, *described), (out, lse))
+        *inputs, block, lse_learns, implementation = args
+        out, lse = _forward(*inputs[:3], block, implementation, lse_learns=lse_learns)
+        _save_tensors(ctx, inputs, (out, lse), lse_learns=lse_learns)
         # The tensors of the score are saved as tensors are, so that hooks see them, and not in it.
-        ctx.block = replace(block, score=block.score.without_tensors())
+        ctx.block, ctx.implementation = (
+            _scored(block, block.score.without_tensors()),
+            implementation,
+        )
         return out, lse
 
     @staticmethod
     @first_only
     def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+        block, implementation = ctx.block, ctx.implementation
         if not nobody_looks((dout,)):  # now, such as a compiler of backward
+            ctx.described = *_described(block)[len(TENSORS) :], ctx.lse_learns, implementation
             return *_differentiate(ctx, dout, dlse)[: 3 + len(TENSORS)], None, None, None
         q, k, v, out, lse, *tensors = ctx.saved_tensors
-        score = ctx.block.score.with_tensors(dict(zip(TENSORS, tensors, strict=True)))
-        block = replace(ctx.block, score=score)
+        if any(x is not None for x in tensors):
+            by_name = dict(zip(TENSORS, tensors, strict=True))
+            block = _scored(block, block.score.with_tensors(by_name))
         learn = ctx.needs_input_grad[3 : 3 + len(TENSORS)]
         dq, dk, dv, *learned = _backward(
             dout,
@@ -257,7 +274,7 @@ class _Attention(torch.autograd.Function):
             lse,
             learn,
             block,
-            ctx.described[-1],
+            implementation,
         )
         left = iter(learned)
         return dq, dk, dv, *(next(left) if learns else None for learns in learn), None, None, None

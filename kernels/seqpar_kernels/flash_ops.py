@@ -147,7 +147,9 @@ def cudnn_backward(call: Call, rows: Attended) -> tuple[Tensor, Tensor, Tensor]:
     if causal is None:
         return aten_backward(call, rows)
     dout, q, k, v, out = (x.transpose(1, 2) for x in (rows.dout, *call.qkv, rows.out))
-    seed = torch.zeros((), dtype=torch.int64, device=q.device)  # of a dropout that is off
+    seed = torch.empty(
+        (), dtype=torch.int64, device=q.device
+    )  # of a dropout that is off: never read
     dq, dk, dv = _cudnn_back(
         dout, q, k, v, out, rows.lse.unsqueeze(-1), seed, seed, None, None, None, *lengths(call), 0.0,
         causal, scale=call.scale,

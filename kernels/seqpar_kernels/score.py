@@ -64,8 +64,10 @@ class Score:
 
     def of_heads(self, start: int, num_heads: int) -> Score:
         """The same terms for a range of the query heads."""
-        heads = slice(start, start + num_heads)
-        return self.with_tensors({name: x[heads] for name, x in self.tensors.items()})
+        heads, tensors = slice(start, start + num_heads), self.tensors
+        return (
+            self.with_tensors({name: x[heads] for name, x in tensors.items()}) if tensors else self
+        )
 
     @property
     def tensors(self) -> dict[str, Float[Tensor, "hq"]]:
@@ -78,7 +80,7 @@ class Score:
 
     def without_tensors(self) -> Score:
         """The other terms alone, for what must not keep tensors alive."""
-        return self.with_tensors(dict.fromkeys(TENSORS))
+        return self.with_tensors(dict.fromkeys(TENSORS)) if self.tensors else self
 
     def told(self, learns: Collection[str]) -> list[str]:
         """The terms in words.

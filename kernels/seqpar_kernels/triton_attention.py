@@ -302,4 +302,6 @@ def launch(kernel: Any, num_programs: int, on: Tensor, *args: Any, **constants: 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:
     """A block in which the device is the one that Triton launches on."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)

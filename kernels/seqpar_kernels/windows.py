@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 from seqpar_kernels.band import Band
@@ -33,15 +34,27 @@ def windows(block: Block, num_rows: int, num_cols: int) -> Iterator[Window]:
 
     One for each part of the block, such as a document; three at most where it has more rows than columns.
     """
-    for part in cut(block, num_rows, num_cols, _pieces):
-        nq, nk = part.rows.stop - part.rows.start, part.cols.stop - part.cols.start
-        lower, upper = part.band.lower, part.band.upper
-        yield Window(
-            part.rows,
-            part.cols,
-            left=None if lower is None or lower <= 1 - nq else nk - nq - lower,
-            right=None if upper is None or upper >= nk - 1 else upper + nq - nk,
-        )
+    if block.hides:
+        return map(_window, cut(block, num_rows, num_cols, _pieces))
+    return iter(_of_band(block.band, num_rows, num_cols))
+
+
+@lru_cache(1024)
+def _of_band(band: Band, num_rows: int, num_cols: int) -> tuple[Window, ...]:
+    """The windows of a band: a ring asks for the same ones in every step."""
+    return tuple(map(_window, _pieces(band, num_rows, num_cols)))
+
+
+def _window(part: Rectangle) -> Window:
+    """The window of a piece, which is one."""
+    nq, nk = part.rows.stop - part.rows.start, part.cols.stop - part.cols.start
+    lower, upper = part.band.lower, part.band.upper
+    return Window(
+        part.rows,
+        part.cols,
+        left=None if lower is None or lower <= 1 - nq else nk - nq - lower,
+        right=None if upper is None or upper >= nk - 1 else upper + nq - nk,
+    )
 
 
 def _pieces(band: Band, num_rows: int, num_cols: int) -> Iterator[Rectangle]:

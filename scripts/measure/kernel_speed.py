@@ -7,6 +7,8 @@ FLOPs are 4 * heads * rows * columns * d, half of that if causal, 2.5 times that
 Ring tax: what all blocks of all ranks of a ring take, one after the other on this one GPU, over what
 the whole sequence takes in one block. It is what a ring pays before it sends anything.
 
+Choice: the implementations alone, on problems of many kinds: what the choice between them is made by.
+
 With --tune, instead: candidates for the tiles of the Triton kernels.
 
 Example: python scripts/measure/kernel_speed.py --quick --json kernels.json --markdown kernels.md
@@ -40,7 +42,7 @@ from kernel_race.race import (
     median_sum,
     race,
 )
-from kernel_race.setting import QUICK, RING, SETTINGS, TUNED, Setting
+from kernel_race.setting import CHOICE, QUICK, RING, SETTINGS, TUNED, Setting
 from kernel_race.sheet import Sheet
 from kernel_race.tune import CANDIDATES, tune, tune_sheet
 from rich.console import Console
@@ -52,6 +54,7 @@ from seqpar_kernels import Implementation
 
 Measure = partial[list[dict[str, Any]]]
 SMALL = 2048  # tokens where errors are measured
+CHOICE_SMALL = 512
 RANKS, ROWS = (2, 4, 8), 8192
 RING_LAYOUTS = ("zigzag", "contiguous")
 
@@ -181,7 +184,7 @@ def ring_sheet(records: Sequence[dict[str, Any]]) -> Sheet:
     return Sheet(f"{title}. {records[0]['setting']}", (*columns, "failure"), rows, 3)
 
 
-SHEETS = {"rates": rate_sheet, "ring": ring_sheet, "tune": tune_sheet}
+SHEETS = {"rates": rate_sheet, "choice": rate_sheet, "ring": ring_sheet, "tune": tune_sheet}
 
 
 def circumstances(device: torch.device) -> dict[str, Any]:
@@ -224,6 +227,13 @@ def stages(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str
             chosen = [SETTINGS[n] for n in args.settings]
         for setting in chosen:
             yield "rates", partial(rates, setting, args.rounds, device)
+    if "choice" in args.parts:
+        for n in range(len(CHOICE)) if args.settings is None else args.settings:
+            names = [f"seqpar {name}" for name in implementations(CHOICE[n], device)]
+            yield (
+                "choice",
+                partial(rates, CHOICE[n], args.rounds, device, small=CHOICE_SMALL, names=names),
+            )
     if "ring" in args.parts:
         for ranks in RANKS[:2] if args.quick else RANKS:
             setting = replace(RING, tokens=ROWS * ranks)
@@ -235,12 +245,14 @@ def main() -> None:
     """Parses arguments, measures, prints and writes after every stage what there is so far."""
     parser = parser_of(__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer settings and ranks")
-    parser.add_argument("--parts", nargs="+", choices=("rates", "ring"), default=["rates", "ring"])
+    parser.add_argument(
+        "--parts", nargs="+", choices=("rates", "choice", "ring"), default=["rates", "ring"]
+    )
     parser.add_argument(
         "--tune", nargs="*", choices=tuple(CANDIDATES), help="these kernels' tiles; by default all"
     )
     parser.add_argument(
-        "--settings", type=int, nargs="+", metavar="N", choices=range(len(SETTINGS)),
+        "--settings", type=int, nargs="+", metavar="N", choices=range(len(CHOICE)),
         help="these alone, counted from 0",
     )  # fmt: skip
     parser.add_argument(
@@ -262,7 +274,14 @@ def main() -> None:
         torch.nn.attention.activate_flash_attention_impl(args.flash)
     device, console = torch.device("cuda"), Console()
     facts, sheets, failures = circumstances(device), [], []
-    results: dict[str, Any] = {**facts, "failures": failures, "rates": [], "ring": [], "tune": []}
+    results: dict[str, Any] = {
+        **facts,
+        "failures": failures,
+        "rates": [],
+        "choice": [],
+        "ring": [],
+        "tune": [],
+    }
     for kind, measure in stages(args, device):
         try:
             records = measure()

@@ -21,6 +21,7 @@ from seqpar.version import VERSION
 from seqpar_kernels import TENSORS, Dropout, Implementation, Request, Score, choose, tile_border
 from seqpar_kernels.derivatives import has_tangent
 from seqpar_kernels.integers import is_integer
+from seqpar_kernels.watching import watcher
 
 
 def agree_on_call(
@@ -52,6 +53,8 @@ def agree_on_call(
     # Without a group there is nobody to agree with, so this alone may be refused on one rank.
     if not isinstance(plan, Plan) or not isinstance(plan.group, Group):
         raise TypeError(f"attention takes a seqpar.Plan with a seqpar.Group, got {plan!r}")
+    if plan.group.size == 1:
+        return check_call(q, k, v, plan, with_lse=with_lse)
     known = plan.group.calls.trusted
     if plan.agree == "plan" and known:  # the first call of all is compared, whatever it is
         resolved = check_call(q, k, v, plan, with_lse=with_lse)
@@ -60,15 +63,14 @@ def agree_on_call(
     # docs/design.md: agreement on every call
     with agreed(plan.group, operation=operation) as claim:
         resolved = check_call(q, k, v, plan, with_lse=with_lse)
-        if plan.group.size > 1:  # one rank has nobody to tell
-            asked = _claim(q, k, v, resolved, with_lse, learning)
-            claim |= asked
+        asked = _claim(q, k, v, resolved, with_lse, learning)
+        claim |= asked
         if operation == "attention" and is_heard(plan.group):
             learns = tuple(name for name in TENSORS if claim[f"{name} learn"])
             announce(resolved, Shape.of(q, k, v, with_lse=with_lse, learns=learns), q.device)
     # Only after agreement, because all ranks must come here and one that refused does not.
     plan.group.transport.prepare(q.device)
-    if plan.agree == "plan" and plan.group.size > 1:
+    if plan.agree == "plan":
         known.add(_kind(operation, asked))
     return resolved
 
@@ -79,11 +81,25 @@ def check_call(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, with_lse: bool = 
     Raises:
         TypeError, ValueError, NotImplementedError: as `agree_on_call`.
     """
+    if type(q) is type(k) is type(v) is Tensor:
+        kind = tuple((x.shape, x.dtype, x.device) for x in (q, k, v))
+        mode = with_lse, torch.are_deterministic_algorithms_enabled(), watcher() is None
+        resolved = plan.own.get((*kind, *mode), lambda: _checked(q, k, v, plan, with_lse=with_lse))
+    else:  # of a subclass, such as what compilers trace with, sizes may be symbols
+        resolved = _checked(q, k, v, plan, with_lse=with_lse)
+    # These may be others in every call.
+    for name, x, layout in (("q", q, plan.layout), ("k", k, plan.keys), ("v", v, plan.keys)):
+        check_mark(x, layout, name)
+    _check_heads(q, plan.score)
+    _check_tangents({"q": q, "k": k, "v": v, **plan.score.tensors})
+    return resolved
+
+
+def _checked(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, with_lse: bool) -> Plan:
+    """The plan with its implementation chosen, if plan and shapes are legal."""
     _check_plan(plan)
     _check_tensors(q, k, v)
     _check_rows(q, k, v, plan)
-    _check_heads(q, plan.score)
-    _check_tangents({"q": q, "k": k, "v": v, **plan.score.tensors})
     return resolve(plan, q, v, with_lse=with_lse)
 
 
@@ -233,7 +249,6 @@ def _check_rows(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
     for name, x, layout in (("q", q, plan.layout), ("k", k, plan.keys), ("v", v, plan.keys)):
         got = f"{name} {tuple(x.shape)} as [b sl h d]"
         check_rows(layout, plan.group.rank, x.shape[1], got)
-        check_mark(x, layout, name)
 
 
 def _check_heads(q: Tensor, score: Score) -> None:

@@ -18,6 +18,7 @@ from seqpar.comm.gather import all_gather, reduce_scatter
 from seqpar.comm.gather_pass import GatherSchedule, HomeSum, Piece, gather_pass, send_home
 from seqpar.comm.grid import Grid
 from seqpar.comm.group import Group
+from seqpar.comm.kept import Kept
 from seqpar.comm.packed_message import PackedMessage
 from seqpar.comm.reduce import all_reduce, all_reduce_, replicate
 from seqpar.comm.replay import Replay, current_replay, once, plays
@@ -37,6 +38,7 @@ __all__ = [
     "Grid",
     "Group",
     "HomeSum",
+    "Kept",
     "Listener",
     "Message",
     "PackedMessage",

@@ -29,7 +29,10 @@ def check_mark(x: Tensor, layout: Layout, name: str) -> None:
     Raises:
         ValueError: it was cut by `shard_sequence` in another way, and not written to since.
     """
-    code, written = getattr(x, _MARK, (layout.code, None))
+    marked = getattr(x, _MARK, None)
+    if marked is None:
+        return
+    code, written = marked
     if code == layout.code or written != version(x):
         return
     cut = Layout.decoded(code)

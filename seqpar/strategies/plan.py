@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, TypeVar
 
-from seqpar.comm import Grid, Group
+from seqpar.comm import Grid, Group, Kept
 from seqpar.layout import Layout, Mask, Span, Tile, tall_tiles, tiles
 from seqpar_kernels import Block, Dropout, Implementation, Score, Term
 
@@ -90,6 +90,11 @@ class Plan:
         grid = None if self.grid is None else (self.grid.group.name, self.grid.members)
         key = name, self.layout, self.kv_layout, self.mask, grid, *more
         return self.group.kept.get(key, make)
+
+    @cached_property
+    def own(self) -> Kept:
+        """What is made once for this very plan: it ends with it, so it may hold the group and the score."""
+        return Kept()
 
     def outline(self) -> Plan:
         """A plan of the same shapes for tensors without content, which drops nothing."""

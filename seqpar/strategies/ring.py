@@ -59,6 +59,7 @@ from seqpar_kernels import (
     Implementation,
     Partial,
     Rows,
+    Score,
     attention,
     attention_with_lse,
     recalled,
@@ -85,10 +86,17 @@ def ring_attention(
     score = plan.score.resolve(q.shape[-1]).of_heads(head, q.shape[2])
     # docs/design.md: one rank alone calls an op
     if plan.group.size == 1 and all(len(x.spans[0]) <= 1 for x in (plan.layout, plan.keys)):
-        band = plan.mask.band(Span(0, plan.layout.length), Span(0, plan.keys.length))
-        block = Block(band, score, head=plan.first_head + head, terms=plan.terms)
+        make = partial(_whole_block, plan, score, head)
+        # Tensors of a score may be another view in every call.
+        block = make() if score.tensors else plan.own.get(("block", q.shape[-1], head), make)
         return _attend_alone(q, k, v, block, plan.implementation, with_lse=with_lse)
     return attend_by(RingRoute(plan), q, k, v, plan, score, head=head)
+
+
+def _whole_block(plan: Plan, score: Score, head: int) -> Block:
+    """The one block of a rank that has all positions."""
+    band = plan.mask.band(Span(0, plan.layout.length), Span(0, plan.keys.length))
+    return Block(band, score, head=plan.first_head + head, terms=plan.terms)
 
 
 def _attend_alone(

@@ -52,10 +52,10 @@ def ulysses_attention(
     Any head counts will do. Ranges of query heads differ by at most one, and a kv head is sent to every rank
     whose query heads need it. Ranks beyond the number of heads attend nothing.
     """
-    heads, in_order = (q.shape[2], k.shape[2]), bool(plan.invariant)
-    make = partial(Exchanges.of, plan, *heads, in_order=in_order)
-    exchanges = plan.kept("heads", make, *heads, plan.head_chunks, in_order)
-    attend = _Attend(exchanges, _middle(plan, exchanges), with_lse=with_lse)
+    heads = q.shape[2], k.shape[2]
+    # docs/design.md: schedules are made once
+    exchanges, middle = plan.own.get(("heads", *heads), lambda: _prepared(plan, *heads))
+    attend = _Attend(exchanges, middle, with_lse=with_lse)
     # docs/design.md: one rank puts its rows in order
     ys = _in_chunks((q, k, v), exchanges, attend) if exchanges.moves else attend(0, (q, k, v))
     # docs/design.md: lse is differentiated where it is asked for
@@ -143,10 +143,13 @@ class _Together(torch.autograd.Function):
         return grad_outputs
 
 
-def _middle(plan: Plan, exchanges: Exchanges) -> Plan:
-    """The plan between the exchanges."""
+def _prepared(plan: Plan, hq: int, hkv: int) -> tuple[Exchanges, Plan]:
+    """The exchanges for so many heads, and the plan between them."""
+    in_order = bool(plan.invariant)
+    make = partial(Exchanges.of, plan, hq, hkv, in_order=in_order)
+    exchanges = plan.kept("heads", make, hq, hkv, plan.head_chunks, in_order)
     # Invariant bits are seen to by how heads are cut; a single rank has no order to keep.
-    return replace(
+    return exchanges, replace(
         plan,
         group=exchanges.outer,
         layout=exchanges.layout,

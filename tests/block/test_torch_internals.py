@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from seqpar_kernels import Request, choose, torch_internals
+from seqpar_kernels import Request, choose, refusal, torch_internals
 from seqpar_kernels.torch_internals import PARTS, attention_ops, missing, parts
 
 ON_CPU = Request(torch.device("cpu"), torch.float32, 8, 8)
@@ -34,6 +34,8 @@ def without(monkeypatch):
 def forget():
     parts.cache_clear()
     missing.cache_clear()
+    choose.cache_clear()
+    refusal.cache_clear()
 
 
 def test_an_attention_that_is_not_there_is_passed_over_and_says_why(without):
