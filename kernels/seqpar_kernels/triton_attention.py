@@ -26,6 +26,9 @@ from seqpar_kernels.triton_forward import forward_kernel
 from seqpar_kernels.tuning import L2_BYTES, Tiles, family, tiles_for
 
 HOOKS = ("load", "score", "share", "draw", "weigh")  # the Triton functions that a term may have
+SWIZZLED = (
+    64  # elements of 16 bits: tiles from this width on have the same swizzle of shared memory
+)
 # Ranks may be threads, of which Triton (3.6 to 3.9) lets one launch what another has not loaded yet. Its
 # interpreter patches triton.language while a kernel runs.
 _LAUNCH = Lock()
@@ -125,13 +128,14 @@ def _constants(
     block: Block, tiles: Tiles, q: Tensor, k: Tensor, v: Tensor, *others: Tensor
 ) -> dict[str, Any]:
     d, vd = q.shape[3], v.shape[3]
+    padded_d, padded_vd = padded_widths(d, vd)
     tallest = max(tiles.rows, tiles.cols) * max(x.stride(1) for x in (q, k, v, *others))
     return {
         "GROUP": q.shape[2] // k.shape[2],
         "D": d,
         "VD": vd,
-        "PADDED_D": padded(d),
-        "PADDED_VD": padded(vd),
+        "PADDED_D": padded_d,
+        "PADDED_VD": padded_vd,
         "ROWS": tiles.rows,
         "COLS": tiles.cols,
         **_functions(block),
@@ -147,6 +151,14 @@ def _constants(
 def padded(width: int) -> int:
     """The width of a tile in registers: a power of two that a matrix instruction can take."""
     return max(16, triton.next_power_of_2(width))
+
+
+def padded_widths(d: int, vd: int) -> tuple[int, int]:
+    """The widths of tiles of q and k, and of v: one swizzle of shared memory serves both."""
+    # docs/design.md: tiles of q, k and v have one swizzle
+    widths = padded(d), padded(vd)
+    least = min(max(widths), SWIZZLED)
+    return max(widths[0], least), max(widths[1], least)
 
 
 def _runtime(block: Block, q: Tensor, k: Tensor) -> tuple[int | float, ...]:

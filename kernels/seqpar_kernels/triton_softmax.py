@@ -84,7 +84,10 @@ def finish_kernel(
     tl.store(LSE + _at(n, B, C, l0, l1, l2), m + tl.log(l), mask=there)
 
 
-@triton.jit
+# docs/design.md: sums of rows do not see strides
+@triton.jit(do_not_specialize=[
+    "X", "Y", "TOTAL", "count", "B", "C", "width", "x0", "x1", "x2", "y0", "y1", "y2", "t0", "t1", "t2",
+])  # fmt: skip
 def dot_kernel(
     X, Y, TOTAL, count, B, C, width, x0, x1, x2, y0, y1, y2, t0, t1, t2,
     COLS: tl.constexpr, ROWS: tl.constexpr,
@@ -104,7 +107,10 @@ def dot_kernel(
     tl.store(total_at, total, mask=there)
 
 
-@triton.jit
+# docs/design.md: sums of rows do not see strides
+@triton.jit(do_not_specialize=[
+    "S", "M", "L", "count", "B", "C", "width", "s0", "s1", "s2", "m0", "m1", "m2",
+])  # fmt: skip
 def sums_kernel(
     S, M, L, count, B, C, width, s0, s1, s2, m0, m1, m2,
     COLS: tl.constexpr, ROWS: tl.constexpr,

@@ -122,7 +122,9 @@ def resident_bytes(group: Group, setting: Setting) -> int:
 
 def allocated_bytes(group: Group, setting: Setting) -> Allocated:
     """From the profiler's record of what was allocated on CPU and freed."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiled:
         step(group, setting)
     now, peaks, kept = 0, {"forward": 0, "backward": 0}, 0
     for phase, size in allocated(profiled):

@@ -74,7 +74,9 @@ def _measured(
     tensors = [_zeros(*form) for form in forms]
     lengths = dict(zip(LENGTHS[op], (x.shape[SEQUENCE] for x in tensors), strict=False))
     mask = torch.zeros(lengths["q"], lengths["k"], dtype=tensors[0].dtype) if masked else None
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiled:
         given = op(*tensors, *flags, attn_mask=mask, scale=1.0)
     held = list(accumulate((size for _, size in allocated(profiled)), initial=0))
     # Until here what the op gave is alive, so the last is its size and not counted inside.

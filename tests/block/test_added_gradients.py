@@ -23,7 +23,9 @@ def test_what_is_added_is_the_sum(dtype, rows, sign):
 def test_a_narrow_gradient_is_not_copied_whole():
     rows = 16 * aten.ADDED_ROWS
     total, grad = torch.zeros(1, 4, rows, 32), torch.ones(1, rows, 4, 32, dtype=torch.bfloat16)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiled:
         aten._add(total, grad.transpose(1, 2))
     most = max(accumulate(size for _, size in allocated(profiled)))
     assert most <= total.nbytes / 8

@@ -32,6 +32,7 @@ class Outcome:
     spill_bytes: int | None = None
     shared_bytes: int | None = None
     shared_limit_bytes: int = 0
+    mixed_descriptors: int = 0
     seconds: float = 0.0
     error: str | None = None
     problems: list[str] = field(default_factory=list)
@@ -46,7 +47,25 @@ def compile_case(case: Case) -> dict[str, Any]:
     except Exception as error:  # compilers raise what they like
         return {"error": f"{type(error).__name__}: {error}", "seconds": time.perf_counter() - start}
     seconds = time.perf_counter() - start
-    return needs(kernel) | {"shared_bytes": kernel.metadata.shared, "seconds": seconds}
+    found = {"shared_bytes": kernel.metadata.shared, "seconds": seconds}
+    return (
+        needs(kernel) | found | {"mixed_descriptors": mixed_descriptors(kernel.asm.get("ptx", ""))}
+    )
+
+
+def mixed_descriptors(ptx: str) -> int:
+    """How many addresses have matrix descriptors of several swizzles made of them.
+
+    The assembler of CUDA 12.8, which Triton 3.6 and 3.7 bring, loses a copy of such an address now and then,
+    and a product reads other memory. A descriptor is an address below a constant, whose two highest bits are
+    the swizzle.
+    """
+    swizzles: dict[str, set[int]] = {}
+    for address, constant in re.findall(r"(?:or|add)\.[bs]64\s+%rd\d+, %(rd\d+), (-?\d+);", ptx):
+        high = int(constant) % 2**64 >> 62
+        if high and int(constant) + 2**32 < 0:
+            swizzles.setdefault(address, set()).add(high)
+    return sum(len(of) > 1 for of in swizzles.values())
 
 
 def needs(kernel: CompiledKernel) -> dict[str, int]:
@@ -80,6 +99,10 @@ def judge(outcome: Outcome) -> None:
     if outcome.error is not None:
         outcome.problems.append("does not compile: " + outcome.error.strip().splitlines()[-1])
         return
+    if outcome.mixed_descriptors:
+        outcome.problems.append(
+            f"makes descriptors of several swizzles of {outcome.mixed_descriptors} addresses"
+        )
     shared, spilled = outcome.shared_bytes or 0, outcome.spill_bytes or 0
     if shared > outcome.shared_limit_bytes:
         outcome.problems.append(
