@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -54,6 +55,7 @@ class Attention(nn.Module):
         self.group, self.mask, self.score = group, mask, score
         self.implementation, self.dropout, self.invariant = implementation, dropout, invariant
         self.agree = agree
+        self._last: Plan | None = None
 
     def forward(
         self,
@@ -72,8 +74,8 @@ class Attention(nn.Module):
         return attention(q, k, v, self.plan(layout, kv_layout))
 
     def plan(self, layout: Layout, kv_layout: Layout | None = None) -> Plan:
-        """The plan of a call with this layout."""
-        return Plan(
+        """The plan of a call with this layout: the last one where nothing differs, as it has decided much."""
+        plan = Plan(
             self.group,
             layout,
             mask=self.mask,
@@ -88,6 +90,15 @@ class Attention(nn.Module):
             head_chunks=self.head_chunks,
             agree=self.agree,
         )
+        if torch.compiler.is_compiling() or plan.score.tensors:
+            return plan  # tensors made in a forward must not live on
+        if self._last is None or not self._last.is_as(plan):
+            self._last = plan
+        return self._last
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the last plan, which is of this process."""
+        return self.__dict__ | {"_last": None}
 
     def extra_repr(self) -> str:
         """The options, for printing."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Literal, TypeVar
 
@@ -96,6 +96,11 @@ class Plan:
         """What is made once for this very plan: it ends with it, so it may hold the group and the score."""
         return Kept()
 
+    def is_as(self, other: Plan) -> bool:
+        """Whether all that it says is what the other says."""
+        pairs = ((getattr(self, name), getattr(other, name)) for name in _FIELDS)
+        return all(x is y or x == y for x, y in pairs)
+
     def outline(self) -> Plan:
         """A plan of the same shapes for tensors without content, which drops nothing."""
         return replace(self, dropout=None, implementation="reference")
@@ -122,3 +127,6 @@ class Plan:
         for t in met:
             block = Block(t.band, score, t.row, t.col, t.step, head, terms)
             yield t.rows, t.cols, block
+
+
+_FIELDS = tuple(field.name for field in fields(Plan))

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from ahead_of_time.cases import Case
+from ahead_of_time.outcomes import Outcome, judge, mixed_descriptors
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "measure" / "kernel_resources.py"
 
@@ -59,3 +61,17 @@ def test_the_interpreter_compiles_nothing(start):
     assert done.returncode == 1
     assert "TRITON_INTERPRET must not be set" in done.stderr
     assert outcomes is None
+
+
+def test_descriptors_of_several_swizzles_of_one_address_are_a_problem():
+    """As in a kernel whose products read other memory on an H100."""
+    one = "or.b64 \t%rd1, %rd159, -9223371899415822336;\nadd.s64 %rd2, %rd159, -9223371899415822334;\n"
+    other = "or.b64 \t%rd3, %rd159, -4611685949707911168;\n"
+    elsewhere = other.replace("rd159", "rd160")
+    small = "add.s64 %rd4, %rd159, -64;\nadd.s64 %rd5, %rd159, 4096;\n"
+    assert mixed_descriptors(one + elsewhere + small) == 0
+    assert mixed_descriptors(one + other + small) == 1
+    case = Case("sm_90", "forward", "bfloat16", 24, "causal", "plain", (128, 128, 8, 3), 4096)
+    outcome = Outcome(case, ["causal"], mixed_descriptors=1)
+    judge(outcome)
+    assert outcome.problems == ["makes descriptors of several swizzles of 1 addresses"]

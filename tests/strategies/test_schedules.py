@@ -1,18 +1,32 @@
 """Schedules are made once for calls of one kind, and host work grows no faster than the number of ranks."""
 
+import copy
 import gc
+import pickle
 import sys
 import threading
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
-from seqpar import Dropout, Group, Mask, Score, simulate, striped, zigzag
+from seqpar import (
+    Dropout,
+    Group,
+    Mask,
+    RingAttention,
+    Score,
+    shard_sequence,
+    simulate,
+    striped,
+    zigzag,
+)
 from seqpar.calls import check
 from seqpar.comm import group as group_module
 from seqpar.comm import silent
-from seqpar.functional import attention
+from seqpar.functional import attention, attention_with_lse
 from seqpar.strategies import STRATEGIES, Plan, allgather, exchanges, mesh, plan, ring
 
 ROUTES = ["ring", "allgather", "ulysses", "mesh", "hybrid"]
@@ -143,3 +157,102 @@ def test_a_group_ends_with_its_last_reference():
         assert [name for name in gone if name in group_module._LIVE] == []
     finally:
         gc.enable()
+
+
+def test_what_plan_and_shapes_decide_is_decided_once(monkeypatch):
+    decided, real = [], check._checked
+
+    def counted(q, *rest, **how):
+        decided.append(tuple(q.shape))
+        return real(q, *rest, **how)
+
+    monkeypatch.setattr(check, "_checked", counted)
+    made = Plan(Group.alone(), zigzag(16, 1), Mask(causal=True))
+
+    def decisions(batch=1, dtype=torch.float32, attend=attention):
+        before = len(decided)
+        attend(*(torch.zeros(batch, 16, 4, 8, dtype=dtype) for _ in range(3)), made)
+        return len(decided) - before
+
+    assert decisions() == 1
+    assert decisions() == 0
+    assert decisions(batch=2) == 1
+    assert decisions(dtype=torch.bfloat16) == 1
+    assert decisions(attend=attention_with_lse) == 1
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert decisions() == 1
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert decisions() == decisions(batch=2) == decisions(attend=attention_with_lse) == 0
+
+
+def test_what_may_be_another_in_every_call_is_looked_at_in_every_call():
+    layout, sinks = zigzag(16, 1), torch.zeros(4)
+    made = Plan(Group.alone(), layout, Mask(causal=True), Score(sinks=sinks))
+    q, k, v = (torch.randn(1, 16, 4, 8) for _ in range(3))
+    first = attention(q, k, v, made)
+    sinks += 3
+    again = Plan(made.group, layout, made.mask, Score(sinks=sinks.clone()))
+    assert torch.equal(attention(q, k, v, made), attention(q, k, v, again))
+    assert not torch.equal(attention(q, k, v, made), first)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(q, torch.ones_like(q))
+        with pytest.raises(NotImplementedError, match="q carries a tangent"):
+            attention(dual, k, v, made)
+    sinks.data = torch.zeros(5)
+    with pytest.raises(ValueError, match="sinks must have one entry for each of the 4 query heads"):
+        attention(q, k, v, made)
+
+
+def test_a_shard_of_another_layout_is_refused_in_a_later_call():
+    def fn(group):
+        plan = Plan(group, zigzag(16, 2), Mask(causal=True))
+        whole = torch.randn(1, 16, 4, 8)
+        right, wrong = (
+            shard_sequence(whole, deal(16, 2), group.rank) for deal in (zigzag, striped)
+        )
+        attention(right, right, right, plan)
+        attention(wrong, right, right, plan)
+
+    with pytest.raises(ValueError, match="q was cut as"):
+        simulate(2, fn)
+
+
+def test_a_module_gives_its_plan_again_while_nothing_differs():
+    module = RingAttention(Group.alone(), mask=Mask(causal=True), dropout=Dropout(0.5, 3))
+    kept = module.plan(zigzag(16, 1))
+    assert module.plan(zigzag(16, 1)) is kept
+    for change in (
+        lambda: module.eval(), lambda: module.train(), lambda: setattr(module, "mask", Mask()),
+        lambda: setattr(module, "dropout", Dropout(0.5, 4)), lambda: setattr(module, "agree", "plan"),
+        lambda: setattr(module, "score", Score(softcap=3.0)),
+    ):  # fmt: skip
+        change()
+        changed = module.plan(zigzag(16, 1))
+        assert changed is not kept
+        assert (changed.mask, changed.score, changed.agree) == (
+            module.mask,
+            module.score,
+            module.agree,
+        )
+        assert changed.dropout == (module.dropout if module.training else None)
+        assert module.plan(zigzag(16, 1)) is changed
+        kept = changed
+    assert module.plan(zigzag(17, 1)).layout.length == 17
+    assert module.plan(zigzag(17, 1), zigzag(9, 1)).keys.length == 9
+    module(*(torch.zeros(1, 17, 2, 8) for _ in range(3)), zigzag(17, 1))
+    for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        theirs, ours = (x.plan(zigzag(17, 1)) for x in (copied, module))
+        assert theirs is not ours
+        assert theirs.is_as(replace(ours, group=copied.group, score=copied.score))
+
+
+def test_a_module_keeps_no_tensors_of_a_score():
+    module = RingAttention(Group.alone())
+    module.score = Score(sinks=torch.zeros(2, requires_grad=True) * 2)
+    module(*(torch.zeros(1, 16, 2, 8) for _ in range(3)), zigzag(16, 1))
+    graph = weakref.ref(module.score.sinks)
+    module.score = Score()
+    gc.collect()
+    assert graph() is None
