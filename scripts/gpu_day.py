@@ -25,7 +25,7 @@ from seqpar.commands.arguments import parser_of
 ROOT = Path(__file__).parent.parent
 MEASURE = "scripts/measure"
 PYTHON = sys.executable
-SETTINGS, TUNED = range(12), range(3)  # of kernel_speed.py
+SETTINGS, TUNED, CHOICE = range(12), range(3), range(45)  # of kernel_speed.py
 SANITIZED = (
     ("memcheck", "--documents 3"), ("memcheck", "--window 50 --d 40"), ("racecheck", "--documents 3"),
     ("racecheck", ""),
@@ -53,8 +53,8 @@ class Outcome:
 
 
 PARTS = (
-    Part("doctor", 90, ["{python} -m seqpar doctor"]),
-    Part("tests", 240, ["{python} -m pytest -q -n {jobs} --dist worksteal tests/gpu"]),
+    Part("doctor", 60, ["{python} -m seqpar doctor"]),
+    Part("tests", 330, ["{python} -m pytest -q -n {jobs} --dist worksteal tests/gpu"]),
     Part("sanitizer", 60, [
         f"compute-sanitizer --tool {tool} --error-exitcode 3 {{python}} {MEASURE}/gpu_launches.py {how}"
         for tool, how in SANITIZED
@@ -69,20 +69,27 @@ PARTS = (
         "--markdown {out}/rates.md"
     ]),
     Part("calls", 90, [f"{{python}} {MEASURE}/gpu_calls.py --json {{out}}/calls.json"]),
-    Part("ring", 120, [
+    Part("compile_choice", 75, [
+        f"{{python}} {MEASURE}/kernel_speed.py --parts choice --rounds 1 --settings "
+        + " ".join(map(str, CHOICE[n::15])) for n in range(15)
+    ], at_once=True),
+    Part("choice", 40, [
+        f"{{python}} {MEASURE}/kernel_speed.py --parts choice --rounds 5 --json {{out}}/choice.json"
+    ]),
+    Part("ring", 45, [
         f"{{python}} {MEASURE}/kernel_speed.py --parts ring --rounds 5 --json {{out}}/ring.json "
         "--markdown {out}/ring.md"
     ]),
-    Part("compile_tiles", 200, [
+    Part("compile_tiles", 170, [
         f"{{python}} {MEASURE}/kernel_speed.py --tune {kernel} --settings {n} --rounds 1"
         for kernel in ("forward", "dkdv", "dq") for n in TUNED
     ], at_once=True),
-    Part("tune", 100, [
+    Part("tune", 80, [
         f"{{python}} {MEASURE}/kernel_speed.py --tune {kernel} --json {{out}}/tune_{kernel}.json "
         f"--markdown {{out}}/tune_{kernel}.md"
         for kernel in ("forward", "dkdv", "dq")
     ]),
-    Part("blocks", 240, ["{python} -m pytest -q -n {jobs} --dist worksteal tests/block"]),
+    Part("blocks", 330, ["{python} -m pytest -q -n {jobs} --dist worksteal tests/block"]),
     Part("counters", 60, [
         "ncu --clock-control none --section SpeedOfLight --section Occupancy --section WarpStateStats "
         "--section LaunchStats --kernel-name regex:forward_kernel|dq_kernel|dkdv_kernel "

@@ -100,3 +100,9 @@ def nothing_chosen_yet():
 def forget_choices():
     choose.cache_clear()
     refusal.cache_clear()
+
+
+def pytest_runtest_logreport(report):
+    """Tells a failure when it happens, where there is a GPU: a day on one may end before the summary."""
+    if torch.cuda.is_available() and report.failed and not os.environ.get("PYTEST_XDIST_WORKER"):
+        print(f"\nFAILED {report.nodeid}\n{str(report.longrepr)[-1500:]}", flush=True)

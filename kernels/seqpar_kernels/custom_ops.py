@@ -242,9 +242,9 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        *inputs, block, lse_learns, implementation = args
-        out, lse = _forward(*inputs[:3], block, implementation, lse_learns=lse_learns)
-        _save_tensors(ctx, inputs, (out, lse), lse_learns=lse_learns)
+        q, k, v, *tensors, block, lse_learns, implementation = args
+        out, lse = _forward(q, k, v, block, implementation, lse_learns=lse_learns)
+        _save_tensors(ctx, (q, k, v, *tensors), (out, lse), lse_learns=lse_learns)
         # The tensors of the score are saved as tensors are, so that hooks see them, and not in it.
         ctx.block, ctx.implementation = (
             _scored(block, block.score.without_tensors()),

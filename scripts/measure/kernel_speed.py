@@ -252,7 +252,7 @@ def main() -> None:
         "--tune", nargs="*", choices=tuple(CANDIDATES), help="these kernels' tiles; by default all"
     )
     parser.add_argument(
-        "--settings", type=int, nargs="+", metavar="N", choices=range(len(CHOICE)),
+        "--settings", type=int, nargs="+", metavar="N",
         help="these alone, counted from 0",
     )  # fmt: skip
     parser.add_argument(
@@ -262,6 +262,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the records here")
     parser.add_argument("--markdown", type=Path, help="write the tables here")
     args = parser.parse_args()
+    lists = {"rates": SETTINGS, "choice": CHOICE, "ring": CHOICE}
+    most = min(map(len, (lists[part] for part in args.parts) if args.tune is None else [TUNED]))
+    if not all(0 <= n < most for n in args.settings or ()):
+        parser.error(f"--settings counts from 0 to {most - 1} here")
     if not torch.cuda.is_available():
         print(
             "kernel_speed.py needs a CUDA GPU and a torch that is built for it, "

@@ -1,6 +1,5 @@
 """What needs a GPU: `bash scripts/test.sh tests/gpu` where one is. Each has a twin that runs on a CPU."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,3 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
-
-
-def pytest_runtest_logreport(report):
-    """Tells a failure when it happens: a day on a GPU may end before the summary."""
-    if report.failed and not os.environ.get("PYTEST_XDIST_WORKER"):
-        print(f"\nFAILED {report.nodeid}\n{str(report.longrepr)[-1500:]}", flush=True)

@@ -104,3 +104,9 @@ def test_what_cannot_be_measured_says_why():
     assert "error" in gpu_calls.captured("ring", CPU)
     plan = gpu_calls.plan_of(Group.alone(), 64, "mesh", Mask(), None)
     assert plan.grid is not None
+
+
+def test_what_differs_is_told_by_name():
+    want = [torch.zeros(3), torch.ones(3), torch.ones(3)]
+    got = [torch.tensor([0.0, 0.25, -0.5]), torch.ones(3), torch.ones(3)]
+    assert gpu_calls.off_by(got, want) == {"dq": 0.5, "dk": 0.0, "dv": 0.0}

@@ -13,6 +13,7 @@ WHOLE, ADAPTERS, CHOICE = (f"tests/block/test_{x}.py" for x in ("whole", "adapte
 KEEP, COMPILE = (f"tests/strategies/test_{x}.py" for x in ("keep_attention", "compile"))
 SECOND = "tests/strategies/test_second_derivatives.py"
 BITS = "tests/strategies/test_invariance.py"
+SCHEDULES, LAUNCHES = "tests/strategies/test_schedules.py", "tests/block/test_launches.py"
 LOOP = "seqpar/strategies/loop.py"
 ATTENTION = [
     Plant("causal diagonal off by one in the mask", f"{LAYOUT}/mask.py",
@@ -137,7 +138,7 @@ ATTENTION = [
     Plant("gradient of the sinks has the wrong sign", f"{BLOCK}/terms/sinks.py",
           "shares = -(torch.exp(", "shares = (torch.exp(", TERMS),
     Plant("slopes of other heads", f"{BLOCK}/score.py",
-          "heads = slice(start, start + num_heads)", "heads = slice(0, num_heads)"),
+          "slice(start, start + num_heads), self.tensors", "slice(0, num_heads), self.tensors"),
     Plant("positions of joined tiles", "seqpar/strategies/plan.py",
           "made = tiles if needs_positions else tall_tiles", "made = tall_tiles"),
     Plant("stored softmax: maxima of pieces not carried", f"{BLOCK}/triton_softmax.py",
@@ -186,7 +187,7 @@ ATTENTION = [
     Plant("dropout in evaluation mode", "seqpar/module.py",
           "self.dropout if self.training else None", "self.dropout", "tests/strategies/test_autograd.py"),
     Plant("op: lse said to be differentiable", f"{BLOCK}/custom_ops.py",
-          "    if not ctx.lse_learns:", "    if False:", OPS),
+          "    if not lse_learns:", "    if False:", OPS),
     Plant("gradient hop forgotten", f"{COMM}/ring_schedule.py",
           "to = None if rows is None or stays else",
           "to = None if rows is None or stays or (not goes_on and step > 1) else", "tests/comm"),
@@ -333,9 +334,28 @@ ATTENTION = [
     Plant("a compiler of backward sees no op", f"{BLOCK}/custom_ops.py",
           "if not nobody_looks((dout,)):", "if False:", "tests/block/test_custom_ops.py"),
     Plant("shards of any layout taken", "seqpar/calls/check.py",
-          "        check_mark(x, layout, name)\n", "", MARKS),
+          "        check_mark(x, layout, name)\n", "        pass\n", MARKS),
     Plant("marks outlive what they were made of", "seqpar/layout/marks.py",
           "or written != version(x)", "", MARKS),
     Plant("layouts told apart by their names", "seqpar/layout/marks.py",
           "if cut.spans != layout.spans:", "if cut != layout:", MARKS),
+    Plant("a call takes what another shape decided", "seqpar/calls/check.py",
+          "kind = tuple((x.shape, x.dtype, x.device)", "kind = tuple((x.dtype, x.device)", SCHEDULES),
+    Plant("reproducible bits not asked for anew", "seqpar/calls/check.py",
+          "mode = with_lse, torch.are_deterministic_algorithms_enabled(), ", "mode = with_lse, ", SCHEDULES),
+    Plant("tangents looked for once", "seqpar/calls/check.py",
+          "    _check_tangents({", "    0 or {} and _check_tangents({", SCHEDULES),
+    Plant("a block kept with the tensors of a score", "seqpar/strategies/ring.py",
+          "block = make() if score.tensors else plan.own", "block = plan.own", SCHEDULES),
+    Plant("a module gives an old plan", "seqpar/module.py",
+          "if self._last is None or not self._last.is_as(plan):", "if self._last is None:", SCHEDULES),
+    Plant("a module keeps tensors of a score", "seqpar/module.py",
+          "if torch.compiler.is_compiling() or plan.score.tensors:",
+          "if torch.compiler.is_compiling():", SCHEDULES),
+    Plant("tiles of two swizzles", f"{BLOCK}/triton_attention.py",
+          "least = min(max(widths), SWIZZLED)", "least = 16", LAUNCHES),
+    Plant("sums that see strides", f"{BLOCK}/triton_softmax.py",
+          '''"S", "M", "L", "count", "B", "C", "width",''', '''"count", "B", "C", "width",''', LAUNCHES),
+    Plant("launched on another device", f"{BLOCK}/triton_attention.py",
+          "or device.index == torch.cuda.current_device()", "or True", LAUNCHES),
 ]  # fmt: skip
