@@ -6,6 +6,7 @@ The mathematics is derived in `kernels/README.md`.
 """
 
 from seqpar_kernels.band import Band
+from seqpar_kernels.beginnings import Begins, first_touches
 from seqpar_kernels.block import Block
 from seqpar_kernels.choice import (
     DTYPES,
@@ -33,6 +34,7 @@ __all__ = [
     "TENSORS",
     "TERMS",
     "Band",
+    "Begins",
     "Block",
     "Documents",
     "Dropout",
@@ -55,6 +57,7 @@ __all__ = [
     "finish",
     "finished_gradients",
     "first_only",
+    "first_touches",
     "may_hold_poison",
     "needs_out",
     "preference",

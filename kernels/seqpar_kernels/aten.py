@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from seqpar_kernels.beginnings import ADDED, Begins, first_touches, put
 from seqpar_kernels.block import Block
 from seqpar_kernels.caches import level_2_bytes
 from seqpar_kernels.partial import Partial
@@ -70,8 +71,11 @@ def backward(
     block: Block,
     into: RunningGradients,
     learned: Learned,
+    begins: Begins = ADDED,
 ) -> None:
     """Adds the block's gradients to those wanted of dq, dk, dv, given the out and lse of the whole rows.
+
+    Those that begin are written.
 
     The op computes all three, and derives delta from `out` itself, so it wants `out` where other kernels
     want delta.
@@ -81,7 +85,10 @@ def backward(
     q, k, v, out, dout = _as_the_op_wants(of.q, k, v, of.out, of.dout)
     q, scale, sign = positive(q, block.score.factor)
     width = _strip_width(q.dtype)
-    for rect in cut(block, q.shape[1], k.shape[1], partial(strips, width=width)):
+    rects = [*cut(block, q.shape[1], k.shape[1], partial(strips, width=width))]
+    by_rows = first_touches([rect.rows for rect in rects], into[0], begins=begins[0])
+    by_cols = first_touches([rect.cols for rect in rects], *into[1:], begins=begins[1])
+    for rect, begins_q, begins_kv in zip(rects, by_rows, by_cols, strict=True):
         causal, mask = _how(rect, q)
         parts = (rect.rows, rect.cols, rect.cols)
         dq, dk, dv = (
@@ -94,10 +101,10 @@ def backward(
                 0.0, causal, attn_mask=mask, scale=scale,
             )  # fmt: skip
             if dq is not None:
-                _add(of_q(dq), dq_t[..., : dq.shape[-1]], sign)
+                _add(of_q(dq), dq_t[..., : dq.shape[-1]], sign, begins=begins_q)
             for total, grad in ((dk, dk_t), (dv, dv_t)):
                 if total is not None:
-                    _add_heads(of_kv(total), grad)
+                    _add_heads(of_kv(total), grad, begins=begins_kv)
 
 
 def forward_whole(
@@ -193,18 +200,18 @@ def _keys_of(n: int, group: int, x: Tensor) -> Tensor:
     return x[n].transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)
 
 
-def _add_heads(total: Tensor, grad: Tensor) -> None:
+def _add_heads(total: Tensor, grad: Tensor, *, begins: bool) -> None:
     """Adds the gradient of every query head to the kv head it belongs to."""
     grad = grad[..., : total.shape[-1]]
     if total.stride(1) == 0 and total.shape[1] > 1:  # expanded: the heads share this memory
         total, grad = total[:, :1], grad.sum(1, keepdim=True, dtype=total.dtype)
-    _add(total, grad)
+    _add(total, grad, begins=begins)
 
 
-def _add(total: Tensor, grad: Tensor, sign: int = 1) -> None:
-    """Adds a gradient `[n h s w]` to a sum, of a narrower type some rows at a time."""
-    if grad.dtype == total.dtype:
-        total.add_(grad, alpha=sign)
+def _add(total: Tensor, grad: Tensor, sign: int = 1, *, begins: bool = False) -> None:
+    """Adds a gradient `[n h s w]` to a sum, of a narrower type some rows at a time; or writes it."""
+    if begins or grad.dtype == total.dtype:
+        put(total, grad, sign, begins=begins)
         return
     # torch copies all that it adds at once into the type of the sum: as much memory as the sum has.
     for part, share in zip(total.split(ADDED_ROWS, 2), grad.split(ADDED_ROWS, 2), strict=True):

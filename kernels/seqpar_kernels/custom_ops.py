@@ -174,11 +174,12 @@ def _backward(
         if at_once is not None:
             return list(at_once)
     rows = Rows.of(q, out, dout, lse, dlse, implementation=implementation)
-    dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = (torch.empty(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v))
     by_row = {name: torch.zeros_like(lse) for name in wanted if name in BY_BLOCKS}
     attend_backward(
-        rows, k, v, block, into=(dq, dk, dv), learned=by_row, implementation=implementation
-    )
+        rows, k, v, block, into=(dq, dk, dv), learned=by_row, implementation=implementation,
+        begins=(True, True),
+    )  # fmt: skip
     by_row |= finished_gradients(score, lse, rows.delta, wanted)
     learned = [sum_rows(by_row[name]).to(score.tensors[name].dtype) for name in wanted]
     # An op may not give back one tensor twice, nor what it was given.

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from seqpar_kernels import aten, poison, reference
+from seqpar_kernels.beginnings import ADDED, Begins, first_touches
 from seqpar_kernels.block import Block
 from seqpar_kernels.choice import Implementation, Request, choose, fuses
 from seqpar_kernels.finite import may_hold_poison
@@ -69,6 +70,7 @@ def attend_backward(
     learned: Learned | None = None,
     implementation: Implementation | None = None,
     finite: bool | None = None,
+    begins: Begins = ADDED,
 ) -> None:
     """Adds the block's share of (dq, dk, dv) to `into`, in place.
 
@@ -78,6 +80,7 @@ def attend_backward(
             both dk and dv: not wanted, and not computed by kernels that can leave it out.
         learned: by name, what each row's share of the gradient of a term of the score is added to.
         finite: whether rows, k and v are known to be finite; `None` looks.
+        begins: whether dq, and whether dk and dv, hold nothing yet: they are then written, all of them.
 
     Raises:
         ValueError: hq is not a multiple of hkv, or just one of dk and dv is wanted.
@@ -87,13 +90,25 @@ def attend_backward(
     if (into[1] is None) != (into[2] is None):
         raise ValueError("dk and dv come together: give both to add to, or None for both")
     if _nothing_to_do(rows.q, k, block) or _is_only_told("backward", rows.q, k, block):
+        _begin_with_zeros(into, begins)
         return
     with without_autocast(rows.q.device):
         chosen = _chosen(rows.q, v, block, implementation, lse_learns=rows.lse_learns)
-        if _spreads(chosen, rows.q, k, v, rows.dout, rows.delta, finite=finite):
+        spreads = _spreads(chosen, rows.q, k, v, rows.dout, rows.delta, finite=finite)
+        if not spreads and (chosen is aten or isinstance(chosen, Adapter)):
+            chosen.backward(rows, k, v, block, into, learned or {}, begins)
+            return
+        _begin_with_zeros(into, begins)
+        if spreads:
             poison.attend_backward(chosen.backward, rows, k, v, block, into, learned or {})
         else:
             chosen.backward(rows, k, v, block, into, learned or {})
+
+
+def _begin_with_zeros(into: RunningGradients, begins: Begins) -> None:
+    (dq, dk, dv), (begins_q, begins_kv) = into, begins
+    first_touches([], dq, begins=begins_q)
+    first_touches([], dk, dv, begins=begins_kv)
 
 
 def attend_whole(

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from seqpar_kernels.aten import positive
+from seqpar_kernels.beginnings import ADDED, Begins, first_touches, put
 from seqpar_kernels.block import Block
 from seqpar_kernels.choice import fuses
 from seqpar_kernels.flash_ops import (
@@ -73,8 +74,11 @@ class Adapter:
         block: Block,
         into: RunningGradients,
         learned: Learned,
+        begins: Begins = ADDED,
     ) -> None:
         """Adds the block's gradients to those wanted of dq, dk, dv, given out and lse of the whole rows.
+
+        Those that begin are written.
 
         The op computes all three, and derives delta from `out` and `dout` itself, both in the type of q.
         """
@@ -83,14 +87,17 @@ class Adapter:
         out, dout = of.out.to(of.q.dtype), of.dout.to(of.q.dtype)
         q, k, v, out, dout = _as_the_op_wants(of.q, k, v, out, dout)
         q, scale, sign = positive(q, block.score.factor)
-        for call in self._calls(q, k, v, scale, block):
+        calls = [*self._calls(q, k, v, scale, block)]
+        by_rows = first_touches([call.window.rows for call in calls], into[0], begins=begins[0])
+        by_cols = first_touches([call.window.cols for call in calls], *into[1:], begins=begins[1])
+        for call, begins_q, begins_kv in zip(calls, by_rows, by_cols, strict=True):
             rows, cols = call.window.rows, call.window.cols
             lse = of.lse[:, rows].transpose(1, 2).contiguous()
             dq, dk, dv = self.backward_op(call, Attended(dout[:, rows], out[:, rows], lse))
-            parts = (rows, dq, sign), (cols, dk, 1), (cols, dv, 1)
-            for total, (part, grad, factor) in zip(into, parts, strict=True):
+            parts = (rows, dq, sign, begins_q), (cols, dk, 1, begins_kv), (cols, dv, 1, begins_kv)
+            for total, (part, grad, factor, first) in zip(into, parts, strict=True):
                 if total is not None:
-                    total[:, part].add_(grad[..., : total.shape[-1]], alpha=factor)
+                    put(total[:, part], grad[..., : total.shape[-1]], factor, begins=first)
 
     def forward_whole(
         self,

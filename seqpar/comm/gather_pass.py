@@ -198,6 +198,7 @@ class HomeSum:
 
     Args:
         like: this rank's tensors that the sums are for; a sum has their shapes, all in the type of sums.
+        zeros: whether shares hold zeros. Otherwise they hold anything, and must be written whole.
     """
 
     def __init__(
@@ -206,8 +207,10 @@ class HomeSum:
         schedule: GatherSchedule,
         group: Group,
         *,
+        zeros: bool = True,
         primitive: str = "scatter",
     ) -> None:
+        self._zeros = zeros
         self._schedule, self._group, self._primitive = schedule, group, primitive
         self._message = PackedMessage.of(like).of_sums()
         self._like, (self._batch, rows, self._heads) = like[0], like[0].shape[:3]
@@ -220,7 +223,7 @@ class HomeSum:
     def share(self) -> Iterator[Tensors]:
         """The tensors to add this rank's share of the chunk to; then they go to the owners of the pieces."""
         rows = sum(p.length for p, _ in self._schedule.received(self._n))
-        share = self._empty(rows).zero_()
+        share = self._empty(rows).zero_() if self._zeros else self._empty(rows)
         yield self._message.unpack((share,))
         self._land()
         self._pending, self._arriving = _start_home(

@@ -82,6 +82,8 @@ class RingSum:
         in_order: a visitor continues the sum that arrived instead of adding its own to it, beginning with
             the owner: additions are made in the order of the ring, and the sum cannot travel while the
             visitor computes. Otherwise the owner's share stays at home, one hop less.
+        zeros: whether a share that begins holds zeros. Otherwise it holds anything, and where `begins` says
+            so all of it must be written.
     """
 
     def __init__(
@@ -91,8 +93,11 @@ class RingSum:
         group: Group,
         *,
         in_order: bool = False,
+        zeros: bool = True,
         primitive: str = "ring_sum",
     ) -> None:
+        self.begins = False  # whether the share at hand holds nothing yet
+        self._zeros = zeros
         self._schedule, self._group, self._like, self._in_order = schedule, group, like, in_order
         self._hops = iter(schedule.sum_hops(in_order=in_order))
         self._message = PackedMessage.of(like).of_sums()
@@ -117,14 +122,16 @@ class RingSum:
         self._hand_on(share, hop)
 
     def _begun(self, rows: int) -> Tensor:
-        """What this rank adds its share to in this step: zeros, or what arrived."""
+        """What this rank adds its share to in this step: nothing yet, or what arrived."""
+        self.begins = False
         if self._in_order:
             # What arrived is continued and not added to, so it must be here before the rank computes.
             self._land()
             arrived, self._arrived = self._arrived, None
             if arrived is not None:
                 return arrived
-        return self._empty(rows).zero_()
+        self.begins = not self._zeros
+        return self._empty(rows).zero_() if self._zeros else self._empty(rows)
 
     def _hand_on(self, share: Tensor | None, hop: SumHop) -> None:
         """Sends the sum of this step on, or home, and begins to receive those that come here."""

@@ -28,8 +28,8 @@ from seqpar.strategies.loop import (
     Learned,
     Meeting,
     Route,
+    Sums,
     attend_by,
-    zeros_for,
 )
 from seqpar.strategies.mesh import MeshRoute, spans_of
 from seqpar.strategies.plan import Plan, Spans
@@ -86,18 +86,21 @@ class InOrderRoute:
         """Own rows meet the keys downwards; then own keys meet the queries upwards."""
         plan = self._plan
         own, own_keys = plan.layout.spans[self._rank], plan.keys.spans[self._rank]
-        dq = zeros_for(mine.q)
+        of_q, of_kv = Sums(mine.q), Sums(k, v)
         for cols, k_c, v_c in self.columns(k, v):
-            differentiate(Meeting(own, cols, mine, k_c, v_c, dq, None, None, learned))
-            del k_c, v_c  # or the last ones live on while queries are walked
-        dk, dv = zeros_for(k), zeros_for(v)
+            (dq,), begins = of_q.take()
+            met = Meeting(own, cols, mine, k_c, v_c, dq, None, None, learned, (begins, False))
+            differentiate(met)
+            del k_c, v_c, met  # or the last ones live on while queries are walked
         travelling = row_message(mine, plan.implementation)
         for pieces, message in gather_pass(travelling, self._queries, plan.group):
             rows, spans = (
                 rows_of(message, lse_learns=mine.lse_learns),
                 spans_of(pieces, plan.layout.spans),
             )
-            differentiate(Meeting(spans, own_keys, rows, k, v, None, dk, dv, {}))
+            (dk, dv), begins = of_kv.take()
+            differentiate(Meeting(spans, own_keys, rows, k, v, None, dk, dv, {}, (False, begins)))
+        (dq,), (dk, dv) = of_q.whole(), of_kv.whole()
         return Gradients(dq, dk, dv, learned)
 
 

@@ -18,6 +18,7 @@ from seqpar.comm import GatherSchedule, Piece, gather_pass, once
 from seqpar.strategies.plan import Plan, Spans
 from seqpar_kernels import (
     BY_BLOCKS,
+    Begins,
     Block,
     Implementation,
     Partial,
@@ -30,6 +31,7 @@ from seqpar_kernels import (
     finish,
     finished_gradients,
     first_only,
+    first_touches,
     may_hold_poison,
     sum_rows,
 )
@@ -40,7 +42,11 @@ Learned = Mapping[str, Tensor]  # by the name of a learned tensor, each row's sh
 
 @dataclass(frozen=True)
 class Meeting:
-    """Query rows and keys that meet in backward, and what to add their gradients to, if wanted."""
+    """Query rows and keys that meet in backward, and what to add their gradients to, if wanted.
+
+    Args:
+        begins: whether dq, and whether dk and dv, hold nothing yet, and are to be written whole.
+    """
 
     row_spans: Spans
     col_spans: Spans
@@ -51,6 +57,7 @@ class Meeting:
     dk: Tensor | None
     dv: Tensor | None
     learned: Learned
+    begins: Begins = (False, False)
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,27 @@ def zeros_for(x: Tensor) -> Tensor:
     """Zeros to sum the gradient of a tensor in."""
     # docs/design.md: gradients travel in float32
     return torch.zeros(x.shape, dtype=accumulation_dtype(x.dtype), device=x.device)
+
+
+class Sums:
+    """Sums of the gradients of some tensors, which the first meeting writes and those after it add to."""
+
+    def __init__(self, *like: Tensor) -> None:
+        # docs/design.md: sums of gradients begin with the first share
+        self._sums = [
+            torch.empty(x.shape, dtype=accumulation_dtype(x.dtype), device=x.device) for x in like
+        ]
+        self._begins = True
+
+    def take(self) -> tuple[list[Tensor], bool]:
+        """(the sums, whether they hold nothing yet and are to be written)."""
+        begins, self._begins = self._begins, False
+        return self._sums, begins
+
+    def whole(self) -> list[Tensor]:
+        """The sums, zeros where there was no meeting."""
+        sums, begins = self.take()
+        return [x.zero_() if begins else x for x in sums]
 
 
 class Route(Protocol):
@@ -167,12 +195,17 @@ class _Loop(torch.autograd.Function):
 
         def differentiate(met: Meeting) -> None:
             finite = met.rows.finite and not may_hold_poison(met.k, met.v)
-            for rows, cols, block in plan.blocks(met.row_spans, met.col_spans, score, call.head):
+            blocks = [*plan.blocks(met.row_spans, met.col_spans, score, call.head)]
+            by_rows = first_touches([rows for rows, *_ in blocks], met.dq, begins=met.begins[0])
+            by_cols = first_touches(
+                [cols for _, cols, _ in blocks], met.dk, met.dv, begins=met.begins[1]
+            )
+            for (rows, cols, block), *begins in zip(blocks, by_rows, by_cols, strict=True):
                 attend_backward(
                     met.rows[rows], met.k[:, cols], met.v[:, cols], block,
                     into=(_some(met.dq, rows), _some(met.dk, cols), _some(met.dv, cols)),
                     learned={name: x[:, rows] for name, x in met.learned.items()},
-                    implementation=plan.implementation, finite=finite,
+                    implementation=plan.implementation, finite=finite, begins=(begins[0], begins[1]),
                 )  # fmt: skip
 
         sums = call.route.backward(mine, k, v, by_row, differentiate)

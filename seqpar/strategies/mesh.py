@@ -38,6 +38,7 @@ from seqpar.strategies.loop import (
     Gradients,
     Learned,
     Meeting,
+    Sums,
     attend_by,
     zeros_for,
 )
@@ -107,15 +108,17 @@ class MeshRoute:
         """The rows of the grid row, gathered once, meet the keys chunk by chunk."""
         spans, rows = self._gather_backward(mine)
         alone = self._rows.size == 1
-        dq = zeros_for(rows.q)
+        of_q = Sums(rows.q)
         by_row = learned if alone else {name: zeros_for(rows.lse) for name in learned}
-        sums = HomeSum((k, v), self._cols, self._in_column)
+        sums = HomeSum((k, v), self._cols, self._in_column, zeros=False)
         for came, (k_c, v_c) in gather_pass((k, v), self._cols, self._in_column):
             cols = spans_of(came, self._col_spans)
             with sums.share() as (dk_c, dv_c):
-                differentiate(Meeting(spans, cols, rows, k_c, v_c, dq, dk_c, dv_c, by_row))
-                del k_c, v_c, dk_c, dv_c  # as in `columns`
-        dk, dv = sums.home()
+                (dq,), begins = of_q.take()
+                met = Meeting(spans, cols, rows, k_c, v_c, dq, dk_c, dv_c, by_row, (begins, True))
+                differentiate(met)
+                del k_c, v_c, dk_c, dv_c, met  # as in `columns`
+        (dq,), (dk, dv) = of_q.whole(), sums.home()
         if alone:
             return Gradients(dq, dk, dv, learned)
         total = zeros_for(mine.q)

@@ -48,8 +48,8 @@ from seqpar.strategies.loop import (
     Gradients,
     Learned,
     Meeting,
+    Sums,
     attend_by,
-    zeros_for,
 )
 from seqpar.strategies.plan import Plan, Spans
 from seqpar.strategies.strategy import Order, Strategy
@@ -155,16 +155,20 @@ class RingRoute:
         self, mine: Rows, k: Tensor, v: Tensor, learned: Learned, differentiate: Differentiate
     ) -> Gradients:
         plan, schedule = self._plan, _key_schedule(self._plan)
-        sums = RingSum((k, v), schedule, plan.group, in_order=bool(plan.invariant))
-        dq = zeros_for(mine.q)
+        sums = RingSum((k, v), schedule, plan.group, in_order=bool(plan.invariant), zeros=False)
+        of_q = Sums(mine.q)
         for owner, block in ring_pass((k, v), schedule, plan.group):
             # Sums move in every step, wanted or not, so that ranks stay in step.
             with sums.share() as share:
                 if block is not None:
                     assert share is not None, "blocks and their sums take the same way"
                     (k_o, v_o), (dk_o, dv_o), cols = block, share, plan.keys.spans[owner]
-                    differentiate(Meeting(self._own, cols, mine, k_o, v_o, dq, dk_o, dv_o, learned))
-        dk, dv = sums.home()
+                    (dq,), begins = of_q.take()
+                    first = begins, sums.begins
+                    differentiate(
+                        Meeting(self._own, cols, mine, k_o, v_o, dq, dk_o, dv_o, learned, first)
+                    )
+        (dq,), (dk, dv) = of_q.whole(), sums.home()
         return Gradients(dq, dk, dv, learned)
 
     def _rows_travel(
@@ -173,16 +177,22 @@ class RingRoute:
         plan, schedule = self._plan, _row_schedule(self._plan)
         own_keys = plan.keys.spans[plan.group.rank]
         like = (mine.q, *learned.values())
-        sums = RingSum(like, schedule, plan.group, in_order=bool(plan.invariant))
-        dk, dv = zeros_for(k), zeros_for(v)
+        sums = RingSum(like, schedule, plan.group, in_order=bool(plan.invariant), zeros=False)
+        of_kv = Sums(k, v)
         for owner, block in ring_pass(row_message(mine, plan.implementation), schedule, plan.group):
             with sums.share() as share:
                 if block is not None:
                     assert share is not None, "blocks and their sums take the same way"
                     rows, (dq_o, *by_row) = rows_of(block, lse_learns=mine.lse_learns), share
                     spans, learned_o = plan.layout.spans[owner], _named(learned, by_row)
-                    differentiate(Meeting(spans, own_keys, rows, k, v, dq_o, dk, dv, learned_o))
-        dq, *by_row = sums.home()
+                    for x in by_row if sums.begins else ():
+                        x.zero_()
+                    (dk, dv), begins = of_kv.take()
+                    first = sums.begins, begins
+                    differentiate(
+                        Meeting(spans, own_keys, rows, k, v, dq_o, dk, dv, learned_o, first)
+                    )
+        (dk, dv), (dq, *by_row) = of_kv.whole(), sums.home()
         return Gradients(dq, dk, dv, _named(learned, by_row))
 
 

@@ -200,7 +200,9 @@ def test_what_may_be_another_in_every_call_is_looked_at_in_every_call():
         dual = forward_ad.make_dual(q, torch.ones_like(q))
         with pytest.raises(NotImplementedError, match="q carries a tangent"):
             attention(dual, k, v, made)
-    sinks.data = torch.full((4,), 7.0)  # as `module.to` does: a view of before would show the old ones
+    sinks.data = torch.full(
+        (4,), 7.0
+    )  # as `module.to` does: a view of before would show the old ones
     again = replace(again, score=Score(sinks=sinks.clone()))
     assert torch.equal(attention(q, k, v, made), attention(q, k, v, again))
     sinks.data = torch.zeros(5)

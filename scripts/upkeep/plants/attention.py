@@ -13,6 +13,7 @@ WHOLE, ADAPTERS, CHOICE = (f"tests/block/test_{x}.py" for x in ("whole", "adapte
 KEEP, COMPILE = (f"tests/strategies/test_{x}.py" for x in ("keep_attention", "compile"))
 SECOND = "tests/strategies/test_second_derivatives.py"
 BITS = "tests/strategies/test_invariance.py"
+BEGINNINGS, STARTED = (f"tests/{x}/test_beginnings.py" for x in ("block", "strategies"))
 SCHEDULES, LAUNCHES = "tests/strategies/test_schedules.py", "tests/block/test_launches.py"
 LOOP = "seqpar/strategies/loop.py"
 ATTENTION = [
@@ -358,4 +359,19 @@ ATTENTION = [
           '''"S", "M", "L", "count", "B", "C", "width",''', '''"count", "B", "C", "width",''', LAUNCHES),
     Plant("launched on another device", f"{BLOCK}/triton_attention.py",
           "or device.index == torch.cuda.current_device()", "or True", LAUNCHES),
+    Plant("sums left as memory had them", f"{BLOCK}/beginnings.py",
+          "        _zero(there, slice(end, part.start))", "        pass", BEGINNINGS),
+    Plant("a part that is there already written again", f"{BLOCK}/beginnings.py",
+          "flags.append(not shared)", "flags.append(True)", BEGINNINGS),
+    Plant("the first share forgotten where parts overlap", f"{BLOCK}/beginnings.py",
+          "if shared not in (0, part.stop - part.start):", "if False:", BEGINNINGS),
+    Plant("a sum that begins keeps the sign of q", f"{BLOCK}/beginnings.py",
+          "    if sign != 1:", "    if False:", BEGINNINGS),
+    Plant("sums of no meeting left as memory had them", LOOP,
+          "return [x.zero_() if begins else x for x in sums]", "return sums", STARTED),
+    Plant("a share that arrived written over", f"{COMM}/ring_pass.py",
+          "        self.begins = False\n        if self._in_order:",
+          "        self.begins = True\n        if self._in_order:", STARTED),
+    Plant("learned shares of a begun sum left as memory had them", "seqpar/strategies/ring.py",
+          "for x in by_row if sums.begins else ():", "for x in ():", STARTED),
 ]  # fmt: skip

@@ -1,0 +1,57 @@
+"""What is written, and what added to, where sums hold nothing yet: the first to touch a part writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+# Whether dq, and whether dk and dv, hold nothing yet.
+Begins = tuple[bool, bool]
+ADDED: Begins = (False, False)
+
+
+def first_touches(parts: Sequence[slice], *sums: Tensor | None, begins: bool) -> list[bool]:
+    """For each part of dim 1 of some sums, whether what comes there first is to be written.
+
+    Sums that begin hold nothing: what no part touches becomes zero here, and all of it where parts overlap
+    otherwise than by lying in what came before.
+
+    Args:
+        parts: in the order in which gradients come to them.
+        sums: of one length in dim 1; those that are `None` are not wanted.
+    """
+    there = [x for x in sums if x is not None]
+    if not begins or not there:
+        return [False] * len(parts)
+    done: list[slice] = []
+    flags = []
+    for part in parts:
+        shared = sum(max(0, min(part.stop, x.stop) - max(part.start, x.start)) for x in done)
+        if shared not in (0, part.stop - part.start):
+            _zero(there, slice(0, there[0].shape[1]))
+            return [False] * len(parts)
+        flags.append(not shared)
+        if not shared:
+            done.append(part)
+    end = 0
+    for part in (*sorted(done, key=lambda x: x.start), slice(there[0].shape[1], None)):
+        _zero(there, slice(end, part.start))
+        end = part.stop
+    return flags
+
+
+def _zero(sums: Sequence[Tensor], part: slice) -> None:
+    if part.start < part.stop:
+        for x in sums:
+            x[:, part].zero_()
+
+
+def put(total: Tensor, share: Tensor, sign: int = 1, *, begins: bool) -> None:
+    """Adds sign * share to a sum, or writes it where the sum begins."""
+    if not begins:
+        total.add_(share, alpha=sign)
+        return
+    total.copy_(share)
+    if sign != 1:
+        total.mul_(sign)
