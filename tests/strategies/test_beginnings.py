@@ -43,8 +43,9 @@ def filled():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.usefixtures("filled")
 @pytest.mark.parametrize(("strategy", "case", "size", "implementation"), WORLDS, ids=str)
-def test_nothing_is_left_as_memory_had_it(strategy, case, size, implementation, filled):
+def test_nothing_is_left_as_memory_had_it(strategy, case, size, implementation):
     results = simulate(size, errors_on_rank, case, strategy, implementation, case.budget())
     for rank, errors in enumerate(results):
         assert not errors.failures, f"rank {rank}: {errors.failures}"

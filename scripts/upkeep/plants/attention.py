@@ -44,7 +44,7 @@ ATTENTION = [
     Plant("strips where caches are roomy", f"{BLOCK}/aten.py",
           " or level_2_bytes() >= ROOMY_CACHE", "", "tests/block/test_strips.py"),
     Plant("narrow gradients copied whole before they are added", f"{BLOCK}/aten.py",
-          "    if grad.dtype == total.dtype:\n", "    if True:\n", "tests/block/test_added_gradients.py"),
+          "    if begins or grad.dtype == total.dtype:\n", "    if True:\n", "tests/block/test_added_gradients.py"),
     Plant("sums begin with an empty one", f"{BLOCK}/dispatch.py",
           "return Partial(out.to(lse.dtype), lse, torch.ones_like(lse))",
           "return Partial(out.to(lse.dtype), lse, torch.zeros_like(lse))", WHOLE),
