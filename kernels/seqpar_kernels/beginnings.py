@@ -14,8 +14,8 @@ ADDED: Begins = (False, False)
 def first_touches(parts: Sequence[slice], *sums: Tensor | None, begins: bool) -> list[bool]:
     """For each part of dim 1 of some sums, whether what comes there first is to be written.
 
-    Sums that begin hold nothing: what no part touches becomes zero here, and all of it where parts overlap
-    otherwise than by lying in what came before.
+    Sums that begin hold nothing: what no part writes becomes zero here. A part that lies over one before it
+    adds, also to such zeros.
 
     Args:
         parts: in the order in which gradients come to them.
@@ -27,12 +27,8 @@ def first_touches(parts: Sequence[slice], *sums: Tensor | None, begins: bool) ->
     done: list[slice] = []
     flags = []
     for part in parts:
-        shared = sum(max(0, min(part.stop, x.stop) - max(part.start, x.start)) for x in done)
-        if shared not in (0, part.stop - part.start):
-            _zero(there, slice(0, there[0].shape[1]))
-            return [False] * len(parts)
-        flags.append(not shared)
-        if not shared:
+        flags.append(not any(x.start < part.stop and part.start < x.stop for x in done))
+        if flags[-1]:
             done.append(part)
     end = 0
     for part in (*sorted(done, key=lambda x: x.start), slice(there[0].shape[1], None)):

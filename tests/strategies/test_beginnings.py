@@ -21,6 +21,8 @@ CASES = [
     Case(33, 4, 2, kind="zigzag", alibi=True, sinks=True),
     Case(200, 3, 1, kind="contiguous", multiple_of=64, invariant=True),
     Case(2, 2, 1, kind="contiguous"),
+    Case(60, 4, 2, kind="contiguous", window=4, kv_length=9),  # ranks that see nothing
+    Case(33, 4, 4, kind="zigzag", alibi=True),  # rows travel, and shares of what learns with them
 ]
 
 
