@@ -24,6 +24,7 @@ CASES = [
     Case(60, 4, 2, kind="contiguous", window=4, kv_length=9),  # ranks that see nothing
     Case(9, 4, 2, kind="contiguous", causal=False, kv_length=0),
     Case(0, 4, 2, kind="contiguous", causal=False, kv_length=9),
+    Case(64, 2, 1, kind="contiguous", causal=False, kv_length=0, multiple_of=64, invariant=True),
     Case(33, 4, 4, kind="zigzag", alibi=True),  # rows travel, and shares of what learns with them
 ]
 
