@@ -36,6 +36,8 @@ WORLDS = [
     for size in (1, 2, 3, 4)
     for implementation in ((None, "reference") if case.dtype == torch.float64 else (None,))
     if not strategy.stores_scores and not (case.invariant and strategy.order is None)
+    # The order of a ring is that of its own keys.
+    if not (case.invariant and case.kv_length is not None and name == "ring")
 ]
 
 
