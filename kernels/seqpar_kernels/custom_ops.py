@@ -18,13 +18,14 @@ from seqpar_kernels.band import Band
 from seqpar_kernels.block import Block
 from seqpar_kernels.choice import Implementation, Request, choose
 from seqpar_kernels.derivatives import first_only
-from seqpar_kernels.dispatch import attend_backward, attend_whole, attend_whole_backward
+from seqpar_kernels.dispatch import attend_backward
 from seqpar_kernels.partial import accumulation_dtype
 from seqpar_kernels.rows import Rows
 from seqpar_kernels.score import BY_BLOCKS, TENSORS, Score, finished_gradients, sum_rows
 from seqpar_kernels.terms import TERMS, ScoreTerm
 from seqpar_kernels.torch_internals import nobody_looks
 from seqpar_kernels.torch_ops import define
+from seqpar_kernels.whole import attend_whole, attend_whole_backward
 
 # Ops take no dataclasses. Tensors first; what follows describes the block.
 _TERMS = tuple(kind for kind in TERMS if kind.name not in TENSORS)

@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from seqpar_kernels import Band, Block, Documents, Rows, Score, attend_backward, first_touches
-from seqpar_kernels.dispatch import attend_whole
+from seqpar_kernels.whole import attend_whole
 
 NAN = float("nan")
 

@@ -6,7 +6,7 @@ import torch
 from seqpar.testing import oracle
 from seqpar_kernels import Band, Block, Rows, Score, aten, attend_backward
 from seqpar_kernels.caches import level_2_bytes
-from seqpar_kernels.dispatch import attend_whole, attend_whole_backward
+from seqpar_kernels.whole import attend_whole, attend_whole_backward
 
 CAUSAL = Block(Band(None, 0), Score(scale=0.3))
 SMALL, ROOMY = 1 << 20, 2 << 20

@@ -19,7 +19,7 @@ from seqpar_kernels import (
     begin,
     finish,
 )
-from seqpar_kernels.dispatch import attend_whole, attend_whole_backward
+from seqpar_kernels.whole import attend_whole, attend_whole_backward
 
 BANDS = st.builds(Band, st.none() | st.integers(-90, 20), st.none() | st.integers(-20, 90))
 SIZES = st.integers(0, 90)
