@@ -24,16 +24,15 @@ def first_touches(parts: Sequence[slice], *sums: Tensor | None, begins: bool) ->
     there = [x for x in sums if x is not None]
     if not begins or not there:
         return [False] * len(parts)
-    done: list[slice] = []
-    flags = []
-    for part in parts:
-        flags.append(not any(x.start < part.stop and part.start < x.stop for x in done))
-        if flags[-1]:
-            done.append(part)
+    flags = [
+        not any(x.start < part.stop and part.start < x.stop for x in parts[:n] if x.start < x.stop)
+        for n, part in enumerate(parts)
+    ]
+    written = [part for part, first in zip(parts, flags, strict=True) if first]
     end = 0
-    for part in (*sorted(done, key=lambda x: x.start), slice(there[0].shape[1], None)):
+    for part in (*sorted(written, key=lambda x: x.start), slice(there[0].shape[1], None)):
         _zero(there, slice(end, part.start))
-        end = part.stop
+        end = max(end, part.stop or 0)
     return flags
 
 
