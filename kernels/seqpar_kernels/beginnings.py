@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -24,10 +25,16 @@ def first_touches(parts: Sequence[slice], *sums: Tensor | None, begins: bool) ->
     there = [x for x in sums if x is not None]
     if not begins or not there:
         return [False] * len(parts)
-    flags = [
-        not any(x.start < part.stop and part.start < x.stop for x in parts[:n] if x.start < x.stop)
-        for n, part in enumerate(parts)
-    ]
+    # The union of the parts so far, as disjoint ranges in order.
+    starts: list[int] = []
+    stops: list[int] = []
+    flags = []
+    for part in parts:
+        low, high = bisect_right(stops, part.start), bisect_left(starts, part.stop)
+        flags.append(low >= high)
+        if part.start < part.stop:
+            start, stop = min([part.start, *starts[low:high]]), max([part.stop, *stops[low:high]])
+            starts[low:high], stops[low:high] = [start], [stop]
     written = [part for part, first in zip(parts, flags, strict=True) if first]
     end = 0
     for part in (*sorted(written, key=lambda x: x.start), slice(there[0].shape[1], None)):

@@ -363,7 +363,7 @@ ATTENTION = [
     Plant("sums left as memory had them", f"{BLOCK}/beginnings.py",
           "        _zero(there, slice(end, part.start))", "        pass", BEGINNINGS),
     Plant("a part that is there already written again", f"{BLOCK}/beginnings.py",
-          "for x in parts[:n] if", "for x in parts[:0] if", BEGINNINGS),
+          "flags.append(low >= high)", "flags.append(True)", BEGINNINGS),
     Plant("a sum that begins keeps the sign of q", f"{BLOCK}/beginnings.py",
           "    if sign != 1:", "    if False:", BEGINNINGS),
     Plant("sums of no meeting left as memory had them", LOOP,
