@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Bool, Float
@@ -22,7 +23,34 @@ def may_hold_poison(*tensors: Tensor) -> bool:
     # Of a subclass, such as the tensors that a compiler traces with, numbers may not be asked for.
     if tensors[0].device.type != "cpu" or any(type(x) is not Tensor for x in tensors):
         return True
-    return not all(math.isfinite(_sum(x)) for x in tensors)
+    return not all(math.isfinite(_sum(x)) for x in _joined(tensors))
+
+
+def _joined(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The tensors, but two that lie side by side, as k and v in a packed message, as one."""
+    n = 0
+    while n < len(tensors):
+        x, y = tensors[n], tensors[n + 1] if n + 1 < len(tensors) else None
+        if y is not None and not x.is_contiguous() and _are_beside(x, y):
+            yield x.as_strided((*x.shape[:-1], x.shape[-1] + y.shape[-1]), x.stride())
+            n += 2
+        else:
+            yield x
+            n += 1
+
+
+def _are_beside(x: Tensor, y: Tensor) -> bool:
+    """Whether every row of y begins where that of x ends, and the next of x where that of y ends."""
+    return (
+        x.ndim > 1
+        and x.stride() == y.stride()
+        and x.shape[:-1] == y.shape[:-1]
+        and x.stride(-1) == 1
+        and x.stride(-2) == x.shape[-1] + y.shape[-1]
+        and y.data_ptr() - x.data_ptr() == x.shape[-1] * x.element_size()
+        and x.dtype == y.dtype
+        and x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
+    )
 
 
 def _sum(x: Tensor) -> float:

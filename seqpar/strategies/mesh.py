@@ -77,7 +77,7 @@ class MeshRoute:
         tables = plan.kept("mesh", lambda: _tables(plan, grid()), plan.strategy)
         self._in_row, self._in_column = tables.in_row, tables.in_column
         self._rows, self._cols = tables.rows, tables.cols
-        self._row_spans, self._col_spans = tables.row_spans, tables.col_spans
+        self._row_spans, self._chunk_spans = tables.row_spans, tables.chunk_spans
 
     def rows(self, q: Tensor) -> tuple[Spans, Tensor]:
         """Gathers the query rows of the grid row."""
@@ -86,8 +86,9 @@ class MeshRoute:
 
     def columns(self, k: Tensor, v: Tensor) -> Iterator[tuple[Spans, Tensor, Tensor]]:
         """Yields the keys of one rank after another, this rank's first."""
-        for came, (k_c, v_c) in gather_pass((k, v), self._cols, self._in_column):
-            yield spans_of(came, self._col_spans), k_c, v_c
+        chunks = gather_pass((k, v), self._cols, self._in_column)
+        for spans, (_, (k_c, v_c)) in zip(self._chunk_spans, chunks, strict=True):
+            yield spans, k_c, v_c
             del k_c, v_c  # or three chunks are held while the next but one is begun
 
     def merged(self, running: Partial) -> Partial:
@@ -111,8 +112,8 @@ class MeshRoute:
         of_q = Sums(rows.q)
         by_row = learned if alone else {name: zeros_for(rows.lse) for name in learned}
         sums = HomeSum((k, v), self._cols, self._in_column, zeros=False)
-        for came, (k_c, v_c) in gather_pass((k, v), self._cols, self._in_column):
-            cols = spans_of(came, self._col_spans)
+        chunks = gather_pass((k, v), self._cols, self._in_column)
+        for cols, (_, (k_c, v_c)) in zip(self._chunk_spans, chunks, strict=True):
             with sums.share() as (dk_c, dv_c):
                 (dq,), begins = of_q.take()
                 met = Meeting(spans, cols, rows, k_c, v_c, dq, dk_c, dv_c, by_row, (begins, True))
@@ -143,14 +144,19 @@ class MeshRoute:
 
 
 class _Tables(NamedTuple):
-    """Who gathers which rows in a rank's grid row, and which keys in its column; positions by rank."""
+    """Who gathers which rows in a rank's grid row, and which keys in its column.
+
+    Args:
+        row_spans: the positions of rows, by rank.
+        chunk_spans: the positions of keys, by chunk.
+    """
 
     in_row: Group
     in_column: Group
     rows: GatherSchedule
     cols: GatherSchedule
     row_spans: list[Spans]
-    col_spans: list[Spans]
+    chunk_spans: list[Spans]
 
 
 def _tables(plan: Plan, grid: Grid) -> _Tables:
@@ -168,7 +174,9 @@ def _tables(plan: Plan, grid: Grid) -> _Tables:
     sees_rows = cache(lambda peer, p: meets(queries[peer], spans_of([p], col_spans), mask))
     rows = GatherSchedule.together(j, len(row), [gathered], sees_keys)
     cols = GatherSchedule.in_turn(i, blocks, sees_rows)
-    return _Tables(grid.ulysses, grid.ring, rows, cols, row_spans, col_spans)
+    came = ([p for p, _ in cols.received(n)] for n in range(cols.num_chunks))
+    chunk_spans = [spans_of(chunk, col_spans) for chunk in came]
+    return _Tables(grid.ulysses, grid.ring, rows, cols, row_spans, chunk_spans)
 
 
 def lengths(spans: Sequence[Spans]) -> list[int]:

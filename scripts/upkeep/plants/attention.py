@@ -14,6 +14,7 @@ KEEP, COMPILE = (f"tests/strategies/test_{x}.py" for x in ("keep_attention", "co
 SECOND = "tests/strategies/test_second_derivatives.py"
 BITS = "tests/strategies/test_invariance.py"
 BEGINNINGS, STARTED = (f"tests/{x}/test_beginnings.py" for x in ("block", "strategies"))
+FINITE = "tests/block/test_finite.py"
 SCHEDULES, LAUNCHES = "tests/strategies/test_schedules.py", "tests/block/test_launches.py"
 LOOP = "seqpar/strategies/loop.py"
 ATTENTION = [
@@ -373,4 +374,8 @@ ATTENTION = [
           "        self.begins = True\n        if self._in_order:", STARTED),
     Plant("learned shares of a begun sum left as memory had them", "seqpar/strategies/ring.py",
           "for x in by_row if sums.begins else ():", "for x in ():", STARTED),
+    Plant("tensors of other rows looked at as one", f"{BLOCK}/finite.py",
+          "        and y.data_ptr() - x.data_ptr() == x.shape[-1] * x.element_size()\n", "", FINITE),
+    Plant("the second of two side by side not looked at", f"{BLOCK}/finite.py",
+          "x.shape[-1] + y.shape[-1]), x.stride())", "x.shape[-1]), x.stride())", FINITE),
 ]  # fmt: skip
