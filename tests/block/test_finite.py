@@ -10,7 +10,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 def packed(batch=1, rows=6, heads=2, widths=(3, 4), rows_first=True):
-    """k and v as a message holds them."""
+    """K and v as a message holds them."""
     shape = (rows, batch, heads) if rows_first else (batch, rows, heads)
     message = torch.ones(*shape, sum(widths))
     parts = (message.transpose(0, 1) if rows_first else message).split_with_sizes(widths, -1)
