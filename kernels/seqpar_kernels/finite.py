@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Bool, Float
@@ -23,33 +22,33 @@ def may_hold_poison(*tensors: Tensor) -> bool:
     # Of a subclass, such as the tensors that a compiler traces with, numbers may not be asked for.
     if tensors[0].device.type != "cpu" or any(type(x) is not Tensor for x in tensors):
         return True
-    return not all(math.isfinite(_sum(x)) for x in _joined(tensors))
-
-
-def _joined(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
-    """The tensors, but two that lie side by side, as k and v in a packed message, as one."""
-    n = 0
-    while n < len(tensors):
-        x, y = tensors[n], tensors[n + 1] if n + 1 < len(tensors) else None
-        if y is not None and not x.is_contiguous() and _are_beside(x, y):
-            yield x.as_strided((*x.shape[:-1], x.shape[-1] + y.shape[-1]), x.stride())
-            n += 2
-        else:
-            yield x
+    n, end = 0, len(tensors)
+    while n < end:
+        x = tensors[n]
+        n += 1
+        # k and v of a packed message are one tensor in memory, and one sum.
+        if n < end and _are_beside(x, tensors[n]):
+            x = x.as_strided((*x.shape[:-1], x.stride(-2)), x.stride())
             n += 1
+        if not math.isfinite(_sum(x)):
+            return True
+    return False
 
 
 def _are_beside(x: Tensor, y: Tensor) -> bool:
-    """Whether every row of y begins where that of x ends, and the next of x where that of y ends."""
+    """Whether every row of y begins where that of x ends, and the next of x where that of y ends.
+
+    Where there are several rows, those of y then lie between those of x, and so in its storage.
+    """
+    width = x.shape[-1] if x.ndim > 1 else 0
     return (
-        x.ndim > 1
+        0 < width < x.numel()
+        and x.stride(-2) == width + y.shape[-1] > width
+        and y.data_ptr() == x.data_ptr() + width * x.element_size()
         and x.stride() == y.stride()
-        and x.shape[:-1] == y.shape[:-1]
         and x.stride(-1) == 1
-        and x.stride(-2) == x.shape[-1] + y.shape[-1]
-        and y.data_ptr() - x.data_ptr() == x.shape[-1] * x.element_size()
+        and x.shape[:-1] == y.shape[:-1]
         and x.dtype == y.dtype
-        and x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
     )
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from seqpar_kernels import may_hold_poison
-from seqpar_kernels.finite import _are_beside, _joined
+from seqpar_kernels import finite, may_hold_poison
+from seqpar_kernels.finite import _are_beside
 
 NAN, INF = float("nan"), float("inf")
 
@@ -17,15 +17,22 @@ def packed(batch=1, rows=6, heads=2, widths=(3, 4), rows_first=True):
     return message, parts
 
 
+@pytest.fixture
+def sums(monkeypatch):
+    """The shapes that are summed."""
+    shapes, real = [], finite._sum
+    monkeypatch.setattr(finite, "_sum", lambda x: (shapes.append(tuple(x.shape)), real(x))[1])
+    return shapes
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("rows_first", [True, False])
-def test_k_and_v_of_a_message_are_one_tensor(batch, rows_first):
+def test_k_and_v_of_a_message_are_one_sum(batch, rows_first, sums):
     message, (k, v) = packed(batch, rows_first=rows_first)
-    (whole,) = _joined((k, v))
-    assert whole.data_ptr() == message.data_ptr()
-    assert whole.numel() == message.numel()
     q = torch.ones(2, 2)
-    assert [x.numel() for x in _joined((q, k, v, q))] == [4, message.numel(), 4]
+    assert not may_hold_poison(q, k, v, q)
+    assert sums == [(2, 2), (batch, 6, 2, 7), (2, 2)]
+    assert message.numel() == batch * 6 * 2 * 7
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
@@ -39,18 +46,22 @@ def test_one_element_is_found_in_either(bad, which, at):
     assert may_hold_poison(*reversed(tensors))
 
 
-def test_what_does_not_lie_side_by_side_is_looked_at_apart():
+def test_what_does_not_lie_side_by_side_is_looked_at_apart(sums):
     _, (k, v) = packed()
     _, (other_k, _) = packed()
     _, thirds = packed(widths=(3, 4, 5))
+    _, (row, next_to_it) = packed(rows=1, heads=1)
+    _, (all_of_it, nothing) = packed(widths=(3, 0))
     pairs = [
         (v, k), (k, k), (k, other_k), (k[:, :3], v[:, 1:4]), (k[:, :3], v), (k[..., :2], v), thirds[:2],
-        (thirds[0], thirds[2]), (k.reshape(-1), v), (torch.ones(3), torch.ones(3)),
-        (k[..., 0], v[..., 0]), (k.view(torch.int32).view(torch.float32), v.view(torch.int32)),
+        (thirds[0], thirds[2]), (k.reshape(-1), v), (torch.ones(3), torch.ones(3)), (row, next_to_it),
+        (k[..., 0], v[..., 0]), (all_of_it, nothing), (k, v.view(torch.int32)),
     ]  # fmt: skip
     for x, y in pairs:
         assert not _are_beside(x, y)
-        assert [one.shape for one in _joined((x, y))] == [x.shape, y.shape]
+        sums.clear()
+        assert not may_hold_poison(x, y)
+        assert sums == [tuple(x.shape), tuple(y.shape)]
     assert _are_beside(k[:, 1:3], v[:, 1:3])
     # What is between the rows that are looked at is not.
     message, (k, v) = packed()

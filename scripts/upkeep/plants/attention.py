@@ -375,7 +375,7 @@ ATTENTION = [
     Plant("learned shares of a begun sum left as memory had them", "seqpar/strategies/ring.py",
           "for x in by_row if sums.begins else ():", "for x in ():", STARTED),
     Plant("tensors of other rows looked at as one", f"{BLOCK}/finite.py",
-          "        and y.data_ptr() - x.data_ptr() == x.shape[-1] * x.element_size()\n", "", FINITE),
+          "        and y.data_ptr() == x.data_ptr() + width * x.element_size()\n", "", FINITE),
     Plant("the second of two side by side not looked at", f"{BLOCK}/finite.py",
-          "x.shape[-1] + y.shape[-1]), x.stride())", "x.shape[-1]), x.stride())", FINITE),
+          "x.stride(-2)), x.stride())", "x.shape[-1]), x.stride())", FINITE),
 ]  # fmt: skip
