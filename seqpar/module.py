@@ -39,6 +39,7 @@ class Attention(nn.Module):
     strategy: str
     grid: Grid | None = None
     head_chunks: int = 1
+    _last: Plan | None = None  # here, for modules that were pickled without
 
     def __init__(
         self,
@@ -55,7 +56,6 @@ class Attention(nn.Module):
         self.group, self.mask, self.score = group, mask, score
         self.implementation, self.dropout, self.invariant = implementation, dropout, invariant
         self.agree = agree
-        self._last: Plan | None = None
 
     def forward(
         self,
@@ -92,9 +92,10 @@ class Attention(nn.Module):
         )
         if torch.compiler.is_compiling() or plan.score.tensors:
             return plan  # tensors made in a forward must not live on
-        if self._last is None or not self._last.is_as(plan):
-            self._last = plan
-        return self._last
+        last = self._last  # once: threads may share a module
+        if last is None or not last.is_as(plan):
+            last = self._last = plan
+        return last
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the last plan, which is of this process."""

@@ -18,6 +18,7 @@ from seqpar_kernels.triton_attention import launch
 from seqpar_kernels.triton_terms import LOG2E
 
 ELEMENTS = 4096  # of a tile of rows; not tuned
+ALIGNED = 16  # what Triton tells apart: whether this divides strides and addresses
 
 
 @triton.jit
@@ -92,7 +93,7 @@ def dot_kernel(
     X, Y, TOTAL, count, B, C, width, x0, x1, x2, y0, y1, y2, t0, t1, t2,
     COLS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Total += sum of x * y over the columns."""
+    """Total += sum of x * y over the columns. See `aligned_dot_kernel`."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = n < count
     total_at = TOTAL + _at(n, B, C, t0, t1, t2)
@@ -105,6 +106,12 @@ def dot_kernel(
         y = tl.load(y_at[:, None] + c[None, :], mask=inside, other=0.0).to(total.dtype)
         total += tl.sum(x * y, 1)
     tl.store(total_at, total, mask=there)
+
+
+# The same where rows are known to begin at multiples of 16 elements: 16 bytes a load, in one layout.
+aligned_dot_kernel = triton.jit(
+    dot_kernel.fn, do_not_specialize=["TOTAL", "count", "B", "C", "t0", "t1", "t2"]
+)
 
 
 # docs/design.md: sums of rows do not see strides
@@ -218,7 +225,10 @@ def add_dot_(
 ) -> None:
     """Adds the sums of x * y over the last dim to `into`: delta, from out and dout or from p and dp."""
     cols, rows = _tile(x)
-    _launch(dot_kernel, x.shape[:3], rows, (x, y, into), (x, y, into), (x.shape[-1],), COLS=cols)
+    kernel = dot_kernel
+    if x.shape[-1] % ALIGNED == 0:  # by the width alone, so that the order of a sum is
+        kernel, x, y = aligned_dot_kernel, _aligned(x), _aligned(y)
+    _launch(kernel, x.shape[:3], rows, (x, y, into), (x, y, into), (x.shape[-1],), COLS=cols)
 
 
 def add_sums_(
@@ -255,6 +265,13 @@ def score_gradient(
     tensors = (p, dp, delta, ds)
     _launch(ds_kernel, p.shape[:3], rows, tensors, tensors, (p.shape[-1],), COLS=cols)
     return ds
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """The tensor, or a copy, whose rows begin at multiples of 16 elements and 16 bytes."""
+    starts = x.data_ptr() % ALIGNED, *(stride % ALIGNED for stride in x.stride()[:3])
+    # `contiguous` would leave as it is what begins elsewhere, and strides of one element.
+    return x.clone(memory_format=torch.contiguous_format) if any(starts) else x
 
 
 def _tile(x: Tensor) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from seqpar.comm import Grid, Group, Kept
 from seqpar.layout import Layout, Mask, Span, Tile, tall_tiles, tiles
@@ -97,9 +97,18 @@ class Plan:
         return Kept()
 
     def is_as(self, other: Plan) -> bool:
-        """Whether all that it says is what the other says."""
+        """Whether all that it says is what the other says, of the kinds that it should be of.
+
+        Raises nothing: what a plan says is checked by the call, on all ranks.
+        """
         pairs = ((getattr(self, name), getattr(other, name)) for name in _FIELDS)
-        return all(x is y or x == y for x, y in pairs)
+        return all(
+            x is y or (type(x) is type(y) and isinstance(x, _COMPARED) and x == y) for x, y in pairs
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What it says, and nothing that it decided: that is of this process."""
+        return {name: getattr(self, name) for name in _FIELDS}
 
     def outline(self) -> Plan:
         """A plan of the same shapes for tensors without content, which drops nothing."""
@@ -130,3 +139,4 @@ class Plan:
 
 
 _FIELDS = tuple(field.name for field in fields(Plan))
+_COMPARED = (Layout, Mask, Dropout, str, int, bool)

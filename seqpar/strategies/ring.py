@@ -160,8 +160,9 @@ class RingRoute:
         for owner, block in ring_pass((k, v), schedule, plan.group):
             # Sums move in every step, wanted or not, so that ranks stay in step.
             with sums.share() as share:
-                if block is not None:
-                    assert share is not None, "blocks and their sums take the same way"
+                # A share that begins holds nothing until it is met: without a block nobody would write it.
+                assert (share is None) == (block is None), "blocks and their sums take the same way"
+                if block is not None and share is not None:
                     (k_o, v_o), (dk_o, dv_o), cols = block, share, plan.keys.spans[owner]
                     (dq,), begins = of_q.take()
                     first = begins, sums.begins
@@ -181,8 +182,9 @@ class RingRoute:
         of_kv = Sums(k, v)
         for owner, block in ring_pass(row_message(mine, plan.implementation), schedule, plan.group):
             with sums.share() as share:
-                if block is not None:
-                    assert share is not None, "blocks and their sums take the same way"
+                # A share that begins holds nothing until it is met: without a block nobody would write it.
+                assert (share is None) == (block is None), "blocks and their sums take the same way"
+                if block is not None and share is not None:
                     rows, (dq_o, *by_row) = rows_of(block, lse_learns=mine.lse_learns), share
                     spans, learned_o = plan.layout.spans[owner], _named(learned, by_row)
                     for x in by_row if sums.begins else ():

@@ -42,6 +42,8 @@ def test_kernels_that_add_what_they_load_are_the_same_whatever_strides_are():
     """How a tile lies in registers follows from what is known of strides, and the order of sums from that."""
     summing = []
     for name, kernel in vars(triton_softmax).items():
+        if name == "aligned_dot_kernel":  # see below
+            continue
         if name.endswith("_kernel") and "tl.sum(" in inspect.getsource(kernel.fn):
             summing.append(name)
             assert unseen(kernel) == given(kernel.fn), name
@@ -56,3 +58,34 @@ def test_the_device_is_changed_where_it_is_another(monkeypatch):
     assert isinstance(triton_attention._current(torch.device("cuda", 1)), nullcontext)
     assert isinstance(triton_attention._current(torch.device("cuda", 0)), torch.cuda.device)
     assert isinstance(triton_attention._current(torch.device("cpu")), nullcontext)
+
+
+@pytest.mark.parametrize("width", [16, 24, 32, 40])
+def test_the_width_alone_decides_how_rows_are_loaded(width, monkeypatch):
+    """Where it tells that rows are aligned, they are: else they are copied to be so."""
+    launched, real = [], triton_softmax.launch
+
+    def recorded(kernel, num_programs, on, x, y, total, *args, **constants):
+        launched.append((kernel, x, y))
+        real(kernel, num_programs, on, x, y, total, *args, **constants)
+
+    monkeypatch.setattr(triton_softmax, "launch", recorded)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    wide = torch.randn(2, 9, 3, 2 * width + 1, device=device)
+    for heads, start, rows in product(
+        (1, 3), (0, 1, width), (slice(0, 9), slice(2, 5), slice(0, 0))
+    ):
+        x, y = (z[:, rows, :heads, start : start + width] for z in (wide, wide.flip(0)))
+        if heads == 1 and start == 1:  # contiguous, and yet not where or as is needed
+            x = torch.randn(1 + x.numel(), device=device)[1:].view(x.shape)
+            y = y.contiguous().as_strided(y.shape, (*y.contiguous().stride()[:2], 7, 1))
+        total = torch.zeros(x.shape[:3], device=device)
+        launched.clear()
+        triton_softmax.add_dot_(x, y, total)
+        torch.testing.assert_close(total, (x * y).sum(-1))
+        for kernel, *pair in launched:
+            aligned = kernel is triton_softmax.aligned_dot_kernel
+            assert aligned == (width % 16 == 0)
+            for z in pair if aligned else ():
+                assert z.data_ptr() % 16 == 0
+                assert all(stride % 16 == 0 for stride in z.stride()[:3])

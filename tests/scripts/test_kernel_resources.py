@@ -68,9 +68,12 @@ def test_descriptors_of_several_swizzles_of_one_address_are_a_problem():
     one = "or.b64 \t%rd1, %rd159, -9223371899415822336;\nadd.s64 %rd2, %rd159, -9223371899415822334;\n"
     other = "or.b64 \t%rd3, %rd159, -4611685949707911168;\n"
     elsewhere = other.replace("rd159", "rd160")
+    widest = "or.b64 \t%rd6, %rd159, 4611686293305294848;\n"  # 0x4000004000000000
     small = "add.s64 %rd4, %rd159, -64;\nadd.s64 %rd5, %rd159, 4096;\n"
     assert mixed_descriptors(one + elsewhere + small) == 0
     assert mixed_descriptors(one + other + small) == 1
+    assert mixed_descriptors(one + widest + small) == 1
+    assert mixed_descriptors(widest + small) == 0
     case = Case("sm_90", "forward", "bfloat16", 24, "causal", "plain", (128, 128, 8, 3), 4096)
     outcome = Outcome(case, ["causal"], mixed_descriptors=1)
     judge(outcome)

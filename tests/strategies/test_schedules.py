@@ -6,7 +6,7 @@ import pickle
 import sys
 import threading
 import weakref
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from seqpar import (
     Mask,
     RingAttention,
     Score,
+    UlyssesAttention,
     shard_sequence,
     simulate,
     striped,
@@ -261,3 +262,54 @@ def test_a_module_keeps_no_tensors_of_a_score():
     module.score = Score()
     gc.collect()
     assert graph() is None
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("mask", Mask(), torch.ones(2, 2)), ("mask", torch.ones(2, 2), torch.ones(2, 2)),
+        ("invariant", False, 0), ("head_chunks", 1, 1.0),
+    ],
+)  # fmt: skip
+def test_what_nobody_has_checked_is_not_compared(name, good, bad):
+    """It would raise on one rank, where the call refuses on all, or let through what is refused."""
+    module = UlyssesAttention(Group.alone())
+    setattr(module, name, good)
+    first = module.plan(zigzag(16, 1))
+    setattr(module, name, bad)
+    assert getattr(module.plan(zigzag(16, 1)), name) is bad
+    assert first is not module.plan(zigzag(16, 1))
+    with pytest.raises((TypeError, ValueError)):
+        module(*(torch.zeros(1, 16, 2, 8) for _ in range(3)), zigzag(16, 1))
+
+
+def test_threads_that_share_a_module_get_their_own_plans():
+    module, wrong = RingAttention(Group.alone()), []
+
+    def run(length):
+        for _ in range(3000):
+            wrong.extend([length] * (module.plan(layouts[length]).layout.length != length))
+
+    layouts = {length: zigzag(length, 1) for length in (16, 24)}
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=run, args=(length,)) for length in layouts]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert wrong == []
+
+
+def test_what_a_plan_decided_is_not_pickled():
+    plan = Plan(Group.alone(), zigzag(16, 1), Mask(causal=True))
+    attention(*(torch.zeros(1, 16, 2, 8) for _ in range(3)), plan)
+    copied = pickle.loads(pickle.dumps(plan))
+    assert set(vars(copied)) == {field.name for field in fields(Plan)}
+    assert copied.is_as(replace(plan, group=copied.group, score=copied.score))
+    old = RingAttention(Group.alone())
+    vars(old).pop("_last", None)  # as one that was pickled by an earlier version
+    assert old.plan(zigzag(16, 1)).layout == zigzag(16, 1)

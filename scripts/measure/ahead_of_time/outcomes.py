@@ -63,7 +63,7 @@ def mixed_descriptors(ptx: str) -> int:
     swizzles: dict[str, set[int]] = {}
     for address, constant in re.findall(r"(?:or|add)\.[bs]64\s+%rd\d+, %(rd\d+), (-?\d+);", ptx):
         high = int(constant) % 2**64 >> 62
-        if high and int(constant) + 2**32 < 0:
+        if high and abs(int(constant)) > 2**40:  # and not a distance
             swizzles.setdefault(address, set()).add(high)
     return sum(len(of) > 1 for of in swizzles.values())
 
