@@ -161,11 +161,11 @@ def _rows(group: Group, setting: Setting, name: str) -> Tensor:
 
 def _tensors(setting: Setting) -> Results:
     """q, k, v, dout of the whole sequence, the same in every process."""
-    torch.manual_seed(0)
-    return _random(setting, setting.length)
+    # A generator of its own: ranks that are threads would draw from the same one in turns.
+    return _random(setting, setting.length, torch.Generator().manual_seed(0))
 
 
-def _random(setting: Setting, rows: int) -> Results:
+def _random(setting: Setting, rows: int, generator: torch.Generator | None = None) -> Results:
     """q, k, v, dout of so many rows."""
     shape = 1, rows, setting.heads, setting.d
-    return tuple(torch.randn(shape, dtype=setting.dtype) for _ in range(4))
+    return tuple(torch.randn(shape, dtype=setting.dtype, generator=generator) for _ in range(4))
