@@ -26,9 +26,7 @@ from seqpar_kernels.triton_forward import forward_kernel
 from seqpar_kernels.tuning import L2_BYTES, Tiles, family, tiles_for
 
 HOOKS = ("load", "score", "share", "draw", "weigh")  # the Triton functions that a term may have
-SWIZZLED = (
-    64  # elements of 16 bits: tiles from this width on have the same swizzle of shared memory
-)
+SWIZZLED = 64  # elements of 16 bits, from which on tiles have the same swizzle of shared memory
 # Ranks may be threads, of which Triton (3.6 to 3.9) lets one launch what another has not loaded yet. Its
 # interpreter patches triton.language while a kernel runs.
 _LAUNCH = Lock()

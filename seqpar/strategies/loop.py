@@ -57,7 +57,7 @@ class Meeting:
     dk: Tensor | None
     dv: Tensor | None
     learned: Learned
-    begins: Begins = (False, False)
+    begins: Begins
 
 
 @dataclass(frozen=True)
@@ -200,12 +200,12 @@ class _Loop(torch.autograd.Function):
             by_cols = first_touches(
                 [cols for _, cols, _ in blocks], met.dk, met.dv, begins=met.begins[1]
             )
-            for (rows, cols, block), *begins in zip(blocks, by_rows, by_cols, strict=True):
+            for (rows, cols, block), of_q, of_kv in zip(blocks, by_rows, by_cols, strict=True):
                 attend_backward(
                     met.rows[rows], met.k[:, cols], met.v[:, cols], block,
                     into=(_some(met.dq, rows), _some(met.dk, cols), _some(met.dv, cols)),
                     learned={name: x[:, rows] for name, x in met.learned.items()},
-                    implementation=plan.implementation, finite=finite, begins=(begins[0], begins[1]),
+                    implementation=plan.implementation, finite=finite, begins=(of_q, of_kv),
                 )  # fmt: skip
 
         sums = call.route.backward(mine, k, v, by_row, differentiate)
