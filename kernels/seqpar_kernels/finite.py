@@ -17,10 +17,11 @@ def may_hold_poison(*tensors: Tensor) -> bool:
 
     A sum that overflows is taken for it, which costs time and no bit.
     """
-    if tensors[0].device.type == "meta":
+    device = tensors[0].device.type
+    if device == "meta":
         return False
     # Of a subclass, such as the tensors that a compiler traces with, numbers may not be asked for.
-    if tensors[0].device.type != "cpu" or any(type(x) is not Tensor for x in tensors):
+    if device != "cpu" or any(type(x) is not Tensor for x in tensors):
         return True
     n, end = 0, len(tensors)
     while n < end:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, product
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -19,8 +20,7 @@ from seqpar.comm.packed_message import PackedMessage, Tensors
 from seqpar.comm.transport import Pending
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """Some of an owner's rows."""
 
     owner: int
@@ -39,6 +39,24 @@ class Piece:
 
 
 Chunk = tuple[Piece, ...]
+
+
+class Step(NamedTuple):
+    """What one rank does for a chunk: once known, nothing is looked up in a call.
+
+    Args:
+        pieces: that it then holds, its own too, one after the other.
+        rows: of all of them.
+        own: where its own are among these rows.
+        coming: the owners of the others, and where.
+        sent: (to, piece) of its pieces, in the order of ranks.
+    """
+
+    pieces: Chunk
+    rows: int
+    own: list[tuple[Piece, slice]]
+    coming: list[tuple[int, slice]]
+    sent: list[tuple[int, Piece]]
 
 
 @dataclass(frozen=True)
@@ -94,32 +112,23 @@ class GatherSchedule:
 
         return GatherSchedule(rank, size, len(chunks), lambda n: chunks[n], taken, wants)
 
-    def received(self, n: int) -> list[tuple[Piece, slice]]:
-        """The pieces of chunk n that this rank then holds, its own too, and where they are."""
-        return self._received[n]
-
-    def sent(self, n: int) -> list[tuple[int, Piece]]:
-        """(to, piece) of this rank's pieces in chunk n, in the order of ranks."""
-        return self._sent[n]
-
     @cached_property
-    def _received(self) -> list[list[tuple[Piece, slice]]]:
-        found = []
-        for n in range(self.num_chunks):
-            # docs/design.md: no hop that nobody needs
-            pieces = [p for p in self.due(n) if p.owner == self.rank or self.wants(self.rank, p)]
-            ends = list(accumulate((p.length for p in pieces), initial=0))
-            found.append(
-                [(p, slice(a, b)) for p, a, b in zip(pieces, ends, ends[1:], strict=False)]
-            )
-        return found
+    def steps(self) -> list[Step]:
+        """What this rank does for every chunk."""
+        return [self._step(n) for n in range(self.num_chunks)]
 
-    @cached_property
-    def _sent(self) -> list[list[tuple[int, Piece]]]:
-        return [
-            [(r, p) for r, p in self.taken(n) if r != self.rank and self.wants(r, p)]
-            for n in range(self.num_chunks)
-        ]
+    def _step(self, n: int) -> Step:
+        # docs/design.md: no hop that nobody needs
+        pieces = tuple(p for p in self.due(n) if p.owner == self.rank or self.wants(self.rank, p))
+        ends = list(accumulate((p.length for p in pieces), initial=0))
+        held = [(p, slice(a, b)) for p, a, b in zip(pieces, ends, ends[1:], strict=False)]
+        return Step(
+            pieces,
+            ends[-1],
+            [(p, at) for p, at in held if p.owner == self.rank],
+            [(p.owner, at) for p, at in held if p.owner != self.rank],
+            [(r, p) for r, p in self.taken(n) if r != self.rank and self.wants(r, p)],
+        )
 
 
 def _joined(pieces: Iterable[Piece]) -> Chunk:
@@ -142,34 +151,30 @@ def gather_pass(
         block: this rank's tensors, `[b sl h w]` or `[b sl h]`, packed by `PackedMessage`.
     """
     message = PackedMessage.of(block)
-    sent = [schedule.sent(n) for n in range(schedule.num_chunks)]
-    last = max((n for n, messages in enumerate(sent) if messages), default=-1)
-    packed: dict[
-        Piece, Tensors
-    ] = {}  # own pieces as they are sent: where they are held, if they are
+    last = max((n for n, step in enumerate(schedule.steps) if step.sent), default=-1)
+    # Own pieces as they are sent: where they are held, if they are.
+    packed: dict[Piece, Tensors] = {}
 
     def start(n: int) -> tuple[Chunk, Tensors, Pending]:
-        received = schedule.received(n)
-        rows = sum(p.length for p, _ in received)
-        chunk = message.empty(block[0], rows, block[0].shape[0], block[0].shape[2])
-        for p, at in received:
-            if p.owner == group.rank:
-                # Own rows of this chunk are packed where the chunk holds them, and sent from there.
-                packed[p] = tuple(x[at] for x in chunk)
-                for x, y in zip(message.unpack(packed[p]), block, strict=True):
-                    x.copy_(y[:, p.rows])
-        for _, p in sent[n]:
+        step = schedule.steps[n]
+        chunk = message.empty(block[0], step.rows, block[0].shape[0], block[0].shape[2])
+        for p, at in step.own:
+            # Own rows of this chunk are packed where the chunk holds them, and sent from there.
+            packed[p] = tuple(x[at] for x in chunk)
+            for x, y in zip(message.unpack(packed[p]), block, strict=True):
+                x.copy_(y[:, p.rows])
+        for _, p in step.sent:
             if p not in packed:
                 packed[p] = _part_of(packed, p) or message.pack([x[:, p.rows] for x in block])
         pending = group.exchange(
             primitive,
-            [(rank, x) for rank, p in sent[n] for x in packed[p]],
-            [(p.owner, x[at]) for p, at in received if p.owner != group.rank for x in chunk],
+            [(rank, x) for rank, p in step.sent for x in packed[p]],
+            [(owner, x[at]) for owner, at in step.coming for x in chunk],
         )
         # No later chunk sends anything of this rank's, so its packed rows need not live on.
         if n >= last:
             packed.clear()
-        return tuple(p for p, _ in received), chunk, pending
+        return step.pieces, chunk, pending
 
     coming = start(0) if schedule.num_chunks else None
     for n in range(schedule.num_chunks):
@@ -193,12 +198,11 @@ def _part_of(packed: Mapping[Piece, Tensors], piece: Piece) -> Tensors | None:
 class HomeSum:
     """Sums what ranks add to the pieces they hold, at the pieces' owners: the dual of `gather_pass`.
 
-    For every chunk in turn, `with sums.share()` gives tensors to add to and sends them home. Shares are
+    For every chunk in turn, `with sums.share()` gives tensors to write, whole, and sends them home. Shares are
     added in the order of chunks and, in a chunk, of ranks, once the next chunk is done.
 
     Args:
         like: this rank's tensors that the sums are for; a sum has their shapes, all in the type of sums.
-        zeros: whether shares hold zeros. Otherwise they hold anything, and must be written whole.
     """
 
     def __init__(
@@ -207,10 +211,8 @@ class HomeSum:
         schedule: GatherSchedule,
         group: Group,
         *,
-        zeros: bool = True,
         primitive: str = "scatter",
     ) -> None:
-        self._zeros = zeros
         self._schedule, self._group, self._primitive = schedule, group, primitive
         self._message = PackedMessage.of(like).of_sums()
         self._like, (self._batch, rows, self._heads) = like[0], like[0].shape[:3]
@@ -221,9 +223,8 @@ class HomeSum:
 
     @contextmanager
     def share(self) -> Iterator[Tensors]:
-        """The tensors to add this rank's share of the chunk to; then they go to the owners of the pieces."""
-        rows = sum(p.length for p, _ in self._schedule.received(self._n))
-        share = self._empty(rows).zero_() if self._zeros else self._empty(rows)
+        """The tensors for this rank's share of the chunk, with nothing in them; then they go to the owners."""
+        share = self._empty(self._schedule.steps[self._n].rows)
         yield self._message.unpack((share,))
         self._land()
         self._pending, self._arriving = _start_home(
@@ -267,15 +268,13 @@ def _start_home(
     share: Tensor, schedule: GatherSchedule, n: int, group: Group, primitive: str
 ) -> tuple[Pending, list[tuple[int, Piece, Tensor]]]:
     """Sends the rows of a chunk home: (pending, [(from, piece, share)] in the order of ranks)."""
-    received = schedule.received(n)
-    arriving = [
-        (rank, p, share.new_empty(p.length, *share.shape[1:])) for rank, p in schedule.sent(n)
-    ]
+    step = schedule.steps[n]
+    arriving = [(rank, p, share.new_empty(p.length, *share.shape[1:])) for rank, p in step.sent]
     pending = group.exchange(
         primitive,
-        [(p.owner, share[at]) for p, at in received if p.owner != group.rank],
+        [(owner, share[at]) for owner, at in step.coming],
         [(rank, x) for rank, _, x in arriving],
     )
-    arriving += [(group.rank, p, share[at]) for p, at in received if p.owner == group.rank]
+    arriving += [(group.rank, p, share[at]) for p, at in step.own]
     # Own shares take their turn among those of other ranks: the sum has one order everywhere.
     return pending, sorted(arriving, key=lambda a: a[0])

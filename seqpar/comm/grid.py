@@ -125,6 +125,8 @@ def grid(group: Group, *, ulysses: int | None = None, ring: int | None = None) -
 
 
 def _view(group: Group, members: Sequence[int]) -> Group:
+    if list(members) == list(range(group.size)):
+        return group
     # docs/design.md: a `Grid` is two views of one group
     return Group(_View(group.transport, tuple(members)), group.traffic, Calls(of=group.calls))
 
@@ -154,7 +156,8 @@ class _View:
         receives: Sequence[Message],
         operation: Operation = NO_OPERATION,
     ) -> Pending:
-        sends, receives = ([(self._members[r], x) for r, x in ms] for ms in (sends, receives))
+        sends = [(self._members[r], x) for r, x in sends]
+        receives = [(self._members[r], x) for r, x in receives]
         return self._whole.exchange(primitive, sends, receives, operation)
 
     def all_reduce(self, x: Tensor, op: ReduceOp, operation: Operation) -> None:

@@ -162,9 +162,11 @@ class Group:
         self, primitive: str, sends: Sequence[Message], receives: Sequence[Message]
     ) -> Pending:
         """Starts a batch of point-to-point messages and counts it. Empty tensors are not sent."""
-        sends, receives = ([m for m in ms if m[1].numel()] for ms in (sends, receives))
+        sends = [m for m in sends if m[1].numel()]
+        receives = [m for m in receives if m[1].numel()]
         for _, x in sends:
-            self.traffic.record(primitive, Count(x.numel(), x.numel() * x.element_size()))
+            elements = x.numel()
+            self.traffic.record(primitive, Count(elements, elements * x.element_size()))
         return self.transport.exchange(primitive, sends, receives, self.calls.operation)
 
     def largest(self, x: Tensor) -> Tensor:

@@ -65,6 +65,11 @@ class PackedMessage:
             (self.dtypes[group[0]], [self.widths[n] or 1 for n in group]) for group in self.groups
         ]
 
+    @cached_property
+    def _is_split(self) -> bool:
+        """Whether one message is cut in tensors and no more is done, as for k and v."""
+        return len(self.groups) == 1 < len(self.widths) and None not in self.widths
+
     def pack(self, block: Sequence[Tensor]) -> Tensors:
         """The messages, each `[rows b h w]` and contiguous; of the tensors' own memory where that is so."""
         # docs/design.md: tensors travel as packed messages
@@ -78,6 +83,8 @@ class PackedMessage:
 
     def unpack(self, messages: Sequence[Tensor]) -> Tensors:
         """The tensors `[b rows h (w)]`, views of the messages."""
+        if self._is_split:
+            return messages[0].transpose(0, 1).split_with_sizes(self._parts[0][1], -1)
         found: dict[int, Tensor] = {}
         for message, group, (_, widths) in zip(messages, self.groups, self._parts, strict=True):
             rows_second = message.transpose(0, 1)

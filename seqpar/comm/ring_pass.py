@@ -69,8 +69,8 @@ class RingSum:
     """Sums, for each block, what every visitor adds to it, at the rank that owns it.
 
     In every step of a `ring_pass` on the same schedule, for a wanted block or not: `with sums.share()` gives
-    tensors to add to and sends them on. Sums follow the blocks and go home from where a chain ends. Of three
-    ranks that want all blocks, on rank 0::
+    tensors to write, whole, where `sums.begins`, and else to add to; then it sends them on. Sums follow the
+    blocks and go home from where a chain ends. Of three ranks that want all blocks, on rank 0::
 
         step   adds to the sum of   which then goes to   meanwhile comes the sum of
         0      block 0, its own     nowhere
@@ -82,8 +82,6 @@ class RingSum:
         in_order: a visitor continues the sum that arrived instead of adding its own to it, beginning with
             the owner: additions are made in the order of the ring, and the sum cannot travel while the
             visitor computes. Otherwise the owner's share stays at home, one hop less.
-        zeros: whether a share that begins holds zeros. Otherwise it holds anything, and where `begins` says
-            so all of it must be written.
     """
 
     def __init__(
@@ -93,11 +91,11 @@ class RingSum:
         group: Group,
         *,
         in_order: bool = False,
-        zeros: bool = True,
         primitive: str = "ring_sum",
     ) -> None:
-        self.begins = False  # whether the share at hand holds nothing yet
-        self._zeros = zeros
+        self.begins = (
+            False  # whether the share at hand holds nothing yet, and is to be written whole
+        )
         self._schedule, self._group, self._like, self._in_order = schedule, group, like, in_order
         self._hops = iter(schedule.sum_hops(in_order=in_order))
         self._message = PackedMessage.of(like).of_sums()
@@ -130,8 +128,8 @@ class RingSum:
             arrived, self._arrived = self._arrived, None
             if arrived is not None:
                 return arrived
-        self.begins = not self._zeros
-        return self._empty(rows).zero_() if self._zeros else self._empty(rows)
+        self.begins = True
+        return self._empty(rows)
 
     def _hand_on(self, share: Tensor | None, hop: SumHop) -> None:
         """Sends the sum of this step on, or home, and begins to receive those that come here."""

@@ -111,7 +111,7 @@ class MeshRoute:
         alone = self._rows.size == 1
         of_q = Sums(rows.q)
         by_row = learned if alone else {name: zeros_for(rows.lse) for name in learned}
-        sums = HomeSum((k, v), self._cols, self._in_column, zeros=False)
+        sums = HomeSum((k, v), self._cols, self._in_column)
         chunks = gather_pass((k, v), self._cols, self._in_column)
         for cols, (_, (k_c, v_c)) in zip(self._chunk_spans, chunks, strict=True):
             with sums.share() as (dk_c, dv_c):
@@ -174,8 +174,7 @@ def _tables(plan: Plan, grid: Grid) -> _Tables:
     sees_rows = cache(lambda peer, p: meets(queries[peer], spans_of([p], col_spans), mask))
     rows = GatherSchedule.together(j, len(row), [gathered], sees_keys)
     cols = GatherSchedule.in_turn(i, blocks, sees_rows)
-    came = ([p for p, _ in cols.received(n)] for n in range(cols.num_chunks))
-    chunk_spans = [spans_of(chunk, col_spans) for chunk in came]
+    chunk_spans = [spans_of(step.pieces, col_spans) for step in cols.steps]
     return _Tables(grid.ulysses, grid.ring, rows, cols, row_spans, chunk_spans)
 
 

@@ -155,7 +155,7 @@ class RingRoute:
         self, mine: Rows, k: Tensor, v: Tensor, learned: Learned, differentiate: Differentiate
     ) -> Gradients:
         plan, schedule = self._plan, _key_schedule(self._plan)
-        sums = RingSum((k, v), schedule, plan.group, in_order=bool(plan.invariant), zeros=False)
+        sums = RingSum((k, v), schedule, plan.group, in_order=bool(plan.invariant))
         of_q = Sums(mine.q)
         for owner, block in ring_pass((k, v), schedule, plan.group):
             # Sums move in every step, wanted or not, so that ranks stay in step.
@@ -178,7 +178,7 @@ class RingRoute:
         plan, schedule = self._plan, _row_schedule(self._plan)
         own_keys = plan.keys.spans[plan.group.rank]
         like = (mine.q, *learned.values())
-        sums = RingSum(like, schedule, plan.group, in_order=bool(plan.invariant), zeros=False)
+        sums = RingSum(like, schedule, plan.group, in_order=bool(plan.invariant))
         of_kv = Sums(k, v)
         for owner, block in ring_pass(row_message(mine, plan.implementation), schedule, plan.group):
             with sums.share() as share:

@@ -143,7 +143,8 @@ class ByRows(Sharding):
             cols = self._place(self._schedule.owner_at(step))
             with sums.share() as share:
                 assert share is not None, "every block is wanted"
-                share[0].add_(
+                assert sums.begins, "the owner adds what arrives"
+                share[0].copy_(
                     dense.transposed_times(x[..., cols], y, shape[2], cells.columns(cols))
                 )
         return sums.home()[0]

@@ -143,6 +143,8 @@ def ring_pair(group, rows, wanted, direction, in_order):
             assert (share is None) == (visiting is None)
             if visiting is not None:
                 seen.append((owner, tuple(x.clone() for x in visiting)))
+                if sums.begins:
+                    share[0].zero_()
                 share[0].mul_(10 if in_order else 1).add_(group.rank + 1)
     (home,) = sums.home()
     return block, seen, home, group.traffic.by_primitive
@@ -221,8 +223,8 @@ def in_turn_pair(group, cuts, wanted):
     for held, (x,) in gather_pass(block, schedule, group):
         seen.append((held, x.clone()))
         with sums.share() as (share,):
-            share.add_(group.rank + 1)
-    return block[0], seen, sums.home()[0], [schedule.sent(n) for n in range(schedule.num_chunks)]
+            share.fill_(group.rank + 1)
+    return block[0], seen, sums.home()[0], [step.sent for step in schedule.steps]
 
 
 def test_pieces_that_follow_on_one_another_are_one_message():
@@ -260,7 +262,7 @@ def pieces_pair(group, rows, num_chunks, wanted):
     for held, (x,) in gather_pass(block, schedule, group):
         seen.append((held, x.clone()))
         with sums.share() as (share,):
-            share.add_(group.rank + 1)
+            share.fill_(group.rank + 1)
     home = sums.home()[0]
     mine = [due(n, group.rank) for n in range(num_chunks)]
     return block[0], seen, home, mine, group.traffic.by_primitive
