@@ -198,8 +198,8 @@ def _part_of(packed: Mapping[Piece, Tensors], piece: Piece) -> Tensors | None:
 class HomeSum:
     """Sums what ranks add to the pieces they hold, at the pieces' owners: the dual of `gather_pass`.
 
-    For every chunk in turn, `with sums.share()` gives tensors to write, whole, and sends them home. Shares are
-    added in the order of chunks and, in a chunk, of ranks, once the next chunk is done.
+    For every chunk in turn, `with sums.share()` gives tensors to write, whole, and sends them home. Shares
+    are added in the order of chunks and, in a chunk, of ranks, once the next chunk is done.
 
     Args:
         like: this rank's tensors that the sums are for; a sum has their shapes, all in the type of sums.
@@ -223,7 +223,7 @@ class HomeSum:
 
     @contextmanager
     def share(self) -> Iterator[Tensors]:
-        """The tensors for this rank's share of the chunk, with nothing in them; then they go to the owners."""
+        """Tensors for this rank's share of the chunk, with nothing in them; then they go to the owners."""
         share = self._empty(self._schedule.steps[self._n].rows)
         yield self._message.unpack((share,))
         self._land()
