@@ -25,7 +25,7 @@ from seqpar.commands.arguments import parser_of
 ROOT = Path(__file__).parent.parent
 MEASURE = "scripts/measure"
 PYTHON = sys.executable
-SETTINGS, TUNED, CHOICE = range(12), range(3), range(45)  # of kernel_speed.py
+SETTINGS, TUNED = range(12), range(3)  # of kernel_speed.py
 SANITIZED = (
     ("memcheck", "--documents 3"), ("memcheck", "--window 50 --d 40"), ("racecheck", "--documents 3"),
     ("racecheck", ""),
@@ -70,12 +70,10 @@ PARTS = (
     ]),
     Part("calls", 90, [f"{{python}} {MEASURE}/gpu_calls.py --json {{out}}/calls.json"]),
     Part("compile_choice", 75, [
-        f"{{python}} {MEASURE}/kernel_speed.py --parts choice --rounds 1 --settings "
-        + " ".join(map(str, CHOICE[n::15])) for n in range(15)
+        f"{{python}} -m seqpar doctor --measure --rounds 1 --widths {width} --profiles {{out}}/warm_{width}"
+        for width in (64, 128, 256)
     ], at_once=True),
-    Part("choice", 40, [
-        f"{{python}} {MEASURE}/kernel_speed.py --parts choice --rounds 5 --json {{out}}/choice.json"
-    ]),
+    Part("choice", 60, ["{python} -m seqpar doctor --measure --profiles {out}/profiles"]),
     Part("ring", 45, [
         f"{{python}} {MEASURE}/kernel_speed.py --parts ring --rounds 5 --json {{out}}/ring.json "
         "--markdown {out}/ring.md"

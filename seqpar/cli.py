@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from seqpar import __version__, doctor
-from seqpar.commands import bench, check
+from seqpar.commands import bench, check, profile
+from seqpar_kernels.profile import device_name, path_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,6 +31,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     command.add_argument("--json", type=Path, metavar="PATH", help="also write everything here")
     command.add_argument("--no-selfcheck", action="store_true", help="start no ranks")
+    command.add_argument(
+        "--measure", action="store_true",
+        help="instead of the self-check: time what computes attention on this device (minutes), and keep "
+        "the result, which is what chooses from then on",
+    )  # fmt: skip
+    command.add_argument("--widths", type=int, nargs="+", default=profile.WIDTHS, help="of heads")
+    command.add_argument("--lengths", type=int, nargs="+", help="in tokens")
+    command.add_argument("--rounds", type=int, default=5)
+    command.add_argument(
+        "--profiles", type=Path, metavar="FOLDER",
+        help="keep it there; programs find it where SEQPAR_PROFILES names the folder",
+    )  # fmt: skip
     command.set_defaults(run=_doctor)
     check.add_to(commands)
     bench.add_to(commands)
@@ -38,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _doctor(args: argparse.Namespace) -> int:
     machine = doctor.examine()
     print("\n".join(doctor.described(machine)), flush=True)
+    if args.measure:
+        return _measure(args)
     checks = []
     if not args.no_selfcheck:
         print("\nSelf-check: two ranks, forward and gradients, against dense float64 attention")
@@ -51,3 +68,19 @@ def _doctor(args: argparse.Namespace) -> int:
     if failed:
         print(f"\n{len(failed)} of {len(checks)} self-checks FAILED")
     return 1 if failed else 0
+
+
+def _measure(args: argparse.Namespace) -> int:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"\nForward + backward of one rank, causal, bfloat16, on {device_name(device)}")
+    made = profile.measure(
+        device,
+        lambda line: print(f"  {line}", flush=True),
+        widths=args.widths,
+        lengths=args.lengths,
+        rounds=args.rounds,
+    )
+    path = path_of(made.device, args.profiles)
+    made.write(path)
+    print(f"\nKept in {path}. Delete it, and what ships with seqpar chooses again.")
+    return 0

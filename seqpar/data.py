@@ -52,6 +52,7 @@ def unshard_sequence(x: Tensor, layout: Layout, group: Group, dim: int = 1) -> T
     """
     with agreed(group, operation="unshard_sequence") as claim:
         _check_shard(x, layout, group, dim)
+        group.transport.check_device(x.device)
         needs_grad = x.requires_grad and torch.is_grad_enabled()
         other_dims = [n for i, n in enumerate(x.shape) if i != dim % x.ndim]
         claim |= {

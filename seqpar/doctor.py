@@ -21,7 +21,17 @@ from seqpar import __version__
 from seqpar.comm import simulate
 from seqpar.strategies import STRATEGIES
 from seqpar.testing import Case, Errors, ProcessWorld, errors_on_rank
-from seqpar_kernels import DTYPES, IMPLEMENTATIONS, TERMS, Request, choose, preference, refusal
+from seqpar_kernels import (
+    DTYPES,
+    IMPLEMENTATIONS,
+    TERMS,
+    Documents,
+    Request,
+    choose,
+    preference,
+    refusal,
+)
+from seqpar_kernels.profile import profile_of
 
 PACKAGES = ("torch", "triton", "flash_attn")
 WIDTH = {"d": 64, "vd": 64}
@@ -29,6 +39,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     # Those that join rows once ask nothing of an implementation.
     **{kind.words: {"terms": (kind,)} for kind in TERMS if not kind.joins},
+    Documents.words: {"terms": (Documents,), "documents": 32},
     "head dim 512": {"d": 512, "vd": 512},
 }
 CHOSEN = "the first in order of preference that refuses nothing"
@@ -50,11 +61,16 @@ class Choice:
 
 @dataclass(frozen=True)
 class Machine:
-    """Versions by package (`None`: not installed), devices, and what is chosen on them."""
+    """Versions by package (`None`: not installed), devices, and what is chosen on them.
+
+    Args:
+        profiles: by kind of device, what the order of preference was measured on, `None` if it was not.
+    """
 
     versions: dict[str, str | None]
     devices: list[dict[str, Any]]
     preference: dict[str, list[str]]
+    profiles: dict[str, str | None]
     choices: list[Choice]
 
 
@@ -81,6 +97,7 @@ def examine() -> Machine:
         versions(),
         found,
         {kind: list(preference(_plain(torch.device(kind)))) for kind in kinds},
+        {kind: _measured(torch.device(kind)) for kind in kinds},
         [choice for kind in kinds for choice in choices(torch.device(kind))],
     )
 
@@ -155,6 +172,8 @@ def described(machine: Machine) -> Iterator[str]:
         here = [choice for choice in machine.choices if choice.device == kind]
         yield ""
         yield f"What computes attention on {kind}: {CHOSEN} ({', '.join(names)})"
+        measured = machine.profiles[kind]
+        yield f"  {f'By a measurement on {measured}' if measured else 'Not measured on this device'}"
         yield from _table(here)
         yield "  Why not another:"
         yield from _reasons(here)
@@ -167,6 +186,11 @@ def told(check: Check) -> str:
     if not check.failures:
         return f"{line}ok{share}, {check.seconds:.1f} s"
     return "\n    ".join([f"{line}FAILED", *check.failures])
+
+
+def _measured(device: torch.device) -> str | None:
+    profile = profile_of(device)
+    return None if profile is None else f"{profile.device} ({profile.how})"
 
 
 def _plain(device: torch.device) -> Request:

@@ -5,6 +5,7 @@ from contextlib import ExitStack, closing
 
 os.environ["SEQPAR_CHECK_SHAPES"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["SEQPAR_PROFILES"] = os.devnull  # whatever its user measured on this machine
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from hypothesis import Phase, settings
 
 from seqpar.testing import ProcessWorld
 from seqpar_kernels import choose, refusal
+from seqpar_kernels.profile import forget
 
 torch.set_num_threads(1)
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=40)
@@ -100,6 +102,7 @@ def nothing_chosen_yet():
 def forget_choices():
     choose.cache_clear()
     refusal.cache_clear()
+    forget()
 
 
 def pytest_runtest_logreport(report):

@@ -16,8 +16,10 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.attention import current_flash_attention_impl
 
-from seqpar_kernels.terms import Term
+from seqpar_kernels.profile import Kind, profile_of
+from seqpar_kernels.terms import Documents, Term
 from seqpar_kernels.torch_internals import CPU_FLASH, CUDA_FLASH, CUDNN, missing
 from seqpar_kernels.watching import watcher
 
@@ -27,32 +29,57 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HALF = (torch.bfloat16, torch.float16)
 PREFERENCE: dict[str, tuple[Implementation, ...]] = {
     "cpu": ("aten", "reference"),  # triton interprets there, for tests
-    # docs/design.md: what computes on CUDA was measured
     "cuda": ("aten", "triton", "flash_attn", "reference"),
 }
-CUDNN_LEADS = ((9, 0),)  # capabilities where it was measured
+# What may stand under torch's flash op, the capabilities it is for, and the widest head it was tried with.
+UNDER_TORCH = {"FA3": (((9, 0),), 256), "FA4": (((9, 0), (10, 0)), 128)}
 
 
 @dataclass(frozen=True)
 class Request:
-    """What an implementation is asked to do."""
+    """What an implementation is asked to do.
+
+    Args:
+        lse: whether lse, too, is differentiated.
+        repeats: whether torch is to give the same bits every time.
+        is_dry: whether tensors have no device, as in a dry run.
+        length: tokens that are attended at once; 0 is many.
+        documents: packed in them; 0 is not known.
+        windowed: whether a sliding window hides keys.
+        flash: what stands under torch's flash op: "FA3", "FA4", or `None` for FlashAttention-2.
+    """
 
     device: torch.device
     dtype: torch.dtype
     d: int
     vd: int
     terms: tuple[type[Term], ...] = ()
-    lse: bool = False  # whether lse, too, is differentiated
-    repeats: bool = False  # whether torch is to give the same bits every time
-    is_dry: bool = False  # whether tensors have no device, as in a dry run
+    lse: bool = False
+    repeats: bool = False
+    is_dry: bool = False
+    length: int = 0
+    documents: int = 0
+    windowed: bool = False
+    flash: str | None = None
 
     @staticmethod
-    def of(q: Tensor, v: Tensor, terms: Iterable[Term], *, lse: bool = False) -> Request:
+    def of(
+        q: Tensor,
+        v: Tensor,
+        terms: Iterable[Term],
+        *,
+        lse: bool = False,
+        length: int = 0,
+        windowed: bool = False,
+    ) -> Request:
         """What a call with these terms asks for."""
+        terms = tuple(terms)
         kinds = dict.fromkeys(type(term) for term in terms if term.acts and not term.joins)
         repeats = torch.are_deterministic_algorithms_enabled()
+        flash = current_flash_attention_impl() if q.device.type == "cuda" else None
         return Request(
-            q.device, q.dtype, q.shape[-1], v.shape[-1], tuple(kinds), lse, repeats, watcher() is not None
+            q.device, q.dtype, q.shape[-1], v.shape[-1], tuple(kinds), lse, repeats, watcher() is not None,
+            length, _documents(terms, length), windowed, flash,
         )  # fmt: skip
 
 
@@ -86,15 +113,39 @@ def choose(request: Request, requested: Implementation | None = None) -> Impleme
 
 def preference(request: Request) -> tuple[Implementation, ...]:
     """The implementations that are tried for a request, the fastest first."""
-    device = request.device
-    names = PREFERENCE.get(device.type, ("reference",))
-    if device.type != "cuda":
-        return names
+    names = PREFERENCE.get(request.device.type, ("reference",))
+    is_cuda = request.device.type == "cuda"
     hides = any(kind.hides for kind in request.terms)
-    # The others take a call for each document, and two runs of their backward differ in the last bits of dq.
-    if hides or request.repeats:
-        return "triton", *(name for name in names if name != "triton")
-    return ("cudnn", *names) if _capability(device) in CUDNN_LEADS else names
+    if is_cuda and request.repeats:
+        # Two runs of the backward of the others differ in the last bits of dq.
+        return _led(("triton",), names)
+    if hides and not request.documents:
+        # The others take a call for each document, and of how many nothing is known.
+        return _led(("triton",) if is_cuda else (), names)
+    # docs/design.md: what computes was measured
+    profile = profile_of(request.device)
+    if profile is None:
+        return _led(("triton",) if is_cuda and hides else (), names)
+    width, documents = max(request.d, request.vd), max(request.documents, 1)
+    bits = 8 * request.dtype.itemsize
+    kind = Kind(bits, width, request.length, documents, request.windowed)
+    return _led(profile.fastest(kind), names)
+
+
+def _led(first: tuple[str, ...], names: tuple[Implementation, ...]) -> tuple[Implementation, ...]:
+    """The names with some before all others; a profile may tell of names that this version does not know."""
+    led = [name for name in IMPLEMENTATIONS if name in first]
+    led.sort(key=first.index)
+    return tuple(dict.fromkeys((*led, *names)))
+
+
+def _documents(terms: tuple[Term, ...], length: int) -> int:
+    """How many documents are packed in so many tokens, by their mean length; 0 where that is not known."""
+    for term in terms:
+        if isinstance(term, Documents) and length:
+            total, count = term.bounds[-1], len(set(term.bounds)) - 1
+            return max(1, round(length * count / max(total, 1)))
+    return 0
 
 
 @lru_cache(256)
@@ -134,7 +185,28 @@ def _aten(request: Request) -> str | None:
         return lacking
     if request.device.type == "cuda" and not torch.backends.cuda.is_flash_attention_available():
         return "has no FlashAttention in this build of torch"
-    return _flash(request)
+    return _flash(request) or _under_torch(request)
+
+
+def _under_torch(request: Request) -> str | None:
+    """What FlashAttention-3 or 4 lacks, where the user has put it under torch's flash op."""
+    if request.flash is None or request.device.type != "cuda":
+        return None
+    if request.flash not in UNDER_TORCH:
+        return f"is {request.flash} under torch's flash op here, which was not tried"
+    capabilities, widest = UNDER_TORCH[request.flash]
+    whose = f"is {request.flash} under torch's flash op here, which"
+    return _first(
+        (
+            _capability(request.device) not in capabilities,
+            f"{whose} is for capability {capabilities}",
+        ),
+        (max(request.d, request.vd) > widest, f"{whose} was tried for heads up to {widest} only"),
+        (
+            request.flash == "FA4" and request.windowed,
+            f"{whose} has no backward for a window in torch 2.11 and was not tried with one since",
+        ),
+    )
 
 
 def _flash_attn(request: Request) -> str | None:

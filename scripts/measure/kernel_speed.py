@@ -7,8 +7,6 @@ FLOPs are 4 * heads * rows * columns * d, half of that if causal, 2.5 times that
 Ring tax: what all blocks of all ranks of a ring take, one after the other on this one GPU, over what
 the whole sequence takes in one block. It is what a ring pays before it sends anything.
 
-Choice: the implementations alone, on problems of many kinds: what the choice between them is made by.
-
 With --tune, instead: candidates for the tiles of the Triton kernels.
 
 Example: python scripts/measure/kernel_speed.py --quick --json kernels.json --markdown kernels.md
@@ -42,7 +40,7 @@ from kernel_race.race import (
     median_sum,
     race,
 )
-from kernel_race.setting import CHOICE, QUICK, RING, SETTINGS, TUNED, Setting
+from kernel_race.setting import QUICK, RING, SETTINGS, TUNED, Setting
 from kernel_race.sheet import Sheet
 from kernel_race.tune import CANDIDATES, tune, tune_sheet
 from rich.console import Console
@@ -54,7 +52,6 @@ from seqpar_kernels import Implementation
 
 Measure = partial[list[dict[str, Any]]]
 SMALL = 2048  # tokens where errors are measured
-CHOICE_SMALL = 512
 RANKS, ROWS = (2, 4, 8), 8192
 RING_LAYOUTS = ("zigzag", "contiguous")
 
@@ -65,23 +62,13 @@ def rates(
     device: torch.device,
     *,
     small: int = SMALL,
-    names: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """A record for each contender: times and rates, and errors at a size of `small` tokens.
-
-    Args:
-        names: of the contenders that may take part, or everyone.
-    """
-
-    def invited(setting: Setting, tensors: Any) -> dict[str, Any]:
-        everyone = contenders(setting, tensors)
-        return {n: make for n, make in everyone.items() if names is None or n in names}
-
-    timings = race(invited(setting, setting.tensors(device)), rounds, device)
+    """A record for each contender: times and rates, and errors at a size of `small` tokens."""
+    timings = race(contenders(setting, setting.tensors(device)), rounds, device)
     smaller = replace(setting, tokens=min(small, setting.tokens))
     tensors = smaller.tensors(device)
     expected, _ = exact(tensors, smaller.mask)
-    errors = deviations(invited(smaller, tensors), expected)
+    errors = deviations(contenders(smaller, tensors), expected)
     return [rate(setting, name, timings[name], errors[name]) for name in timings]
 
 
@@ -184,7 +171,7 @@ def ring_sheet(records: Sequence[dict[str, Any]]) -> Sheet:
     return Sheet(f"{title}. {records[0]['setting']}", (*columns, "failure"), rows, 3)
 
 
-SHEETS = {"rates": rate_sheet, "choice": rate_sheet, "ring": ring_sheet, "tune": tune_sheet}
+SHEETS = {"rates": rate_sheet, "ring": ring_sheet, "tune": tune_sheet}
 
 
 def circumstances(device: torch.device) -> dict[str, Any]:
@@ -227,13 +214,6 @@ def stages(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str
             chosen = [SETTINGS[n] for n in args.settings]
         for setting in chosen:
             yield "rates", partial(rates, setting, args.rounds, device)
-    if "choice" in args.parts:
-        for n in range(len(CHOICE)) if args.settings is None else args.settings:
-            names = [f"seqpar {name}" for name in implementations(CHOICE[n], device)]
-            yield (
-                "choice",
-                partial(rates, CHOICE[n], args.rounds, device, small=CHOICE_SMALL, names=names),
-            )
     if "ring" in args.parts:
         for ranks in RANKS[:2] if args.quick else RANKS:
             setting = replace(RING, tokens=ROWS * ranks)
@@ -245,9 +225,7 @@ def main() -> None:
     """Parses arguments, measures, prints and writes after every stage what there is so far."""
     parser = parser_of(__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer settings and ranks")
-    parser.add_argument(
-        "--parts", nargs="+", choices=("rates", "choice", "ring"), default=["rates", "ring"]
-    )
+    parser.add_argument("--parts", nargs="+", choices=("rates", "ring"), default=["rates", "ring"])
     parser.add_argument(
         "--tune", nargs="*", choices=tuple(CANDIDATES), help="these kernels' tiles; by default all"
     )
@@ -262,8 +240,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the records here")
     parser.add_argument("--markdown", type=Path, help="write the tables here")
     args = parser.parse_args()
-    lists = {"rates": SETTINGS, "choice": CHOICE, "ring": CHOICE}
-    most = min(map(len, (lists[part] for part in args.parts) if args.tune is None else [TUNED]))
+    most = len(SETTINGS if args.tune is None else TUNED)
     if not all(0 <= n < most for n in args.settings or ()):
         parser.error(f"--settings counts from 0 to {most - 1} here")
     if not torch.cuda.is_available():
@@ -282,7 +259,6 @@ def main() -> None:
         **facts,
         "failures": failures,
         "rates": [],
-        "choice": [],
         "ring": [],
         "tune": [],
     }

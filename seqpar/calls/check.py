@@ -88,6 +88,7 @@ def check_call(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, with_lse: bool = 
     else:  # of a subclass, such as what compilers trace with, sizes may be symbols
         resolved = _checked(q, k, v, plan, with_lse=with_lse)
     # These may be others in every call.
+    plan.group.transport.check_device(q.device)
     for name, x, layout in (("q", q, plan.layout), ("k", k, plan.keys), ("v", v, plan.keys)):
         check_mark(x, layout, name)
     _check_heads(q, plan.score)
@@ -114,11 +115,23 @@ def resolve(plan: Plan, q: Tensor, v: Tensor, *, with_lse: bool = False) -> Plan
     """
     score = plan.score.resolve(q.shape[3])
     # docs/design.md: lse is differentiated where it is asked for
-    request = Request.of(q, v, (*score.terms, *plan.terms), lse=with_lse)
+    request = Request.of(
+        q, v, (*score.terms, *plan.terms), lse=with_lse,
+        length=_attended(plan), windowed=plan.mask.window is not None,
+    )  # fmt: skip
     asked = request, plan.strategy, plan.implementation, plan.invariant
     name, invariant = plan.kept("implementation", lambda: _decided(plan, request, q, v), *asked)
     # docs/design.md: `choice.py` alone decides
     return replace(plan, implementation=name, invariant=invariant, score=score)
+
+
+def _attended(plan: Plan) -> int:
+    """How many tokens a rank attends at once, the same on all ranks: by that an implementation is chosen."""
+    rows = max(plan.layout.rows, default=0)
+    if not STRATEGIES[plan.strategy].exchanges_heads:
+        return rows
+    ranks = plan.group.size if plan.grid is None else plan.grid.shape[1]
+    return min(rows * ranks, plan.layout.length)
 
 
 def _decided(

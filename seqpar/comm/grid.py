@@ -146,6 +146,9 @@ class _View:
     def global_ranks(self) -> list[int]:
         return [self._whole.global_ranks[m] for m in self._members]
 
+    def check_device(self, device: torch.device) -> None:
+        self._whole.check_device(device)
+
     def prepare(self, device: torch.device) -> None:
         self._whole.prepare(device)
 

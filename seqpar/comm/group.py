@@ -214,6 +214,9 @@ class _Alone:
         assert not [*sends, *receives], f"{primitive}: one rank sends to nobody"
         return _Done()
 
+    def check_device(self, device: torch.device) -> None:
+        """Does nothing: there is nobody to send to."""
+
     def prepare(self, device: torch.device) -> None:
         """Does nothing: there is nobody to prepare for."""
 

@@ -44,12 +44,14 @@ class ProcessTransport:
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         # Messages on the control device are told apart: gloo has tags, NCCL none.
-        self._has_tags = "gloo" in str(dist.get_backend_config(group))
+        self._backends = str(dist.get_backend_config(group))
+        self._has_tags = "gloo" in self._backends
         if self._has_tags:
             # docs/design.md: gloo's threads wait for a CPU
             calm_gloo()
         self._name = group.group_name
         self._prepared: set[str] = set()
+        self._served = {"meta"}
         self._watch = _watch(patience) if self.size > 1 else None
         self._peers = [dist.get_global_rank(group, rank) for rank in range(self.size)]
         self._others = [peer for rank, peer in enumerate(self._peers) if rank != self.rank]
@@ -98,6 +100,16 @@ class ProcessTransport:
     def global_ranks(self) -> list[int]:
         """The ranks of the group among all processes, by rank in the group."""
         return self._peers
+
+    def check_device(self, device: torch.device) -> None:
+        """Raises a ValueError if the group cannot send from this device, or it is not the current one."""
+        if self.size > 1 and device.type not in self._served:
+            current = torch.accelerator.current_device_index() if device.type != "cpu" else None
+            reason = unserved(self._backends, device, current)
+            if reason is not None:
+                raise ValueError(reason)
+            if device.type == "cpu":  # another device may be the current one at the next call
+                self._served.add("cpu")
 
     def prepare(self, device: torch.device) -> None:
         """Lets all ranks use the backend of a device once, where agreement went over another one.
@@ -175,6 +187,28 @@ class ProcessTransport:
                 never = dist.irecv(torch.zeros(1), peer, group, tag=_NOTHING)
                 assert never is not None, "this rank is in the group"
                 never.wait(timedelta(milliseconds=1))
+
+
+def unserved(backends: str, device: torch.device, current: int | None) -> str | None:
+    """Says why a group cannot send tensors of a device, and what to do; `None` if it can.
+
+    Args:
+        backends: of the group, as torch has them: "cpu:gloo,cuda:nccl".
+        current: the index of the current device of this process.
+    """
+    backend = dict(pair.split(":") for pair in backends.split(",")).get(device.type)
+    # gloo reduces tensors of CUDA, but sends none of them point to point.
+    if backend is None or (backend == "gloo" and device.type != "cpu"):
+        return (
+            f"tensors on {device.type} cannot be sent in a group of {backends}: start it by "
+            "init_process_group('cpu:gloo,cuda:nccl', device_id=...), or use tensors on a device that it has"
+        )
+    if device.index not in (None, current) and device.type != "cpu":
+        return (
+            f"tensors are on {device}, but the current device of this process is {device.type}:{current}, "
+            f"which its messages go by: call torch.accelerator.set_device_index({device.index}) first"
+        )
+    return None
 
 
 def _tag(primitive: str, operation: Operation) -> int:

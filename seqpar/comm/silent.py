@@ -57,6 +57,9 @@ class _Silent:
             self._listener.exchange(number, primitive, sends, receives)
         return _Held(number, [x for _, x in (*sends, *receives)], self._listener)
 
+    def check_device(self, device: torch.device) -> None:
+        """Does nothing: nothing is sent."""
+
     def prepare(self, device: torch.device) -> None:
         """Does nothing: there is nothing to prepare."""
 

@@ -50,7 +50,9 @@ def simulate(world_size: int, fn: Callable[..., T], *args: Any) -> list[T]:
                 torch.autograd.set_multithreading_enabled(False),
                 torch.set_grad_enabled(grad_enabled),
             ):
-                results[rank] = fn(Group(ThreadTransport(world, rank)), *args)
+                transport = ThreadTransport(world, rank)
+                results[rank] = fn(Group(transport), *args)
+                transport.check_all_ended()
         except BaseException as caught:
             error = caught
         world.leave(rank, error)
@@ -164,11 +166,15 @@ class ThreadTransport:
         self._operation = ""  # the last one that had messages
         self._num_sent: Counter[int] = Counter()
         self._num_received: Counter[int] = Counter()
+        self._under_way: list[_ThreadPending] = []
 
     @property
     def global_ranks(self) -> list[int]:
         """The ranks themselves: there are no others."""
         return list(range(self.size))
+
+    def check_device(self, device: torch.device) -> None:
+        """Does nothing: tensors of any device are copied."""
 
     def prepare(self, device: torch.device) -> None:
         """Does nothing: there is nothing to prepare."""
@@ -196,7 +202,15 @@ class ThreadTransport:
             if x.is_floating_point():
                 x.fill_(float("nan"))
         sent = [(x, copy) for _, x, copy in posted]
-        return _ThreadPending(self._world, what, sent, awaited)
+        pending = _ThreadPending(self._world, what, sent, awaited, self._under_way)
+        self._under_way.append(pending)
+        return pending
+
+    def check_all_ended(self) -> None:
+        """Raises a DesyncError if messages were begun and never waited for: their buffers could be gone."""
+        if self._under_way:
+            what = ", ".join(str(pending.what) for pending in self._under_way)
+            raise DesyncError(f"rank {self.rank} never waited for messages that it began: {what}")
 
     def all_reduce(self, x: Tensor, op: ReduceOp, operation: Operation) -> None:
         """Reduces a tensor in rank order, so that every rank gets the same bits."""
@@ -235,16 +249,20 @@ class _ThreadPending:
         what: _What,
         sent: Sequence[tuple[Tensor, Tensor]],
         awaited: Sequence[tuple[_Ticket, Tensor]],
+        under_way: list[_ThreadPending],
     ) -> None:
-        self._world, self._what, self._awaited, self._sent = world, what, awaited, sent
+        self.what = what
+        self._world, self._awaited, self._sent, self._under_way = world, awaited, sent, under_way
 
     def wait(self) -> None:
+        if self in self._under_way:
+            self._under_way.remove(self)
         for ticket, buffer in self._awaited:
-            x = self._world.collect(ticket, self._what)
+            x = self._world.collect(ticket, self.what)
             if x.shape != buffer.shape or x.dtype != buffer.dtype:
                 raise DesyncError(
                     f"rank {ticket[1]} expects {tuple(buffer.shape)} {buffer.dtype} from rank "
-                    f"{ticket[0]} in {self._what}, got {tuple(x.shape)} {x.dtype}"
+                    f"{ticket[0]} in {self.what}, got {tuple(x.shape)} {x.dtype}"
                 )
             buffer.copy_(x)
         for x, copy in self._sent:
@@ -254,5 +272,5 @@ class _ThreadPending:
                 for y in (x.detach(), copy)
             )
             same = torch.equal(now, then)
-            assert same, f"{self._what}: a buffer was written while under way"
+            assert same, f"{self.what}: a buffer was written while under way"
         self._awaited, self._sent = (), ()

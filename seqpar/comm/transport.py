@@ -48,6 +48,9 @@ class Transport(Protocol):
     def global_ranks(self) -> list[int]:
         """The numbers of the ranks in the whole world, by rank."""
 
+    def check_device(self, device: torch.device) -> None:
+        """Raises a ValueError if tensors of a device cannot be sent, and says what to do."""
+
     def prepare(self, device: torch.device) -> None:
         """Prepares for tensors of a device. All ranks must call, before some of them exchange such."""
 

@@ -65,10 +65,11 @@ class KVCache:
     ) -> None:
         with agreed(group, operation="KVCache") as claim:
             check_prefill(group, layout, k, v, mask, score)
+            group.transport.check_device(k.device)
             self._mask, self._score = continued(mask), score.resolve(k.shape[3])
             # There are no queries yet, and k has the type, width and device that they must have.
             terms = (*self._score.terms, *self._mask.terms)
-            request = Request.of(k, v, terms)
+            request = Request.of(k, v, terms, windowed=self._mask.window is not None)
             self.implementation = choose(request, implementation)
             claim |= {
                 **told(

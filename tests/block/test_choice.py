@@ -5,9 +5,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from seqpar import Group, Mask, Plan, zigzag
+from seqpar import Group, Mask, Plan, attention, contiguous, zigzag
+from seqpar.calls import resolve
 from seqpar.calls.invariance import invariant_implementation, is_invariant
+from seqpar.comm import silent
 from seqpar_kernels import Documents, Dropout, Request, choose, refusal
+from seqpar_kernels.profile import (
+    FOLDER,
+    Kind,
+    Problem,
+    Profile,
+    device_name,
+    forget,
+    path_of,
+    profile_of,
+)
 from seqpar_kernels.terms.softcap import Softcap
 
 CUDA, BF16, F16, F32 = torch.device("cuda"), torch.bfloat16, torch.float16, torch.float32
@@ -83,3 +95,149 @@ def test_invariant_bits_are_asked_for_on_a_gpu(gpu):
     asked = replace(plan, invariant=True)
     assert is_invariant(asked, on_gpu)
     assert invariant_implementation(asked, on_gpu) == "triton"
+
+
+@pytest.mark.parametrize(
+    ("length", "width", "documents", "windowed", "expected"),
+    [
+        (1024, 128, 1, False, "aten"),
+        (2048, 128, 1, False, "cudnn"),  # as near to 1024 as to 4096
+        (4096, 128, 1, False, "cudnn"),
+        (1 << 20, 96, 1, False, "cudnn"),
+        (4096, 128, 1, True, "aten"),
+        (16384, 128, 4, False, "cudnn"),
+        (16384, 128, 32, False, "triton"),
+        (16384, 128, 32, True, "triton"),
+        (1024, 64, 4, False, "aten"),
+    ],
+)
+def test_what_was_fastest_of_the_nearest_measurement_computes(
+    gpu, length, width, documents, windowed, expected
+):
+    gpu(HOPPER)
+    terms = (Documents,) if documents > 1 else ()
+    asked = Request(
+        CUDA, BF16, width, width, terms, length=length, documents=documents, windowed=windowed
+    )
+    assert choose(asked) == expected
+    assert choose(replace(asked, repeats=True)) == "triton"
+    gpu(AMPERE)
+    choose.cache_clear()
+    assert choose(asked) == ("triton" if terms else "aten"), "nothing was measured there"
+
+
+def test_documents_are_counted_where_a_rank_attends():
+    x = torch.empty(1, 4, 1, 8)
+    packed = Documents(tuple(range(0, 131073, 2048)))  # 64 of them
+    found = [Request.of(x, x, (packed,), length=n).documents for n in (131072, 16384, 64, 0)]
+    assert found == [64, 8, 1, 0]
+    assert Request.of(x, x, (), length=16384).documents == 0
+
+
+@pytest.mark.parametrize(
+    ("strategy", "expected"), [("ring", 5), ("allgather", 5), ("ulysses", 13), ("hybrid", 10)]
+)
+def test_all_ranks_choose_by_the_same_length(strategy, expected):
+    """Of thirteen tokens one of three ranks holds five."""
+    asked = []
+
+    class Told(Request):
+        @staticmethod
+        def of(*args, length, **options):
+            asked.append(length)
+            return Request.of(*args, length=length, **options)
+
+    def lengths(size):
+        asked.clear()
+        for rank in range(size):
+            group = silent(rank, size)
+            grid = group.grid(ulysses=2) if strategy == "hybrid" else None
+            layout = contiguous(13, size) if size == 3 else contiguous(17, size)
+            plan = Plan(group, layout, Mask(causal=True), strategy=strategy, grid=grid)
+            x = torch.empty(1, layout.rows[rank], 4, 8)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("seqpar.calls.check.Request", Told)
+                resolve(plan, x, x)
+        return set(asked)
+
+    assert lengths(4 if strategy == "hybrid" else 3) == {expected}
+
+
+def test_what_stands_under_torchs_flash_op_is_known(gpu, monkeypatch):
+    gpu(HOPPER)
+    plain = Request(CUDA, BF16, 128, 128, length=1024, flash="FA4")
+    assert choose(plain) == "aten"
+    windowed = replace(plain, windowed=True)
+    assert "FA4 under torch's flash op here, which has no backward for a window" in refusal(
+        "aten", windowed
+    )
+    assert choose(windowed) == "triton"
+    assert choose(replace(windowed, flash="FA3")) == "aten"
+    wide = replace(plain, d=256, vd=256)
+    assert "was tried for heads up to 128 only" in refusal("cudnn", wide), "its rest goes to the op"
+    assert choose(wide) == "triton"
+    assert "which was not tried" in refusal("aten", replace(plain, flash="FA5"))
+    gpu(AMPERE)
+    refusal.cache_clear()
+    assert "is for capability" in refusal("aten", plain)
+    monkeypatch.setattr("seqpar_kernels.choice.current_flash_attention_impl", lambda: "FA4")
+    x = torch.empty(1, 1, 1, 8)
+    assert Request.of(x, x, ()).flash is None, "it is asked of CUDA alone"
+
+
+@pytest.fixture
+def own(monkeypatch, tmp_path):
+    """A folder for profiles of this machine's CPU, and what writes one."""
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    cpu = torch.device("cpu")
+
+    def write(**seconds):
+        problem = Problem(Kind(32, 8, 16, 1, windowed=False), seconds)
+        made = Profile(device_name(cpu), None, "a test", (problem,))
+        made.write(path_of(made.device))
+        forget()
+        choose.cache_clear()
+        return made
+
+    return write
+
+
+def chosen():
+    plan = Plan(Group.alone(), contiguous(16, 1), Mask(causal=True))
+    x = torch.randn(1, 16, 2, 8)
+    return resolve(plan, x, x).implementation, attention(x, x, x, plan)
+
+
+def test_the_users_own_profile_comes_first(own):
+    by_default, out = chosen()
+    assert by_default == "aten"
+    made = own(reference=1.0, aten=2.0, unheard_of=0.5)
+    assert profile_of(torch.device("cpu")) == made, "it is read as it was written"
+    assert chosen()[0] == "reference"
+    own(reference=2.0, aten=1.0)
+    assert chosen()[0] == "aten"
+    asked = Request(torch.device("cpu"), F32, 8, 8, (Softcap,), length=16)
+    assert choose(asked) == "reference", "what lacks something does not compute, however fast"
+    assert choose(Request(torch.device("cpu"), BF16, 8, 8, length=16)) == "aten", (
+        "of 16 bits it says nothing"
+    )
+    assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"device": "x"}', '{"problems": [{"seconds": {}}]}'])
+def test_what_is_no_profile_is_named(tmp_path, monkeypatch, text):
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    (tmp_path / "broken.json").write_text(text)
+    forget()
+    with pytest.raises(ValueError, match=r"broken\.json is no profile of a device"):
+        chosen()
+
+
+def test_nobody_needs_a_home(monkeypatch):
+    for name in (FOLDER, "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/none")
+    forget()
+    assert profile_of(torch.device("cpu")) is None
+    monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
+    assert str(path_of("Some GPU")) == "/elsewhere/seqpar/some-gpu.json"

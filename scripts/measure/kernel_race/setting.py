@@ -86,15 +86,6 @@ SETTINGS = [
     Setting(16384, 32, 8, 128, causal=True, documents=64),
 ]
 QUICK = SETTINGS[:2]
-# What may decide which implementation is fastest: width, length, and what is hidden.
-CHOICE = [
-    Setting(n, 2048 // d, 2048 // d, d, causal, window=n // part if part else None, documents=documents)
-    for d in (64, 128, 256)
-    for n in (1024, 4096, 16384)
-    for causal, part, documents in (
-        (True, 0, 1), (False, 0, 1), (True, 16, 1), (True, 0, 4), (True, 0, 32),
-    )
-]  # fmt: skip
 RING = Setting(0, 16, 16, 128, causal=True)
 TUNED = [
     Setting(8192, 32, 32, 64, causal=True),

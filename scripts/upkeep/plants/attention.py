@@ -10,6 +10,7 @@ GLOO = "tests/comm/test_gloo_threads.py"
 POISON = "tests/block/test_poison.py"
 MARKS = "tests/data/test_marks.py"
 WHOLE, ADAPTERS, CHOICE = (f"tests/block/test_{x}.py" for x in ("whole", "adapters", "choice"))
+WAITS, RENDEZVOUS = (f"tests/strategies/test_{x}.py" for x in ("waits", "rendezvous"))
 KEEP, COMPILE = (f"tests/strategies/test_{x}.py" for x in ("keep_attention", "compile"))
 SECOND = "tests/strategies/test_second_derivatives.py"
 BITS = "tests/strategies/test_invariance.py"
@@ -258,8 +259,8 @@ ATTENTION = [
           "sums.mul_(torch.exp(before - torch.where(tops == -torch.inf, 0.0, tops)))",
           "sums.mul_(1.0)", "tests/strategies/test_materialised.py"),
     Plant("dropout not asked of the implementation", "seqpar/calls/check.py",
-          "Request.of(q, v, (*score.terms, *plan.terms), lse=with_lse)",
-          "Request.of(q, v, score.terms, lse=with_lse)", "tests/strategies/test_bad_input.py"),
+          "q, v, (*score.terms, *plan.terms), lse=with_lse,", "q, v, score.terms, lse=with_lse,",
+          "tests/strategies/test_bad_input.py"),
     Plant("keys' layout not agreed on", "seqpar/calls/options.py",
           "getattr(plan, name) for name in _NAMES}",
           'getattr(plan, name) for name in _NAMES if "kv" not in name}',
@@ -327,10 +328,41 @@ ATTENTION = [
           "    if num_cols == 1:\n        return None\n", "", ADAPTERS),
     Plant("ranks launch at once", f"{BLOCK}/triton_attention.py",
           "with _LAUNCH, _current(on.device):", "with _current(on.device):", TERMS),
-    Plant("cuDNN leads everywhere", f"{BLOCK}/choice.py",
-          "if _capability(device) in CUDNN_LEADS else names", "", CHOICE),
+    Plant("a copy to the device that waits for it", f"{BLOCK}/transfer.py",
+          "return x.pin_memory().to(device, non_blocking=True)", "return x.to(device)", WAITS),
+    Plant("the device asked whether it holds poison", f"{BLOCK}/finite.py",
+          'if device != "cpu" or any(', "if any(", WAITS),
+    Plant("messages: the next hop after what waits for it", f"{COMM}/ring_pass.py",
+          "        # The hop is waited for only here, so that the caller has computed while it was under way.\n"
+          "        pending.wait()\n", "", RENDEZVOUS),
+    Plant("all-to-all: receives begun once the sends have gone", f"{COMM}/together.py",
+          "_Together(group.exchange(primitive, outgoing, incoming), joined)",
+          "(group.exchange(primitive, outgoing, []).wait(), "
+          "_Together(group.exchange(primitive, [], incoming), joined))[1]", RENDEZVOUS),
+    Plant("a device that the group cannot send from is taken", "seqpar/calls/check.py",
+          "    plan.group.transport.check_device(q.device)\n", "", "tests/comm/test_devices.py"),
+    Plant("a device that is not the current one is taken", f"{COMM}/processes.py",
+          'if device.index not in (None, current) and device.type != "cpu":', "if False:",
+          "tests/comm/test_devices.py"),
+    Plant("threads: messages that nobody waits for", f"{COMM}/threads.py",
+          "        if self._under_way:\n", "        if False:\n", RENDEZVOUS),
+    Plant("the profile of another device", f"{BLOCK}/profile.py",
+          "return _shipped().get(torch.cuda.get_device_capability(device))",
+          "return next(iter(_shipped().values()))", CHOICE),
     Plant("documents to what takes a call for each", f"{BLOCK}/choice.py",
-          "if hides or request.repeats:", "if request.repeats:", CHOICE),
+          "if hides and not request.documents:", "if False:", CHOICE),
+    Plant("choice: as many documents whatever a rank attends", f"{BLOCK}/choice.py",
+          "round(length * count / max(total, 1))", "count", CHOICE),
+    Plant("choice: bits that differ from run to run where they must not", f"{BLOCK}/choice.py",
+          "if is_cuda and request.repeats:", "if False:", CHOICE),
+    Plant("choice: the slowest first", f"{BLOCK}/profile.py",
+          "key=lambda name: nearest.seconds[name]", "key=lambda name: -nearest.seconds[name]", CHOICE),
+    Plant("choice: each rank by its own rows", "seqpar/calls/check.py",
+          "rows = max(plan.layout.rows, default=0)", "rows = plan.layout.rows[plan.group.rank]", CHOICE),
+    Plant("choice: what stands under torch's flash op not looked at", f"{BLOCK}/choice.py",
+          "return _flash(request) or _under_torch(request)", "return _flash(request)", CHOICE),
+    Plant("a profile of something wrong", "seqpar/commands/profile.py",
+          "if not off <= ALLOWED:", "if False:", "tests/cli/test_profile.py"),
     Plant("schedules of another mask", "seqpar/strategies/plan.py",
           "key = name, self.layout, self.kv_layout, self.mask, grid, *more",
           "key = name, self.layout, self.kv_layout, grid, *more", "tests/strategies/test_schedules.py"),
