@@ -333,8 +333,7 @@ ATTENTION = [
     Plant("the device asked whether it holds poison", f"{BLOCK}/finite.py",
           'if device != "cpu" or any(', "if any(", WAITS),
     Plant("messages: the next hop after what waits for it", f"{COMM}/ring_pass.py",
-          "        # The hop is waited for only here, so that the caller has computed while it was under way.\n"
-          "        pending.wait()\n", "", RENDEZVOUS),
+          "while it was under way.\n        pending.wait()\n", "while it was under way.\n", RENDEZVOUS),
     Plant("all-to-all: receives begun once the sends have gone", f"{COMM}/together.py",
           "_Together(group.exchange(primitive, outgoing, incoming), joined)",
           "(group.exchange(primitive, outgoing, []).wait(), "
