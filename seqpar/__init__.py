@@ -56,6 +56,7 @@ from seqpar.packing import packed_documents
 from seqpar.replicas import same_weights
 from seqpar.strategies import Plan
 from seqpar.version import VERSION
+from seqpar.warm import warm_up
 from seqpar_kernels import Dropout, Score
 
 __version__ = VERSION
@@ -95,5 +96,6 @@ __all__ = [
     "striped",
     "sum_gradients",
     "unshard_sequence",
+    "warm_up",
     "zigzag",
 ]

@@ -43,7 +43,9 @@ def define(
     """
     qualified, library = f"seqpar::{name}", library_of(name)
     RUNS[qualified] = run
-    library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    # Messages are not captured: ranks compare each call over the CPU, which a replay would leave out.
+    unsafe = (torch.Tag.cudagraph_unsafe,) if sends else ()
+    library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, *unsafe))
     library.impl(name, _not_traced(run), "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=library)
     torch.library.register_autograd(

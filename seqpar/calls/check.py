@@ -89,6 +89,7 @@ def check_call(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, with_lse: bool = 
         resolved = _checked(q, k, v, plan, with_lse=with_lse)
     # These may be others in every call.
     plan.group.transport.check_device(q.device)
+    _check_capture(q.device, plan)
     for name, x, layout in (("q", q, plan.layout), ("k", k, plan.keys), ("v", v, plan.keys)):
         check_mark(x, layout, name)
     _check_heads(q, plan.score)
@@ -273,6 +274,14 @@ def _check_heads(q: Tensor, score: Score) -> None:
             )
         if x.device != q.device:
             raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
+
+
+def _check_capture(device: torch.device, plan: Plan) -> None:
+    if plan.group.size > 1 and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise NotImplementedError(
+            "attention over several ranks is not captured in a CUDA graph: ranks compare each call over the "
+            "CPU, which a replay would leave out. Capture what lies between the calls"
+        )
 
 
 def _check_tangents(named: dict[str, Tensor]) -> None:

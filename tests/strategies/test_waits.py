@@ -4,90 +4,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from on_cuda import CPU, CUDA, OnCuda, WaitError, backward
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten
-from torch.utils.weak import WeakIdKeyDictionary
 
 from seqpar import Dropout, Mask, Plan, Score, attention, attention_with_lse, zigzag
 from seqpar.comm import silent
 from seqpar.strategies import STRATEGIES
 from seqpar_kernels import custom_ops, flash_ops, refusal, triton_attention, triton_softmax
 from seqpar_kernels.choice import Request
-
-CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
-# Whoever asks for these is told when the device has done all that it was given.
-READS = {
-    "item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__contains__",
-    "nonzero", "argwhere", "is_nonzero", "equal", "allclose", "masked_select", "unique",
-    "unique_consecutive", "bincount", "histc", "__array__",
-}  # fmt: skip
-
-
-class WaitError(AssertionError):
-    """The host would wait for the device."""
-
-
-class OnCuda(TorchFunctionMode):
-    """All tensors are on a GPU, but for those made on the host inside of this mode.
-
-    What is copied to the device must be pinned, and the copy only queued; nothing is copied back.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self._host, self._pinned = WeakIdKeyDictionary(), WeakIdKeyDictionary()
-
-    def is_host(self, x):
-        return x.untyped_storage() in self._host
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
-        if func == Tensor.device.__get__:
-            return CPU if self.is_host(args[0]) else CUDA
-        if func == Tensor.is_cuda.__get__:
-            return not self.is_host(args[0])
-        assert "seqpar" not in str(func), "inside of an op nothing would be seen"
-        given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
-        on_host = all(map(self.is_host, given))
-        if name == "pin_memory":
-            result = args[0].clone()
-            self._host[result.untyped_storage()] = self._pinned[result.untyped_storage()] = True
-            return result
-        if not on_host:
-            self._check(name, args)
-        device = kwargs.pop("device", None) or next(
-            (x for x in args if isinstance(x, torch.device)), None
-        )
-        device = None if device is None else torch.device(device)
-        args = tuple(CPU if isinstance(x, torch.device) else x for x in args)
-        if device is not None and device.type == "cuda" and on_host:
-            self._check_copy(name, given, kwargs)
-            return func(*args, **kwargs).clone()
-        if device is not None and device.type == "cpu" and not on_host:
-            raise WaitError(f"{name} copies from the device")
-        result = func(*args, **kwargs)
-        if on_host and (given or device is None or device.type == "cpu"):
-            for x in tree_flatten(result)[0]:
-                if isinstance(x, Tensor):
-                    self._host[x.untyped_storage()] = True
-        elif name == "copy_" and not self.is_host(args[0]) and self.is_host(args[1]):
-            self._check_copy(name, [args[1]], kwargs)
-        return result
-
-    def _check(self, name, args):
-        indices = args[1] if name in ("__getitem__", "__setitem__") else ()
-        if any(isinstance(x, Tensor) and x.dtype == torch.bool for x in tree_flatten(indices)[0]):
-            raise WaitError("an index of booleans counts them")
-        counts = name == "repeat_interleave" and isinstance(args[-1], Tensor)
-        if name in READS or counts or (name == "where" and len(args) == 1):
-            raise WaitError(f"{name} reads from the device")
-
-    def _check_copy(self, name, given, kwargs):
-        if name == "tensor" or any(x.numel() for x in given):
-            pinned = given and all(x.untyped_storage() in self._pinned for x in given)
-            if not (pinned and kwargs.get("non_blocking")):
-                raise WaitError(f"{name} copies to the device from memory that may be paged out")
 
 
 @pytest.fixture
@@ -106,16 +30,16 @@ def hopper(monkeypatch):
         b, i, h, _ = q.shape
         return torch.empty_like(q), q.new_empty(b, h, i, dtype=torch.float32)
 
-    def backward(_dout, *qkv, **__):
+    def backward_op(_dout, *qkv, **__):
         return tuple(map(torch.empty_like, qkv[:3]))
 
     def cudnn_forward(q, *_, **__):
         return torch.empty_like(q), q.new_empty(*q.shape[:3], 1, dtype=torch.float32)
 
-    for name, op in (
-        ("_forward", forward), ("_backward", backward), ("_cudnn", cudnn_forward), ("_cudnn_back", backward)
-    ):  # fmt: skip
-        monkeypatch.setattr(flash_ops, name, op)
+    monkeypatch.setattr(flash_ops, "_forward", forward)
+    monkeypatch.setattr(flash_ops, "_cudnn", cudnn_forward)
+    for name in ("_backward", "_cudnn_back"):
+        monkeypatch.setattr(flash_ops, name, backward_op)
 
 
 @dataclass(frozen=True)
@@ -168,16 +92,7 @@ def step(strategy, asked, implementation, size):
             ends = attend(*qkv, plan)
             ends = ends if isinstance(ends, tuple) else (ends,)
             grads = tuple(map(torch.zeros_like, ends))
-            # torch.autograd.grad would run outside of the mode.
-            torch.autograd.graph._engine_run_backward(
-                ends,
-                grads,
-                False,
-                False,
-                tuple(leaves),
-                allow_unreachable=True,
-                accumulate_grad=False,
-            )
+            backward(ends, leaves, grads)
 
 
 def serves(strategy, asked, implementation):
