@@ -20,7 +20,7 @@ from seqpar_kernels.partial import Partial, without_autocast
 from seqpar_kernels.rows import Learned, Rows, RunningGradients
 from seqpar_kernels.score import Score
 from seqpar_kernels.tuning import KERNELS, tiles_for
-from seqpar_kernels.way import is_only_told, nothing_to_do, spreads, way_of
+from seqpar_kernels.way import is_only_told, is_triton, nothing_to_do, spreads, way_of
 
 
 def attend(
@@ -32,6 +32,7 @@ def attend(
     into: Partial,
     implementation: Implementation | None = None,
     finite: bool | None = None,
+    begins: bool = False,
 ) -> None:
     """Attends one block of query rows over one block of key rows and continues `into`, in place.
 
@@ -43,15 +44,23 @@ def attend(
         into: the running sums of these rows, float32 or wider; never normalised between blocks.
         implementation: `None` chooses, see `choose`.
         finite: whether q, k and v are known to be finite; `None` looks.
+        begins: whether `into` holds nothing yet: it is then written, all of it.
 
     Raises:
         ValueError: hq is not a multiple of hkv.
         NotImplementedError: the implementation cannot do what is asked.
     """
     if nothing_to_do(q, k, block) or is_only_told("forward", q, k, block):
+        if begins:
+            into.reset_()
         return
     with without_autocast(q.device):
         way = way_of(q, v, block, implementation)
+        if begins and is_triton(way):
+            way.forward(q, k, v, block, into, begins=True)
+            return
+        if begins:
+            into.reset_()
         if spreads(way, q, k, v, finite=finite):
             poison.attend(way.forward, q, k, v, block, into)
         else:
@@ -93,7 +102,7 @@ def attend_backward(
     with without_autocast(rows.q.device):
         way = way_of(rows.q, v, block, implementation, lse_learns=rows.lse_learns)
         apart = spreads(way, rows.q, k, v, rows.dout, rows.delta, finite=finite)
-        if not apart and (way is aten or isinstance(way, Adapter)):
+        if not apart and (way is aten or isinstance(way, Adapter) or is_triton(way)):
             way.backward(rows, k, v, block, into, learned or {}, begins)
             return
         _begin_with_zeros(into, begins)

@@ -41,12 +41,24 @@ class Partial:
     @staticmethod
     def identity(q: Float[Tensor, "b i hq d"], vd: int) -> Partial:
         """The partial of the rows of `q` before they have seen any key."""
+        empty = Partial.empty(q, vd)
+        empty.reset_()
+        return empty
+
+    @staticmethod
+    def empty(q: Float[Tensor, "b i hq d"], vd: int) -> Partial:
+        """A partial of the rows of `q` that holds nothing yet, to be written."""
         shape, dtype = q.shape[:-1], accumulation_dtype(q.dtype)
-        return Partial(
-            acc=torch.zeros(*shape, vd, dtype=dtype, device=q.device),
-            m=torch.full(shape, float("-inf"), dtype=dtype, device=q.device),
-            l=torch.zeros(shape, dtype=dtype, device=q.device),
+        acc, m, l = (
+            torch.empty(size, dtype=dtype, device=q.device) for size in ((*shape, vd), shape, shape)
         )
+        return Partial(acc, m, l)
+
+    def reset_(self) -> None:
+        """Makes it the partial of rows that have seen nothing."""
+        self.acc.zero_()
+        self.m.fill_(float("-inf"))
+        self.l.zero_()
 
     def __getitem__(self, rows: slice) -> Partial:
         """A view of some rows."""

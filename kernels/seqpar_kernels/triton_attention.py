@@ -17,6 +17,7 @@ import triton
 from jaxtyping import Float
 from torch import Tensor
 
+from seqpar_kernels.beginnings import ADDED, Begins
 from seqpar_kernels.block import Block
 from seqpar_kernels.partial import Partial
 from seqpar_kernels.rows import Learned, Rows, RunningGradients
@@ -39,8 +40,10 @@ def forward(
     block: Block,
     into: Partial,
     tiles: Tiles | None = None,
+    *,
+    begins: bool = False,
 ) -> None:
-    """Continues `into` with the block."""
+    """Continues `into` with the block; where it begins, it holds nothing and is written."""
     q, k, v = (_rows_contiguous(x) for x in (q, k, v))
     tiles = tiles or tiles_for("forward", q, v)
     pack = _pack(q, k, tiles)
@@ -55,7 +58,8 @@ def forward(
         *_strides(q, k, v, into.acc, into.m),
         q.shape[1], k.shape[1], q.shape[2], packs, num_tiles, _section(k, v, packs),
         *_runtime(block, q, k),
-        PACK=pack, **_walk_columns(block, q, k, tiles), **_constants(block, tiles, q, k, v),
+        PACK=pack, BEGINS=begins, **_walk_columns(block, q, k, tiles),
+        **_constants(block, tiles, q, k, v),
     )  # fmt: skip
 
 
@@ -66,11 +70,13 @@ def backward(
     block: Block,
     into: RunningGradients,
     learned: Learned,
+    begins: Begins = ADDED,
     tiles: tuple[Tiles, Tiles] | None = None,
 ) -> None:
     """Adds the block's gradients to dq, dk, dv and learned tensors, given lse and delta of the whole rows.
 
-    One kernel gives dq and what is learned, one dk and dv; each runs only if something of it is wanted.
+    Those that begin are written. One kernel gives dq and what is learned, one dk and dv; each runs only if
+    something of it is wanted.
     """
     q, k, v, dout = (_rows_contiguous(x) for x in (of.q, k, v, of.dout))
     dq, dk, dv = into
@@ -78,15 +84,16 @@ def backward(
     inputs = (q, k, v, dout, of.lse, of.delta)
     by_rows, by_cols = tiles or (tiles_for("dq", q, v), tiles_for("dkdv", q, v))
     if dq is not None or learned:
+        # What nobody wants begins too: it is not read.
         scratch = torch.empty_like(q, dtype=of.lse.dtype) if dq is None else dq
-        _launch_dq(inputs, block, scratch, learned, by_rows)
+        _launch_dq(inputs, block, scratch, learned, by_rows, begins=dq is None or begins[0])
     if dk is not None and dv is not None:
-        _launch_dkdv(inputs, block, dk, dv, by_cols)
+        _launch_dkdv(inputs, block, dk, dv, by_cols, begins=begins[1])
 
 
 def _launch_dq(
-    inputs: tuple[Tensor, ...], block: Block, dq: Tensor, learned: Learned, tiles: Tiles
-) -> None:
+    inputs: tuple[Tensor, ...], block: Block, dq: Tensor, learned: Learned, tiles: Tiles, *, begins: bool
+) -> None:  # fmt: skip
     q, k, v, dout, *_ = inputs
     b, i, hq, _ = q.shape
     pack = _pack(q, k, tiles)
@@ -101,13 +108,13 @@ def _launch_dq(
         dq_kernel, num_tiles * packs, q,
         (*inputs, dq, _given(limits, q)), _values(block), tuple(by_row), *_strides(*inputs, dq),
         i, k.shape[1], hq, packs, num_tiles, _section(k, v, packs), *_runtime(block, q, k),
-        PACK=pack, SHARES=tuple(shares), **_walk_columns(block, q, k, tiles),
+        PACK=pack, SHARES=tuple(shares), BEGINS=begins, **_walk_columns(block, q, k, tiles),
         **_constants(block, tiles, q, k, v, dout),
     )  # fmt: skip
 
 
 def _launch_dkdv(
-    inputs: tuple[Tensor, ...], block: Block, dk: Tensor, dv: Tensor, tiles: Tiles
+    inputs: tuple[Tensor, ...], block: Block, dk: Tensor, dv: Tensor, tiles: Tiles, *, begins: bool
 ) -> None:
     q, k, v, dout, *_ = inputs
     (b, i, *_), hkv = q.shape, k.shape[2]
@@ -118,7 +125,7 @@ def _launch_dkdv(
         (*inputs, dk, dv, _given(limits, q)), _values(block),
         *_strides(*inputs, dk, dv),
         i, k.shape[1], hkv, heads, num_tiles, _section(q, dout, heads), *_runtime(block, q, k),
-        **_walk_rows(block, q, k, tiles), **_constants(block, tiles, q, k, v, dout),
+        BEGINS=begins, **_walk_rows(block, q, k, tiles), **_constants(block, tiles, q, k, v, dout),
     )  # fmt: skip
 
 

@@ -70,12 +70,13 @@ def dq_kernel(
     LOADS: tl.constexpr, SCORES: tl.constexpr, DRAWS: tl.constexpr, WEIGHS: tl.constexpr,
     WHOLE: tl.constexpr, SOURCES: tl.constexpr, PLAIN: tl.constexpr,
     LIMITED: tl.constexpr, REVERSED: tl.constexpr, WIDE: tl.constexpr,
-    FROM: tl.constexpr, TO: tl.constexpr, SHARES: tl.constexpr,
+    FROM: tl.constexpr, TO: tl.constexpr, SHARES: tl.constexpr, BEGINS: tl.constexpr,
     GUARDED: tl.constexpr, CLEANS: tl.constexpr,
 ):  # fmt: skip
     """Adds to dq `[b i hq d]` and to each (pointer, strides) of LEARNED `[b i hq]`, float32.
 
-    LEARNED has one entry for each of SHARES: (term, function). Else as `forward_kernel`.
+    LEARNED has one entry for each of SHARES: (term, function). Where dq BEGINS it is written. Else as
+    `forward_kernel`.
     """
     tile, pack = program(num_tiles, all_packs, section, REVERSED)
     batch, h = pack // (heads // PACK), (pack % (heads // PACK)) * PACK
@@ -112,7 +113,10 @@ def dq_kernel(
     delta_at = b64 * delta_b + h64 * delta_h + places(index, delta_s, delta_h, PACK)
     delta = tl.load(DELTA + delta_at, mask=inside, other=0.0)
     dq_at = DQ + b64 * dq_b + h64 * dq_h + places(index, dq_s, dq_h, PACK)[:, None] + d[None, :]
-    dq = tl.load(dq_at, mask=narrow, other=0.0)
+    if BEGINS:
+        dq = tl.zeros([ROWS, PADDED_D], tl.float32)
+    else:
+        dq = tl.load(dq_at, mask=narrow, other=0.0)
     shares = ()
     for n in tl.static_range(len(SHARES)):
         x_at = _learned_at(LEARNED[n], b64, h64, index, PACK)
@@ -180,9 +184,13 @@ def dkdv_kernel(
     LOADS: tl.constexpr, SCORES: tl.constexpr, DRAWS: tl.constexpr, WEIGHS: tl.constexpr,
     WHOLE: tl.constexpr, SOURCES: tl.constexpr, PLAIN: tl.constexpr,
     LIMITED: tl.constexpr, REVERSED: tl.constexpr, WIDE: tl.constexpr,
-    FROM: tl.constexpr, TO: tl.constexpr, GUARDED: tl.constexpr, CLEANS: tl.constexpr,
+    FROM: tl.constexpr, TO: tl.constexpr, BEGINS: tl.constexpr,
+    GUARDED: tl.constexpr, CLEANS: tl.constexpr,
 ):  # fmt: skip
-    """Adds to dk `[b j hkv d]`, dv `[b j hkv vd]`, float32. LIMITS `[j 2]`: rows of a column's document."""
+    """Adds to dk `[b j hkv d]`, dv `[b j hkv vd]`, float32, or writes them where they BEGIN.
+
+    LIMITS `[j 2]`: rows of a column's document.
+    """
     tile, kv_head = program(num_tiles, all_heads, section, REVERSED)
     batch, g = kv_head // kv_heads, kv_head % kv_heads
     b64, g64 = batch.to(tl.int64), g.to(tl.int64)
@@ -223,8 +231,11 @@ def dkdv_kernel(
     j64 = tl.minimum(j, num_cols - 1).to(tl.int64)[:, None]
     dk_at = DK + b64 * dk_b + g64 * dk_h + j64 * dk_s + d[None, :]
     dv_at = DV + b64 * dv_b + g64 * dv_h + j64 * dv_s + e[None, :]
-    dk = tl.load(dk_at, mask=narrow, other=0.0)
-    dv = tl.load(dv_at, mask=wide, other=0.0)
+    if BEGINS:
+        dk, dv = tl.zeros([COLS, PADDED_D], tl.float32), tl.zeros([COLS, PADDED_VD], tl.float32)
+    else:
+        dk = tl.load(dk_at, mask=narrow, other=0.0)
+        dv = tl.load(dv_at, mask=wide, other=0.0)
 
     met_q, met_dout = tl.zeros([COLS], tl.int32), tl.zeros([COLS], tl.int32)
     # The first rows that see a key, all that see all, the last.

@@ -74,13 +74,15 @@ def forward_kernel(
     LOADS: tl.constexpr, SCORES: tl.constexpr, DRAWS: tl.constexpr, WEIGHS: tl.constexpr,
     WHOLE: tl.constexpr, SOURCES: tl.constexpr, PLAIN: tl.constexpr,
     LIMITED: tl.constexpr, REVERSED: tl.constexpr, WIDE: tl.constexpr,
-    FROM: tl.constexpr, TO: tl.constexpr, GUARDED: tl.constexpr, CLEANS: tl.constexpr,
+    FROM: tl.constexpr, TO: tl.constexpr, BEGINS: tl.constexpr,
+    GUARDED: tl.constexpr, CLEANS: tl.constexpr,
 ):  # fmt: skip
     """Q `[b i hq d]`, k `[b j hkv d]`, v `[b j hkv vd]`; acc `[b i hq vd]`, m, l `[b i hq]` float32.
 
     A program takes PACK query heads of one kv head, ROWS / PACK rows of each. LIMITS `[i 2]` int32 are
     the columns that terms show a row, or a dummy. VALUES and the functions, LOADS to WEIGHS, are those of
-    terms, see `triton_terms`. FROM and TO leave out the phases that this block does not have.
+    terms, see `triton_terms`. FROM and TO leave out the phases that this block does not have. Where the sums
+    BEGIN, they hold nothing, and are written.
 
     A launch that CLEANS runs the programs that find something not finite in a tile that some row sees
     in part: they put zeros in its place and NaN in what sees it. It marks them in FLAGS, and one that is
@@ -112,13 +114,19 @@ def forward_kernel(
     q_at = Q + b64 * q_b + h64 * q_h + places(index, q_s, q_h, PACK)[:, None] + d[None, :]
     q = tl.load(q_at, mask=inside[:, None] & (d < D)[None, :], other=0.0)
     m_at = b64 * m_b + h64 * m_h + places(index, m_s, m_h, PACK)
-    m = tl.load(M + m_at, mask=inside, other=float("-inf"))
-    l = tl.load(L + m_at, mask=inside, other=0.0)
+    if BEGINS:
+        m, l = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
+    else:
+        m = tl.load(M + m_at, mask=inside, other=float("-inf"))
+        l = tl.load(L + m_at, mask=inside, other=0.0)
     acc_at = ACC + b64 * acc_b + h64 * acc_h
     acc_at += places(index, acc_s, acc_h, PACK)[:, None] + e[None, :]
     wide = inside[:, None] & (e < VD)[None, :]
-    # What no key has reached is zero and need not be read.
-    acc = tl.load(acc_at, mask=wide & (m > float("-inf"))[:, None], other=0.0)
+    if BEGINS:
+        acc = tl.zeros([ROWS, PADDED_VD], tl.float32)
+    else:
+        # What no key has reached is zero and need not be read.
+        acc = tl.load(acc_at, mask=wide & (m > float("-inf"))[:, None], other=0.0)
 
     met = tl.zeros([ROWS], tl.int32)
     # The upper edge, what all rows see, the lower edge; for CLEANS all of it is an edge.

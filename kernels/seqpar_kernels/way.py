@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import TypeGuard
 
 from torch import Tensor
 
@@ -34,6 +35,11 @@ def way_of(
     if watcher() is not None and name in ADAPTERS:
         return Unlaunched()
     return ADAPTERS.get(name, reference)
+
+
+def is_triton(way: ModuleType | Adapter | Unlaunched) -> TypeGuard[ModuleType]:
+    """Whether its kernels are Triton's, which is imported only where they are."""
+    return isinstance(way, ModuleType) and way.__name__ == "seqpar_kernels.triton_attention"
 
 
 def spreads(

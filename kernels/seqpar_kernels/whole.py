@@ -74,8 +74,8 @@ def _begun(
     if found is not None:
         out, lse = found
         return Partial(out.to(lse.dtype), lse, torch.ones_like(lse))
-    running = Partial.identity(q, v.shape[-1])
-    attend(q, k, v, block, into=running, implementation=implementation, finite=finite)
+    running = Partial.empty(q, v.shape[-1])
+    attend(q, k, v, block, into=running, implementation=implementation, finite=finite, begins=True)
     return running
 
 

@@ -5,7 +5,17 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from seqpar_kernels import Band, Block, Documents, Rows, Score, attend_backward, first_touches
+from seqpar_kernels import (
+    Band,
+    Block,
+    Documents,
+    Partial,
+    Rows,
+    Score,
+    attend,
+    attend_backward,
+    first_touches,
+)
 from seqpar_kernels.whole import attend_whole
 
 NAN = float("nan")
@@ -51,31 +61,111 @@ def test_what_covers_all_is_not_zeroed_before():
     assert first_touches([slice(0, 6)], None, begins=True) == [False]
 
 
-@pytest.mark.parametrize("implementation", [None, "reference"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@settings(max_examples=25)
-@given(
-    band=st.builds(Band, st.none() | st.integers(-30, 5), st.none() | st.integers(-5, 30)),
-    sizes=st.tuples(st.integers(1, 40), st.integers(1, 40)),
-    heads=st.sampled_from([(2, 2), (4, 2), (3, 1)]),
-    batch=st.sampled_from([1, 2]),
-    scale=st.sampled_from([0.3, -0.3, 0.0]),
-    bounds=st.none() | st.lists(st.integers(0, 40), max_size=3),
-    poisoned=st.booleans(),
-)
-@example(Band(None, 0), (40, 40), (2, 2), 2, -0.3, None, False)
-@example(Band(2, 1), (7, 9), (2, 2), 1, 0.3, None, False)
-def test_gradients_are_those_that_are_added_to_zeros(
-    implementation, dtype, band, sizes, heads, batch, scale, bounds, poisoned
-):
+PROBLEMS = {
+    "band": st.builds(Band, st.none() | st.integers(-30, 5), st.none() | st.integers(-5, 30)),
+    "sizes": st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    "heads": st.sampled_from([(2, 2), (4, 2), (3, 1)]),
+    "batch": st.sampled_from([1, 2]),
+    "scale": st.sampled_from([0.3, -0.3, 0.0]),
+    "bounds": st.none() | st.lists(st.integers(0, 40), max_size=3),
+    "poisoned": st.booleans(),
+}
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+LIBRARIES = [(name, dtype) for name in (None, "reference") for dtype in DTYPES]
+TRITON = [("triton", dtype) for dtype in DTYPES[1:3]]
+
+
+def problem(dtype, band, sizes, heads, batch, scale, bounds, poisoned):
+    """q, k, v, dout and the block."""
     (i, j), (hq, hkv) = sizes, heads
     generator = torch.Generator().manual_seed(0)
     shapes = (i, hq, 8), (j, hkv, 8), (j, hkv, 6), (i, hq, 6)
     q, k, v, dout = (torch.randn(batch, *s, generator=generator).to(dtype) for s in shapes)
     documents = () if bounds is None else (Documents((0, *sorted(bounds))),)
-    block = Block(band, Score(scale), terms=documents)
     if poisoned:
         v[0, -1, 0, 0] = NAN
+    return q, k, v, dout, Block(band, Score(scale), terms=documents)
+
+
+@pytest.mark.parametrize(("implementation", "dtype"), LIBRARIES + TRITON)
+@settings(max_examples=12)
+@given(**PROBLEMS)
+@example(
+    band=Band(None, 0),
+    sizes=(40, 40),
+    heads=(2, 2),
+    batch=2,
+    scale=-0.3,
+    bounds=None,
+    poisoned=False,
+)
+@example(
+    band=Band(None, 0), sizes=(40, 3), heads=(2, 2), batch=1, scale=0.3, bounds=None, poisoned=True
+)
+@example(
+    band=Band(None, -50),
+    sizes=(9, 9),
+    heads=(2, 2),
+    batch=1,
+    scale=0.3,
+    bounds=None,
+    poisoned=False,
+)
+def test_sums_begin_with_a_block_as_with_the_identity(implementation, dtype, **drawn):
+    q, k, v, _, block = problem(dtype, **drawn)
+    found = []
+    for begins in (False, True):
+        into = Partial.identity(q, v.shape[-1])
+        if begins:
+            for x in (into.acc, into.m, into.l):
+                x.fill_(NAN)
+        attend(q, k, v, block, into=into, implementation=implementation, begins=begins)
+        found.append((into.acc, into.m, into.l))
+    for x, y in zip(*found, strict=True):
+        assert torch.equal(x.isnan(), y.isnan())
+        assert torch.equal(x.nan_to_num(), y.nan_to_num())
+
+
+@pytest.mark.parametrize(("implementation", "dtype"), LIBRARIES)
+@settings(max_examples=25)
+@given(**PROBLEMS)
+@example(
+    band=Band(None, 0),
+    sizes=(40, 40),
+    heads=(2, 2),
+    batch=2,
+    scale=-0.3,
+    bounds=None,
+    poisoned=False,
+)
+@example(
+    band=Band(2, 1), sizes=(7, 9), heads=(2, 2), batch=1, scale=0.3, bounds=None, poisoned=False
+)
+def test_gradients_are_those_that_are_added_to_zeros(implementation, dtype, **drawn):
+    check_gradients(implementation, dtype, drawn)
+
+
+@pytest.mark.parametrize(("implementation", "dtype"), TRITON)
+@settings(max_examples=8)
+@given(**PROBLEMS)
+@example(
+    band=Band(2, 1), sizes=(7, 9), heads=(4, 2), batch=1, scale=0.3, bounds=None, poisoned=True
+)
+@example(
+    band=Band(None, -50),
+    sizes=(9, 9),
+    heads=(2, 2),
+    batch=1,
+    scale=0.3,
+    bounds=None,
+    poisoned=False,
+)
+def test_kernels_write_gradients_as_if_they_added_them_to_zeros(implementation, dtype, **drawn):
+    check_gradients(implementation, dtype, drawn)
+
+
+def check_gradients(implementation, dtype, drawn):
+    q, k, v, dout, block = problem(dtype, **drawn)
     out, lse = attend_whole(q, k, v, block, implementation=implementation)
     rows = Rows.of(q, out, dout, lse, implementation=implementation)
     found = []

@@ -123,7 +123,7 @@ def run(tensors, block, hops, how):
                 implementation=how,
             )
         else:
-            triton_attention.backward(*part, into, learned, (how, how))
+            triton_attention.backward(*part, into, learned, tiles=(how, how))
     results = [out, dq, dk, dv]
     learned |= finished_gradients(block.score, lse, rows.delta, TENSORS)
     results += [sum_rows(x) for x in learned.values()]
@@ -249,7 +249,7 @@ def test_cutting_queries_at_tile_borders_changes_no_bit(dtype):
     dq, dk, dv = (torch.zeros(x.shape, device=DEVICE) for x in (q, k, v))
     for a, b in ((0, 16), (16, 48), (48, 64)):
         into = dq[:, a:b], dk, dv
-        triton_attention.backward(rows[a:b], k, v, block.at(a, 0), into, {}, (tiles, tiles))
+        triton_attention.backward(rows[a:b], k, v, block.at(a, 0), into, {}, tiles=(tiles, tiles))
     for a, b in zip((dq, dk, dv), whole[3:], strict=True):
         assert torch.equal(a, b)
 

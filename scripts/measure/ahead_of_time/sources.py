@@ -58,7 +58,7 @@ def launch(case: Case) -> Launch:
             lse, delta, by_row = (into[0][..., 0].contiguous() for _ in range(3))
             learned = {name: by_row for name in block.score.tensors}
             rows = Rows(q, out, dout, lse, delta)
-            triton_attention.backward(rows, k, v, block, into, learned, (tiles, tiles))
+            triton_attention.backward(rows, k, v, block, into, learned, tiles=(tiles, tiles))
     return launched[getattr(triton_attention, f"{case.kernel}_kernel")]
 
 
