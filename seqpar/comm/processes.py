@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import weakref
 from collections.abc import Callable, Sequence
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 _REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+LOGGER = logging.getLogger("seqpar")
+_WAITS = (
+    "a group of {backends} alone compares calls on the device, and each waits until the device is done: "
+    "start it by init_process_group('cpu:gloo,cuda:nccl', device_id=...), or use agree='plan'"
+)
 _AGREEMENT, _NOTHING = 1, 2  # tags: of agreement, and of what is never sent
 # What gloo and NCCL say of a connection, and not of a tensor that they do not take.
 _OF_THE_WIRE = re.compile(r"onnect|imed out|peer|[Ss]ocket|pipe|[Aa]bort|pair closure|remote")
@@ -49,6 +55,9 @@ class ProcessTransport:
         if self._has_tags:
             # docs/design.md: gloo's threads wait for a CPU
             calm_gloo()
+        elif self.size > 1:
+            # docs/design.md: over NCCL alone a call waits
+            LOGGER.warning("%s", _WAITS.format(backends=self._backends))
         self._name = group.group_name
         self._prepared: set[str] = set()
         self._served = {"meta"}

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from seqpar import DesyncError, Mask, Plan, attention, contiguous, simulate, unshard_sequence
-from seqpar.comm.processes import unserved
+from seqpar.comm.processes import ProcessTransport, unserved
 from seqpar.comm.threads import ThreadTransport
 from seqpar.decode import KVCache
 
@@ -66,3 +66,33 @@ def test_what_one_rank_cannot_send_no_rank_sends(call, monkeypatch):
         return group.traffic.total.bytes
 
     assert simulate(3, rank_main) == [0, 0, 0]
+
+
+class Backend:
+    """A process group of two that says what its backends are."""
+
+    group_name = "a group"
+
+
+@pytest.mark.parametrize("backends", ["cuda:nccl", "cpu:gloo,cuda:nccl", "cpu:gloo"])
+def test_a_group_whose_calls_wait_for_the_device_says_so(backends, monkeypatch, caplog):
+    for name, value in (
+        ("get_backend_config", backends), ("get_rank", 0), ("get_world_size", 2), ("get_global_rank", 0)
+    ):  # fmt: skip
+        monkeypatch.setattr(dist, name, lambda *_, value=value: value)
+    monkeypatch.setattr("seqpar.comm.processes._watch", lambda _: None)
+    monkeypatch.setattr("seqpar.comm.processes.calm_gloo", lambda: None)
+    group = Backend()
+    with caplog.at_level("WARNING", "seqpar"):
+        transport = ProcessTransport(group, 60.0)
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == (backends == "cuda:nccl")
+    assert all("'cpu:gloo,cuda:nccl'" in line and "agree='plan'" in line for line in told)
+    if "gloo" in backends:
+        transport.check_device(torch.device("cpu"))
+    else:
+        with pytest.raises(
+            ValueError, match="tensors on cpu cannot be sent in a group of cuda:nccl"
+        ):
+            transport.check_device(torch.device("cpu"))
+    transport.check_device(torch.device("meta"))
