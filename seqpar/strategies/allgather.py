@@ -31,7 +31,7 @@ from seqpar.strategies.loop import (
     Sums,
     attend_by,
 )
-from seqpar.strategies.mesh import MeshRoute, spans_of
+from seqpar.strategies.mesh import MeshRoute, spans_by_chunk, spans_of
 from seqpar.strategies.plan import Plan, Spans
 from seqpar.strategies.strategy import Order, Strategy
 from seqpar.strategies.travel import row_message, rows_of
@@ -64,7 +64,8 @@ class InOrderRoute:
 
     def __init__(self, plan: Plan) -> None:
         self._plan, self._rank = plan, plan.group.rank
-        self._keys, self._queries = plan.kept("all-gather in order", partial(_in_order, plan))
+        tables = plan.kept("all-gather in order", partial(_in_order, plan))
+        self._keys, self._key_spans, self._queries, self._row_spans = tables
 
     def rows(self, q: Tensor) -> tuple[Spans, Tensor]:
         """The query rows of this rank, as they are."""
@@ -72,8 +73,9 @@ class InOrderRoute:
 
     def columns(self, k: Tensor, v: Tensor) -> Iterator[tuple[Spans, Tensor, Tensor]]:
         """Yields the keys of one run of positions after another."""
-        for pieces, (k_c, v_c) in gather_pass((k, v), self._keys, self._plan.group):
-            yield spans_of(pieces, self._plan.keys.spans), k_c, v_c
+        chunks = gather_pass((k, v), self._keys, self._plan.group)
+        for spans, (_, (k_c, v_c)) in zip(self._key_spans, chunks, strict=True):
+            yield spans, k_c, v_c
             del k_c, v_c  # or three chunks are held while the next but one is begun
 
     def merged(self, running: Partial) -> Partial:
@@ -93,27 +95,24 @@ class InOrderRoute:
             differentiate(met)
             del k_c, v_c, met  # or the last ones live on while queries are walked
         travelling = row_message(mine, plan.implementation)
-        for pieces, message in gather_pass(travelling, self._queries, plan.group):
-            rows, spans = (
-                rows_of(message, lse_learns=mine.lse_learns),
-                spans_of(pieces, plan.layout.spans),
-            )
+        chunks = gather_pass(travelling, self._queries, plan.group)
+        for spans, (_, message) in zip(self._row_spans, chunks, strict=True):
+            rows = rows_of(message, lse_learns=mine.lse_learns)
             (dk, dv), begins = of_kv.take()
             differentiate(Meeting(spans, own_keys, rows, k, v, None, dk, dv, {}, (False, begins)))
         (dq,), (dk, dv) = of_q.whole(), of_kv.whole()
         return Gradients(dq, dk, dv, learned)
 
 
-def _in_order(plan: Plan) -> tuple[GatherSchedule, GatherSchedule]:
-    """The tables of the keys, walked downwards, and of the queries, walked upwards."""
+def _in_order(plan: Plan) -> tuple[GatherSchedule, list[Spans], GatherSchedule, list[Spans]]:
+    """The tables of the keys, walked downwards, and of the queries, upwards; of each positions by chunk."""
     rows, keys, mask = plan.layout.spans, plan.keys.spans, plan.mask
     rank, size = plan.group.rank, plan.group.size
     sees_keys = cache(lambda peer, p: meets(rows[peer], spans_of([p], keys), mask))
     sees_rows = cache(lambda peer, p: meets(spans_of([p], rows), keys[peer], mask))
-    return (
-        GatherSchedule.together(rank, size, runs(plan.keys)[::-1], sees_keys),
-        GatherSchedule.together(rank, size, runs(plan.layout), sees_rows),
-    )
+    of_keys = GatherSchedule.together(rank, size, runs(plan.keys)[::-1], sees_keys)
+    of_rows = GatherSchedule.together(rank, size, runs(plan.layout), sees_rows)
+    return of_keys, spans_by_chunk(of_keys, keys), of_rows, spans_by_chunk(of_rows, rows)
 
 
 def runs(layout: Layout) -> list[tuple[Piece, ...]]:

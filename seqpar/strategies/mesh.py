@@ -174,7 +174,7 @@ def _tables(plan: Plan, grid: Grid) -> _Tables:
     sees_rows = cache(lambda peer, p: meets(queries[peer], spans_of([p], col_spans), mask))
     rows = GatherSchedule.together(j, len(row), [gathered], sees_keys)
     cols = GatherSchedule.in_turn(i, blocks, sees_rows)
-    chunk_spans = [spans_of(step.pieces, col_spans) for step in cols.steps]
+    chunk_spans = spans_by_chunk(cols, col_spans)
     return _Tables(grid.ulysses, grid.ring, rows, cols, row_spans, chunk_spans)
 
 
@@ -199,6 +199,15 @@ def pieces(owner: int, spans: Spans) -> tuple[Piece, ...]:
 def spans_of(pieces: Sequence[Piece], spans: Sequence[Spans]) -> tuple[Span, ...]:
     """The positions of pieces that are held one after the other."""
     return joined(s for p in pieces for s in part(spans[p.owner], p.rows))
+
+
+def spans_by_chunk(schedule: GatherSchedule, spans: Sequence[Spans]) -> list[Spans]:
+    """The positions of what a rank holds, by chunk.
+
+    Args:
+        spans: by owner.
+    """
+    return [spans_of(step.pieces, spans) for step in schedule.steps]
 
 
 MESH = Strategy("mesh", mesh_attention, needs_grid=True)
