@@ -73,7 +73,7 @@ PARTS = (
         f"{{python}} -m seqpar doctor --measure --rounds 1 --widths {width} --profiles {{out}}/warm_{width}"
         for width in (64, 128, 256)
     ], at_once=True),
-    Part("choice", 60, ["{python} -m seqpar doctor --measure --profiles {out}/profiles"]),
+    Part("choice", 45, ["{python} -m seqpar doctor --measure --profiles {out}/profiles"]),
     Part("ring", 45, [
         f"{{python}} {MEASURE}/kernel_speed.py --parts ring --rounds 5 --json {{out}}/ring.json "
         "--markdown {out}/ring.md"

@@ -2,6 +2,7 @@
 
 import os
 from contextlib import ExitStack, closing
+from importlib.util import find_spec
 
 os.environ["SEQPAR_CHECK_SHAPES"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -97,6 +98,24 @@ def nothing_chosen_yet():
     forget_choices()
     yield
     forget_choices()
+
+
+@pytest.fixture
+def products_in_order(monkeypatch):
+    """Triton's interpreter adds products in the order of their terms; a GPU's own products are as they are.
+
+    It multiplies by numpy, whose library may add in another order in other rows of a matrix: on AMD's CPUs
+    the bits of a row depended on where in its tile it was.
+    """
+    if torch.cuda.is_available() or find_spec("triton") is None:
+        return
+    from triton.runtime import interpreter
+
+    def create_dot(_builder, a, b, d, *_):
+        terms = a.data[:, :, None] * b.data[None].astype(d.data.dtype)
+        return interpreter.TensorHandle(terms.sum(1) + d.data, d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
 
 def forget_choices():

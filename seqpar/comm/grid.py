@@ -125,8 +125,6 @@ def grid(group: Group, *, ulysses: int | None = None, ring: int | None = None) -
 
 
 def _view(group: Group, members: Sequence[int]) -> Group:
-    if list(members) == list(range(group.size)):
-        return group
     # docs/design.md: a `Grid` is two views of one group
     return Group(_View(group.transport, tuple(members)), group.traffic, Calls(of=group.calls))
 

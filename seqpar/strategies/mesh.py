@@ -75,7 +75,7 @@ class MeshRoute:
     def __init__(self, plan: Plan, grid: Callable[[], Grid]) -> None:
         self._plan = plan
         tables = plan.kept("mesh", lambda: _tables(plan, grid()), plan.strategy)
-        self._in_row, self._in_column = tables.in_row, tables.in_column
+        self._in_row, self._in_column = tables.in_row, tables.in_column or plan.group
         self._rows, self._cols = tables.rows, tables.cols
         self._row_spans, self._chunk_spans = tables.row_spans, tables.chunk_spans
 
@@ -147,12 +147,13 @@ class _Tables(NamedTuple):
     """Who gathers which rows in a rank's grid row, and which keys in its column.
 
     Args:
+        in_column: `None` where it is all ranks in their order: what a group keeps must not refer to it.
         row_spans: the positions of rows, by rank.
         chunk_spans: the positions of keys, by chunk.
     """
 
     in_row: Group
-    in_column: Group
+    in_column: Group | None
     rows: GatherSchedule
     cols: GatherSchedule
     row_spans: list[Spans]
@@ -175,7 +176,8 @@ def _tables(plan: Plan, grid: Grid) -> _Tables:
     rows = GatherSchedule.together(j, len(row), [gathered], sees_keys)
     cols = GatherSchedule.in_turn(i, blocks, sees_rows)
     chunk_spans = spans_by_chunk(cols, col_spans)
-    return _Tables(grid.ulysses, grid.ring, rows, cols, row_spans, chunk_spans)
+    in_column = None if col == list(range(grid.group.size)) else grid.ring
+    return _Tables(grid.ulysses, in_column, rows, cols, row_spans, chunk_spans)
 
 
 def lengths(spans: Sequence[Spans]) -> list[int]:

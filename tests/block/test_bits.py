@@ -30,6 +30,7 @@ from seqpar_kernels import (
 )
 from seqpar_kernels.tuning import KERNELS, tiles_for
 
+pytestmark = pytest.mark.usefixtures("products_in_order")
 PLAIN = Block(Band(None, 0), Score(0.4))
 DTYPES = {
     "reference": (torch.float32, torch.float64, torch.bfloat16),

@@ -95,7 +95,7 @@ def test_a_buffer_read_too_early_holds_nan_and_one_written_in_flight_is_caught()
 
 def test_messages_that_nobody_receives_are_found():
     def fn(group):
-        group.exchange("lost", [(1 - group.rank, torch.ones(1))], [])
+        group.exchange("lost", [(1 - group.rank, torch.ones(1))], []).wait()
 
     with pytest.raises(DesyncError, match="lost from rank 0 to 1"):
         simulate(2, fn)

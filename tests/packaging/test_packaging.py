@@ -98,6 +98,10 @@ def test_the_version_is_said_once(about):
 def test_every_range_is_one_that_can_be_compared(about):
     for line in about.get_all("Requires-Dist"):
         bounds = requires.REQUIREMENT.match(line)[2].strip()
+        if (
+            "extra == 'flash-attn-4'" in line
+        ):  # of which there are only betas, and which nothing compares
+            continue
         assert re.fullmatch(r"(?:(?:>=|<)\d+(?:\.\d+)*(?:,|$))+", bounds), line
 
 

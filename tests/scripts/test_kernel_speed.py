@@ -131,7 +131,13 @@ def test_contenders_meet_on_a_cpu_too():
     setting = Setting(96, 4, 4, 16, causal=True, dtype=torch.bfloat16)
     names = ["seqpar", "seqpar aten", "torch flash", "torch cuDNN"]
     assert set(contenders(setting, setting.tensors(CPU))) == {*names, "torch flex"}
-    records = kernel_speed.rates(setting, 2, CPU, small=64, names=names)
+    everyone = kernel_speed.contenders
+    with pytest.MonkeyPatch.context() as patch:  # FlexAttention takes long to compile
+        patch.setattr(
+            kernel_speed, "contenders",
+            lambda *asked: {n: make for n, make in everyone(*asked).items() if n in names},
+        )  # fmt: skip
+        records = kernel_speed.rates(setting, 2, CPU, small=64)
     by_name = {r["contender"]: r for r in records}
     assert list(by_name) == names
     for name in names[:3]:

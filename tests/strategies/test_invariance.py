@@ -82,6 +82,8 @@ def test_ulysses_in_any_layout(kind, implementation, dtype):
 @example(Case(5, 3, 1, d=1, vd=16, kind="zigzag", dtype=torch.float32), 2, "reference")
 @example(Case(40, 4, 4, d=3, vd=1, causal=False, dtype=torch.float32), 4, "reference")
 @example(Case(40, 2, 2, d=1, vd=1, dtype=torch.float64), 2, None)
+@example(Case(4, 2, 1, d=1, vd=5, causal=False, dtype=torch.float64), 2, None)
+@example(Case(16, 4, 2, d=13, vd=13, kind="striped", dtype=torch.float32), 3, None)
 @example(Case(70, 4, 2, d=8, vd=8, kind="unsorted", dtype=torch.float32), 3, None)
 @example(Case(70, 4, 2, kind="stepped", alibi=True, sinks=True, dtype=torch.float32), 3, None)
 def test_ulysses_of_any_widths_heads_and_layout(case, size, implementation):
@@ -168,6 +170,7 @@ def test_all_gather_with_keys_of_another_length():
     check(simulate, replace(case, dtype=torch.float32), "allgather", "reference", (3, 8))
 
 
+@pytest.mark.usefixtures("products_in_order")
 @pytest.mark.parametrize("strategy", ["ring", "ulysses", "allgather"])
 def test_triton_kernels(strategy):
     """Interpreted where there is no GPU: three tiles, the last of six rows, one for each rank."""
