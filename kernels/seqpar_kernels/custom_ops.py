@@ -25,6 +25,7 @@ from seqpar_kernels.score import BY_BLOCKS, TENSORS, Score, finished_gradients, 
 from seqpar_kernels.terms import TERMS, ScoreTerm
 from seqpar_kernels.torch_internals import nobody_looks
 from seqpar_kernels.torch_ops import define
+from seqpar_kernels.way import is_triton, way_of
 from seqpar_kernels.whole import attend_whole, attend_whole_backward
 
 # Ops take no dataclasses. Tensors first; what follows describes the block.
@@ -175,7 +176,10 @@ def _backward(
         if at_once is not None:
             return list(at_once)
     rows = Rows.of(q, out, dout, lse, dlse, implementation=implementation)
-    dq, dk, dv = (torch.empty(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v))
+    # Nothing comes after this block, so what can round as it writes does.
+    way = way_of(q, v, block, implementation, lse_learns=dlse is not None)
+    dtype = q.dtype if is_triton(way) and way.rounds(q.dtype) else lse.dtype
+    dq, dk, dv = (torch.empty(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
     by_row = {name: torch.zeros_like(lse) for name in wanted if name in BY_BLOCKS}
     attend_backward(
         rows, k, v, block, into=(dq, dk, dv), learned=by_row, implementation=implementation,

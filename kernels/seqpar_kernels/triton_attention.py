@@ -19,6 +19,7 @@ from torch import Tensor
 
 from seqpar_kernels.beginnings import ADDED, Begins
 from seqpar_kernels.block import Block
+from seqpar_kernels.choice import interprets
 from seqpar_kernels.partial import Partial
 from seqpar_kernels.rows import Learned, Rows, RunningGradients
 from seqpar_kernels.terms import Term
@@ -89,6 +90,11 @@ def backward(
         _launch_dq(inputs, block, scratch, learned, by_rows, begins=dq is None or begins[0])
     if dk is not None and dv is not None:
         _launch_dkdv(inputs, block, dk, dv, by_cols, begins=begins[1])
+
+
+def rounds(dtype: torch.dtype) -> bool:
+    """Whether kernels round what they store in this type. The interpreter truncates to bfloat16."""
+    return dtype != torch.bfloat16 or not interprets()
 
 
 def _launch_dq(

@@ -136,3 +136,23 @@ def test_poison_stays_where_it_is_seen():
     out, lse = attend_whole(q, k, v, block)
     assert torch.equal(out.isnan().nonzero()[:, 1].unique(), torch.arange(30, 40))
     assert attend_whole_backward(dout, q, k, v, out, lse, block) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
+def test_kernels_round_gradients_of_a_whole_block_as_sums_of_float32_are_rounded(dtype, heads):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (40, heads[0], 8), (40, heads[1], 8), (40, heads[1], 6), (40, heads[0], 6)
+    q, k, v, dout = (torch.randn(1, *s, generator=generator).to(dtype) for s in shapes)
+    block = Block(Band(None, 0), Score(0.4, softcap=5.0))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = attention(*leaves, block, implementation="triton")[0]
+    found = torch.autograd.grad(out, leaves, dout)
+    with torch.no_grad():
+        same, lse = attend_whole(q, k, v, block, implementation="triton")
+        assert torch.equal(out, same)
+        into = tuple(torch.zeros(x.shape) for x in (q, k, v))
+        rows = Rows.of(q, out, dout, lse, implementation="triton")
+        attend_backward(rows, k, v, block, into=into, implementation="triton")
+    for x, y in zip(found, into, strict=True):
+        assert torch.equal(x, y.to(dtype))
