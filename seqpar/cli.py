@@ -36,10 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="instead of the self-check: time what computes attention on this device (minutes), and keep "
         "the result, which is what chooses from then on",
     )  # fmt: skip
-    command.add_argument("--widths", type=int, nargs="+", default=profile.WIDTHS, help="of heads")
-    command.add_argument("--lengths", type=int, nargs="+", help="in tokens")
-    command.add_argument("--rounds", type=int, default=5)
-    command.add_argument(
+    measured = command.add_argument_group("with --measure")
+    measured.add_argument("--widths", type=int, nargs="+", default=profile.WIDTHS, help="of heads")
+    measured.add_argument("--lengths", type=int, nargs="+", help="in tokens")
+    measured.add_argument("--rounds", type=int, default=5)
+    measured.add_argument(
         "--profiles", type=Path, metavar="FOLDER",
         help="keep it there; programs find it where SEQPAR_PROFILES names the folder",
     )  # fmt: skip
@@ -51,10 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    machine = doctor.examine()
-    print("\n".join(doctor.described(machine)), flush=True)
-    if args.measure:
+    if args.measure:  # also where a profile is broken
         return _measure(args)
+    try:
+        machine = doctor.examine()
+    except ValueError as error:
+        print(error)
+        return 1
+    print("\n".join(doctor.described(machine)), flush=True)
     checks = []
     if not args.no_selfcheck:
         print("\nSelf-check: two ranks, forward and gradients, against dense float64 attention")
@@ -72,7 +77,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _measure(args: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(f"\nForward + backward of one rank, causal, bfloat16, on {device_name(device)}")
+    print(f"Forward + backward of one rank, causal, bfloat16, on {device_name(device)}")
     made = profile.measure(
         device,
         lambda line: print(f"  {line}", flush=True),
@@ -82,5 +87,7 @@ def _measure(args: argparse.Namespace) -> int:
     )
     path = path_of(made.device, args.profiles)
     made.write(path)
+    if args.json:
+        made.write(args.json)
     print(f"\nKept in {path}. Delete it, and what ships with seqpar chooses again.")
     return 0

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from seqpar.calls import check_call
-from seqpar.comm import Grid, agreed, silent
+from seqpar.comm import Grid, Group, agreed, silent
 from seqpar.functional import attention, attention_with_lse, cast_by_autocast
 from seqpar.strategies import STRATEGIES, Plan
 
@@ -37,6 +37,8 @@ def warm_up(
         TypeError, ValueError, NotImplementedError, DesyncError: as `attention` does.
         Exception: what failed, such as a kernel that does not compile; a DesyncError on the other ranks.
     """
+    if not isinstance(plan, Plan) or not isinstance(plan.group, Group):
+        raise TypeError(f"warm_up takes a seqpar.Plan with a seqpar.Group, got {plan!r}")
     with agreed(plan.group, operation="warm_up"):
         q_c, k_c, v_c = cast_by_autocast(q, k, v)
         resolved = check_call(q_c, k_c, v_c, plan, with_lse=with_lse)

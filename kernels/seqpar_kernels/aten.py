@@ -29,7 +29,7 @@ _forward, _backward = attention_ops(CPU_FLASH)
 # docs/design.md: the backward is cut where caches are small
 STRIP_COLUMNS = 384
 ROOMY_CACHE = 2 << 20  # bytes of the second level, from which on strips bring nothing
-ALIGNED = 4  # elements: 16 bytes of float32
+ALIGNED = 16  # bytes
 ADDED_ROWS = 256  # of a gradient that is added to a sum of a wider type: they stay in cache
 
 
@@ -238,11 +238,10 @@ def _as_the_op_wants(*tensors: Tensor) -> Iterator[Tensor]:
     would show.
     """
     # docs/design.md: rows are aligned
-    widest = max(x.shape[-1] for x in tensors)
-    width = -(-widest // ALIGNED) * ALIGNED
+    tensors = tuple(x.float() if x.dtype == torch.float16 else x for x in tensors)
+    elements = ALIGNED // tensors[0].element_size()
+    width = -(-max(x.shape[-1] for x in tensors) // elements) * elements
     for x in tensors:
-        if x.dtype == torch.float16:
-            x = x.float()
         if x.shape[-1] < width:
             x = torch.nn.functional.pad(x, (0, width - x.shape[-1]))
         yield x if _is_aligned(x, width) else x.clone(memory_format=torch.contiguous_format)
@@ -250,5 +249,9 @@ def _as_the_op_wants(*tensors: Tensor) -> Iterator[Tensor]:
 
 def _is_aligned(x: Tensor, width: int) -> bool:
     """Whether every row begins at a multiple of 16 bytes, and shares memory with no other."""
-    starts = (x.storage_offset(), *x.stride()[:-1])
+    # What has no content has no address, and begins as memory does.
+    starts = (
+        x.data_ptr() if x.device.type == "cpu" else 0,
+        *(x.element_size() * s for s in x.stride()[:-1]),
+    )
     return x.stride(-1) == 1 and x.stride(1) >= width and all(s % ALIGNED == 0 for s in starts)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib import metadata
 from importlib.util import find_spec
@@ -76,11 +76,15 @@ class Request:
         terms = tuple(terms)
         kinds = dict.fromkeys(type(term) for term in terms if term.acts and not term.joins)
         repeats = torch.are_deterministic_algorithms_enabled()
-        flash = current_flash_attention_impl() if q.device.type == "cuda" else None
         return Request(
             q.device, q.dtype, q.shape[-1], v.shape[-1], tuple(kinds), lse, repeats, watcher() is not None,
-            length, _documents(terms, length), windowed, flash,
+            length, _documents(terms, length), windowed, flash_of(q),
         )  # fmt: skip
+
+
+def flash_of(q: Tensor) -> str | None:
+    """What stands under torch's flash op, where this tensor would go to it; see `Request`."""
+    return current_flash_attention_impl() if q.device.type == "cuda" else None
 
 
 # docs/design.md: what computes is asked for once
@@ -100,13 +104,18 @@ def choose(request: Request, requested: Implementation | None = None) -> Impleme
         return requested or "reference"
     if request.dtype not in DTYPES:
         raise NotImplementedError(f"attention is computed in one of {DTYPES}, got {request.dtype}")
-    able = (name for name in preference(request) if refusal(name, request) is None)
+    # How long a sequence is refuses nothing, and may be new in every step.
+    asked = replace(request, length=0, documents=0)
+
+    def first_able() -> Implementation:
+        return next(name for name in preference(request) if refusal(name, asked) is None)
+
     if requested is None:
-        return next(able)
-    reason = refusal(requested, request)
+        return first_able()
+    reason = refusal(requested, asked)
     if reason is not None:
         raise NotImplementedError(
-            f"implementation {requested!r} {reason}; {next(able)!r} does all that was asked"
+            f"implementation {requested!r} {reason}; {first_able()!r} does all that was asked"
         )
     return requested
 
@@ -128,8 +137,10 @@ def preference(request: Request) -> tuple[Implementation, ...]:
         return _led(("triton",) if is_cuda and hides else (), names)
     width, documents = max(request.d, request.vd), max(request.documents, 1)
     bits = 8 * request.dtype.itemsize
-    kind = Kind(bits, width, request.length, documents, request.windowed)
-    return _led(profile.fastest(kind), names)
+    problem = profile.nearest(Kind(bits, width, request.length, documents, request.windowed))
+    if problem is None:
+        return names
+    return _led(problem.fastest, tuple(name for name in names if name not in problem.wrong))
 
 
 def _led(first: tuple[str, ...], names: tuple[Implementation, ...]) -> tuple[Implementation, ...]:
@@ -196,10 +207,11 @@ def _under_torch(request: Request) -> str | None:
         return f"is {request.flash} under torch's flash op here, which was not tried"
     capabilities, widest = UNDER_TORCH[request.flash]
     whose = f"is {request.flash} under torch's flash op here, which"
+    on = " and ".join(f"{major}.{minor}" for major, minor in capabilities)
     return _first(
         (
             _capability(request.device) not in capabilities,
-            f"{whose} is for capability {capabilities}",
+            f"{whose} is for capability {on}",
         ),
         (max(request.d, request.vd) > widest, f"{whose} was tried for heads up to {widest} only"),
         (

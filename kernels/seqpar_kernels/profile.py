@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -50,10 +51,20 @@ class Kind(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """A kind of attention and the seconds that implementations took for it, forward and backward together."""
+    """A kind of attention and the seconds that implementations took for it, forward and backward together.
+
+    Args:
+        wrong: implementations whose results were not those of the reference, or that failed.
+    """
 
     kind: Kind
     seconds: dict[str, float]
+    wrong: tuple[str, ...] = ()
+
+    @property
+    def fastest(self) -> tuple[str, ...]:
+        """Implementations by the time they took."""
+        return tuple(sorted(self.seconds, key=lambda name: self.seconds[name]))
 
 
 @dataclass(frozen=True)
@@ -71,20 +82,21 @@ class Profile:
     how: str
     problems: tuple[Problem, ...]
 
-    def fastest(self, kind: Kind) -> tuple[str, ...]:
-        """Implementations by the time they took for the nearest problem; none where nothing is like it."""
+    def nearest(self, kind: Kind) -> Problem | None:
+        """The problem that is most like this one; `None` where nothing is."""
         # Of two that are as near, the longer: more is lost there.
-        nearest = min(
-            self.problems, key=lambda p: (p.kind.distance(kind), -p.kind.length), default=None
-        )
-        if nearest is None or math.isinf(nearest.kind.distance(kind)):
-            return ()
-        return tuple(sorted(nearest.seconds, key=lambda name: nearest.seconds[name]))
+        like = (p for p in self.problems if not math.isinf(p.kind.distance(kind)))
+        return min(like, key=lambda p: (p.kind.distance(kind), -p.kind.length), default=None)
 
     def write(self, path: Path) -> None:
         """Writes it as JSON, one problem a line."""
         head = {"device": self.device, "capability": self.capability, "how": self.how}
-        rows = (json.dumps({**p.kind._asdict(), "seconds": p.seconds}) for p in self.problems)
+        rows = (
+            json.dumps(
+                {**p.kind._asdict(), "seconds": p.seconds} | ({"wrong": p.wrong} if p.wrong else {})
+            )
+            for p in self.problems
+        )
         text = (
             json.dumps(head, indent=1)[:-2]
             + ',\n "problems": [\n  '
@@ -92,7 +104,9 @@ class Profile:
             + "\n ]\n}\n"
         )
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        part = path.with_suffix(".part")  # or a program that starts now would read half of it
+        part.write_text(text)
+        part.replace(path)
 
     @staticmethod
     def read(path: Path) -> Profile:
@@ -106,10 +120,11 @@ class Profile:
             problems = []
             for row in found["problems"]:
                 seconds = {str(name): float(x) for name, x in row.pop("seconds").items()}
-                problems.append(Problem(Kind(**row), seconds))
+                wrong = tuple(map(str, row.pop("wrong", ())))
+                problems.append(Problem(Kind(**row), seconds, wrong))
             capability = found["capability"] and tuple(found["capability"])
             return Profile(found["device"], capability, found["how"], tuple(problems))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"{path} is no profile of a device: {error!r}; make it anew with seqpar doctor "
                 "--measure, or delete it"
@@ -118,8 +133,7 @@ class Profile:
 
 def profile_of(device: torch.device) -> Profile | None:
     """The profile of a device: the user's own, or that of its family; `None` where nothing was measured."""
-    own = _own()
-    if own and (found := own.get(device_name(device))) is not None:
+    if _folder().is_dir() and (found := _own(device_name(device))) is not None:
         return found
     if device.type != "cuda" or torch.version.hip is not None:
         return None
@@ -135,11 +149,12 @@ def device_name(device: torch.device) -> str:
 
 def path_of(name: str, folder: Path | None = None) -> Path:
     """Where the user's profile of a device of this name is, by default in the folder that is looked into."""
-    return (folder or _folder()) / f"{'-'.join(name.lower().split())}.json"
+    slug = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
+    return (folder or _folder()) / f"{slug}.json"
 
 
 def forget() -> None:
-    """Has profiles be read again when they are next asked for."""
+    """Has files be read anew, for tests; what was chosen by them is remembered elsewhere too."""
     _own.cache_clear()
     _shipped.cache_clear()
 
@@ -152,9 +167,9 @@ def _folder() -> Path:
 
 
 @cache
-def _own() -> dict[str, Profile]:
-    profiles = map(Profile.read, sorted(_folder().glob("*.json")))
-    return {profile.device: profile for profile in profiles}
+def _own(name: str) -> Profile | None:
+    path = path_of(name)
+    return Profile.read(path) if path.exists() else None
 
 
 @cache

@@ -24,7 +24,8 @@ def way_of(
     lse_learns: bool = False,
 ) -> ModuleType | Adapter | Unlaunched:
     """What has the `forward` and the `backward` of the implementation."""
-    request = Request.of(q, v, block.acting, lse=lse_learns)
+    windowed = block.band.lower is not None
+    request = Request.of(q, v, block.acting, lse=lse_learns, windowed=windowed)
     name = choose(request, implementation)
     if name == "triton":  # lazily: importing seqpar must not need it
         from seqpar_kernels import triton_attention

@@ -19,6 +19,7 @@ from seqpar.strategies.plan import Agree, Plan
 from seqpar.strategies.registry import STRATEGIES
 from seqpar.version import VERSION
 from seqpar_kernels import TENSORS, Dropout, Implementation, Request, Score, choose, tile_border
+from seqpar_kernels.choice import flash_of
 from seqpar_kernels.derivatives import has_tangent
 from seqpar_kernels.integers import is_integer
 from seqpar_kernels.watching import watcher
@@ -55,6 +56,8 @@ def agree_on_call(
         raise TypeError(f"attention takes a seqpar.Plan with a seqpar.Group, got {plan!r}")
     if plan.group.size == 1:
         return check_call(q, k, v, plan, with_lse=with_lse)
+    if isinstance(q, Tensor) and plan.group.transport.control_device.type == "cuda":
+        _check_capture(q.device, plan)  # here nothing can be compared either
     known = plan.group.calls.trusted
     if plan.agree == "plan" and known:  # the first call of all is compared, whatever it is
         resolved = check_call(q, k, v, plan, with_lse=with_lse)
@@ -83,7 +86,12 @@ def check_call(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, with_lse: bool = 
     """
     if type(q) is type(k) is type(v) is Tensor:
         kind = tuple((x.shape, x.dtype, x.device) for x in (q, k, v))
-        mode = with_lse, torch.are_deterministic_algorithms_enabled(), watcher() is None
+        mode = (
+            with_lse,
+            torch.are_deterministic_algorithms_enabled(),
+            watcher() is None,
+            flash_of(q),
+        )
         resolved = plan.own.get((*kind, *mode), lambda: _checked(q, k, v, plan, with_lse=with_lse))
     else:  # of a subclass, such as what compilers trace with, sizes may be symbols
         resolved = _checked(q, k, v, plan, with_lse=with_lse)
@@ -279,8 +287,8 @@ def _check_heads(q: Tensor, score: Score) -> None:
 def _check_capture(device: torch.device, plan: Plan) -> None:
     if plan.group.size > 1 and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise NotImplementedError(
-            "attention over several ranks is not captured in a CUDA graph: ranks compare each call over the "
-            "CPU, which a replay would leave out. Capture what lies between the calls"
+            "attention over several ranks is not captured in a CUDA graph: ranks compare each call before "
+            "they send, which a replay would leave out. Capture what lies between the calls"
         )
 
 
@@ -317,6 +325,7 @@ def _claim(
         "widths (d, vd)": (q.shape[3], v.shape[3]),
         "dtype": q.dtype,
         "device": q.device.type,
+        "under torch's flash op": flash_of(q),
         # Backward sends the same for any of q, k and v, so which of them it is for need not agree.
         "requires_grad": any(learning[:3]),
         **{f"{name} learn": there for name, there in zip(TENSORS, learning[3:], strict=True)},

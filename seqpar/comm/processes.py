@@ -55,7 +55,7 @@ class ProcessTransport:
         if self._has_tags:
             # docs/design.md: gloo's threads wait for a CPU
             calm_gloo()
-        elif self.size > 1:
+        elif self.size > 1 and self.rank == 0:
             # docs/design.md: over NCCL alone a call waits
             LOGGER.warning("%s", _WAITS.format(backends=self._backends))
         self._name = group.group_name

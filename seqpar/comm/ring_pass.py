@@ -106,7 +106,7 @@ class RingSum:
 
     @contextmanager
     def share(self) -> Iterator[Tensors | None]:
-        """The tensors to add this rank's share to, or `None` if it does not want the block.
+        """Tensors for this rank's share, to write where `begins` or to add to; `None` if it wants no block.
 
         At the end of the `with` the sum goes to the next visitor, or home.
         """

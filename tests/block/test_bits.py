@@ -29,6 +29,7 @@ from seqpar_kernels import (
     tile_border,
 )
 from seqpar_kernels.tuning import KERNELS, tiles_for
+from seqpar_kernels.whole import attend_whole
 
 pytestmark = pytest.mark.usefixtures("products_in_order")
 PLAIN = Block(Band(None, 0), Score(0.4))
@@ -248,3 +249,15 @@ def test_rows_are_summed_alike_whatever_heads_are_with_them():
             some = slice(start, stop)
             assert torch.equal(sum_rows(x[:, :, some]), whole[some])
             assert torch.equal(sum_rows(x[:, :, some].contiguous()), whole[some])
+
+
+@pytest.mark.parametrize("dtype", DTYPES["aten"], ids=str)
+def test_rows_that_begin_anywhere_in_memory_have_the_bits_of_aligned_ones(dtype):
+    """Such as those of a file, or of a tensor that begins one element later."""
+    x = torch.randn(3 * 40 * 2 * 8 + 1, generator=torch.Generator().manual_seed(0)).to(dtype)
+    shifted = x[1:].view(3, 1, 40, 2, 8)
+    results = [
+        attend_whole(*qkv, PLAIN, implementation="aten") for qkv in (shifted, shifted.clone())
+    ]
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)

@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from on_cuda import OnCuda
 
-from seqpar import Group, Mask, Plan, attention, contiguous, zigzag
-from seqpar.calls import resolve
+from seqpar import Group, Mask, Plan, attention, cli, contiguous, zigzag
+from seqpar.calls import check_call, resolve
+from seqpar.calls.check import _claim
 from seqpar.calls.invariance import invariant_implementation, is_invariant
 from seqpar.comm import silent
 from seqpar_kernels import Documents, Dropout, Request, choose, refusal
@@ -191,8 +193,8 @@ def own(monkeypatch, tmp_path):
     monkeypatch.setenv(FOLDER, str(tmp_path))
     cpu = torch.device("cpu")
 
-    def write(**seconds):
-        problem = Problem(Kind(32, 8, 16, 1, windowed=False), seconds)
+    def write(wrong=(), **seconds):
+        problem = Problem(Kind(32, 8, 16, 1, windowed=False), seconds, wrong)
         made = Profile(device_name(cpu), None, "a test", (problem,))
         made.write(path_of(made.device))
         forget()
@@ -216,6 +218,9 @@ def test_the_users_own_profile_comes_first(own):
     assert chosen()[0] == "reference"
     own(reference=2.0, aten=1.0)
     assert chosen()[0] == "aten"
+    own(wrong=("aten",))
+    assert chosen()[0] == "reference", "what gave wrong numbers here does not compute"
+    own(reference=2.0, aten=1.0)
     asked = Request(torch.device("cpu"), F32, 8, 8, (Softcap,), length=16)
     assert choose(asked) == "reference", "what lacks something does not compute, however fast"
     assert choose(Request(torch.device("cpu"), BF16, 8, 8, length=16)) == "aten", (
@@ -225,11 +230,22 @@ def test_the_users_own_profile_comes_first(own):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"device": "x"}', '{"problems": [{"seconds": {}}]}'])
-def test_what_is_no_profile_is_named(tmp_path, monkeypatch, text):
+def test_what_is_no_profile_is_named(tmp_path, monkeypatch, text, capsys):
     monkeypatch.setenv(FOLDER, str(tmp_path))
-    (tmp_path / "broken.json").write_text(text)
+    path = path_of(device_name(torch.device("cpu")))
+    path.write_text(text)
+    (tmp_path / "of-another-device.json").write_text("not looked at")
     forget()
-    with pytest.raises(ValueError, match=r"broken\.json is no profile of a device"):
+    with pytest.raises(ValueError, match=f"{path.name} is no profile of a device"):
+        chosen()
+    asked = Request(torch.device("cpu"), F32, 8, 8)
+    assert choose(asked, "aten") == "aten", "who names what computes needs no profile"
+    assert cli.main(["doctor", "--no-selfcheck"]) == 1
+    assert "is no profile of a device" in capsys.readouterr().out
+    path.unlink()
+    path.mkdir()  # cannot be read
+    forget()
+    with pytest.raises(ValueError, match="is no profile of a device"):
         chosen()
 
 
@@ -240,4 +256,20 @@ def test_nobody_needs_a_home(monkeypatch):
     forget()
     assert profile_of(torch.device("cpu")) is None
     monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
-    assert str(path_of("Some GPU")) == "/elsewhere/seqpar/some-gpu.json"
+    assert str(path_of("Some GPU X / Y (2)")) == "/elsewhere/seqpar/some-gpu-x-y-2.json"
+
+
+def test_what_stands_under_torchs_flash_op_is_asked_in_every_call(gpu, monkeypatch):
+    """And ranks compare it."""
+    gpu(HOPPER)
+    active = [None]
+    monkeypatch.setattr("seqpar_kernels.choice.current_flash_attention_impl", lambda: active[0])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    plan = Plan(silent(0, 2), contiguous(4096, 2), Mask(causal=True, window=64))
+    x = torch.empty(1, 2048, 2, 128, dtype=BF16)
+    with OnCuda():
+        assert check_call(x, x, x, plan).implementation == "aten"
+        claims = _claim(x, x, x, plan, False, None)
+        active[0] = "FA4"
+        assert check_call(x, x, x, plan).implementation == "triton"
+        assert _claim(x, x, x, plan, False, None) != claims

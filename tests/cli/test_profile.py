@@ -15,8 +15,10 @@ QUICK = ["doctor", "--measure", "--lengths", "48", "--widths", "16", "--rounds",
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("profiles")
-    assert cli.main([*QUICK, str(folder)]) == 0
+    copy = tmp_path_factory.mktemp("json") / "profile.json"
+    assert cli.main([*QUICK, str(folder), "--json", str(copy)]) == 0
     (path,) = folder.iterdir()
+    assert copy.read_text() == path.read_text()
     return folder, Profile.read(path)
 
 
@@ -81,3 +83,24 @@ def test_what_is_wrong_or_fails_is_named_and_not_kept(breaks, words, monkeypatch
     with pytest.raises(ValueError, match="no choice to measure"):
         profile.measure(CPU, said.append, widths=[16], lengths=[32], rounds=1)
     assert sum(words in line for line in said) == len(profile.MASKS)
+
+
+def test_what_is_wrong_is_kept_as_such(monkeypatch, tmp_path):
+    made = profile._step
+
+    def one(kind, device, name):
+        step = made(kind, device, name)
+        return twice(step) if name == "aten" and kind.windowed else step
+
+    monkeypatch.setattr(profile, "_step", one)
+    found = profile.measure(CPU, lambda _: None, widths=[16], lengths=[32], rounds=1)
+    wrong = {problem.kind.windowed: problem.wrong for problem in found.problems}
+    assert wrong == {False: (), True: ("aten",)}
+    found.write(tmp_path / "x.json")
+    assert Profile.read(tmp_path / "x.json") == found
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"], "nothing half written is left"
+
+
+def test_no_round_is_refused():
+    with pytest.raises(ValueError, match="rounds must be at least 1"):
+        profile.measure(CPU, print, rounds=0)

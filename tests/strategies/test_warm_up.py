@@ -109,6 +109,12 @@ def test_it_refuses_what_attention_refuses():
     simulate(2, refused)
 
 
+def test_it_takes_a_plan():
+    x = torch.zeros(1, 4, 2, 8)
+    with pytest.raises(TypeError, match=r"warm_up takes a seqpar\.Plan"):
+        warm_up(x, x, x, "a plan")
+
+
 def captured(group):
     plan = planned(group, "ring", implementation="reference")
     tensors = qkv(plan)
