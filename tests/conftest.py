@@ -100,14 +100,15 @@ def nothing_chosen_yet():
     forget_choices()
 
 
-@pytest.fixture
-def products_in_order(monkeypatch):
+@pytest.fixture(scope="module")
+def products_in_order():
     """Triton's interpreter adds products in the order of their terms; a GPU's own products are as they are.
 
-    It multiplies by numpy, whose library may add in another order in other rows of a matrix: on AMD's CPUs
-    the bits of a row depended on where in its tile it was.
+    It multiplies by numpy, whose library adds in another order on other machines and in other rows of a
+    matrix: on AMD's CPUs the bits of a row depended on where in its tile it was.
     """
     if torch.cuda.is_available() or find_spec("triton") is None:
+        yield
         return
     from triton.runtime import interpreter
 
@@ -115,7 +116,9 @@ def products_in_order(monkeypatch):
         terms = a.data[:, :, None] * b.data[None].astype(d.data.dtype)
         return interpreter.TensorHandle(terms.sum(1) + d.data, d.dtype.scalar)
 
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+        yield
 
 
 def forget_choices():

@@ -38,6 +38,7 @@ from seqpar_kernels import (
 )
 from seqpar_kernels.tuning import Tiles
 
+pytestmark = pytest.mark.usefixtures("products_in_order")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SEED = 2**40 + 5
 BANDS = st.builds(Band, st.none() | st.integers(-60, 20), st.none() | st.integers(-20, 60))
