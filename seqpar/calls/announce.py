@@ -74,7 +74,8 @@ def _visible(mask: Mask) -> str:
     """The mask in words."""
     seen = "causal" if mask.causal else "full"
     window = f" window {mask.window}" if mask.window is not None else ""
-    return " ".join((seen + window, *(term.told() for term in mask.terms)))
+    align = f" {mask.align}" if mask.align is not None else ""
+    return " ".join((seen + window + align, *(term.told() for term in mask.terms)))
 
 
 def _size(num_bytes: int) -> str:

@@ -18,7 +18,15 @@ from seqpar.layout import Layout, Mask, check_mark, check_rows, check_size
 from seqpar.strategies.plan import Agree, Plan
 from seqpar.strategies.registry import STRATEGIES
 from seqpar.version import VERSION
-from seqpar_kernels import TENSORS, Dropout, Implementation, Request, Score, choose, tile_border
+from seqpar_kernels import (
+    TENSORS,
+    Dropout,
+    Implementation,
+    Request,
+    Score,
+    choose,
+    tile_border,
+)
 from seqpar_kernels.choice import flash_of
 from seqpar_kernels.derivatives import has_tangent
 from seqpar_kernels.integers import is_integer
@@ -114,15 +122,18 @@ def _checked(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, with_lse: bool) -> 
 
 
 def resolve(plan: Plan, q: Tensor, v: Tensor, *, with_lse: bool = False) -> Plan:
-    """Decides all that a plan leaves open for these tensors: implementation, invariance, scale.
+    """Decides all that a plan leaves open for these tensors: implementation, invariance, scale, alignment.
 
     Sends nothing.
 
     Raises:
-        ValueError: bits cannot be invariant with this strategy, layout and mask.
+        ValueError: bits cannot be invariant with this strategy, layout and mask, or the mask does not say
+            where rows stand over another number of keys.
         NotImplementedError: no implementation serves them, or not the requested one.
     """
     score = plan.score.resolve(q.shape[3])
+    positions = any(term.needs_positions for term in score.terms)
+    mask = plan.mask.aligned(plan.layout.length, plan.keys.length, positions=positions)
     # docs/design.md: lse is differentiated where it is asked for
     request = Request.of(
         q, v, (*score.terms, *plan.terms), lse=with_lse,
@@ -131,7 +142,7 @@ def resolve(plan: Plan, q: Tensor, v: Tensor, *, with_lse: bool = False) -> Plan
     asked = request, plan.strategy, plan.implementation, plan.invariant
     name, invariant = plan.kept("implementation", lambda: _decided(plan, request, q, v), *asked)
     # docs/design.md: `choice.py` alone decides
-    return replace(plan, implementation=name, invariant=invariant, score=score)
+    return replace(plan, implementation=name, invariant=invariant, score=score, mask=mask)
 
 
 def _attended(plan: Plan) -> int:

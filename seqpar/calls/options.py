@@ -81,7 +81,14 @@ def _grid(group: Group, code: str | None) -> Grid | None:
 
 
 def _mask(mask: Mask) -> tuple[Any, ...]:
-    return mask.causal, mask.window, None if mask.documents is None else list(mask.documents)
+    window = mask.window if isinstance(mask.window, tuple) else (mask.window,)
+    sides = None if window == (None,) else [-1 if side is None else side for side in window]
+    return mask.causal, sides, None if mask.documents is None else list(mask.documents), mask.align
+
+
+def _read_mask(_: Group, causal: bool, sides: list[int] | None, *rest: Any) -> Mask:
+    window: Any = sides if sides is None or len(sides) == 2 else sides[0]
+    return Mask(causal, window, *rest)
 
 
 def _term_kind(kind: type[Term]) -> _Kind:
@@ -116,7 +123,7 @@ _KINDS = {
     "Layout": _Kind(("str",), _code, _layout),
     "Layout | None": _Kind(("str?",), _code, _layout),
     "Grid | None": _Kind(("str?",), _code, _grid),
-    "Mask": _Kind(("bool", "int?", "int[]?"), _mask, lambda _, *parts: Mask(*parts)),
+    "Mask": _Kind(("bool", "int[]?", "int[]?", "str?"), _mask, _read_mask),
     "Score": _Kind(("float?",) * len(_NUMBERS), _numbers, _score),
     "Implementation | None": _Kind(("str?",), _one, _same),
     "Agree": _Kind(("str",), _one, _same),

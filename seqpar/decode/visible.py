@@ -19,7 +19,8 @@ Met = tuple[slice, slice, Block]
 def continued(mask: Mask) -> Mask:
     """The mask of a sequence that grows: its last document is open."""
     bounds = mask.bounds[:-1]
-    return replace(mask, documents=bounds if len(bounds) > 1 else None)
+    # Queries stand where they are in the sequence, however many keys there are.
+    return replace(mask, documents=bounds if len(bounds) > 1 else None, align=None)
 
 
 @dataclass

@@ -70,9 +70,11 @@ def tiles(rows: tuple[Span, ...], cols: tuple[Span, ...], mask: Mask) -> tuple[T
         for rows_at, row_span in held(rows):
             if sees(mask, row_span, col_span):
                 band = mask.band(row_span, col_span)
-                met.append(
-                    Tile(rows_at, cols_at, band, row_span.start, col_span.start, row_span.step)
+                row, col = (
+                    span.start + by
+                    for span, by in zip((row_span, col_span), mask.shift, strict=True)
                 )
+                met.append(Tile(rows_at, cols_at, band, row, col, row_span.step))
     return tuple(met)
 
 

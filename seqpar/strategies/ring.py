@@ -96,7 +96,8 @@ def ring_attention(
 def _whole_block(plan: Plan, score: Score, head: int) -> Block:
     """The one block of a rank that has all positions."""
     band = plan.mask.band(Span(0, plan.layout.length), Span(0, plan.keys.length))
-    return Block(band, score, head=plan.first_head + head, terms=plan.terms)
+    row, col = plan.mask.shift
+    return Block(band, score, row, col, head=plan.first_head + head, terms=plan.terms)
 
 
 def _attend_alone(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from seqpar.comm import Grid, Group
 from seqpar.layout import LAYOUTS, Layout, Mask, Span, balanced, contiguous
+from seqpar.layout.mask import Align
 from seqpar.layout.shards import MakeLayout
 from seqpar.strategies import STRATEGIES, Plan
 from seqpar.testing import oracle
@@ -50,7 +51,7 @@ class Case:
     vd: int = 16
     batch: int = 1
     causal: bool = True
-    window: int | None = None
+    window: int | tuple[int | None, int | None] | None = None
     scale: float | None = None
     dtype: torch.dtype = torch.float64
     kind: str = "contiguous"
@@ -63,6 +64,7 @@ class Case:
     multiple_of: int = 1
     degree: int = 0  # which divisor of the number of ranks is the Ulysses degree of a grid
     invariant: bool | None = None
+    align: Align = "top-left"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -72,7 +74,7 @@ class Case:
     @property
     def mask(self) -> Mask:
         """The mask, as the package takes it."""
-        return Mask(causal=self.causal, window=self.window, documents=self.documents)
+        return Mask(self.causal, self.window, self.documents, self.align)
 
     def layout(self, size: int) -> Layout:
         """The layout for a number of ranks."""
@@ -137,9 +139,15 @@ class Case:
         """The score, as the oracle takes it."""
         scale = 1 / math.sqrt(self.d) if self.scale is None else self.scale
         dropout = (self.dropout, SEED) if self.dropout else None
-        return oracle.Terms(scale, self.softcap, *self.learned(), dropout)
+        keys = self.length if self.kv_length is None else self.kv_length
+        matters = self.align == "bottom-right" and (self.mask.has_diagonal or self.alibi)
+        apart = keys - self.length if matters else 0
+        row, col = torch.arange(self.length) + max(apart, 0), torch.arange(keys) + max(-apart, 0)
+        return oracle.Terms(scale, self.softcap, *self.learned(), dropout, row, col)
 
     def budget(self) -> Budget:
         """What the results must be, and how far from it they may be."""
-        seen = oracle.visible(self.length, self.causal, self.window, self.documents, self.kv_length)
+        seen = oracle.visible(
+            self.length, self.causal, self.window, self.documents, self.kv_length, self.align
+        )
         return Budget.of(*self.tensors(), seen, self.terms())

@@ -55,6 +55,7 @@ def cases(
     documents = draw(st.none() | st.none() | _documents(length))
     kv_length = None if documents else draw(st.none() | st.none() | lengths)
     hkv = draw(st.integers(1, 5))
+    side = st.none() | st.integers(0, length + 2)
     return Case(
         length=length,
         hq=hkv * draw(st.integers(1, 3)),
@@ -63,12 +64,13 @@ def cases(
         vd=draw(st.sampled_from([1, 5, 8, 16])),
         batch=draw(st.sampled_from([1, 1, 2])),
         causal=draw(st.booleans()),
-        window=draw(st.none() | st.integers(1, length + 2)),
+        window=draw(st.none() | st.integers(1, length + 2) | st.tuples(side, side)),
         scale=draw(st.none() | st.sampled_from([0.3, -0.5, 0.0])),
         dtype=draw(dtypes),
         kind=draw(st.sampled_from(KINDS if kv_length is not None else (*KINDS, "balanced"))),
         documents=documents,
         kv_length=kv_length,
+        align=draw(st.sampled_from(["top-left", "bottom-right"])),
         multiple_of=draw(st.sampled_from([1, 1, 1, 4, 64])),
         degree=draw(st.integers(0, 3)),
         **draw(terms),

@@ -42,17 +42,26 @@ class Terms:
 def visible(
     length: int,
     causal: bool,
-    window: int | None,
+    window: int | tuple[int | None, int | None] | None,
     documents: tuple[int, ...] | None = None,
     kv_length: int | None = None,
+    align: str | None = None,
 ) -> Tensor:
     """The mask `[s skv]`, True where row i sees column j, straight from the definition."""
     kv_length = length if kv_length is None else kv_length
     i, j = torch.arange(length)[:, None], torch.arange(kv_length)[None, :]
+    if align == "bottom-right":
+        i = i + kv_length - length
     seen = torch.ones(length, kv_length, dtype=torch.bool)
     if causal:
         seen &= j <= i
-    if window is not None:
+    if isinstance(window, tuple):
+        left, right = window
+        if left is not None:
+            seen &= j >= i - left
+        if right is not None:
+            seen &= j <= i + right
+    elif window is not None:
         seen &= i - j < window
         if not causal:
             seen &= j - i < window

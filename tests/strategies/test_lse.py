@@ -29,7 +29,7 @@ def dense(case, dlse):
     leaves = [x.requires_grad_() for x in (q, k, v, *(x for x in case.learned() if x is not None))]
     slopes, sinks = (x if x is None else leaves[3 + n] for n, x in enumerate(case.learned()))
     terms = oracle.Terms(case.terms().scale, case.softcap, slopes, sinks)
-    seen = oracle.visible(case.length, case.causal, case.window, kv_length=case.kv_length)
+    seen = oracle.visible(case.length, case.causal, case.window, None, case.kv_length, case.align)
     s = oracle.scores(q, k, terms).masked_fill(~seen, -torch.inf)
     if sinks is not None:
         s = torch.cat((s, sinks[:, None, None].expand(*s.shape[:3], 1)), -1)

@@ -124,7 +124,9 @@ def expected(case, dlse):
     leaves = [x.requires_grad_() for x in (q, k, v)]
     slopes, sinks = (x if x is None else x.requires_grad_() for x in case.learned())
     terms = replace(case.terms(), slopes=slopes, sinks=sinks)
-    seen = oracle.visible(case.length, case.causal, case.window, case.documents, case.kv_length)
+    seen = oracle.visible(
+        case.length, case.causal, case.window, case.documents, case.kv_length, case.align
+    )
     out = oracle.attention(q, k, v, seen, terms)
     s = oracle.scores(q, k, terms)
     hidden = s.new_full((*s.shape[:3], 1), -torch.inf)
