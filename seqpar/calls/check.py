@@ -197,7 +197,7 @@ def _check_layouts(plan: Plan) -> None:
     layout, keys, group, documents = plan.layout, plan.keys, plan.group, plan.mask.documents
     for each in (layout, keys):
         check_size(each, group.size)
-    # docs/design.md: keys of another length keep their own positions
+    # docs/design.md: where rows stand over keys of another length is said
     if len({each.step for each in (layout, keys)} - {None}) > 1:
         raise ValueError(
             "queries and keys must be dealt in the same steps: both striped, or neither; "

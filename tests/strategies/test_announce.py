@@ -94,7 +94,8 @@ def test_whatever_is_chosen_anew_is_told_anew(heard):
         attention(torch.cat([q, q]), torch.cat([k, k]), torch.cat([v, v]), plan)
         seqpar.attention_with_lse(q, k, v, plan)
         _, k, v = tensors(other, group.rank)
-        attention(q, k, v, replace(plan, kv_layout=other))
+        hung = replace(plan.mask, align="bottom-right")
+        attention(q, k, v, replace(plan, kv_layout=other, mask=hung))
         return len(others) + 7
 
     (num, _) = simulate(2, fn)

@@ -185,7 +185,8 @@ def test_keys_of_another_length_compile(strategy):
             for n, layout in zip((11, 7), layouts, strict=True)
         )
         y.requires_grad_()
-        plan = seqpar.Plan(group, layouts[0], strategy=strategy, kv_layout=layouts[1])
+        mask = seqpar.Mask(window=(2, 3), align="bottom-right")
+        plan = seqpar.Plan(group, layouts[0], mask, strategy=strategy, kv_layout=layouts[1])
 
         def called(x, y):
             return seqpar.attention(x, y.sin(), y.cos(), plan)

@@ -14,7 +14,7 @@ GROUP = silent(0, 4)
 # By field, a value that is not the default, and another.
 VALUES = {
     "layout": (zigzag(12, 4), striped(12, 4)),
-    "mask": (Mask(causal=True, window=3), Mask(documents=(0, 5, 12))),
+    "mask": (Mask(window=(3, None), align="bottom-right"), Mask(documents=(0, 5, 12))),
     "score": (Score(0.5, softcap=2.0), Score(0.5, softcap=3.0)),
     "strategy": ("mesh", "ulysses"),
     "implementation": ("reference", "aten"),
@@ -47,6 +47,9 @@ def test_what_is_written_is_read_again():
     again = read(GROUP, iter(values))
     assert told_of(again) == told_of(PLAN)
     assert again.group is GROUP
+    for mask in (Mask(window=3), Mask(window=(3, 3)), Mask(True, align="top-left")):
+        other = replace(PLAN, mask=mask)
+        assert read(GROUP, iter(written(other))).mask == mask
     plain = Plan(GROUP, contiguous(4, 4))
     assert told_of(read(GROUP, iter(written(plain)))) == told_of(plain)
 
