@@ -20,7 +20,8 @@ SCHEDULES, LAUNCHES = "tests/strategies/test_schedules.py", "tests/block/test_la
 LOOP = "seqpar/strategies/loop.py"
 ATTENTION = [
     Plant("causal diagonal off by one in the mask", f"{LAYOUT}/mask.py",
-          "return left, 0 if self.causal else right", "return left, 1 if self.causal else right", "tests/layout"),
+          "return left, 0 if self.causal else right", "return left, 1 if self.causal else right",
+          "tests/layout"),
     Plant("causal diagonal off by one in the rectangles", f"{BLOCK}/rectangles.py",
           "causal = min(cols.stop, first + upper)",
           "causal = min(cols.stop, first + upper + 1)", "tests/block"),
@@ -30,7 +31,8 @@ ATTENTION = [
           "left = right = None if self.window is None else self.window - 1",
           "left = right = None if self.window is None else max(0, self.window - 2)", "tests/layout"),
     Plant("the sides of a window swapped", f"{LAYOUT}/mask.py",
-          "            left, right = self.window\n", "            right, left = self.window\n", "tests/layout"),
+          "            left, right = self.window\n", "            right, left = self.window\n",
+          "tests/layout"),
     Plant("rows over keys of another length: always top-left", f"{LAYOUT}/mask.py",
           'num_cols - num_rows if self.align == "bottom-right" else 0', "0", "tests/layout"),
     Plant("rows over keys of another length need not say", f"{LAYOUT}/mask.py",
