@@ -34,7 +34,7 @@ class Plan:
         implementation: of the block math; `None` chooses by device, dtype and what is asked.
         dropout: of the attention weights; the same seed on every rank, another for every layer and step.
         kv_layout: of the keys and values, where they are another sequence than the queries; `None`: the
-            layout of the queries.
+            layout of the queries. If it has another length, a mask says by `align` where rows stand.
         invariant: whether results, gradients included, must be the same bits for any number of ranks.
             What that asks of each strategy, and costs, is in docs/numerics.md. `None` is what holds
             without being asked for: True for Ulysses.
