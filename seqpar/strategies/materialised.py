@@ -150,9 +150,10 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, ...]:
 def _stored(plan: Plan, device: torch.device) -> tuple[Sharding, dense.Cells]:
     """The sharding of the matrix, and the cells of it that are stored here."""
     sharding = SHARDINGS[plan.strategy](plan.group, plan.layout, plan.keys)
-    row, col = (on_device(x, device) for x in sharding.positions())
+    positions = zip(sharding.positions(), plan.mask.shift, strict=True)
+    row, col = (on_device(x + by, device) for x, by in positions)
     position = Span(0, 1)
-    band = plan.mask.band(position, position)
+    band = replace(plan.mask, shift=(0, 0)).band(position, position)
     lengths = plan.layout.length, plan.keys.length
     place = Place(row, col, plan.first_head)
     cells = dense.Cells(place, band, plan.score, lengths, plan.terms)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from seqpar.calls import Shape, Volume, dry_run
+from seqpar.calls import Shape, Volume, dry_run, resolve
 from seqpar.comm import simulate
 from seqpar.layout import LAYOUTS, Layout, Span
 from seqpar.strategies.materialised import (
@@ -80,6 +80,7 @@ def check_case(group, case, strategy, implementation, budget):
     held = dict(zip(NAMES, (mine, mine, keys, keys), strict=True))
     at = mine, keys, keys, mine
     q, k, v, dout = (x[:, rows] for x, rows in zip(case.tensors(), at, strict=True))
+    plan = resolve(plan, q, v)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     learned = [x for x in (plan.score.alibi_slopes, plan.score.sinks) if x is not None]
     out, _ = materialised_attention(q, k, v, plan)
@@ -150,6 +151,7 @@ def check_problem(group, case, rows, cols, strategy, dlse, answers):
     (q, k, v, dout), (out, lse, dq, dk, dv, *shared), weights = answers
     mine, keys = rows.positions(group.rank), cols.positions(group.rank)
     leaves = [x.requires_grad_() for x in (q[:, mine], k[:, keys], v[:, keys])]
+    plan = resolve(plan, leaves[0], leaves[2])
     learned = [x for x in (plan.score.alibi_slopes, plan.score.sinks) if x is not None]
     found = materialised_attention(*leaves, plan)
     forward = group.traffic.total
