@@ -137,7 +137,7 @@ def resolve(plan: Plan, q: Tensor, v: Tensor, *, with_lse: bool = False) -> Plan
     # docs/design.md: lse is differentiated where it is asked for
     request = Request.of(
         q, v, (*score.terms, *plan.terms), lse=with_lse,
-        length=_attended(plan), windowed=plan.mask.window is not None,
+        length=_attended(plan), windowed=mask.window is not None or mask.shift != (0, 0),
     )  # fmt: skip
     asked = request, plan.strategy, plan.implementation, plan.invariant
     name, invariant = plan.kept("implementation", lambda: _decided(plan, request, q, v), *asked)

@@ -81,8 +81,10 @@ def _grid(group: Group, code: str | None) -> Grid | None:
 
 
 def _mask(mask: Mask) -> tuple[Any, ...]:
-    window = mask.window if isinstance(mask.window, tuple) else (mask.window,)
-    sides = None if window == (None,) else [-1 if side is None else side for side in window]
+    sides: list[int] | None = None
+    if mask.window is not None:
+        window = mask.window if isinstance(mask.window, tuple) else (mask.window,)
+        sides = [-1 if side is None else side for side in window]
     return mask.causal, sides, None if mask.documents is None else list(mask.documents), mask.align
 
 

@@ -32,6 +32,10 @@ def check_prefill(
         raise ValueError(
             f"documents must end where the prefill does, at {layout.length}, got {mask.documents[-1]}"
         )
+    if mask.align == "top-left":
+        raise ValueError(
+            "queries of a cache stand over its last keys, not over the first as 'top-left' says"
+        )
 
 
 def check_new(k: Tensor, v: Tensor, held: Held, score: Score) -> None:

@@ -20,7 +20,7 @@ def continued(mask: Mask) -> Mask:
     """The mask of a sequence that grows: its last document is open."""
     bounds = mask.bounds[:-1]
     # Queries stand where they are in the sequence, however many keys there are.
-    return replace(mask, documents=bounds if len(bounds) > 1 else None, align=None)
+    return replace(mask, documents=bounds if len(bounds) > 1 else None, align=None, shift=(0, 0))
 
 
 @dataclass

@@ -14,6 +14,7 @@ from seqpar_kernels import Band, Documents, Term
 from seqpar_kernels.integers import is_integer
 
 Align = Literal["top-left", "bottom-right"]
+ALIGNS: tuple[Align, ...] = get_args(Align)
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class Mask:
             raise TypeError(f"causal must be a bool, got {self.causal!r}")
         if self.documents is not None:
             object.__setattr__(self, "documents", Documents(_integers(self.documents)).bounds)
-        if self.align not in (None, *get_args(Align)):
-            raise ValueError(f"align must be one of {get_args(Align)} or None, got {self.align!r}")
+        if self.align is not None and self.align not in ALIGNS:
+            raise ValueError(f"align must be one of {ALIGNS} or None, got {self.align!r}")
         object.__setattr__(self, "window", _checked_window(self.window))
 
     def __hash__(self) -> int:
@@ -62,7 +63,7 @@ class Mask:
     @cached_property
     def _hash(self) -> int:
         # Of integers alone, so that it is the same in another process, which a pickled mask may come to.
-        align = 0 if self.align is None else 1 + get_args(Align).index(self.align)
+        align = 0 if self.align is None else 1 + ALIGNS.index(self.align)
         sides = tuple(-1 if side is None else side for side in self.sides)
         return hash((self.causal, sides, self.documents or (), align, self.shift))
 

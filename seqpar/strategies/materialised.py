@@ -154,7 +154,7 @@ def _stored(plan: Plan, device: torch.device) -> tuple[Sharding, dense.Cells]:
     row, col = (on_device(x + by, device) for x, by in positions)
     position = Span(0, 1)
     band = replace(plan.mask, shift=(0, 0)).band(position, position)
-    lengths = plan.layout.length, plan.keys.length
+    lengths = plan.layout.length + plan.mask.shift[0], plan.keys.length + plan.mask.shift[1]
     place = Place(row, col, plan.first_head)
     cells = dense.Cells(place, band, plan.score, lengths, plan.terms)
     return sharding, cells

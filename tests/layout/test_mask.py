@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seqpar import Mask, Plan, Score, attention, contiguous, simulate
+from seqpar import Group, KVCache, Mask, Plan, Score, attention, contiguous, simulate
 from seqpar.calls import resolve
 from seqpar.comm import silent
 from seqpar.layout import Span
@@ -118,3 +118,53 @@ def test_what_does_not_depend_on_it_need_not_say():
     assert resolve(plan, x, y).mask == Mask()
     same = Plan(group, contiguous(6, 2), Mask(causal=True, align="bottom-right"))
     assert resolve(same, x, x).mask.shift == (0, 0), "of one length there is nothing to say"
+
+
+POISONED = [
+    "ring",
+    "ulysses",
+    "allgather",
+    "materialised_rows",
+    "materialised_columns",
+    "materialised_depth",
+]
+
+
+def with_poison(group, strategy, num_rows, num_cols, poisoned):
+    """Out and gradients of whole tensors where the last value is NaN and the gradient of row 0 infinite."""
+    rows, cols = contiguous(num_rows, group.size), contiguous(num_cols, group.size)
+    mask = Mask(causal=True, align="bottom-right")
+    plan = Plan(group, rows, mask, kv_layout=cols, strategy=strategy, implementation="reference")
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, n, 2, 4, generator=generator) for n in (num_rows, num_cols, num_cols))
+    dout = torch.randn(1, num_rows, 2, 4, generator=generator)
+    if poisoned:
+        v[0, -1], dout[0, 0] = float("nan"), float("inf")
+    mine, keys = rows.positions(group.rank), cols.positions(group.rank)
+    leaves = [x.requires_grad_() for x in (q[:, mine], k[:, keys], v[:, keys])]
+    out = attention(*leaves, plan)
+    grads = torch.autograd.grad(out, leaves, dout[:, mine])
+    return out.detach(), grads[2]
+
+
+@pytest.mark.parametrize("lengths", [(6, 9), (9, 6)], ids=str)
+@pytest.mark.parametrize("strategy", POISONED)
+def test_poison_reaches_what_sees_it_wherever_rows_stand(strategy, lengths):
+    results = (simulate(2, with_poison, strategy, *lengths, poisoned) for poisoned in (False, True))
+    clean, found = ([torch.cat(x, 1) for x in zip(*ranks, strict=True)] for ranks in results)
+    num_rows, num_cols = lengths
+    out, dv = found
+    assert out[:, -1].isnan().all()
+    assert torch.equal(out[:, :-1], clean[0][:, :-1]), "the other rows stand before the last key"
+    seen = max(num_cols - num_rows + 1, 0)  # keys that row 0 sees
+    assert not dv[:, :seen].isfinite().any()
+    torch.testing.assert_close(dv[:, seen:], clean[1][:, seen:], rtol=0, atol=1e-6)
+
+
+def test_a_cache_has_its_queries_over_the_last_keys():
+    x = torch.zeros(1, 6, 2, 4)
+    with pytest.raises(ValueError, match="stand over its last keys"):
+        KVCache(Group.alone(), contiguous(6, 1), x, x, mask=Mask(causal=True, align="top-left"))
+    resolved = Mask(causal=True, align="bottom-right").aligned(3, 6)
+    cache = KVCache(Group.alone(), contiguous(6, 1), x, x, mask=resolved)
+    assert cache._mask == Mask(causal=True)

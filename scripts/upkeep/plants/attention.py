@@ -37,6 +37,8 @@ ATTENTION = [
           'num_cols - num_rows if self.align == "bottom-right" else 0', "0", "tests/layout"),
     Plant("rows over keys of another length need not say", f"{LAYOUT}/mask.py",
           "        if self.align is None:\n", "        if False:\n", "tests/layout/test_mask.py"),
+    Plant("stored scores: poison where rows are counted", "seqpar/strategies/materialised.py",
+          "plan.layout.length + plan.mask.shift[0]", "plan.layout.length", "tests/layout/test_mask.py"),
     Plant("ALiBi where rows are counted, not where they stand", f"{LAYOUT}/tiles.py",
           "span.start + by\n", "span.start\n", "tests/strategies/test_equivalence.py"),
     Plant("one block: ALiBi where rows are counted, not where they stand", "seqpar/strategies/ring.py",
