@@ -129,7 +129,8 @@ def main() -> None:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise RuntimeError(f"tests {done.result()} without a change in {mutant.file}")
     noticed = len(mutants) - len(found["pass"])
-    print(f"{len(mutants)} changes, {noticed} noticed: {noticed / len(mutants):.1%}, of which in")
+    share = noticed / max(len(mutants), 1)
+    print(f"{len(mutants)} changes, {noticed} noticed: {share:.1%}, of which in")
     print(f"{len(found['take too long'])} cases tests took too long")
     if args.json:
         told = {

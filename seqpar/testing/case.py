@@ -74,7 +74,8 @@ class Case:
     @property
     def mask(self) -> Mask:
         """The mask, as the package takes it."""
-        return Mask(self.causal, self.window, self.documents, self.align)
+        align = None if self.kv_length is None else self.align
+        return Mask(self.causal, self.window, self.documents, align)
 
     def layout(self, size: int) -> Layout:
         """The layout for a number of ranks."""
