@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from seqpar.calls import check_call
-from seqpar.comm import Grid, Group, agreed, silent
+from seqpar.comm import Group, agreed, silent
 from seqpar.functional import attention, attention_with_lse, cast_by_autocast
 from seqpar.strategies import STRATEGIES, Plan
 
@@ -57,9 +57,8 @@ def warm_up(
 def _alone(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, with_lse: bool) -> None:
     """Runs this rank's part, forward and backward, over messages that nobody sends."""
     group = silent(plan.group.rank, plan.group.size)
-    grid = None if plan.grid is None else Grid(group, plan.grid.members)
     leaves, tensors = _leaves(q, k, v, plan)
-    plan = replace(plan, group=group, grid=grid, score=plan.score.with_tensors(tensors))
+    plan = plan.on(group, tensors)
     with torch.enable_grad():
         results = STRATEGIES[plan.strategy].attend(
             leaves[0], leaves[1], leaves[2], plan, with_lse=with_lse

@@ -128,18 +128,16 @@ def preference(request: Request) -> tuple[Implementation, ...]:
     if is_cuda and request.repeats:
         # Two runs of the backward of the others differ in the last bits of dq.
         return _led(("triton",), names)
-    if hides and not request.documents:
-        # The others take a call for each document, and of how many nothing is known.
-        return _led(("triton",) if is_cuda else (), names)
     # docs/design.md: what computes was measured
-    profile = profile_of(request.device)
-    if profile is None:
-        return _led(("triton",) if is_cuda and hides else (), names)
+    known = request.documents or not hides
+    profile = profile_of(request.device) if known else None
     width, documents = max(request.d, request.vd), max(request.documents, 1)
     bits = 8 * request.dtype.itemsize
-    problem = profile.nearest(Kind(bits, width, request.length, documents, request.windowed))
+    kind = Kind(bits, width, request.length, documents, request.windowed)
+    problem = None if profile is None else profile.nearest(kind)
     if problem is None:
-        return names
+        # The others take a call for each document.
+        return _led(("triton",) if is_cuda and hides else (), names)
     return _led(problem.fastest, tuple(name for name in names if name not in problem.wrong))
 
 

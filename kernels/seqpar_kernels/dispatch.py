@@ -56,8 +56,8 @@ def attend(
         return
     with without_autocast(q.device):
         way = way_of(q, v, block, implementation)
-        if begins and is_triton(way):
-            way.forward(q, k, v, block, into, begins=True)
+        if is_triton(way):
+            way.forward(q, k, v, block, into, begins=begins)
             return
         if begins:
             into.reset_()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from seqpar.calls.shape import Shape, Volume
 from seqpar.calls.workspace import workspace
-from seqpar.comm import Grid, Group, Message, silent
+from seqpar.comm import Group, Message, silent
 from seqpar.strategies.plan import Plan
 from seqpar.strategies.registry import STRATEGIES
 from seqpar_kernels.torch_internals import DRY_RUNS, DispatchMode, parts
@@ -193,8 +193,7 @@ def _without_content(plan: Plan, shape: Shape, group: Group) -> tuple[Plan, list
     for name, x in plan.score.tensors.items():
         learned[name] = x.detach().to("meta").requires_grad_(name in shape.learns)
         leaves += [learned[name]] if name in shape.learns else []
-    grid = None if plan.grid is None else Grid(group, plan.grid.members)
-    return replace(plan, group=group, grid=grid, score=plan.score.with_tensors(learned)), leaves
+    return plan.on(group, learned), leaves
 
 
 class _Log:

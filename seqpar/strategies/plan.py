@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal, TypeVar
+
+from torch import Tensor
 
 from seqpar.comm import Grid, Group, Kept
 from seqpar.layout import Layout, Mask, Span, Tile, tall_tiles, tiles
@@ -109,6 +111,11 @@ class Plan:
     def __getstate__(self) -> dict[str, Any]:
         """What it says, and nothing that it decided: that is of this process."""
         return {name: getattr(self, name) for name in _FIELDS}
+
+    def on(self, group: Group, tensors: Mapping[str, Tensor]) -> Plan:
+        """The plan for another group of as many ranks, with other tensors in its score."""
+        grid = None if self.grid is None else Grid(group, self.grid.members)
+        return replace(self, group=group, grid=grid, score=self.score.with_tensors(tensors))
 
     def outline(self) -> Plan:
         """A plan of the same shapes for tensors without content, which drops nothing."""

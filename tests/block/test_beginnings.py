@@ -87,6 +87,13 @@ def problem(dtype, band, sizes, heads, batch, scale, bounds, poisoned):
     return q, k, v, dout, Block(band, Score(scale), terms=documents)
 
 
+def check_same(results, others):
+    """Holds results to the same bits, NaN in the same places."""
+    for x, y in zip(results, others, strict=True):
+        assert torch.equal(x.isnan(), y.isnan())
+        assert torch.equal(x.nan_to_num(), y.nan_to_num())
+
+
 @pytest.mark.parametrize(("implementation", "dtype"), LIBRARIES + TRITON)
 @settings(max_examples=12)
 @given(**PROBLEMS)
@@ -121,9 +128,7 @@ def test_sums_begin_with_a_block_as_with_the_identity(implementation, dtype, **d
                 x.fill_(NAN)
         attend(q, k, v, block, into=into, implementation=implementation, begins=begins)
         found.append((into.acc, into.m, into.l))
-    for x, y in zip(*found, strict=True):
-        assert torch.equal(x.isnan(), y.isnan())
-        assert torch.equal(x.nan_to_num(), y.nan_to_num())
+    check_same(*found)
 
 
 @pytest.mark.parametrize(("implementation", "dtype"), LIBRARIES)
@@ -173,9 +178,7 @@ def check_gradients(implementation, dtype, drawn):
         into = tuple(torch.full(x.shape, content, dtype=lse.dtype) for x in (q, k, v))
         attend_backward(rows, k, v, block, into=into, implementation=implementation, begins=begins)
         found.append(into)
-    for x, y in zip(*found, strict=True):
-        assert torch.equal(x.isnan(), y.isnan())
-        assert torch.equal(x.nan_to_num(), y.nan_to_num())
+    check_same(*found)
     # One of them may begin where the other goes on.
     contents = zip((q, k, v), (1.0, NAN, NAN), strict=True)
     into = tuple(torch.full(x.shape, content, dtype=lse.dtype) for x, content in contents)

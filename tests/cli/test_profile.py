@@ -58,6 +58,10 @@ def twice(step):
     return lambda: [2 * x for x in step()]
 
 
+def partly_nan(step):
+    return lambda: [*step()[:-1], torch.full((1,), float("nan"))]
+
+
 def failing(_step):
     def step():
         raise MemoryError("no room")
@@ -69,6 +73,7 @@ def failing(_step):
     ("breaks", "words"),
     [
         (twice, "aten is WRONG, off by 1 of the norm, and is not timed"),
+        (partly_nan, "aten is WRONG, off by nan of the norm, and is not timed"),
         (failing, "aten FAILED and is not timed: MemoryError: no room"),
     ],
 )
