@@ -21,6 +21,7 @@ from seqpar_kernels import (
     Partial,
     Rows,
     Score,
+    aten,
     attend,
     attend_backward,
     finish,
@@ -261,3 +262,16 @@ def test_rows_that_begin_anywhere_in_memory_have_the_bits_of_aligned_ones(dtype)
     ]
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("width", [1, 5, 6, 8])
+@pytest.mark.parametrize("dtype", [*DTYPES["aten"], torch.float16], ids=str)
+def test_the_op_is_given_rows_that_begin_at_multiples_of_16_bytes(dtype, width):
+    """Whatever the machine adds in another order elsewhere."""
+    memory = torch.zeros(2 * 7 * 3 * width + 1, dtype=dtype)
+    for x in (memory[1:], memory[:-1]):
+        whole = x.view(2, 7, 3, width)
+        for y in aten._as_the_op_wants(whole, whole[:, :, :2]):
+            starts = (y.data_ptr(), *(y.element_size() * s for s in y.stride()[:-1]))
+            assert all(start % 16 == 0 for start in starts)
+            assert y.stride(-1) == 1
