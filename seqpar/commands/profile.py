@@ -6,6 +6,7 @@ reference before it is timed; one that is wrong or fails is named and not kept. 
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -81,9 +82,10 @@ def _seconds(
     for name in _able(kind, device):
         try:
             found = _step(small, device, name)()
-            off = float(
-                torch.tensor(list(map(_deviation, found, expected))).max()
-            )  # a NaN is the most
+            each = [_deviation(x, y) for x, y in zip(found, expected, strict=True)]
+            off = max(
+                each, key=lambda x: math.inf if math.isnan(x) else x
+            )  # `max` alone drops a NaN
             if not off <= ALLOWED:
                 say(
                     f"{_words(small)}: {name} is WRONG, off by {off:.1g} of the norm, and is not timed"
