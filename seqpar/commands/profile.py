@@ -83,9 +83,8 @@ def _seconds(
         try:
             found = _step(small, device, name)()
             each = [_deviation(x, y) for x, y in zip(found, expected, strict=True)]
-            off = max(
-                each, key=lambda x: math.inf if math.isnan(x) else x
-            )  # `max` alone drops a NaN
+            # `max` alone drops a NaN, which is the worst of all.
+            off = max(each, key=lambda x: math.inf if math.isnan(x) else x)
             if not off <= ALLOWED:
                 say(
                     f"{_words(small)}: {name} is WRONG, off by {off:.1g} of the norm, and is not timed"
