@@ -25,7 +25,7 @@ from seqpar_kernels import (
     DTYPES,
     IMPLEMENTATIONS,
     TERMS,
-    Documents,
+    Ranges,
     Request,
     choose,
     preference,
@@ -38,8 +38,8 @@ WIDTH = {"d": 64, "vd": 64}
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     # Those that join rows once ask nothing of an implementation.
-    **{kind.words: {"terms": (kind,)} for kind in TERMS if not kind.joins},
-    Documents.words: {"terms": (Documents,), "documents": 32},
+    **{kind.words: {"terms": (kind,)} for kind in TERMS if not (kind.joins or kind.hides)},
+    "documents": {"terms": (Ranges,), "documents": 32},
     "head dim 512": {"d": 512, "vd": 512},
 }
 CHOSEN = "the first in order of preference that refuses nothing"

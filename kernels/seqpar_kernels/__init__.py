@@ -22,26 +22,31 @@ from seqpar_kernels.custom_ops import attention, attention_with_lse, recalled
 from seqpar_kernels.derivatives import any_order, first_only
 from seqpar_kernels.dispatch import attend, attend_backward, finish, tile_border
 from seqpar_kernels.finite import may_hold_poison
+from seqpar_kernels.layer import Layer
 from seqpar_kernels.partial import Partial, accumulation_dtype
+from seqpar_kernels.region import FAR, Region
 from seqpar_kernels.rows import Rows, RunningGradients
 from seqpar_kernels.score import BY_BLOCKS, TENSORS, Score, finished_gradients, sum_rows
-from seqpar_kernels.terms import TERMS, Documents, Dropout, Place, Term
+from seqpar_kernels.terms import TERMS, Dropout, Place, Ranges, Term
 from seqpar_kernels.whole import begin
 
 __all__ = [
     "BY_BLOCKS",
     "DTYPES",
+    "FAR",
     "IMPLEMENTATIONS",
     "TENSORS",
     "TERMS",
     "Band",
     "Begins",
     "Block",
-    "Documents",
     "Dropout",
     "Implementation",
+    "Layer",
     "Partial",
     "Place",
+    "Ranges",
+    "Region",
     "Request",
     "Rows",
     "RunningGradients",

@@ -24,6 +24,12 @@ class Band:
     lower: int | None = None
     upper: int | None = None
 
+    def __and__(self, other: Band) -> Band:
+        """What both bands show."""
+        lowers = [x for x in (self.lower, other.lower) if x is not None]
+        uppers = [x for x in (self.upper, other.upper) if x is not None]
+        return Band(max(lowers, default=None), min(uppers, default=None))
+
     def at(self, row: int, col: int) -> Band:
         """The same band as seen by the block whose corner is (row, col)."""
         shift = row - col

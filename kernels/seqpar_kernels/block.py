@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, reduce
+from functools import cached_property
 
 import torch
 from jaxtyping import Int
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from seqpar_kernels.band import Band
 from seqpar_kernels.score import Score
-from seqpar_kernels.terms import Place, Term
+from seqpar_kernels.terms import Place, Ranges, Term
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +25,7 @@ class Block:
         band: what the rows see of the columns.
         score: of the block's query heads, with the scale resolved.
         head: the place of the block's first query head among those of the whole attention.
-        terms: what is done besides the score, such as dropout and documents of the whole sequence.
+        terms: what is done besides the score, such as dropout and the ranges of a mask.
     """
 
     band: Band
@@ -46,10 +46,12 @@ class Block:
         """Whether a visible score is scale * q.k and nothing else."""
         return not any(term.changes_scores for term in self.acting)
 
-    @property
-    def hides(self) -> bool:
-        """Whether anything but the band hides scores."""
-        return any(term.hides for term in self.acting)
+    @cached_property
+    def ranges(self) -> Ranges | None:
+        """What hides scores besides the band."""
+        hiding = [term for term in self.acting if isinstance(term, Ranges)]
+        assert len(hiding) <= 1, "what two ranges have in common is one"
+        return hiding[0] if hiding else None
 
     def at(self, row: int, col: int) -> Block:
         """The block whose corner is (row, col) of this one."""
@@ -67,34 +69,26 @@ class Block:
 
     def row_limits(self, i: int, j: int, device: torch.device) -> Int[Tensor, "i 2"] | None:
         """Per row, the range of columns that it sees, but for the band; `None` if that is all."""
-        return self._limits(self.row, i, self.col, j, device)
+        if self.ranges is None:
+            return None
+        return self.ranges.limits(self.row, i, self.col, j, self.step, device)
 
     def col_limits(self, i: int, j: int, device: torch.device) -> Int[Tensor, "j 2"] | None:
         """Per column, the range of rows that see it, but for the band; `None` if that is all."""
-        return self._limits(self.col, j, self.row, i, device)
+        if self.ranges is None:
+            return None
+        return self.ranges.by_columns.limits(self.col, j, self.row, i, self.step, device)
 
-    def parts(self, num_rows: int, num_cols: int) -> Iterator[tuple[slice, slice]]:
-        """(rows, columns) of parts that terms let see each other, with all that is visible in one of them."""
-        parts = [(slice(0, num_rows), slice(0, num_cols))]
-        for term in self.acting:
-            if term.hides:
-                parts = [cut for part in parts for cut in self._cut(term, *part)]
-        yield from parts
+    def parts(self, num_rows: int, num_cols: int) -> Iterator[tuple[slice, slice, Band]]:
+        """(rows, columns, band) of parts that hold all that is visible, none of it twice."""
+        if self.ranges is None:
+            yield slice(0, num_rows), slice(0, num_cols), self.band
+            return
+        place = self.row, num_rows, self.col, num_cols, self.step
+        for rows, cols, band in self.ranges.parts(*place):
+            yield rows, cols, self.band.at(rows.start, cols.start) & band
 
-    def _cut(self, term: Term, rows: slice, cols: slice) -> Iterator[tuple[slice, slice]]:
-        first, left, step = rows.start, cols.start, self.step
-        row, col = self.row + first * step, self.col + left * step
-        for r, c in term.parts(row, rows.stop - first, col, cols.stop - left, step):
-            yield slice(first + r.start, first + r.stop), slice(left + c.start, left + c.stop)
-
-    def _limits(
-        self, start: int, length: int, others: int, num_others: int, device: torch.device
-    ) -> Int[Tensor, "length 2"] | None:
-        where = start, length, others, num_others, self.step, device
-        limits = [term.limits(*where) for term in self.acting if term.hides]
-        return reduce(_both, limits) if limits else None
-
-
-def _both(a: Int[Tensor, "n 2"], b: Int[Tensor, "n 2"]) -> Int[Tensor, "n 2"]:
-    """The ranges that two ranges have in common; of none the first end is past the last."""
-    return torch.stack((torch.maximum(a[:, 0], b[:, 0]), torch.minimum(a[:, 1], b[:, 1])), dim=1)
+    def count(self, num_rows: int, num_cols: int) -> int:
+        """How many scores are visible: the work of the block."""
+        parts = self.parts(num_rows, num_cols)
+        return sum(band.count(r.stop - r.start, c.stop - c.start) for r, c, band in parts)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention import current_flash_attention_impl
 
 from seqpar_kernels.profile import Kind, profile_of
-from seqpar_kernels.terms import Documents, Term
+from seqpar_kernels.terms import Ranges, Term
 from seqpar_kernels.torch_internals import CPU_FLASH, CUDA_FLASH, CUDNN, missing
 from seqpar_kernels.watching import watcher
 
@@ -151,9 +151,8 @@ def _led(first: tuple[str, ...], names: tuple[Implementation, ...]) -> tuple[Imp
 def _documents(terms: tuple[Term, ...], length: int) -> int:
     """How many documents are packed in so many tokens, by their mean length; 0 where that is not known."""
     for term in terms:
-        if isinstance(term, Documents) and length:
-            total, count = term.bounds[-1], len(set(term.bounds)) - 1
-            return max(1, round(length * count / max(total, 1)))
+        if isinstance(term, Ranges) and length:
+            return term.num_within(length)
     return 0
 
 

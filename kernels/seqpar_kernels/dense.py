@@ -6,7 +6,7 @@ progressions. Matrices are `[b hq i j]`, in float32 or wider. The softmax over t
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from itertools import product
@@ -16,9 +16,9 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from seqpar_kernels.band import Band
 from seqpar_kernels.block import Block
 from seqpar_kernels.finite import may_hold_poison, taken_out
+from seqpar_kernels.layer import Layer
 from seqpar_kernels.partial import accumulation_dtype, without_autocast
 from seqpar_kernels.score import Score
 from seqpar_kernels.sight import Sight
@@ -31,14 +31,14 @@ class Cells:
 
     Args:
         place: of the rows, columns and query heads at hand, on the device of the scores.
-        band: row i sees column j iff band.lower <= col[j] - row[i] <= band.upper.
+        layers: what rows see.
         score: of all query heads, with the scale resolved.
         lengths: how many positions rows and columns have in all.
         terms: what is done besides the score.
     """
 
     place: Place
-    band: Band
+    layers: tuple[Layer, ...]
     score: Score
     lengths: tuple[int, int]
     terms: tuple[Term, ...] = ()
@@ -50,15 +50,10 @@ class Cells:
 
     def visible(self) -> Bool[Tensor, "i j"]:
         """True where a row sees a column."""
-        ahead = self.place.col - self.place.row[:, None]
-        seen = torch.ones_like(ahead, dtype=torch.bool)
-        if self.band.lower is not None:
-            seen &= ahead >= self.band.lower
-        if self.band.upper is not None:
-            seen &= ahead <= self.band.upper
-        for term in self.acting:
-            if term.hides:
-                seen &= term.visible(self.place)
+        i, j = len(self.place.row), len(self.place.col)
+        seen = torch.zeros(i, j, dtype=torch.bool, device=self.place.row.device)
+        for layer in self.layers:
+            seen |= layer.visible(self.place)
         return seen
 
     def columns(self, cols: slice) -> Cells:
@@ -67,19 +62,23 @@ class Cells:
 
     def reached_rows(self, bad: Bool[Tensor, "b j hkv w"], hq: int) -> Bool[Tensor, "b i hq w"]:
         """Whether a row sees anything bad of the columns."""
-        row, col = self.place.row, self.place.col
-        return self._sight.by_rows(_placed(bad, col, self.lengths[1]), hq).index_select(1, row)
+        row, bad = self.place.row, _placed(bad, self.place.col, self.lengths[1])
+        none = bad.new_zeros(bad.shape[0], len(row), hq, bad.shape[3])
+        reached = (sight.by_rows(bad, hq).index_select(1, row) for sight in self._sights())
+        return reduce(torch.bitwise_or, reached, none)
 
     def reached_columns(self, bad: Bool[Tensor, "b i hq w"], hkv: int) -> Bool[Tensor, "b j hkv w"]:
         """Whether a column is seen by any bad row."""
-        row, col = self.place.row, self.place.col
-        return self._sight.by_columns(_placed(bad, row, self.lengths[0]), hkv).index_select(1, col)
+        col, bad = self.place.col, _placed(bad, self.place.row, self.lengths[0])
+        none = bad.new_zeros(bad.shape[0], len(col), hkv, bad.shape[3])
+        reached = (sight.by_columns(bad, hkv).index_select(1, col) for sight in self._sights())
+        return reduce(torch.bitwise_or, reached, none)
 
-    @property
-    def _sight(self) -> Sight:
-        """Who sees whom, by position."""
-        block = Block(self.band, self.score, terms=self.terms)
-        return Sight.of(block, *self.lengths, self.place.row.device)
+    def _sights(self) -> Iterator[Sight]:
+        """Yields who sees whom in each layer, by position."""
+        for layer in self.layers:
+            block = Block(layer.band(0, 0, 1), self.score, terms=layer.terms)
+            yield Sight.of(block, *self.lengths, self.place.row.device)
 
 
 def scores_(

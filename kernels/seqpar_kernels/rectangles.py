@@ -36,8 +36,7 @@ def cut(
     block: Block, num_rows: int, num_cols: int, how: Callable[[Band, int, int], Iterator[Rectangle]]
 ) -> Iterator[Rectangle]:
     """`how` applied to each part of the block whose rows and columns terms let see each other."""
-    for rows, cols in block.parts(num_rows, num_cols):
-        band = block.band.at(rows.start, cols.start)
+    for rows, cols, band in block.parts(num_rows, num_cols):
         for part in how(band, rows.stop - rows.start, cols.stop - cols.start):
             yield Rectangle(_moved(part.rows, rows.start), _moved(part.cols, cols.start), part.band)
 

@@ -91,7 +91,7 @@ def backward(
 
 
 def _walk(block: Block, q: Tensor, k: Tensor) -> Iterator[tuple[slice, list[tuple[slice, Block]]]]:
-    """The rows of each tile, with (cols, tile) of those in which some row is inside the band.
+    """The rows of each tile, with (cols, tile) of those in which some row sees anything.
 
     In a dry run one tile tells of all, since each takes the same memory.
     """
@@ -101,7 +101,7 @@ def _walk(block: Block, q: Tensor, k: Tensor) -> Iterator[tuple[slice, list[tupl
         tiles = []
         for col in reversed(range(0, num_cols, TILE)):
             cols, tile = slice(col, min(col + TILE, num_cols)), block.at(row, col)
-            if tile.band.count(_length(rows), _length(cols)):
+            if tile.count(_length(rows), _length(cols)):
                 tiles.append((cols, tile))
         if tiles and q.device.type == "meta":
             yield rows, tiles[:1]

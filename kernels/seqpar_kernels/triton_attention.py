@@ -151,7 +151,7 @@ def _constants(
         "COLS": tiles.cols,
         **_functions(block),
         "PLAIN": block.is_plain and block.score.factor >= torch.finfo(torch.float32).tiny,
-        "LIMITED": block.hides,
+        "LIMITED": block.ranges is not None,
         "WIDE": tallest >= 2**31,
         "enable_fp_fusion": True,  # said aloud: versions of Triton differ in the default
         "num_warps": tiles.warps,
@@ -191,7 +191,7 @@ def _walk_columns(block: Block, q: Tensor, k: Tensor, tiles: Tiles) -> dict[str,
     the lower diagonal does.
     """
     upper, lower = _cuts(block, q, k)
-    packed = block.hides
+    packed = block.ranges is not None
     ragged = k.shape[1] % tiles.cols > 0
     return {
         "REVERSED": upper and not lower,
@@ -203,7 +203,7 @@ def _walk_columns(block: Block, q: Tensor, k: Tensor, tiles: Tiles) -> dict[str,
 def _walk_rows(block: Block, q: Tensor, k: Tensor, tiles: Tiles) -> dict[str, Any]:
     """For tiles of columns, which see their rows the other way round: as `_walk_columns`."""
     upper, lower = _cuts(block, q, k)
-    packed = block.hides
+    packed = block.ranges is not None
     ragged = q.shape[1] % tiles.rows > 0
     return {
         "REVERSED": lower and not upper,

@@ -34,7 +34,7 @@ def windows(block: Block, num_rows: int, num_cols: int) -> Iterator[Window]:
 
     One for each part of the block, such as a document; three at most where it has more rows than columns.
     """
-    if block.hides:
+    if block.ranges is not None:
         return map(_window, cut(block, num_rows, num_cols, _pieces))
     return iter(_of_band(block.band, num_rows, num_cols))
 

@@ -18,8 +18,8 @@ from seqpar_kernels import (
     IMPLEMENTATIONS,
     Band,
     Block,
-    Documents,
     Partial,
+    Ranges,
     Rows,
     Score,
     attend,
@@ -74,7 +74,7 @@ def main() -> None:
     dtype = getattr(torch, args.dtype)
     q, k, v, dout = (torch.randn(shape, device=device).to(dtype) for shape in shapes)
     bounds = tuple(range(0, n, -(-n // args.documents)))
-    documents = (Documents(bounds),) if args.documents > 1 else ()
+    documents = (Ranges.documents(bounds),) if args.documents > 1 else ()
     band = Band(None if args.window is None else -args.window, 0)
     score = Score(softcap=args.softcap).resolve(args.d)
     block = Block(band, score, terms=documents)

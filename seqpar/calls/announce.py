@@ -72,10 +72,14 @@ def _laid_out(layout: Layout) -> str:
 
 def _visible(mask: Mask) -> str:
     """The mask in words."""
-    seen = "causal" if mask.causal else "full"
-    window = f" window {mask.window}" if mask.window is not None else ""
-    align = f" {mask.align}" if mask.align is not None else ""
-    return " ".join((seen + window + align, *(term.told() for term in mask.terms)))
+    parts = [
+        "causal" if mask.is_causal else "full" if mask.regions is None else "",
+        f"window {mask.window}" if mask.window is not None else "",
+        mask.align or "",
+        "documents" if mask.documents is not None else "",
+        f"ranges of keys in {len(mask.layers)} layers" if mask.regions is not None else "",
+    ]
+    return " ".join(filter(None, parts))
 
 
 def _size(num_bytes: int) -> str:

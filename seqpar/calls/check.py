@@ -19,6 +19,7 @@ from seqpar.strategies.plan import Agree, Plan
 from seqpar.strategies.registry import STRATEGIES
 from seqpar.version import VERSION
 from seqpar_kernels import (
+    FAR,
     TENSORS,
     Dropout,
     Implementation,
@@ -137,12 +138,17 @@ def resolve(plan: Plan, q: Tensor, v: Tensor, *, with_lse: bool = False) -> Plan
     # docs/design.md: lse is differentiated where it is asked for
     request = Request.of(
         q, v, (*score.terms, *plan.terms), lse=with_lse,
-        length=_attended(plan), windowed=mask.window is not None or mask.shift != (0, 0),
+        length=_attended(plan), windowed=_is_windowed(mask),
     )  # fmt: skip
     asked = request, plan.strategy, plan.implementation, plan.invariant
     name, invariant = plan.kept("implementation", lambda: _decided(plan, request, q, v), *asked)
     # docs/design.md: `choice.py` alone decides
     return replace(plan, implementation=name, invariant=invariant, score=score, mask=mask)
+
+
+def _is_windowed(mask: Mask) -> bool:
+    """Whether a lower diagonal may hide keys."""
+    return mask.shift != (0, 0) or any(layer.lower > -FAR for layer in mask.layers)
 
 
 def _attended(plan: Plan) -> int:
@@ -203,15 +209,23 @@ def _check_layouts(plan: Plan) -> None:
             "queries and keys must be dealt in the same steps: both striped, or neither; "
             f"got {layout.kind} and {keys.kind}"
         )
-    if documents is not None and documents[-1] != layout.length:
+    if (
+        documents is not None
+        and plan.mask.pair is None
+        and keys.length != layout.length == documents[-1]
+    ):
         raise ValueError(
-            f"documents must end where the sequence does, at {layout.length}, got {documents[-1]}"
+            "documents are of one sequence, and queries and keys have another length, "
+            f"{layout.length} and {keys.length}: give boundaries of both, documents=(of_queries, of_keys)"
         )
-    if documents is not None and keys.length != layout.length:
-        raise ValueError(
-            "documents are of one sequence: queries and keys must have the same length, "
-            f"got {layout.length} and {keys.length}"
-        )
+    for end, length, what in zip(
+        plan.mask.lengths or (),
+        (layout.length, keys.length),
+        ("sequence does", "keys do"),
+        strict=False,
+    ):
+        if end != length:
+            raise ValueError(f"documents must end where the {what}, at {length}, got {end}")
 
 
 def _check_grid(plan: Plan) -> None:

@@ -78,7 +78,7 @@ def _order(plan: Plan) -> Order:
         raise ValueError(
             f"strategy {plan.strategy!r} cannot give the same bits for any number of ranks; {able} can"
         )
-    reason = order.refusal(plan)
+    reason = order.refusal(plan) or _of_layers(plan, order)
     if reason is not None:
         raise ValueError(reason)
     return order
@@ -90,3 +90,14 @@ def _able(order: Order, request: Request) -> set[Implementation]:
     if not order.cuts_sequences and request.device.type == "cpu":
         able.add("aten")  # a head is computed whole, and the op's bits do not depend on the others
     return able
+
+
+def _of_layers(plan: Plan, order: Order) -> str | None:
+    """Says why a mask of several layers has no such bits where a row's keys are met in parts."""
+    layers = len(plan.mask.layers)
+    if layers <= 1 or not order.cuts_sequences:
+        return None
+    return (
+        f"{plan.strategy!r} gives the same bits for any number of ranks only with a mask of one layer, got "
+        f"{layers}: rows attend to one after another; 'ulysses' takes any mask"
+    )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from seqpar.comm import Grid, Group
 from seqpar.layout import Layout, Mask
+from seqpar.layout.regions import read_regions, written_regions
 from seqpar.strategies.plan import Plan
 from seqpar_kernels import TENSORS, TERMS, Score, Term
 
@@ -85,12 +86,23 @@ def _mask(mask: Mask) -> tuple[Any, ...]:
     if mask.window is not None:
         window = mask.window if isinstance(mask.window, tuple) else (mask.window,)
         sides = [-1 if side is None else side for side in window]
-    return mask.causal, sides, None if mask.documents is None else list(mask.documents), mask.align
+    of_keys: list[int] | None = None
+    documents = None if mask.documents is None else list(mask.bounds)
+    if mask.pair is not None:
+        documents, of_keys = (list(bounds) for bounds in mask.pair)
+    regions = None if mask.regions is None else written_regions(mask.regions)
+    return mask.causal, sides, documents, of_keys, mask.align, regions
 
 
-def _read_mask(_: Group, causal: bool, sides: list[int] | None, *rest: Any) -> Mask:
+def _read_mask(
+    _: Group, causal: bool, sides: list[int] | None, documents: Any, of_keys: Any, align: Any,
+    regions: list[int] | None,
+) -> Mask:  # fmt: skip
     window: Any = sides if sides is None or len(sides) == 2 else sides[0]
-    return Mask(causal, window, *rest)
+    documents = documents if of_keys is None else (documents, of_keys)
+    return Mask(
+        causal, window, documents, align, None if regions is None else read_regions(regions)
+    )
 
 
 def _term_kind(kind: type[Term]) -> _Kind:
@@ -125,7 +137,7 @@ _KINDS = {
     "Layout": _Kind(("str",), _code, _layout),
     "Layout | None": _Kind(("str?",), _code, _layout),
     "Grid | None": _Kind(("str?",), _code, _grid),
-    "Mask": _Kind(("bool", "int[]?", "int[]?", "str?"), _mask, _read_mask),
+    "Mask": _Kind(("bool", "int[]?", "int[]?", "int[]?", "str?", "int[]?"), _mask, _read_mask),
     "Score": _Kind(("float?",) * len(_NUMBERS), _numbers, _score),
     "Implementation | None": _Kind(("str?",), _one, _same),
     "Agree": _Kind(("str",), _one, _same),

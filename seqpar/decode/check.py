@@ -28,6 +28,16 @@ def check_prefill(
         )
     check_size(layout, group.size)
     check_rows(layout, group.rank, k.shape[1], f"{shapes} as [b sl h d]")
+    if mask.pair is not None:
+        raise ValueError(
+            "a cache holds one sequence: documents must be the boundaries of its keys alone, "
+            f"got a pair {mask.pair}"
+        )
+    if mask.regions is not None and mask.lengths is not None:
+        raise NotImplementedError(
+            "a cache grows, and documents that `&` or `|` joined with another mask end; give them as "
+            "Mask(documents=...), which a cache leaves open"
+        )
     if mask.documents is not None and mask.documents[-1] != layout.length:
         raise ValueError(
             f"documents must end where the prefill does, at {layout.length}, got {mask.documents[-1]}"

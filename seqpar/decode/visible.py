@@ -6,12 +6,12 @@ are seen by every query, so that hardly any block needs a mask.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from seqpar.layout import Mask, Span, held
-from seqpar_kernels import Block, Score
+from seqpar_kernels import Block, Layer, Score
+from seqpar_kernels.region import indices
 
 Met = tuple[slice, slice, Block]
 
@@ -43,56 +43,50 @@ def seen(rows: Span, spans: tuple[Span, ...], mask: Mask, score: Score) -> Seen:
         score: resolved.
     """
     found = Seen()
-    some, every = _reach(rows, mask)
-    for at, span in held(spans):
-        cols, inside = _cut(at, span, some)
-        if inside.length == 0:
-            continue
-        if score.needs_positions or _cut(at, span, every)[1] != inside:
-            found.by_some += _apart(rows, cols, inside, mask, score)
-        elif found.by_all and found.by_all[-1].stop == cols.start:
-            found.by_all[-1] = slice(found.by_all[-1].start, cols.stop)
-        else:
-            found.by_all.append(cols)
+    for layer in mask.layers:
+        some, every = _reach(rows, layer)
+        for at, span in held(spans):
+            cols, inside = _cut(at, span, some)
+            if inside.length == 0:
+                continue
+            if score.needs_positions or _cut(at, span, every)[1] != inside:
+                found.by_some += _apart(rows, cols, inside, layer, score)
+            elif found.by_all and found.by_all[-1].stop == cols.start:
+                found.by_all[-1] = slice(found.by_all[-1].start, cols.stop)
+            else:
+                found.by_all.append(cols)
     return found
 
 
-def _apart(rows: Span, cols: slice, span: Span, mask: Mask, score: Score) -> Iterator[Met]:
+def _apart(rows: Span, cols: slice, span: Span, layer: Layer, score: Score) -> Iterator[Met]:
     """Yields a block for each progression of the queries; these are as many as the step of the keys."""
     for first in range(min(span.step, rows.length)):
         progression = slice(first, rows.length, span.step)
-        start, num = rows.start + first, len(range(first, rows.length, span.step))
-        band = mask.band(Span(start, num, span.step), span)
-        block = Block(band, score, start, span.start, span.step, terms=mask.terms)
+        start = rows.start + first
+        band = layer.band(start, span.start, span.step)
+        block = Block(band, score, start, span.start, span.step, terms=layer.terms)
         yield progression, cols, block
 
 
-def _reach(rows: Span, mask: Mask) -> tuple[range, range]:
+def _reach(rows: Span, layer: Layer) -> tuple[range, range]:
     """The positions that some of the rows see, and those that all of them see."""
-    first, last = rows.start, rows.start + rows.length - 1
-    (first_doc, first_end), (last_doc, last_end) = (_document(p, mask) for p in (first, last))
-    # The band of one position with itself is that of any, told of columns relative to the row.
-    band = mask.band(Span(0, 1), Span(0, 1))
-    if band.lower is not None:
-        first_doc, last_doc = max(first_doc, first + band.lower), max(last_doc, last + band.lower)
-    if band.upper is not None:
-        ahead = band.upper + 1
-        first_end, last_end = min(first_end, first + ahead), min(last_end, last + ahead)
-    return range(first_doc, last_end), range(last_doc, first_end)
-
-
-def _document(position: int, mask: Mask) -> tuple[int, int]:
-    """The document of a position: its first position, and its last + 1."""
-    bounds = mask.bounds
-    n = bisect_right(bounds, position)
-    # The last document is open, so its end lies beyond all positions.
-    return bounds[n - 1], bounds[n] if n < len(bounds) else 2**62
+    first, end, inner, inner_end, num = [], [], [], [], 0
+    for region in layer.regions:
+        top, bottom = max(region.top, rows.start), min(region.bottom, rows.start + rows.length)
+        if top < bottom:
+            last, num = bottom - 1, num + bottom - top
+            first.append(max(region.left, top + region.lower))
+            inner.append(max(region.left, last + region.lower))
+            inner_end.append(min(region.right, top + region.upper + 1))
+            end.append(min(region.right, last + region.upper + 1))
+    # Rows of no region see nothing.
+    every = range(max(inner), min(inner_end)) if num == rows.length else range(0)
+    return range(min(first, default=0), max(end, default=0)), every
 
 
 def _cut(at: slice, span: Span, within: range) -> tuple[slice, Span]:
     """The rows, and the positions, of a span that are in a range."""
-    first, end = (-((span.start - p) // span.step) for p in (within.start, within.stop))
-    first, end = max(0, first), min(span.length, end)
+    first, end = indices(span.start, span.length, span.step, within.start, within.stop)
     if first >= end:
         return slice(at.start, at.start), Span(span.start, 0, span.step)
     start = span.start + first * span.step

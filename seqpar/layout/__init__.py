@@ -8,13 +8,14 @@ from seqpar.layout.balance import balanced
 from seqpar.layout.fits import check_rows, check_size
 from seqpar.layout.heads import HeadSegment, HeadSplit, split_heads
 from seqpar.layout.marks import check_mark, mark
-from seqpar.layout.mask import Mask
+from seqpar.layout.mask import CAUSAL, Mask
 from seqpar.layout.shards import LAYOUTS, Layout, contiguous, striped, whole, zigzag
 from seqpar.layout.spans import Span, joined
 from seqpar.layout.tiles import Tile, held, joined_tiles, meets, part, tall_tiles, tiles, work
 from seqpar.layout.visible import sees, visible_count
 
 __all__ = [
+    "CAUSAL",
     "LAYOUTS",
     "HeadSegment",
     "HeadSplit",

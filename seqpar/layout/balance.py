@@ -16,7 +16,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 from seqpar.layout.circle import Blocks, Circle, Runs
-from seqpar.layout.mask import Mask
+from seqpar.layout.mask import CAUSAL, FULL, Mask
 from seqpar.layout.shards import Layout, contiguous, zigzag
 from seqpar.layout.spans import joined
 
@@ -45,12 +45,18 @@ def balanced(length: int, size: int, mask: Mask, *, multiple_of: int = 1) -> Lay
         ValueError: length is negative, size or multiple_of is not positive, or the documents end elsewhere.
         TypeError: they are not integers.
     """
-    layout = (zigzag if mask.causal else contiguous)(length, size, multiple_of=multiple_of)
-    if mask.documents is not None and mask.documents[-1] != length:
+    layout = (zigzag if mask.layers == CAUSAL else contiguous)(
+        length, size, multiple_of=multiple_of
+    )
+    if mask.pair is not None and mask.pair[0] != mask.pair[1]:
         raise ValueError(
-            f"documents must end where the sequence does, at {length}, got {mask.documents[-1]}"
+            "queries and keys that are two sequences have no common balance; deal each by itself"
         )
-    if length == 0 or (mask.documents is None and mask.window is None):
+    if mask.documents is not None and mask.bounds[-1] != length:
+        raise ValueError(
+            f"documents must end where the sequence does, at {length}, got {mask.bounds[-1]}"
+        )
+    if length == 0 or mask.layers in (FULL, CAUSAL):
         return replace(layout, kind="balanced")
     blocks = Blocks(length, mask, multiple_of)
     runs = _shares(blocks, [(0, blocks.num_blocks)], size, size)
@@ -115,7 +121,8 @@ class _Choice:
         rows, all_work = self.circle.num_blocks * self.taken, self.circle.work * self.taken
         return max(
             abs((stop - start) * self.num_ranks - rows) * PPM // rows,
-            abs(work * self.num_ranks - all_work) * PPM // all_work,
+            # Of rows that see nothing there is no work.
+            abs(work * self.num_ranks - all_work) * PPM // max(1, all_work),
         )
 
     def _whole_documents(self) -> Iterator[tuple[int, int, int]]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 from seqpar.layout.mask import Mask
 from seqpar.layout.spans import Span
+from seqpar.layout.work import Work, cuts
 
 Runs = list[tuple[int, int]]
 
@@ -15,30 +16,26 @@ Runs = list[tuple[int, int]]
 class Blocks:
     """The sequence in blocks of `multiple_of` positions, and their work: the keys that rows see under `mask`.
 
-    `borders` are the blocks with which a document begins, `works` the work before each.
+    `borders` are the blocks before which nobody sees a key behind it, or from it on one before it, such as
+    those with which a document begins; `works` is the work before each.
     """
 
     def __init__(self, length: int, mask: Mask, multiple_of: int) -> None:
         self.length, self.multiple_of = length, multiple_of
         self.num_blocks = -(-length // multiple_of)
         # A document meets itself from one position on, so one band serves them all.
-        self._band = mask.band(Span(0, 1), Span(0, 1))
-        self._bounds = sorted({0, length, *(mask.documents or ())})
-        works = (self._band.count(b - a, b - a) for a, b in pairwise(self._bounds))
-        self._works = list(accumulate(works, initial=0))
-        self.work = self._works[-1]
-        begins = [n for n, b in enumerate(self._bounds) if b % multiple_of == 0]
-        self.borders = [self._bounds[n] // multiple_of for n in begins]
-        self.works = [self._works[n] for n in begins]
+        self._works = [Work(layer, length) for layer in mask.layers]
+        self.work = self.work_before(self.num_blocks)
+        begins = [x for x in cuts(mask, length) if x % multiple_of == 0]
+        self.borders = [x // multiple_of for x in begins]
+        self.works = [self.work_before(block) for block in self.borders]
 
     def work_before(self, block: int) -> int:
         """The work of the rows before a block."""
-        position = min(block * self.multiple_of, self.length)
-        n = bisect_right(self._bounds, position) - 1
-        begin = self._bounds[n]
-        if position == begin:
-            return self._works[n]
-        return self._works[n] + self._band.count(position - begin, self._bounds[n + 1] - begin)
+        position, total = min(block * self.multiple_of, self.length), 0
+        for work in self._works:
+            total += work.before(position)
+        return total
 
     def span(self, start: int, stop: int) -> Span:
         """The positions of the blocks from `start` to `stop - 1`."""

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal, get_args
+from itertools import pairwise
+from typing import Literal, cast, get_args
 
+import torch
 from torch import Tensor
 
+from seqpar.layout.regions import Layers, both, either
 from seqpar.layout.spans import Span
-from seqpar_kernels import Band, Documents, Term
+from seqpar_kernels import FAR, Layer, Place, Ranges, Region, Term
 from seqpar_kernels.integers import is_integer
+from seqpar_kernels.terms.ranges import check_bounds
 
 Align = Literal["top-left", "bottom-right"]
 ALIGNS: tuple[Align, ...] = get_args(Align)
+Bounds = tuple[int, ...]
+FULL, CAUSAL = (Layer(),), (Layer(upper=0),)
 
 
 @dataclass(frozen=True)
 class Mask:
     """Visibility by global position. The default sees everything.
+
+    Masks are joined by `&`, what both show, and `|`, what either does. `seqpar.masks` makes more of them, as
+    prefixes and blocks, and `draw` shows one.
 
     Args:
         causal: row i sees no column after i.
@@ -29,21 +38,29 @@ class Mask:
             all of them. Row i sees column j only if i - left <= j <= i + right.
         documents: boundaries of packed documents, as cumulative lengths 0, ..., length of the sequence (a
             tensor will do, such as the cu_seqlens of flash-attn); a position sees its own document
-            only. Equal boundaries are empty documents.
+            only. Equal boundaries are empty documents. Where keys are another sequence: a pair, the
+            boundaries of queries and those of keys; then rows of document n see the keys of document n, and
+            stand over them as `align` says.
         align: where rows stand over keys that are another number. "top-left": row 0 over key 0, as torch's
             is_causal=True. "bottom-right": the last row over the last key, as flash-attn from 2.1 on, and as
             in a cache. What is causal, has a window or ALiBi must say it then; else it says nothing.
+        regions: what `&` and `|` have made of masks; see `seqpar.masks`. It stands alone, but for `align`.
+        lengths: of queries and of keys, where the mask is for these alone, as documents are.
 
     Raises:
-        ValueError: window is less than 1, or a side of it negative, documents do not start at 0 or go down,
-            or align is neither.
+        ValueError: window is less than 1, or a side of it negative, documents do not start at 0, go down, or
+            are not as many of queries as of keys, or align is neither.
         TypeError: causal is not a bool, window not an integer or two, or documents not integers.
     """
 
     causal: bool = False
     window: int | tuple[int | None, int | None] | None = None
-    documents: Sequence[int] | Tensor | None = None
+    documents: (
+        Sequence[int] | Tensor | tuple[Sequence[int] | Tensor, Sequence[int] | Tensor] | None
+    ) = None
     align: Align | None = None
+    regions: Layers | None = None
+    lengths: tuple[int, int] | None = None
     # How far rows, and how far keys, are from where they are counted: `aligned` knows.
     shift: tuple[int, int] = field(default=(0, 0), repr=False)
 
@@ -51,10 +68,19 @@ class Mask:
         if not isinstance(self.causal, bool):
             raise TypeError(f"causal must be a bool, got {self.causal!r}")
         if self.documents is not None:
-            object.__setattr__(self, "documents", Documents(_integers(self.documents)).bounds)
+            object.__setattr__(self, "documents", _checked_documents(self.documents))
         if self.align is not None and self.align not in ALIGNS:
             raise ValueError(f"align must be one of {ALIGNS} or None, got {self.align!r}")
         object.__setattr__(self, "window", _checked_window(self.window))
+        if self.documents is not None:
+            ends = self.pair or (self.bounds, self.bounds)
+            object.__setattr__(self, "lengths", tuple(bounds[-1] for bounds in ends))
+        if self.regions is not None and (self.causal, self.window, self.documents) != (
+            False,
+            None,
+            None,
+        ):
+            raise ValueError("regions are all of a mask: join it with others by & and |")
 
     def __hash__(self) -> int:
         """The hash of all of it, made once: there may be thousands of documents."""
@@ -65,7 +91,18 @@ class Mask:
         # Of integers alone, so that it is the same in another process, which a pickled mask may come to.
         align = 0 if self.align is None else 1 + ALIGNS.index(self.align)
         sides = tuple(-1 if side is None else side for side in self.sides)
-        return hash((self.causal, sides, self.documents or (), align, self.shift))
+        lengths = self.lengths or ()
+        return hash(
+            (
+                self.causal,
+                sides,
+                self.documents or (),
+                align,
+                self.regions or (),
+                lengths,
+                self.shift,
+            )
+        )
 
     @property
     def sides(self) -> tuple[int | None, int | None]:
@@ -76,10 +113,93 @@ class Mask:
             left = right = None if self.window is None else self.window - 1
         return left, 0 if self.causal else right
 
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """What the mask shows, as kernels walk it: rows and columns by position, no score twice."""
+        # docs/design.md: a mask is a few layers
+        if self.regions is not None:
+            return tuple(map(Layer.of, self.regions))
+        back, ahead = self.sides
+        lower, upper = -FAR if back is None else -back, FAR if ahead is None else ahead
+        if self.documents is None:
+            return (Layer(lower, upper),)
+        if self.pair is None:
+            return (Layer(lower, upper, Ranges.documents(self.bounds)),)
+        found = [region for region in self._crossed(*self.pair, lower, upper) if region is not None]
+        return (Layer.of(found),) if found else ()
+
+    def __and__(self, other: Mask) -> Mask:
+        """What both show."""
+        return self._with(other, both)
+
+    def __or__(self, other: Mask) -> Mask:
+        """What either shows."""
+        return self._with(other, either)
+
+    def _with(self, other: Mask, join: Callable[[Layers, Layers], Layers]) -> Mask:
+        if not isinstance(other, Mask):
+            return NotImplemented
+        aligns = {_placed(mask).align for mask in (self, other)} - {None}
+        if len(aligns) > 1:
+            raise ValueError(
+                f"masks must be aligned alike to be joined, got {self.align!r} and {other.align!r}"
+            )
+        lengths = {mask.lengths for mask in (self, other)} - {None}
+        if len(lengths) > 1:
+            raise ValueError(
+                f"masks must be for the same lengths to be joined, got {self.lengths} and {other.lengths}"
+            )
+        ours, theirs = (tuple(layer.regions for layer in mask.layers) for mask in (self, other))
+        return Mask(
+            align=next(iter(aligns), None),
+            regions=join(ours, theirs),
+            lengths=next(iter(lengths), None),
+        )
+
     @property
-    def has_diagonal(self) -> bool:
+    def terms(self) -> tuple[Term, ...]:
+        """What hides scores besides bands, in any layer."""
+        return tuple(term for layer in self.layers for term in layer.terms)
+
+    def draw(self, num_rows: int, num_cols: int | None = None) -> str:
+        """The mask as text: a line for each row, with x for each key that it sees and . for each other.
+
+        Raises:
+            ValueError: there are other lengths, and the mask does not say where rows stand.
+        """
+        num_cols = num_rows if num_cols is None else num_cols
+        placed = self.aligned(num_rows, num_cols)
+        row, col = (
+            torch.arange(n) + by for n, by in zip((num_rows, num_cols), placed.shift, strict=True)
+        )
+        seen = torch.zeros(num_rows, num_cols, dtype=torch.bool)
+        for layer in placed.layers:
+            seen |= layer.visible(Place(row, col, 0))
+        return "\n".join("".join(".x"[int(x)] for x in line) for line in seen.tolist())
+
+    @property
+    def bounds(self) -> Bounds:
+        """The boundaries of documents; (0,) where there is one document and no boundary."""
+        return (0,) if self.documents is None else cast("Bounds", self.documents)
+
+    @property
+    def pair(self) -> tuple[Bounds, Bounds] | None:
+        """The boundaries of documents of queries and of keys, where these are two sequences."""
+        is_pair = self.documents is not None and isinstance(self.documents[0], tuple)
+        return cast("tuple[Bounds, Bounds]", self.documents) if is_pair else None
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether no row sees a key after it."""
+        return all(region.ahead <= 0 for layer in self.layers for region in layer.regions)
+
+    @property
+    def depends_on_place(self) -> bool:
         """Whether what a row sees depends on where it stands over the keys."""
-        return self.sides != (None, None)
+        if self.pair is not None:
+            return self.sides != (None, None)
+        regions = (region for layer in self.layers for region in layer.regions)
+        return any(r.top > 0 or r.bottom < FAR or r.lower > -FAR or r.upper < FAR for r in regions)
 
     def aligned(self, num_rows: int, num_cols: int, *, positions: bool = False) -> Mask:
         """The mask for sequences of these lengths: it knows where rows stand over keys.
@@ -90,41 +210,87 @@ class Mask:
         Raises:
             ValueError: it matters where they stand, and the mask does not say.
         """
-        if num_rows == num_cols or not (self.has_diagonal or positions):
+        if self.pair is not None:
+            if positions and self.pair[0] != self.pair[1]:
+                raise ValueError(
+                    "ALiBi counts positions of the whole sequence, and documents of other lengths for "
+                    "queries and keys have no common ones: attend to such documents one by one"
+                )
+            uneven = next(
+                (
+                    n
+                    for n, (a, b) in enumerate(zip(*map(_lengths, self.pair), strict=True))
+                    if a != b
+                ),
+                None,
+            )
+            if self.align is None and uneven is not None and self.depends_on_place:
+                raise ValueError(
+                    _unsaid(f"document {uneven} has", *(_lengths(x)[uneven] for x in self.pair))
+                )
+            return self
+        if num_rows == num_cols or not (self.depends_on_place or positions):
             return self if self.shift == (0, 0) else replace(self, shift=(0, 0))
         if self.align is None:
-            raise ValueError(
-                f"there are {num_rows} query and {num_cols} key positions: say where the rows of a causal "
-                "mask, a window or ALiBi stand. Mask(align='top-left') has row 0 over key 0, "
-                "align='bottom-right' the last row over the last key"
-            )
+            raise ValueError(_unsaid("there are", num_rows, num_cols))
         # Both end at the same position, or both begin there: no position is negative.
         apart = num_cols - num_rows if self.align == "bottom-right" else 0
         return replace(self, shift=(max(apart, 0), max(-apart, 0)))
 
-    @property
-    def bounds(self) -> tuple[int, ...]:
-        """The boundaries of documents; (0,) where there is one document and no boundary."""
-        return (0,) if self.documents is None else tuple(self.documents)
-
-    @cached_property
-    def terms(self) -> tuple[Term, ...]:
-        """What hides scores besides the band, as kernels take it."""
-        return () if self.documents is None else (Documents(self.bounds),)
-
-    def band(self, rows: Span, cols: Span) -> Band:
-        """The band that the positions of `rows` see of the positions of `cols`, both of the same step.
-
-        Row i is position r + i * step, column j is c + j * step; dividing position bounds by the step
-        rounds towards the inside of the mask.
-        """
+    def place(self, rows: Span, cols: Span) -> tuple[int, int, int, int, int]:
+        """Where two spans of one step meet: (row, number of rows, column, number of columns, step)."""
         assert rows.step == cols.step, "a layout has one step"
-        back, ahead = self.sides
-        apart = rows.start + self.shift[0] - cols.start - self.shift[1]
-        return Band(
-            lower=None if back is None else -((back - apart) // rows.step),
-            upper=None if ahead is None else (apart + ahead) // rows.step,
-        )
+        (by_row, by_col), step = self.shift, rows.step
+        return rows.start + by_row, rows.length, cols.start + by_col, cols.length, step
+
+    def _crossed(
+        self, of_q: Bounds, of_k: Bounds, lower: int, upper: int
+    ) -> Iterable[Region | None]:
+        """Yields the regions where documents of queries meet those of keys."""
+        for (top, bottom), (left, right) in zip(pairwise(of_q), pairwise(of_k), strict=True):
+            by = right - bottom if self.align == "bottom-right" else left - top
+            low, high = (x if abs(x) == FAR else x + by for x in (lower, upper))
+            yield Region(top, bottom, left, right, low, high).trimmed()
+
+
+def _placed(mask: Mask) -> Mask:
+    """The mask. If it has documents of two sequences it says where rows stand, which is where they are."""
+    if mask.pair is None:
+        return mask
+    return replace(mask.aligned(*map(_end, mask.pair)), align="top-left")
+
+
+def _end(bounds: Bounds) -> int:
+    return bounds[-1]
+
+
+def _unsaid(where: str, num_rows: int, num_cols: int) -> str:
+    return (
+        f"{where} {num_rows} query and {num_cols} key positions: say where the rows of a causal mask, a "
+        "window, a range of rows or ALiBi stand. Mask(align='top-left') has row 0 over key 0, "
+        "align='bottom-right' the last row over the last key"
+    )
+
+
+def _lengths(bounds: Bounds) -> tuple[int, ...]:
+    return tuple(b - a for a, b in pairwise(bounds))
+
+
+def _checked_documents(documents: object) -> Bounds | tuple[Bounds, Bounds]:
+    """The boundaries of documents as tuples of Python's integers, or a pair of them."""
+    both = tuple(cast("Sequence[object]", documents))
+    if len(both) == 2 and not any(is_integer(x) or getattr(x, "ndim", 1) == 0 for x in both):
+        of_q, of_k = (_integers(cast("Sequence[int]", x)) for x in both)
+        check_bounds("documents of queries", of_q)
+        check_bounds("documents of keys", of_k)
+        if len(of_q) != len(of_k):
+            raise ValueError(
+                f"queries and keys must have the same number of documents, got boundaries {of_q} and {of_k}"
+            )
+        return of_q if of_q == of_k else (of_q, of_k)
+    bounds = _integers(cast("Sequence[int]", documents))
+    check_bounds("documents", bounds)
+    return bounds
 
 
 def _checked_window(window: object) -> int | tuple[int | None, int | None] | None:

@@ -9,7 +9,7 @@ from seqpar.layout.mask import Mask
 from seqpar.layout.shards import Layout
 from seqpar.layout.spans import Span
 from seqpar.layout.visible import sees, visible_count
-from seqpar_kernels import Band
+from seqpar_kernels import Band, Layer
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,10 @@ class Tile:
         return self.rows.stop - self.rows.start, self.cols.stop - self.cols.start
 
 
-def tiles(rows: tuple[Span, ...], cols: tuple[Span, ...], mask: Mask) -> tuple[Tile, ...]:
-    """The tiles of the query rows of some spans and the keys of others in which anything is visible.
+def tiles(
+    rows: tuple[Span, ...], cols: tuple[Span, ...], mask: Mask, layer: Layer
+) -> tuple[Tile, ...]:
+    """The tiles of the query rows of some spans and the keys of others in which a layer of a mask shows any.
 
     Rows and columns are held in the order of their spans. Columns are visited from the last to the first.
     """
@@ -68,13 +70,10 @@ def tiles(rows: tuple[Span, ...], cols: tuple[Span, ...], mask: Mask) -> tuple[T
     # Downwards, as kernels walk their tiles: the order of additions then follows from positions.
     for cols_at, col_span in reversed(list(held(cols))):
         for rows_at, row_span in held(rows):
-            if sees(mask, row_span, col_span):
-                band = mask.band(row_span, col_span)
-                row, col = (
-                    span.start + by
-                    for span, by in zip((row_span, col_span), mask.shift, strict=True)
-                )
-                met.append(Tile(rows_at, cols_at, band, row, col, row_span.step))
+            place = mask.place(row_span, col_span)
+            if layer.sees(*place):
+                row, _, col, _, step = place
+                met.append(Tile(rows_at, cols_at, layer.band(row, col, step), row, col, step))
     return tuple(met)
 
 
@@ -102,9 +101,11 @@ def part(spans: Sequence[Span], rows: slice) -> tuple[Span, ...]:
     return tuple(parts)
 
 
-def tall_tiles(rows: tuple[Span, ...], cols: tuple[Span, ...], mask: Mask) -> tuple[Tile, ...]:
+def tall_tiles(
+    rows: tuple[Span, ...], cols: tuple[Span, ...], mask: Mask, layer: Layer
+) -> tuple[Tile, ...]:
     """The tiles that `tiles` gives, joined where one continues another."""
-    return joined_tiles(tiles(rows, cols, mask))
+    return joined_tiles(tiles(rows, cols, mask, layer))
 
 
 def joined_tiles(apart: tuple[Tile, ...]) -> tuple[Tile, ...]:

@@ -14,7 +14,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from seqpar.comm import once
-from seqpar.layout import Span
 from seqpar.strategies.plan import Plan
 from seqpar.strategies.stored_scores import ByColumns, ByDepth, ByRows, Sharding
 from seqpar.strategies.strategy import Strategy
@@ -152,11 +151,9 @@ def _stored(plan: Plan, device: torch.device) -> tuple[Sharding, dense.Cells]:
     sharding = SHARDINGS[plan.strategy](plan.group, plan.layout, plan.keys)
     positions = zip(sharding.positions(), plan.mask.shift, strict=True)
     row, col = (on_device(x + by, device) for x, by in positions)
-    position = Span(0, 1)
-    band = replace(plan.mask, shift=(0, 0)).band(position, position)
     lengths = plan.layout.length + plan.mask.shift[0], plan.keys.length + plan.mask.shift[1]
     place = Place(row, col, plan.first_head)
-    cells = dense.Cells(place, band, plan.score, lengths, plan.terms)
+    cells = dense.Cells(place, plan.mask.layers, plan.score, lengths, plan.dropping)
     return sharding, cells
 
 

@@ -77,9 +77,13 @@ class Plan:
 
     @cached_property
     def terms(self) -> tuple[Term, ...]:
-        """What is done besides the score, as kernels take it."""
-        named = (*self.mask.terms, self.dropout)
-        return tuple(term for term in named if term is not None and term.acts)
+        """What is done besides the score, in any layer of the mask."""
+        return (*self.mask.terms, *self.dropping)
+
+    @property
+    def dropping(self) -> tuple[Term, ...]:
+        """The dropout, if anything is dropped."""
+        return (self.dropout,) if self.dropout is not None and self.dropout.acts else ()
 
     def kept(self, name: str, make: Callable[[], T], *more: Hashable) -> T:
         """What was made under this name for plans of these layouts, mask and grid, or is made now.
@@ -131,18 +135,19 @@ class Plan:
             head: which of the call's query heads is the first at hand.
         """
         # docs/design.md: a `Block` says everything but the tensors
-        head, terms = self.first_head + head, self.terms
-        needs_positions = any(term.needs_positions for term in (*score.terms, *terms))
-        # docs/design.md: tiles keep positions apart until joining is allowed
-        made = tiles if needs_positions else tall_tiles
-        known = self.kept(made.__name__, dict[tuple[Spans, Spans], tuple[Tile, ...]])
-        if (met := known.get((rows, cols))) is None:
-            met = made(rows, cols, self.mask)
-            if len(met) <= MOST_TILES:
-                known[rows, cols] = met
-        for t in met:
-            block = Block(t.band, score, t.row, t.col, t.step, head, terms)
-            yield t.rows, t.cols, block
+        for n, layer in enumerate(self.mask.layers):
+            terms = *layer.terms, *self.dropping
+            needs_positions = any(term.needs_positions for term in (*score.terms, *terms))
+            # docs/design.md: tiles keep positions apart until joining is allowed
+            made = tiles if needs_positions else tall_tiles
+            known = self.kept(made.__name__, dict[tuple[Spans, Spans, int], tuple[Tile, ...]])
+            if (met := known.get((rows, cols, n))) is None:
+                met = made(rows, cols, self.mask, layer)
+                if len(met) <= MOST_TILES:
+                    known[rows, cols, n] = met
+            for t in met:
+                block = Block(t.band, score, t.row, t.col, t.step, self.first_head + head, terms)
+                yield t.rows, t.cols, block
 
 
 _FIELDS = tuple(field.name for field in fields(Plan))

@@ -42,7 +42,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from seqpar.comm import RingSchedule, RingSum, current_replay, ring_pass
-from seqpar.layout import Layout, Span, meets
+from seqpar.layout import Layout, meets
 from seqpar.strategies.loop import (
     Differentiate,
     Gradients,
@@ -85,7 +85,7 @@ def ring_attention(
     """
     score = plan.score.resolve(q.shape[-1]).of_heads(head, q.shape[2])
     # docs/design.md: one rank alone calls an op
-    if plan.group.size == 1 and all(len(x.spans[0]) <= 1 for x in (plan.layout, plan.keys)):
+    if plan.group.size == 1 and _is_one_block(plan):
         make = partial(_whole_block, plan, score, head)
         # Tensors of a score may be another view in every call.
         block = make() if score.tensors else plan.own.get(("block", q.shape[-1], head), make)
@@ -93,11 +93,17 @@ def ring_attention(
     return attend_by(RingRoute(plan), q, k, v, plan, score, head=head)
 
 
+def _is_one_block(plan: Plan) -> bool:
+    """Whether what a rank that is alone attends to is one block."""
+    runs = (len(layout.spans[0]) for layout in (plan.layout, plan.keys))
+    return max(runs) <= 1 and len(plan.mask.layers) == 1
+
+
 def _whole_block(plan: Plan, score: Score, head: int) -> Block:
     """The one block of a rank that has all positions."""
-    band = plan.mask.band(Span(0, plan.layout.length), Span(0, plan.keys.length))
-    row, col = plan.mask.shift
-    return Block(band, score, row, col, head=plan.first_head + head, terms=plan.terms)
+    (layer,), (row, col) = plan.mask.layers, plan.mask.shift
+    band, head = layer.band(row, col, 1), plan.first_head + head
+    return Block(band, score, row, col, head=head, terms=plan.terms)
 
 
 def _attend_alone(
@@ -222,7 +228,7 @@ def _row_schedule(plan: Plan) -> RingSchedule:
 
 def _out_of_order(plan: Plan) -> str | None:
     """Says why blocks do not arrive in the order of positions, or `None` if they do."""
-    layout, keys, causal = plan.layout, plan.keys, plan.mask.causal
+    layout, keys, causal = plan.layout, plan.keys, plan.mask.is_causal
     # docs/design.md: bits are promised by spans
     if causal and layout.is_in_order and keys.spans == layout.spans:
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +14,9 @@ from seqpar.layout import LAYOUTS, Layout, Mask, Span, balanced, contiguous
 from seqpar.layout.mask import Align
 from seqpar.layout.shards import MakeLayout
 from seqpar.strategies import STRATEGIES, Plan
-from seqpar.testing import oracle
+from seqpar.testing import expressions, oracle
 from seqpar.testing.budget import Budget
+from seqpar.testing.expressions import Expression, made
 from seqpar_kernels import Dropout, Implementation, Score
 
 NAMES = ("out", "dq", "dk", "dv")
@@ -59,12 +61,13 @@ class Case:
     alibi: bool = False
     sinks: bool = False
     dropout: float = 0.0
-    documents: tuple[int, ...] | None = None
+    documents: Any = None  # boundaries, or a pair of them
     kv_length: int | None = None
     multiple_of: int = 1
     degree: int = 0  # which divisor of the number of ranks is the Ulysses degree of a grid
     invariant: bool | None = None
     align: Align = "top-left"
+    shown: Expression | None = None  # in place of causal, window and documents
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -75,6 +78,8 @@ class Case:
     def mask(self) -> Mask:
         """The mask, as the package takes it."""
         align = None if self.kv_length is None else self.align
+        if self.shown is not None:
+            return made(self.shown, align)
         return Mask(self.causal, self.window, self.documents, align)
 
     def layout(self, size: int) -> Layout:
@@ -141,14 +146,21 @@ class Case:
         scale = 1 / math.sqrt(self.d) if self.scale is None else self.scale
         dropout = (self.dropout, SEED) if self.dropout else None
         keys = self.length if self.kv_length is None else self.kv_length
-        matters = self.align == "bottom-right" and (self.mask.has_diagonal or self.alibi)
-        apart = keys - self.length if matters else 0
+        matters = self.align == "bottom-right" and (self.mask.depends_on_place or self.alibi)
+        apart = keys - self.length if matters and self.mask.pair is None else 0
         row, col = torch.arange(self.length) + max(apart, 0), torch.arange(keys) + max(-apart, 0)
         return oracle.Terms(scale, self.softcap, *self.learned(), dropout, row, col)
 
-    def budget(self) -> Budget:
-        """What the results must be, and how far from it they may be."""
-        seen = oracle.visible(
+    def visible(self) -> Tensor:
+        """True where a row sees a column, `[s skv]`, straight from the definition."""
+        if self.shown is not None:
+            keys = self.length if self.kv_length is None else self.kv_length
+            # With ALiBi it matters where rows stand, whatever they see.
+            return expressions.visible(self.shown, self.length, keys, self.align)
+        return oracle.visible(
             self.length, self.causal, self.window, self.documents, self.kv_length, self.align
         )
-        return Budget.of(*self.tensors(), seen, self.terms())
+
+    def budget(self) -> Budget:
+        """What the results must be, and how far from it they may be."""
+        return Budget.of(*self.tensors(), self.visible(), self.terms())

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from seqpar.layout import LAYOUTS
 from seqpar.testing.case import OWN, Case
+from seqpar.testing.expressions import Expression
 
 WORLD_SIZES = st.integers(1, 8)
 KINDS = (*LAYOUTS, *OWN)
@@ -43,6 +44,38 @@ def _documents(length: int) -> st.SearchStrategy[tuple[int, ...]]:
     return borders.map(lambda inner: (0, *inner, length))
 
 
+def _ends(length: int) -> st.SearchStrategy[tuple[int, int | None]]:
+    two = st.tuples(*[st.integers(0, length + 2)] * 2).map(lambda x: (min(x), max(x)))
+    return two | two.map(lambda x: (x[0], None)) | st.just((0, None))
+
+
+def expressions(length: int, *, packs: bool) -> st.SearchStrategy[Expression]:
+    """Masks of a few parts joined by `&` and `|`; documents among them if `packs`."""
+    side = st.none() | st.integers(0, length + 2)
+    parts: list[st.SearchStrategy[Any]] = [
+        st.just(("causal",)),
+        st.tuples(st.just("window"), side, side),
+        st.tuples(st.just("rectangle"), _ends(length), _ends(length)),
+    ]
+    parts += [_documents(length).map(lambda bounds: ("documents", bounds))] if packs else []
+    joined = st.sampled_from(["and", "or", "or"])
+    return st.recursive(st.one_of(parts), lambda x: st.tuples(joined, x, x), max_leaves=5)
+
+
+def _pairs(length: int, kv_length: int) -> st.SearchStrategy[Any]:
+    """Documents of queries and of keys, as many of each."""
+    two = st.tuples(_borders(length), _borders(kv_length))
+    return two.map(lambda x: _evened(x, length, kv_length))
+
+
+def _borders(length: int) -> st.SearchStrategy[list[int]]:
+    return st.lists(st.integers(0, length), min_size=3, max_size=3).map(sorted)
+
+
+def _evened(inner: tuple[list[int], list[int]], *lengths: int) -> tuple[tuple[int, ...], ...]:
+    return tuple((0, *x, length) for x, length in zip(inner, lengths, strict=True))
+
+
 @st.composite
 def cases(
     draw: st.DrawFn,
@@ -52,8 +85,13 @@ def cases(
 ) -> Case:
     """Any legal attention problem, by default of up to 300 positions with a plain score."""
     length = draw(lengths)
-    documents = draw(st.none() | st.none() | _documents(length))
+    documents: Any = draw(st.none() | st.none() | _documents(length))
     kv_length = None if documents else draw(st.none() | st.none() | lengths)
+    options = draw(terms)
+    # ALiBi counts positions of the whole sequence.
+    if kv_length is not None and not options.get("alibi"):
+        documents = draw(st.none() | _pairs(length, kv_length))
+    shown = draw(st.none() | st.none() | expressions(length, packs=kv_length is None))
     hkv = draw(st.integers(1, 5))
     side = st.none() | st.integers(0, length + 2)
     return Case(
@@ -73,5 +111,6 @@ def cases(
         align=draw(st.sampled_from(["top-left", "bottom-right"])),
         multiple_of=draw(st.sampled_from([1, 1, 1, 4, 64])),
         degree=draw(st.integers(0, 3)),
-        **draw(terms),
+        shown=shown,
+        **options,
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,12 +45,21 @@ def visible(
     length: int,
     causal: bool,
     window: int | tuple[int | None, int | None] | None,
-    documents: tuple[int, ...] | None = None,
+    documents: Any = None,
     kv_length: int | None = None,
     align: str | None = None,
 ) -> Tensor:
-    """The mask `[s skv]`, True where row i sees column j, straight from the definition."""
+    """The mask `[s skv]`, True where row i sees column j, straight from the definition.
+
+    Args:
+        documents: boundaries; a pair of them where keys are another sequence.
+    """
     kv_length = length if kv_length is None else kv_length
+    if documents is not None and documents and isinstance(documents[0], tuple):
+        seen = torch.zeros(length, kv_length, dtype=torch.bool)
+        for (a, b), (c, d) in zip(*(pairwise(bounds) for bounds in documents), strict=True):
+            seen[a:b, c:d] = visible(b - a, causal, window, None, d - c, align)
+        return seen
     i, j = torch.arange(length)[:, None], torch.arange(kv_length)[None, :]
     if align == "bottom-right":
         i = i + kv_length - length

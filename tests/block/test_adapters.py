@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.utils._pytree import tree_map
 
-from seqpar_kernels import Band, Block, Documents, Partial, Rows, Score, flash_ops, reference
+from seqpar_kernels import Band, Block, Partial, Ranges, Rows, Score, flash_ops, reference
 from seqpar_kernels.flash import ADAPTERS
 from seqpar_kernels.windows import windows
 
@@ -247,7 +247,7 @@ def test_equals_the_reference(
     q, k = normal(0, batch, num_rows, hq, d), normal(1, batch, num_cols, hkv, d)
     v, dout = normal(2, batch, num_cols, hkv, vd), normal(3, batch, num_rows, hq, vd)
     score = Score(scale, softcap=softcap if name == "flash_attn" else None)
-    documents = () if bounds is None else (Documents((0, *sorted(bounds))),)
+    documents = () if bounds is None else (Ranges.documents((0, *sorted(bounds))),)
     block = Block(band, score, *at, terms=documents)
     ends = [0, *sorted(min(c, num_cols) for c in cuts), num_cols]
     got = attended(ADAPTERS[name], q, k, v, dout, block, ends)
@@ -355,7 +355,7 @@ def test_a_block_that_is_all_there_is(name, band, num_rows, num_cols, heads, wid
     (hq, hkv), (d, vd) = heads, widths
     q, k = normal(0, 1, num_rows, hq, d), normal(1, 1, num_cols, hkv, d)
     v, dout = normal(2, 1, num_cols, hkv, vd), normal(3, 1, num_rows, hq, vd)
-    documents = () if bounds is None else (Documents((0, *sorted(bounds))),)
+    documents = () if bounds is None else (Ranges.documents((0, *sorted(bounds))),)
     block, adapter = Block(band, Score(scale), terms=documents), ADAPTERS[name]
     want_out, want_lse, *want = attended(adapter, q, k, v, dout, block, [0, num_cols])
     parts, whole = list(windows(block, num_rows, num_cols)), slice(0, num_rows)

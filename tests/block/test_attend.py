@@ -12,9 +12,9 @@ from seqpar import Mask
 from seqpar_kernels import (
     Band,
     Block,
-    Documents,
     Dropout,
     Partial,
+    Ranges,
     Request,
     Rows,
     Score,
@@ -307,11 +307,11 @@ def test_unknown_or_unfit_implementations_are_refused():
         (ValueError, r"p must be in \[0, 1\), got -0.1", lambda: Dropout(-0.1, 0)),
         (ValueError, "seed must be in", lambda: Dropout(0.1, -1)),
         (TypeError, "seed must be an integer", lambda: Dropout(0.1, 1.5)),
-        (ValueError, "boundaries from 0", lambda: Documents((1, 2))),
+        (ValueError, "boundaries from 0", lambda: Ranges.documents((1, 2))),
         (ValueError, "boundaries from 0", lambda: Mask(documents=[5, 9])),
         (ValueError, "boundaries from 0", lambda: Mask(documents=())),
-        (ValueError, "boundaries from 0", lambda: Documents((0, 3, 2))),
-        (TypeError, "integer boundaries", lambda: Documents((0, 1.5))),
+        (ValueError, "boundaries from 0", lambda: Ranges.documents((0, 3, 2))),
+        (TypeError, "integer boundaries", lambda: Ranges.documents((0, 1.5))),
     ],
 )
 def test_terms_that_mean_nothing_are_refused(error, match, make):

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from seqpar_kernels import (
     Band,
     Block,
-    Documents,
     Partial,
+    Ranges,
     Rows,
     Score,
     attend,
@@ -81,7 +81,7 @@ def problem(dtype, band, sizes, heads, batch, scale, bounds, poisoned):
     generator = torch.Generator().manual_seed(0)
     shapes = (i, hq, 8), (j, hkv, 8), (j, hkv, 6), (i, hq, 6)
     q, k, v, dout = (torch.randn(batch, *s, generator=generator).to(dtype) for s in shapes)
-    documents = () if bounds is None else (Documents((0, *sorted(bounds))),)
+    documents = () if bounds is None else (Ranges.documents((0, *sorted(bounds))),)
     if poisoned:
         v[0, -1, 0, 0] = NAN
     return q, k, v, dout, Block(band, Score(scale), terms=documents)

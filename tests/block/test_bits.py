@@ -16,9 +16,9 @@ import torch
 from seqpar_kernels import (
     Band,
     Block,
-    Documents,
     Dropout,
     Partial,
+    Ranges,
     Rows,
     Score,
     aten,
@@ -60,7 +60,7 @@ def blocks_of(implementation, dtype, heads):
     everything = Block(
         Band(-90, 0),
         Score(0.4, 5.0, slopes, torch.linspace(-1, 2, heads, dtype=dtype, device=device)),
-        row=3, col=3, step=2, head=1, terms=(Documents((0, 50, 190)), Dropout(0.2, 7)),
+        row=3, col=3, step=2, head=1, terms=(Ranges.documents((0, 50, 190)), Dropout(0.2, 7)),
     )  # fmt: skip
     return [everything] if implementation == "triton" else [PLAIN, everything]
 

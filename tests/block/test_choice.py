@@ -11,7 +11,7 @@ from seqpar.calls import check_call, resolve
 from seqpar.calls.check import _claim
 from seqpar.calls.invariance import invariant_implementation, is_invariant
 from seqpar.comm import silent
-from seqpar_kernels import Documents, Dropout, Request, choose, refusal
+from seqpar_kernels import Dropout, Ranges, Request, choose, refusal
 from seqpar_kernels.profile import (
     FOLDER,
     Kind,
@@ -52,11 +52,11 @@ HOPPER, AMPERE = (9, 0), (8, 0)
         (HOPPER, F32, 128, (), "triton"),
         (HOPPER, torch.float64, 128, (), "reference"),
         (HOPPER, BF16, 512, (), "reference"),
-        (HOPPER, BF16, 128, (Documents,), "triton"),
+        (HOPPER, BF16, 128, (Ranges,), "triton"),
         (HOPPER, BF16, 128, (Softcap,), "triton"),
-        (HOPPER, BF16, 128, (Dropout, Documents), "triton"),
+        (HOPPER, BF16, 128, (Dropout, Ranges), "triton"),
         (AMPERE, BF16, 128, (), "aten"),
-        (AMPERE, BF16, 128, (Documents,), "triton"),
+        (AMPERE, BF16, 128, (Ranges,), "triton"),
         ((10, 0), BF16, 128, (), "aten"),
         ((12, 0), BF16, 256, (), "triton"),  # FlashAttention-2 has no such backward there
     ],
@@ -117,7 +117,7 @@ def test_what_was_fastest_of_the_nearest_measurement_computes(
     gpu, length, width, documents, windowed, expected
 ):
     gpu(HOPPER)
-    terms = (Documents,) if documents > 1 else ()
+    terms = (Ranges,) if documents > 1 else ()
     asked = Request(
         CUDA, BF16, width, width, terms, length=length, documents=documents, windowed=windowed
     )
@@ -130,7 +130,7 @@ def test_what_was_fastest_of_the_nearest_measurement_computes(
 
 def test_documents_are_counted_where_a_rank_attends():
     x = torch.empty(1, 4, 1, 8)
-    packed = Documents(tuple(range(0, 131073, 2048)))  # 64 of them
+    packed = Ranges.documents(tuple(range(0, 131073, 2048)))  # 64 of them
     found = [Request.of(x, x, (packed,), length=n).documents for n in (131072, 16384, 64, 0)]
     assert found == [64, 8, 1, 0]
     assert Request.of(x, x, (), length=16384).documents == 0

@@ -18,9 +18,9 @@ from torch.utils.checkpoint import (
 from seqpar_kernels import (
     Band,
     Block,
-    Documents,
     Dropout,
     Partial,
+    Ranges,
     Rows,
     Score,
     aten,
@@ -36,7 +36,7 @@ BLOCKS = {
     "everything": Block(
         Band(-20, 3),
         Score(0.4, 5.0, torch.tensor([0.1, 0.2]).double(), torch.tensor([0.5, -1.0]).double()),
-        row=3, col=1, step=2, head=1, terms=(Documents((0, 9, 30)), Dropout(0.3, 7)),
+        row=3, col=1, step=2, head=1, terms=(Ranges.documents((0, 9, 30)), Dropout(0.3, 7)),
     ),
 }  # fmt: skip
 
@@ -61,7 +61,7 @@ def test_the_ops_pass_the_checks_of_torch(name, lse_learns):
     score, place = block.score, [block.row, block.col, block.step, block.head]
     described = (
         score.alibi_slopes, score.sinks, block.band.lower, block.band.upper, score.factor, place,
-        score.softcap, list(documents.bounds) if documents else None,
+        score.softcap, *(documents.written() if documents else [None]),
         drop.p if drop else None, drop.seed if drop else None, lse_learns, None,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.seqpar.attention_forward, (q, k, v, *described))

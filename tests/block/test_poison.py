@@ -10,8 +10,9 @@ import torch
 from seqpar_kernels import (
     Band,
     Block,
-    Documents,
     Partial,
+    Ranges,
+    Region,
     Rows,
     Score,
     attend,
@@ -29,8 +30,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:(All-NaN slice|invalid value):Ru
 NAN, INF = float("nan"), float("inf")
 HEADS, KV_HEADS, WIDTH = 4, 2, 16
 LENGTHS = {"reference": 70, "aten": 300, "triton": 40}  # two tiles, or two strips of a window
-DOCUMENTS = Documents((0, 9, 25))
+DOCUMENTS = Ranges.documents((0, 9, 25))
+PREFIX = Ranges(
+    (Region(0, 9, 0, 9), Region(9, 20, 0, 20, upper=0), Region(23, 41, 20, 60, lower=-5))
+)
 BLOCKS = {
+    "prefix and more": Block(Band(), Score(0.4), terms=(PREFIX,)),
     "documents, causal": Block(Band(None, 0), Score(0.4), terms=(DOCUMENTS,)),
     "documents": Block(Band(), Score(0.4), terms=(DOCUMENTS,)),
     "causal": Block(Band(None, 0), Score(0.4)),
@@ -83,9 +88,13 @@ def visible(block, n):
         seen &= ahead >= block.band.lower
     if block.band.upper is not None:
         seen &= ahead <= block.band.upper
+    i, j = torch.arange(n)[:, None], torch.arange(n)
     for term in block.terms:
-        document = torch.tensor([sum(b <= i for b in term.bounds) for i in range(n)])
-        seen &= document[:, None] == document
+        inside = torch.zeros_like(seen)
+        for r in term.regions:
+            part = (i >= r.top) & (i < r.bottom) & (j >= r.left) & (j < r.right)
+            inside |= part & (ahead >= r.lower) & (ahead <= r.upper)
+        seen &= inside
     return seen
 
 

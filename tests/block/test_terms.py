@@ -23,9 +23,9 @@ from seqpar_kernels import (
     TENSORS,
     Band,
     Block,
-    Documents,
     Dropout,
     Partial,
+    Ranges,
     Rows,
     Score,
     accumulation_dtype,
@@ -70,7 +70,7 @@ def make_block(band, score, place, bounds, hq, device=DEVICE, wide=torch.float32
     """The block of a drawn problem; slopes and sinks on the device."""
     slopes = torch.linspace(0.3, 0.01, hq, device=device, dtype=wide) if "slopes" in score else None
     sinks = torch.linspace(-1.0, 2.0, hq, device=device, dtype=wide) if "sinks" in score else None
-    documents = [] if bounds is None else [Documents((0, *sorted(bounds)))]
+    documents = [] if bounds is None else [Ranges.documents((0, *sorted(bounds)))]
     dropout = [Dropout(score["dropout"], SEED)] if "dropout" in score else []
     return Block(
         band,
@@ -88,9 +88,12 @@ def seen_by_definition(block, num_rows, num_cols):
     upper = 10**9 if block.band.upper is None else block.band.upper
     seen = (j >= i + lower) & (j <= i + upper)
     row, col = block.row + block.step * i[:, 0], block.col + block.step * j[0]
-    for documents in (term for term in block.terms if isinstance(term, Documents)):
-        bounds = torch.tensor(documents.bounds)
-        seen &= (row[:, None, None] >= bounds).sum(-1) == (col[:, None] >= bounds).sum(-1)
+    for ranges in (term for term in block.terms if isinstance(term, Ranges)):
+        seen &= sum(
+            (row[:, None] >= r.top) & (row[:, None] < r.bottom) & (col >= r.left) & (col < r.right)
+            & (col - row[:, None] >= r.lower) & (col - row[:, None] <= r.upper)
+            for r in ranges.regions
+        ) > 0  # fmt: skip
     return seen, row, col
 
 

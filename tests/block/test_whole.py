@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from seqpar_kernels import (
     Band,
     Block,
-    Documents,
     Partial,
+    Ranges,
     Rows,
     Score,
     aten,
@@ -64,7 +64,7 @@ def test_bits_are_those_of_sums(band, sizes, heads, widths, batch, scale, bounds
     q, k, v, dout = problem(*sizes, heads, widths, dtype, batch)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     logits = torch.linspace(-1, 1, heads[0], dtype=wide) if sinks else None
-    documents = () if bounds is None else (Documents((0, *sorted(bounds))),)
+    documents = () if bounds is None else (Ranges.documents((0, *sorted(bounds))),)
     block = Block(band, Score(scale, sinks=logits), *at, terms=documents)
     want = in_sums(q, k, v, dout, block)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
@@ -117,7 +117,7 @@ def test_one_call_does_it_where_it_can(band, monkeypatch):
         Block(Band(-5, 0), Score(0.4)),  # a window is several rectangles
         Block(Band(None, -1), Score(0.4)),  # row 0 sees nothing
         Block(CAUSAL, Score(-0.4)),  # the sign goes to dq
-        Block(CAUSAL, Score(0.4), terms=(Documents((0, 9)),)),
+        Block(CAUSAL, Score(0.4), terms=(Ranges.documents((0, 9)),)),
         Block(CAUSAL, Score(0.4, softcap=2.0)),
     ],
     ids=["window", "hidden row", "negative", "documents", "softcap"],

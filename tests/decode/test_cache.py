@@ -14,6 +14,7 @@ from seqpar import KVCache, Score, simulate
 from seqpar.calls import Shape
 from seqpar.decode import decode_volume
 from seqpar.testing import Case, oracle
+from seqpar.testing.drawn import expressions
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
 
@@ -30,14 +31,14 @@ class Decode:
     @property
     def mask(self):
         """As the cache takes it: documents of the prefill, the last of them open."""
-        if self.case.documents is None:
+        if self.case.documents is None or self.case.shown is not None:
             return self.case.mask
         return replace(self.case.mask, documents=(*self.case.documents, self.prefill))
 
     def expected(self):
         c = self.case
         q, k, v, _ = c.tensors()
-        seen = oracle.visible(c.length, c.causal, c.window, c.documents)
+        seen = c.visible()
         return oracle.attention(q, k, v, seen, c.terms())[:, c.length - self.queries :]
 
     def layout(self, size):
@@ -58,6 +59,7 @@ def decodes(draw):
         draw(st.integers(1, 2)), causal=draw(st.booleans()),
         window=draw(st.none() | st.integers(1, 30)), scale=draw(st.sampled_from([None, -0.5])),
         kind=draw(st.sampled_from(["contiguous", "zigzag", "striped", "unsorted"])),
+        shown=draw(st.none() | st.none() | expressions(length, packs=False)),
         softcap=draw(st.sampled_from([None, 3.0])), alibi=draw(st.booleans()),
         sinks=draw(st.booleans()), multiple_of=draw(st.integers(1, 3)), documents=documents,
     )  # fmt: skip

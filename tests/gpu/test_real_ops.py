@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from seqpar_kernels import (
     Band,
     Block,
-    Documents,
     Partial,
+    Ranges,
     Request,
     Rows,
     Score,
@@ -97,7 +97,7 @@ def check(
     implementation, band, num_rows, num_cols, heads, widths, batch, scale, cuts, at, bounds, dtype
 ):
     (hq, hkv), (d, vd) = heads, widths
-    documents = () if bounds is None else (Documents((0, *sorted(bounds))),)
+    documents = () if bounds is None else (Ranges.documents((0, *sorted(bounds))),)
     block = Block(band, Score(scale), *at, terms=documents)
     q = normal(0, batch, num_rows, hq, d, dtype=dtype)
     k = normal(1, batch, num_cols, hkv, d, dtype=dtype)

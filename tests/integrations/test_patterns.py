@@ -10,7 +10,6 @@ from transformers import masking_utils as masks
 from seqpar import Mask
 from seqpar.integrations.transformers.attention.patterns import Pattern, pattern_mask
 from seqpar.integrations.transformers.attention.registration import register
-from seqpar.layout.spans import Span
 from seqpar.testing import oracle
 from seqpar.testing.models.tiny import GROUPED
 
@@ -47,7 +46,7 @@ def test_shows_what_the_mask_of_one_device_shows(maker, window):
     expected = torch.ones(length, length) if expected is None else expected[0, 0] == 0
     shown = oracle.visible(length, pattern.causal, pattern.window)
     assert torch.equal(shown, expected.bool())
-    band = Mask(pattern.causal, pattern.window).band(Span(0, length), Span(0, length))
+    band = Mask(pattern.causal, pattern.window).layers[0].band(0, 0, 1)
     assert all(
         bool(shown[i, j])
         == ((band.lower is None or i + band.lower <= j) and (band.upper is None or j <= i + band.upper))

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seqpar.layout import (
+    CAUSAL,
     LAYOUTS,
     Layout,
     Mask,
@@ -72,7 +73,7 @@ def test_tiles_show_every_visible_score_once(joins, kind, length, size, causal, 
     for rank in range(size):
         for owner in range(size):
             rows, cols = layout.positions(rank), layout.positions(owner)
-            apart = tiles(layout.spans[rank], layout.spans[owner], mask)
+            apart = tiles(layout.spans[rank], layout.spans[owner], mask, *mask.layers)
             for t in joined_tiles(apart) if joins else apart:
                 for i, row in enumerate(rows[t.rows].tolist()):
                     assert joins or row == t.row + i * t.step
@@ -101,7 +102,7 @@ def test_in_a_zigzag_layout_all_tiles_of_a_mesh_are_as_much_work(shape):
             t.band.count(*t.shape)
             for r in range(i * columns, (i + 1) * columns)
             for c in range(j, rows * columns, columns)
-            for t in tiles(held[r], held[c], mask)
+            for t in tiles(held[r], held[c], mask, *mask.layers)
         )
         for i in range(rows)
         for j in range(columns)
@@ -113,14 +114,16 @@ def test_in_a_zigzag_layout_all_tiles_of_a_mesh_are_as_much_work(shape):
 def test_a_zigzag_rank_meets_its_own_rows_in_one_causal_tile():
     for size in (2, 3, 4):
         own = zigzag(2048 * size, size).spans[0]
-        (met,) = joined_tiles(tiles(own, own, Mask(causal=True)))
+        (met,) = joined_tiles(tiles(own, own, Mask(causal=True), *CAUSAL))
         assert (met.rows, met.cols, met.band) == (slice(0, 2048), slice(0, 2048), Band(upper=0))
 
 
 def test_a_zigzag_rank_meets_the_rows_of_another_in_one_full_tile():
     layout = zigzag(64, 4)
     for rank, owner in permutations(range(4), 2):
-        (met,) = joined_tiles(tiles(layout.spans[rank], layout.spans[owner], Mask(causal=True)))
+        (met,) = joined_tiles(
+            tiles(layout.spans[rank], layout.spans[owner], Mask(causal=True), *CAUSAL)
+        )
         height, width = met.shape
         assert met.band.is_full(height, width)
         assert height * width == 16 * 8
@@ -196,9 +199,9 @@ def test_spans_that_do_not_go_upwards_are_refused(step):
 
 def test_hashes_are_the_same_in_every_process():
     """A pickled mask or layout brings its hash along; that of `None` is another in each, before 3.12."""
-    assert hash(Mask(causal=True)) == hash((True, (-1, 0), (), 0, (0, 0)))
+    assert hash(Mask(causal=True)) == hash((True, (-1, 0), (), 0, (), (), (0, 0)))
     other = Mask(window=3, documents=(0, 4, 9), align="bottom-right")
-    assert hash(other) == hash((False, (2, 2), (0, 4, 9), 2, (0, 0)))
+    assert hash(other) == hash((False, (2, 2), (0, 4, 9), 2, (), (9, 9), (0, 0)))
     assert hash(zigzag(9, 2)) == hash(zigzag(9, 2).spans) == zigzag(9, 2).fingerprint
 
 

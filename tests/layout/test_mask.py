@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from seqpar import Group, KVCache, Mask, Plan, Score, attention, contiguous, simulate
 from seqpar.calls import resolve
 from seqpar.comm import silent
-from seqpar.layout import Span
 from seqpar.testing import Case, errors_on_rank
 
 SIDES = st.none() | st.integers(0, 9)
@@ -24,7 +23,7 @@ WINDOWS = [(None, None), (3, 0), (0, 4), (2, 5), (None, 3), (4, None), (0, 0), (
 def test_sides_of_a_window_are_those_of_flash_attn(causal, sides, row, col):
     """Row i sees column j where i - left <= j <= i + right, and none after i where it is causal."""
     left, right = sides
-    band = Mask(causal, sides).band(Span(row, 1), Span(col, 1))
+    band = Mask(causal, sides).layers[0].band(row, col, 1)
     seen = (left is None or col >= row - left) and (right is None or col <= row + right)
     assert band.count(1, 1) == (seen and not (causal and col > row))
 
@@ -65,7 +64,7 @@ def test_where_rows_stand_over_keys(num_rows, num_cols, align):
     assert rows - cols == apart
     assert min(rows, cols) == 0, "no position is negative"
     assert mask == pickle.loads(pickle.dumps(mask))
-    seen = mask.band(Span(0, num_rows), Span(0, num_cols))
+    seen = mask.layers[0].band(*mask.shift, 1)
     assert seen.count(num_rows, num_cols) == sum(
         j <= i + apart for i, j in product(range(num_rows), range(num_cols))
     )

@@ -29,8 +29,26 @@ EVERYTHING = {"alibi": True, "sinks": True, "dropout": 0.5, "softcap": 5.0}
 
 def shorter(case):
     length, kv_length = (n and min(n, 50) for n in (case.length, case.kv_length))
-    bounds = case.documents and (*(min(b, length) for b in case.documents),)
-    return replace(case, length=length, kv_length=kv_length, documents=bounds)
+    ends = length, length if kv_length is None else kv_length
+    return replace(
+        case, length=length, kv_length=kv_length, documents=cut_off(case.documents, ends),
+        shown=case.shown and shown_up_to(case.shown, ends),
+    )  # fmt: skip
+
+
+def cut_off(documents, ends):
+    """The boundaries, or a pair of them, of sequences that end sooner."""
+    if documents and isinstance(documents[0], tuple):
+        return tuple(cut_off(x, (end,)) for x, end in zip(documents, ends, strict=True))
+    return documents and tuple(min(b, ends[0]) for b in documents)
+
+
+def shown_up_to(expression, ends):
+    """The expression, whose documents end where the sequence does."""
+    kind, *rest = expression
+    if kind in ("and", "or"):
+        return kind, *(shown_up_to(x, ends) for x in rest)
+    return (kind, cut_off(rest[0], ends)) if kind == "documents" else expression
 
 
 CASES = cases(terms=SCORE_TERMS).map(shorter)
@@ -125,9 +143,7 @@ def expected(case, dlse):
     leaves = [x.requires_grad_() for x in (q, k, v)]
     slopes, sinks = (x if x is None else x.requires_grad_() for x in case.learned())
     terms = replace(case.terms(), slopes=slopes, sinks=sinks)
-    seen = oracle.visible(
-        case.length, case.causal, case.window, case.documents, case.kv_length, case.align
-    )
+    seen = case.visible()
     out = oracle.attention(q, k, v, seen, terms)
     s = oracle.scores(q, k, terms)
     hidden = s.new_full((*s.shape[:3], 1), -torch.inf)

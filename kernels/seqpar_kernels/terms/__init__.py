@@ -1,8 +1,8 @@
 """The score terms, one file each, and their list. Other modules ask terms what they do and name none."""
 
 from seqpar_kernels.terms.alibi import Alibi
-from seqpar_kernels.terms.documents import Documents
 from seqpar_kernels.terms.dropout import Dropout
+from seqpar_kernels.terms.ranges import Ranges
 from seqpar_kernels.terms.sinks import Sinks
 from seqpar_kernels.terms.softcap import Softcap
 from seqpar_kernels.terms.term import Place, ScoreTerm, Term, check_number
@@ -10,13 +10,13 @@ from seqpar_kernels.terms.term import Place, ScoreTerm, Term, check_number
 # docs/design.md: a term is one file
 # In the order in which they are applied. What bends scores comes before what learns in each block, since
 # gradients of learned tensors are taken from those of the finished scores.
-TERMS: tuple[type[Term], ...] = (Softcap, Alibi, Documents, Sinks, Dropout)
+TERMS: tuple[type[Term], ...] = (Softcap, Alibi, Ranges, Sinks, Dropout)
 
 __all__ = [
     "TERMS",
-    "Documents",
     "Dropout",
     "Place",
+    "Ranges",
     "ScoreTerm",
     "Term",
     "check_number",

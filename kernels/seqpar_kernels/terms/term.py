@@ -113,21 +113,6 @@ class Term:
         """True where a row sees a column."""
         raise NotImplementedError(f"{type(self).__name__} hides nothing")
 
-    def limits(
-        self, start: int, length: int, others: int, num_others: int, step: int, device: torch.device
-    ) -> Int[Tensor, "length 2"]:
-        """Per position, the range of others that it sees, as indices (first, last + 1); int32.
-
-        Positions are start, start + step, ... and the others likewise from `others` on.
-        """
-        raise NotImplementedError(f"{type(self).__name__} hides nothing")
-
-    def parts(
-        self, row: int, num_rows: int, col: int, num_cols: int, step: int
-    ) -> Iterator[tuple[slice, slice]]:
-        """(rows, columns) of parts of a block that are visible, but for its band, and hold all that is."""
-        raise NotImplementedError(f"{type(self).__name__} hides nothing")
-
     # On weights.
 
     def multiplier(

@@ -31,9 +31,7 @@ def judge(problem: Problem) -> None:
     clean = problem.tensors()
     by_rank = simulate(problem.size, solved, problem, clean)
     case = problem.case
-    seen = oracle.visible(
-        case.length, case.causal, case.window, case.documents, case.kv_length, case.align
-    )
+    seen = case.visible()
     budget = _with_magnitudes(Budget.of(*clean, seen, case.terms()), problem, clean, seen)
     _check_exact(problem, budget, by_rank)
     if problem.poisoned is not None:

@@ -41,7 +41,7 @@ def meetings(layout: Layout, mask: Mask) -> list[Meeting]:
     for step in range(layout.size):
         for rank in range(layout.size):
             owner = RingSchedule(rank, layout.rows).owner_at(step)
-            met = tiles(layout.spans[rank], layout.spans[owner], mask)
+            met = tiles(layout.spans[rank], layout.spans[owner], mask, *mask.layers)
             found.append(Meeting(step, rank, owner, met))
     return found
 

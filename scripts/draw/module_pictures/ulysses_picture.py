@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from module_pictures.canvas import MARGIN, WIDTH, Canvas
-from seqpar.layout import HeadSplit, Layout, Mask, Span, contiguous, split_heads
+from seqpar.layout import HeadSplit, Layout, Mask, contiguous, split_heads
 
 CELL = 18, 12  # of a head, of a token
 ATTENTION = 3.5  # a score
@@ -93,7 +93,7 @@ def _attention(canvas: Canvas, x: float, y: float, layout: Layout, split: HeadSp
     """The scores of every head: whole, on one rank."""
     _caption(canvas, x, y, "3", "attention, by head")
     side = ATTENTION * layout.length
-    band = Mask(causal=True).band(Span(0, layout.length), Span(0, layout.length))
+    band = Mask(causal=True).layers[0].band(0, 0, 1)
     for rank in range(layout.size):
         for place in range(split.num_q(rank)):
             left, top = x + place * (side + 5), y + rank * (side + 9)

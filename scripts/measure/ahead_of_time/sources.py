@@ -10,7 +10,7 @@ import torch
 from triton.compiler import ASTSource
 
 from ahead_of_time.cases import BANDS, Case
-from seqpar_kernels import Block, Documents, Dropout, Rows, Score, triton_attention, tuning
+from seqpar_kernels import Block, Dropout, Ranges, Rows, Score, triton_attention, tuning
 from seqpar_kernels.partial import Partial, accumulation_dtype
 
 POINTERS = {
@@ -34,7 +34,7 @@ def make_block(case: Case) -> Block:
     softcap = 30.0 if case.feature == "softcap" else None
     score = Score(case.d**-0.5, softcap=softcap, alibi_slopes=slopes)
     drop = Dropout(0.1, 2**62) if case.feature == "dropout" else None
-    documents = Documents((0, case.length // 2)) if case.feature == "documents" else None
+    documents = Ranges.documents((0, case.length // 2)) if case.feature == "documents" else None
     terms = tuple(term for term in (documents, drop) if term is not None)
     return Block(BANDS[case.mask], score, terms=terms)
 

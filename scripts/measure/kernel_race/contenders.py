@@ -134,7 +134,7 @@ def meetings(layout: Layout, mask: Mask, d: int, rank: int) -> list[Meeting]:
     met = []
     for step in range(layout.size):
         owner = (rank - step) % layout.size
-        joined = joined_tiles(tiles(layout.spans[rank], layout.spans[owner], mask))
+        joined = joined_tiles(tiles(layout.spans[rank], layout.spans[owner], mask, *mask.layers))
         blocks = [
             (t.rows, t.cols, Block(t.band, score, t.row, t.col, t.step, terms=mask.terms))
             for t in joined
