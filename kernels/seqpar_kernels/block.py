@@ -25,6 +25,7 @@ class Block:
         band: what the rows see of the columns.
         score: of the block's query heads, with the scale resolved.
         head: the place of the block's first query head among those of the whole attention.
+        batch: that of its first batch entry.
         terms: what is done besides the score, such as dropout and the ranges of a mask.
     """
 
@@ -34,6 +35,7 @@ class Block:
     col: int = 0
     step: int = 1
     head: int = 0
+    batch: int = 0
     terms: tuple[Term, ...] = ()
 
     @cached_property

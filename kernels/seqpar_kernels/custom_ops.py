@@ -33,7 +33,7 @@ _TERMS = tuple(kind for kind in TERMS if kind.name not in TENSORS)
 _NUM_ARGUMENTS = {kind: len(tuple(kind.schema())) for kind in _TERMS}
 _BLOCK = ", ".join((
     *(f"Tensor? {name}" for name in TENSORS),
-    "int? lower, int? upper, float scale, int[4] place",
+    "int? lower, int? upper, float scale, int[5] place",
     *(f"{type_} {name}" for kind in _TERMS for type_, name in kind.schema()),
     "bool lse_learns, str? implementation",
 ))  # fmt: skip
@@ -110,7 +110,7 @@ def _described(block: Block) -> list[Any]:
     given = {type(term): term.written() for term in block.acting}
     values: list[Any] = [block.score.tensors.get(name) for name in TENSORS]
     values += block.band.lower, block.band.upper, block.score.factor
-    values.append([block.row, block.col, block.step, block.head])
+    values.append([block.row, block.col, block.step, block.head, block.batch])
     for kind in _TERMS:
         values += given.get(kind) or [None] * _NUM_ARGUMENTS[kind]
     return values
@@ -120,7 +120,8 @@ def _block(*described: Any) -> Block:
     """The block that was `_described`."""
     values = iter(described)
     fields = {name: next(values) for name in TENSORS}
-    lower, upper, scale, (row, col, step, head) = (next(values) for _ in range(4))
+    lower, upper, scale, place = (next(values) for _ in range(4))
+    row, col, step, head, batch = place
     terms = []
     for kind in _TERMS:
         term = kind.read([next(values) for _ in range(_NUM_ARGUMENTS[kind])])
@@ -129,7 +130,7 @@ def _block(*described: Any) -> Block:
         elif term is not None:
             terms.append(term)
     score = replace(Score(scale), **fields)
-    return Block(Band(lower, upper), score, row, col, step, head, tuple(terms))
+    return Block(Band(lower, upper), score, row, col, step, head, batch, tuple(terms))
 
 
 def _scored(block: Block, score: Score) -> Block:

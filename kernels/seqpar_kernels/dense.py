@@ -31,14 +31,14 @@ class Cells:
 
     Args:
         place: of the rows, columns and query heads at hand, on the device of the scores.
-        layers: what rows see.
+        layers: what rows see, in which batch entries.
         score: of all query heads, with the scale resolved.
         lengths: how many positions rows and columns have in all.
         terms: what is done besides the score.
     """
 
     place: Place
-    layers: tuple[Layer, ...]
+    layers: tuple[tuple[slice, tuple[Layer, ...]], ...]
     score: Score
     lengths: tuple[int, int]
     terms: tuple[Term, ...] = ()
@@ -48,11 +48,19 @@ class Cells:
         """All terms that do something, in the order in which they are applied."""
         return tuple(term for term in (*self.score.terms, *self.terms) if term.acts)
 
-    def visible(self) -> Bool[Tensor, "i j"]:
-        """True where a row sees a column."""
+    def visible(self) -> Bool[Tensor, "*b i j"]:
+        """True where a row sees a column; `[b 1 i j]` where batch entries differ."""
+        if len(self.layers) == 1:
+            return self._visible(self.layers[0][1])
+        return torch.cat([
+            self._visible(layers).expand(batch.stop - batch.start, 1, -1, -1)
+            for batch, layers in self.layers
+        ])  # fmt: skip
+
+    def _visible(self, layers: tuple[Layer, ...]) -> Bool[Tensor, "i j"]:
         i, j = len(self.place.row), len(self.place.col)
         seen = torch.zeros(i, j, dtype=torch.bool, device=self.place.row.device)
-        for layer in self.layers:
+        for layer in layers:
             seen |= layer.visible(self.place)
         return seen
 
@@ -63,22 +71,25 @@ class Cells:
     def reached_rows(self, bad: Bool[Tensor, "b j hkv w"], hq: int) -> Bool[Tensor, "b i hq w"]:
         """Whether a row sees anything bad of the columns."""
         row, bad = self.place.row, _placed(bad, self.place.col, self.lengths[1])
-        none = bad.new_zeros(bad.shape[0], len(row), hq, bad.shape[3])
-        reached = (sight.by_rows(bad, hq).index_select(1, row) for sight in self._sights())
-        return reduce(torch.bitwise_or, reached, none)
+        reached = bad.new_zeros(bad.shape[0], len(row), hq, bad.shape[3])
+        for batch, sight in self._sights():
+            reached[batch] |= sight.by_rows(bad[batch], hq).index_select(1, row)
+        return reached
 
     def reached_columns(self, bad: Bool[Tensor, "b i hq w"], hkv: int) -> Bool[Tensor, "b j hkv w"]:
         """Whether a column is seen by any bad row."""
         col, bad = self.place.col, _placed(bad, self.place.row, self.lengths[0])
-        none = bad.new_zeros(bad.shape[0], len(col), hkv, bad.shape[3])
-        reached = (sight.by_columns(bad, hkv).index_select(1, col) for sight in self._sights())
-        return reduce(torch.bitwise_or, reached, none)
+        reached = bad.new_zeros(bad.shape[0], len(col), hkv, bad.shape[3])
+        for batch, sight in self._sights():
+            reached[batch] |= sight.by_columns(bad[batch], hkv).index_select(1, col)
+        return reached
 
-    def _sights(self) -> Iterator[Sight]:
-        """Yields who sees whom in each layer, by position."""
-        for layer in self.layers:
-            block = Block(layer.band(0, 0, 1), self.score, terms=layer.terms)
-            yield Sight.of(block, *self.lengths, self.place.row.device)
+    def _sights(self) -> Iterator[tuple[slice, Sight]]:
+        """Yields (batch entries, who sees whom by position) of each layer."""
+        for batch, layers in self.layers:
+            for layer in layers:
+                block = Block(layer.band(0, 0, 1), self.score, terms=layer.terms)
+                yield batch, Sight.of(block, *self.lengths, self.place.row.device)
 
 
 def scores_(

@@ -60,9 +60,10 @@ class Partial:
         self.m.fill_(float("-inf"))
         self.l.zero_()
 
-    def __getitem__(self, rows: slice) -> Partial:
-        """A view of some rows."""
-        return Partial(self.acc[:, rows], self.m[:, rows], self.l[:, rows])
+    def __getitem__(self, where: slice | tuple[slice, slice]) -> Partial:
+        """A view of some rows, or of some batch entries and rows."""
+        at = where if isinstance(where, tuple) else (slice(None), where)
+        return Partial(self.acc[at], self.m[at], self.l[at])
 
     def merge_(
         self,

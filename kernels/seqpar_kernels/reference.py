@@ -183,7 +183,7 @@ def _kept(tile: Block, p: Float[Tensor, "b hq 64 64"]) -> Tensor | float:
     kept: Tensor | float = 1.0
     for term in tile.acting:
         if term.drops:
-            batch = torch.arange(p.shape[0], device=p.device)[:, None, None, None]
+            batch = torch.arange(p.shape[0], device=p.device)[:, None, None, None] + tile.batch
             head = torch.arange(p.shape[1], device=p.device)[:, None, None] + tile.head
             kept = kept * term.multiplier(batch, head, _place(tile, p.device), p.dtype)
     return kept

@@ -61,7 +61,7 @@ class Rows:
         """Whether all that a backward multiplies is known to be finite."""
         return not may_hold_poison(self.q, self.dout, self.delta)
 
-    def __getitem__(self, rows: slice) -> Rows:
-        """A view of some rows."""
+    def __getitem__(self, where: tuple[slice, slice]) -> Rows:
+        """A view of some batch entries and rows."""
         names = ("q", "out", "dout", "lse", "delta")
-        return replace(self, **{name: getattr(self, name)[:, rows] for name in names})
+        return replace(self, **{name: getattr(self, name)[where] for name in names})

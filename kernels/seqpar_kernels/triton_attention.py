@@ -179,7 +179,7 @@ def _runtime(block: Block, q: Tensor, k: Tensor) -> tuple[int | float, ...]:
     return (
         -i if band.lower is None else max(band.lower, -i),
         j if band.upper is None else min(band.upper, j),
-        block.row, block.col, block.step, block.head, block.score.factor,
+        block.row, block.col, block.step, block.head, block.batch, block.score.factor,
         *whole,
     )  # fmt: skip
 

@@ -57,14 +57,14 @@ def _weights(
 
 @triton.jit(do_not_specialize=[
     "num_rows", "num_cols", "heads", "all_packs", "num_tiles", "section",
-    "lower", "upper", "row", "col", "step", "head0", "whole_0", "whole_1",
+    "lower", "upper", "row", "col", "step", "head0", "batch0", "whole_0", "whole_1",
 ])  # fmt: skip
 def dq_kernel(
     Q, K, V, DOUT, LSE, DELTA, DQ, LIMITS, FLAGS, VALUES, LEARNED,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, dout_b, dout_s, dout_h,
     lse_b, lse_s, lse_h, delta_b, delta_s, delta_h, dq_b, dq_s, dq_h,
     num_rows, num_cols, heads, all_packs, num_tiles, section,
-    lower, upper, row, col, step, head0, scale, whole_0, whole_1,
+    lower, upper, row, col, step, head0, batch0, scale, whole_0, whole_1,
     GROUP: tl.constexpr, PACK: tl.constexpr, D: tl.constexpr, VD: tl.constexpr,
     PADDED_D: tl.constexpr, PADDED_VD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     LOADS: tl.constexpr, SCORES: tl.constexpr, DRAWS: tl.constexpr, WEIGHS: tl.constexpr,
@@ -135,7 +135,7 @@ def dq_kernel(
             v = load_tile(V, t * COLS, v_s, num_cols, COLS, VD, PADDED_VD, phase != 1, WIDE)
             x = dot(q, tl.trans(k))
             dp = dot(dout, tl.trans(v))
-            place = i[:, None], j[None, :], row, col, step, batch, head[:, None] + head0
+            place = i[:, None], j[None, :], row, col, step, batch + batch0, head[:, None] + head0
             _, ds, dx = _weights(
                 x, dp, lse[:, None], delta[:, None], visible, place, values, scale,
                 SCORES, DRAWS, WEIGHS, PLAIN, phase != 1, CLEANS,
@@ -171,14 +171,14 @@ def _shared(shares, ds, place, values, SHARES: tl.constexpr):
 
 @triton.jit(do_not_specialize=[
     "num_rows", "num_cols", "kv_heads", "all_heads", "num_tiles", "section",
-    "lower", "upper", "row", "col", "step", "head0", "whole_0", "whole_1",
+    "lower", "upper", "row", "col", "step", "head0", "batch0", "whole_0", "whole_1",
 ])  # fmt: skip
 def dkdv_kernel(
     Q, K, V, DOUT, LSE, DELTA, DK, DV, LIMITS, FLAGS, VALUES,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, dout_b, dout_s, dout_h,
     lse_b, lse_s, lse_h, delta_b, delta_s, delta_h, dk_b, dk_s, dk_h, dv_b, dv_s, dv_h,
     num_rows, num_cols, kv_heads, all_heads, num_tiles, section,
-    lower, upper, row, col, step, head0, scale, whole_0, whole_1,
+    lower, upper, row, col, step, head0, batch0, scale, whole_0, whole_1,
     GROUP: tl.constexpr, D: tl.constexpr, VD: tl.constexpr,
     PADDED_D: tl.constexpr, PADDED_VD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     LOADS: tl.constexpr, SCORES: tl.constexpr, DRAWS: tl.constexpr, WEIGHS: tl.constexpr,
@@ -263,7 +263,7 @@ def dkdv_kernel(
             values = loaded(VALUES, (whole_0, whole_1), h, LOADS, WHOLE)
             x = dot(k, tl.trans(q))
             dp = dot(v, tl.trans(dout))
-            place = i[None, :], j[:, None], row, col, step, batch, h + head0
+            place = i[None, :], j[:, None], row, col, step, batch + batch0, h + head0
             p, _, dx = _weights(
                 x, dp, lse[None, :], delta[None, :], visible, place, values, scale,
                 SCORES, DRAWS, WEIGHS, PLAIN, phase != 1, CLEANS,

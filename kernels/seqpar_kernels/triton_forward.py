@@ -62,13 +62,13 @@ def _step(
 
 @triton.jit(do_not_specialize=[
     "num_rows", "num_cols", "heads", "all_packs", "num_tiles", "section",
-    "lower", "upper", "row", "col", "step", "head0", "whole_0", "whole_1",
+    "lower", "upper", "row", "col", "step", "head0", "batch0", "whole_0", "whole_1",
 ])  # fmt: skip
 def forward_kernel(
     Q, K, V, ACC, M, L, LIMITS, FLAGS, VALUES,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, acc_b, acc_s, acc_h, m_b, m_s, m_h,
     num_rows, num_cols, heads, all_packs, num_tiles, section,
-    lower, upper, row, col, step, head0, scale, whole_0, whole_1,
+    lower, upper, row, col, step, head0, batch0, scale, whole_0, whole_1,
     GROUP: tl.constexpr, PACK: tl.constexpr, D: tl.constexpr, VD: tl.constexpr,
     PADDED_D: tl.constexpr, PADDED_VD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     LOADS: tl.constexpr, SCORES: tl.constexpr, DRAWS: tl.constexpr, WEIGHS: tl.constexpr,
@@ -135,7 +135,7 @@ def forward_kernel(
         low = inner_stop if phase == 0 else inner if phase == 1 else start
         for n in range(0, high - low):
             acc, m, l, met = _step(
-                acc, m, l, met, q, K, V, high - 1 - n, i, first, end, batch, head + head0, values,
+                acc, m, l, met, q, K, V, high - 1 - n, i, first, end, batch + batch0, head + head0, values,
                 k_s, v_s, num_cols, row, col, step, scale,
                 D, VD, PADDED_D, PADDED_VD, COLS, SCORES, DRAWS, WEIGHS, PLAIN, phase != 1,
                 CLEANS, WIDE,

@@ -50,7 +50,7 @@ def _described(plan: Plan, shape: Shape, device: torch.device) -> str:
     parts = [
         _laid_out(plan.layout),
         f"keys {_laid_out(plan.keys)}" if plan.kv_layout not in (None, plan.layout) else "",
-        _visible(plan.mask),
+        " or ".join(dict.fromkeys(map(_visible, plan.masks))),
         f"batch {shape.batch}",
         f"{shape.hq} heads ({shape.hkv} of keys) of width {widths}",
         *score.told(shape.learns),

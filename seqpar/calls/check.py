@@ -4,33 +4,38 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from seqpar.calls.announce import announce, is_heard
+from seqpar.calls.check_plan import check_plan
+from seqpar.calls.check_tensors import (
+    check_capture,
+    check_heads,
+    check_shapes,
+    check_tangents,
+    check_tensors,
+)
 from seqpar.calls.invariance import check_cuts, invariant_implementation, is_invariant
 from seqpar.calls.options import told_of
 from seqpar.calls.shape import Shape
-from seqpar.comm import Grid, Group, agreed
-from seqpar.layout import Layout, Mask, check_mark, check_rows, check_size
-from seqpar.strategies.plan import Agree, Plan
+from seqpar.comm import Group, agreed
+from seqpar.layout import Mask, check_mark
+from seqpar.layout.together import aligned_together
+from seqpar.strategies.plan import Plan
 from seqpar.strategies.registry import STRATEGIES
 from seqpar.version import VERSION
 from seqpar_kernels import (
     FAR,
     TENSORS,
-    Dropout,
     Implementation,
     Request,
-    Score,
     choose,
     tile_border,
 )
 from seqpar_kernels.choice import flash_of
-from seqpar_kernels.derivatives import has_tangent
-from seqpar_kernels.integers import is_integer
 from seqpar_kernels.watching import watcher
 
 
@@ -66,7 +71,7 @@ def agree_on_call(
     if plan.group.size == 1:
         return check_call(q, k, v, plan, with_lse=with_lse)
     if isinstance(q, Tensor) and plan.group.transport.control_device.type == "cuda":
-        _check_capture(q.device, plan)  # here nothing can be compared either
+        check_capture(q.device, plan)  # here nothing can be compared either
     known = plan.group.calls.trusted
     if plan.agree == "plan" and known:  # the first call of all is compared, whatever it is
         resolved = check_call(q, k, v, plan, with_lse=with_lse)
@@ -106,19 +111,19 @@ def check_call(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, with_lse: bool = 
         resolved = _checked(q, k, v, plan, with_lse=with_lse)
     # These may be others in every call.
     plan.group.transport.check_device(q.device)
-    _check_capture(q.device, plan)
+    check_capture(q.device, plan)
     for name, x, layout in (("q", q, plan.layout), ("k", k, plan.keys), ("v", v, plan.keys)):
         check_mark(x, layout, name)
-    _check_heads(q, plan.score)
-    _check_tangents({"q": q, "k": k, "v": v, **plan.score.tensors})
+    check_heads(q, plan.score)
+    check_tangents({"q": q, "k": k, "v": v, **plan.score.tensors})
     return resolved
 
 
 def _checked(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, with_lse: bool) -> Plan:
     """The plan with its implementation chosen, if plan and shapes are legal."""
-    _check_plan(plan)
-    _check_tensors(q, k, v)
-    _check_rows(q, k, v, plan)
+    check_plan(plan)
+    check_tensors(q, k, v)
+    check_shapes(q, k, v, plan)
     return resolve(plan, q, v, with_lse=with_lse)
 
 
@@ -134,11 +139,14 @@ def resolve(plan: Plan, q: Tensor, v: Tensor, *, with_lse: bool = False) -> Plan
     """
     score = plan.score.resolve(q.shape[3])
     positions = any(term.needs_positions for term in score.terms)
-    mask = plan.mask.aligned(plan.layout.length, plan.keys.length, positions=positions)
+    masks = plan.mask if isinstance(plan.mask, tuple) else (plan.mask,)
+    lengths = plan.layout.length, plan.keys.length
+    masks = aligned_together(masks, *lengths, positions=positions)
+    mask = masks if isinstance(plan.mask, tuple) else masks[0]
     # docs/design.md: lse is differentiated where it is asked for
     request = Request.of(
         q, v, (*score.terms, *plan.terms), lse=with_lse,
-        length=_attended(plan), windowed=_is_windowed(mask),
+        length=_attended(plan), windowed=any(map(_is_windowed, masks)),
     )  # fmt: skip
     asked = request, plan.strategy, plan.implementation, plan.invariant
     name, invariant = plan.kept("implementation", lambda: _decided(plan, request, q, v), *asked)
@@ -178,152 +186,6 @@ def _decided(
     # Only to refuse: without a name, torch or Triton makes the softmax, as the device has it.
     choose(request, plan.implementation)
     return plan.implementation, False
-
-
-def _check_plan(plan: Plan) -> None:
-    for name, kind in (("layout", Layout), ("keys", Layout), ("mask", Mask), ("score", Score)):
-        value = getattr(plan, name)
-        if not isinstance(value, kind):
-            name = name.replace("keys", "kv_layout")
-            raise TypeError(f"{name} must be a seqpar.{kind.__name__}, got {value!r}")
-    if plan.dropout is not None and not isinstance(plan.dropout, Dropout):
-        raise TypeError(f"dropout must be a seqpar.Dropout or None, got {plan.dropout!r}")
-    if plan.invariant is not None and not isinstance(plan.invariant, bool):
-        raise TypeError(f"invariant must be a bool or None, got {plan.invariant!r}")
-    if plan.strategy not in STRATEGIES:
-        raise ValueError(f"strategy must be one of {tuple(STRATEGIES)}, got {plan.strategy!r}")
-    if plan.agree not in get_args(Agree):
-        raise ValueError(f"agree must be one of {get_args(Agree)}, got {plan.agree!r}")
-    _check_layouts(plan)
-    _check_grid(plan)
-    _check_counts(plan)
-
-
-def _check_layouts(plan: Plan) -> None:
-    layout, keys, group, documents = plan.layout, plan.keys, plan.group, plan.mask.documents
-    for each in (layout, keys):
-        check_size(each, group.size)
-    # docs/design.md: where rows stand over keys of another length is said
-    if len({each.step for each in (layout, keys)} - {None}) > 1:
-        raise ValueError(
-            "queries and keys must be dealt in the same steps: both striped, or neither; "
-            f"got {layout.kind} and {keys.kind}"
-        )
-    if (
-        documents is not None
-        and plan.mask.pair is None
-        and keys.length != layout.length == documents[-1]
-    ):
-        raise ValueError(
-            "documents are of one sequence, and queries and keys have another length, "
-            f"{layout.length} and {keys.length}: give boundaries of both, documents=(of_queries, of_keys)"
-        )
-    for end, length, what in zip(
-        plan.mask.lengths or (),
-        (layout.length, keys.length),
-        ("sequence does", "keys do"),
-        strict=False,
-    ):
-        if end != length:
-            raise ValueError(f"documents must end where the {what}, at {length}, got {end}")
-
-
-def _check_grid(plan: Plan) -> None:
-    # docs/design.md: a strategy says what kind it is
-    grid, needs = plan.grid, STRATEGIES[plan.strategy].needs_grid
-    if needs and not isinstance(grid, Grid):
-        raise TypeError(
-            f"strategy {plan.strategy!r} takes a seqpar.Grid, got {grid!r}; make one with "
-            "group.grid(ulysses=...)"
-        )
-    if grid is None:
-        return
-    if not needs:
-        able = tuple(name for name, strategy in STRATEGIES.items() if strategy.needs_grid)
-        raise ValueError(f"a grid is for {able}, got one for {plan.strategy!r}")
-    ours, theirs = (
-        (group.rank, group.transport.global_ranks) for group in (plan.group, grid.group)
-    )
-    if grid.group is not plan.group and (ours != theirs or plan.group.size != grid.group.size):
-        raise ValueError(f"the grid must be of the group of the plan, {plan.group}, got {grid}")
-    ranks = sorted(rank for row in grid.members for rank in row)
-    if ranks != list(range(plan.group.size)) or len({len(row) for row in grid.members}) > 1:
-        raise ValueError(
-            f"the degrees of the grid must multiply to the {plan.group.size} ranks, got {grid}"
-        )
-
-
-def _check_counts(plan: Plan) -> None:
-    for name, least in (("head_chunks", 1), ("first_head", 0)):
-        number = getattr(plan, name)
-        if not is_integer(number):
-            raise TypeError(f"{name} must be an integer, got {number!r}")
-        if number < least:
-            raise ValueError(f"{name} must be at least {least}, got {number}")
-    if plan.head_chunks > 1 and not STRATEGIES[plan.strategy].exchanges_heads:
-        able = tuple(name for name, strategy in STRATEGIES.items() if strategy.exchanges_heads)
-        raise ValueError(
-            f"head_chunks is for {able}, which exchange heads; got {plan.head_chunks} for "
-            f"{plan.strategy!r}"
-        )
-
-
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
-    named = {"q": q, "k": k, "v": v}
-    for name, x in named.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-        if x.ndim != 4:
-            raise ValueError(f"{name} must be 4-D, [b sl h d], got {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {x.dtype}")
-    shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in named.items())
-    for what in ("dtype", "device"):
-        if len({getattr(x, what) for x in named.values()}) > 1:
-            each = ", ".join(f"{name} {getattr(x, what)}" for name, x in named.items())
-            raise ValueError(f"q, k and v must have one {what}, got {each}")
-    if not q.shape[0] == k.shape[0] == v.shape[0]:
-        raise ValueError(f"q, k and v must have one batch size, got {shapes}")
-    if k.shape[2] != v.shape[2]:
-        raise ValueError(f"k and v must have the same heads, got {shapes}")
-    if q.shape[3] != k.shape[3] or 0 in (q.shape[3], v.shape[3]):
-        raise ValueError(f"q and k must have one width, and v some width, got {shapes}")
-    if k.shape[2] == 0 or q.shape[2] == 0 or q.shape[2] % k.shape[2]:
-        raise ValueError(f"query heads must be a positive multiple of kv heads, got {shapes}")
-
-
-def _check_rows(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
-    for name, x, layout in (("q", q, plan.layout), ("k", k, plan.keys), ("v", v, plan.keys)):
-        got = f"{name} {tuple(x.shape)} as [b sl h d]"
-        check_rows(layout, plan.group.rank, x.shape[1], got)
-
-
-def _check_heads(q: Tensor, score: Score) -> None:
-    for name, x in score.tensors.items():
-        if x.shape[0] != q.shape[2]:
-            raise ValueError(
-                f"{name} must have one entry for each of the {q.shape[2]} query heads, "
-                f"got {tuple(x.shape)}"
-            )
-        if x.device != q.device:
-            raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
-
-
-def _check_capture(device: torch.device, plan: Plan) -> None:
-    if plan.group.size > 1 and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise NotImplementedError(
-            "attention over several ranks is not captured in a CUDA graph: ranks compare each call before "
-            "they send, which a replay would leave out. Capture what lies between the calls"
-        )
-
-
-def _check_tangents(named: dict[str, Tensor]) -> None:
-    # docs/design.md: second derivatives are right or refused
-    for name, x in named.items():
-        if has_tangent(x):
-            raise NotImplementedError(
-                f"attention has no forward-mode derivative, but {name} carries a tangent; go backward"
-            )
 
 
 def _kind(operation: str, claim: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ def idle_share(plan: Plan) -> float:
     In every step but the first some rank of a contiguous ring has a full block, and others have none.
     """
     size = plan.group.size
-    causal = plan.mask.layers == CAUSAL
+    causal = all(mask.layers == CAUSAL for mask in plan.masks)
     in_order = plan.layout.is_in_order and plan.keys.spans == plan.layout.spans
     if plan.strategy != "ring" or not causal or not in_order or plan.invariant or size == 1:
         return 0.0

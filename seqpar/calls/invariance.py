@@ -94,7 +94,7 @@ def _able(order: Order, request: Request) -> set[Implementation]:
 
 def _of_layers(plan: Plan, order: Order) -> str | None:
     """Says why a mask of several layers has no such bits where a row's keys are met in parts."""
-    layers = len(plan.mask.layers)
+    layers = max(len(mask.layers) for mask in plan.masks)
     if layers <= 1 or not order.cuts_sequences:
         return None
     return (

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from seqpar.comm import Grid, Group
 from seqpar.layout import Layout, Mask
-from seqpar.layout.regions import read_regions, written_regions
+from seqpar.layout.written import read_masks, written_mask
 from seqpar.strategies.plan import Plan
 from seqpar_kernels import TENSORS, TERMS, Score, Term
 
@@ -81,28 +81,17 @@ def _grid(group: Group, code: str | None) -> Grid | None:
     return None if code is None else Grid.decoded(code, group)
 
 
-def _mask(mask: Mask) -> tuple[Any, ...]:
-    sides: list[int] | None = None
-    if mask.window is not None:
-        window = mask.window if isinstance(mask.window, tuple) else (mask.window,)
-        sides = [-1 if side is None else side for side in window]
-    of_keys: list[int] | None = None
-    documents = None if mask.documents is None else list(mask.bounds)
-    if mask.pair is not None:
-        documents, of_keys = (list(bounds) for bounds in mask.pair)
-    regions = None if mask.regions is None else written_regions(mask.regions)
-    return mask.causal, sides, documents, of_keys, mask.align, regions
+def _masks(mask: Mask | tuple[Mask, ...]) -> tuple[list[int]]:
+    """A mask, or one for each batch entry, as integers; before all whether it is several."""
+    if isinstance(mask, Mask):
+        return ([0, *written_mask(mask)],)
+    return ([1, *(x for each in mask for x in written_mask(each))],)
 
 
-def _read_mask(
-    _: Group, causal: bool, sides: list[int] | None, documents: Any, of_keys: Any, align: Any,
-    regions: list[int] | None,
-) -> Mask:  # fmt: skip
-    window: Any = sides if sides is None or len(sides) == 2 else sides[0]
-    documents = documents if of_keys is None else (documents, of_keys)
-    return Mask(
-        causal, window, documents, align, None if regions is None else read_regions(regions)
-    )
+def _read_masks(_: Group, numbers: list[int]) -> Mask | tuple[Mask, ...]:
+    several, *rest = numbers
+    masks = tuple(read_masks(rest))
+    return masks if several else masks[0]
 
 
 def _term_kind(kind: type[Term]) -> _Kind:
@@ -137,7 +126,7 @@ _KINDS = {
     "Layout": _Kind(("str",), _code, _layout),
     "Layout | None": _Kind(("str?",), _code, _layout),
     "Grid | None": _Kind(("str?",), _code, _grid),
-    "Mask": _Kind(("bool", "int[]?", "int[]?", "int[]?", "str?", "int[]?"), _mask, _read_mask),
+    "Mask | tuple[Mask, ...]": _Kind(("int[]",), _masks, _read_masks),
     "Score": _Kind(("float?",) * len(_NUMBERS), _numbers, _score),
     "Implementation | None": _Kind(("str?",), _one, _same),
     "Agree": _Kind(("str",), _one, _same),

@@ -11,7 +11,7 @@ Source: Alon 1987, Splitting necklaces (2 * size - 2 cuts divide two measures fa
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -25,7 +25,9 @@ PPM = 10**6
 NEAR_PPM = 5000  # from the mean, which is near enough
 
 
-def balanced(length: int, size: int, mask: Mask, *, multiple_of: int = 1) -> Layout:
+def balanced(
+    length: int, size: int, mask: Mask | Sequence[Mask], *, multiple_of: int = 1
+) -> Layout:
     """Every rank holds about as many rows as any other, and they see about as many keys under `mask`.
 
     Both are within 5 % of their mean over ranks. Where blocks are too coarse for 5 %, they are within two
@@ -39,26 +41,27 @@ def balanced(length: int, size: int, mask: Mask, *, multiple_of: int = 1) -> Lay
     Without documents and window this is `zigzag`, or `contiguous` if the mask is not causal.
 
     Args:
-        mask: what is attended later; documents must end where the sequence does.
+        mask: what is attended later, or the masks of a batch; documents must end where the sequence does.
 
     Raises:
         ValueError: length is negative, size or multiple_of is not positive, or the documents end elsewhere.
         TypeError: they are not integers.
     """
-    layout = (zigzag if mask.layers == CAUSAL else contiguous)(
-        length, size, multiple_of=multiple_of
-    )
-    if mask.pair is not None and mask.pair[0] != mask.pair[1]:
-        raise ValueError(
-            "queries and keys that are two sequences have no common balance; deal each by itself"
-        )
-    if mask.documents is not None and mask.bounds[-1] != length:
-        raise ValueError(
-            f"documents must end where the sequence does, at {length}, got {mask.bounds[-1]}"
-        )
-    if length == 0 or mask.layers in (FULL, CAUSAL):
+    masks = (mask,) if isinstance(mask, Mask) else tuple(mask)
+    causal = all(each.layers == CAUSAL for each in masks)
+    layout = (zigzag if causal else contiguous)(length, size, multiple_of=multiple_of)
+    for each in masks:
+        if each.lengths is not None and each.lengths[0] != each.lengths[1]:
+            raise ValueError(
+                "queries and keys that are two sequences have no common balance; deal each by itself"
+            )
+        if each.lengths is not None and each.lengths[0] != length:
+            raise ValueError(
+                f"documents must end where the sequence does, at {length}, got {each.lengths[0]}"
+            )
+    if length == 0 or causal or all(each.layers == FULL for each in masks):
         return replace(layout, kind="balanced")
-    blocks = Blocks(length, mask, multiple_of)
+    blocks = Blocks(length, masks, multiple_of)
     runs = _shares(blocks, [(0, blocks.num_blocks)], size, size)
     shares = [joined(blocks.span(*run) for run in of_rank) for of_rank in runs]
     shares.sort(key=lambda spans: spans[0].start if spans else length)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 from seqpar.layout.mask import Mask
@@ -14,19 +14,19 @@ Runs = list[tuple[int, int]]
 
 
 class Blocks:
-    """The sequence in blocks of `multiple_of` positions, and their work: the keys that rows see under `mask`.
+    """The sequence in blocks of `multiple_of` positions, and their work: the keys that rows see under masks.
 
     `borders` are the blocks before which nobody sees a key behind it, or from it on one before it, such as
     those with which a document begins; `works` is the work before each.
     """
 
-    def __init__(self, length: int, mask: Mask, multiple_of: int) -> None:
+    def __init__(self, length: int, masks: Sequence[Mask], multiple_of: int) -> None:
         self.length, self.multiple_of = length, multiple_of
         self.num_blocks = -(-length // multiple_of)
         # A document meets itself from one position on, so one band serves them all.
-        self._works = [Work(layer, length) for layer in mask.layers]
+        self._works = [Work(layer, length) for mask in masks for layer in mask.layers]
         self.work = self.work_before(self.num_blocks)
-        begins = [x for x in cuts(mask, length) if x % multiple_of == 0]
+        begins = [x for x in cuts(masks, length) if x % multiple_of == 0]
         self.borders = [x // multiple_of for x in begins]
         self.works = [self.work_before(block) for block in self.borders]
 

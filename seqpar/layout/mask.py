@@ -11,15 +11,13 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor
 
+from seqpar.layout.mask_arguments import Bounds, Window, checked_documents, checked_window
 from seqpar.layout.regions import Layers, both, either
 from seqpar.layout.spans import Span
 from seqpar_kernels import FAR, Layer, Place, Ranges, Region, Term
-from seqpar_kernels.integers import is_integer
-from seqpar_kernels.terms.ranges import check_bounds
 
 Align = Literal["top-left", "bottom-right"]
 ALIGNS: tuple[Align, ...] = get_args(Align)
-Bounds = tuple[int, ...]
 FULL, CAUSAL = (Layer(),), (Layer(upper=0),)
 
 
@@ -54,7 +52,7 @@ class Mask:
     """
 
     causal: bool = False
-    window: int | tuple[int | None, int | None] | None = None
+    window: Window = None
     documents: (
         Sequence[int] | Tensor | tuple[Sequence[int] | Tensor, Sequence[int] | Tensor] | None
     ) = None
@@ -68,10 +66,10 @@ class Mask:
         if not isinstance(self.causal, bool):
             raise TypeError(f"causal must be a bool, got {self.causal!r}")
         if self.documents is not None:
-            object.__setattr__(self, "documents", _checked_documents(self.documents))
+            object.__setattr__(self, "documents", checked_documents(self.documents))
         if self.align is not None and self.align not in ALIGNS:
             raise ValueError(f"align must be one of {ALIGNS} or None, got {self.align!r}")
-        object.__setattr__(self, "window", _checked_window(self.window))
+        object.__setattr__(self, "window", checked_window(self.window))
         if self.documents is not None:
             ends = self.pair or (self.bounds, self.bounds)
             object.__setattr__(self, "lengths", tuple(bounds[-1] for bounds in ends))
@@ -274,52 +272,3 @@ def _unsaid(where: str, num_rows: int, num_cols: int) -> str:
 
 def _lengths(bounds: Bounds) -> tuple[int, ...]:
     return tuple(b - a for a, b in pairwise(bounds))
-
-
-def _checked_documents(documents: object) -> Bounds | tuple[Bounds, Bounds]:
-    """The boundaries of documents as tuples of Python's integers, or a pair of them."""
-    both = tuple(cast("Sequence[object]", documents))
-    if len(both) == 2 and not any(is_integer(x) or getattr(x, "ndim", 1) == 0 for x in both):
-        of_q, of_k = (_integers(cast("Sequence[int]", x)) for x in both)
-        check_bounds("documents of queries", of_q)
-        check_bounds("documents of keys", of_k)
-        if len(of_q) != len(of_k):
-            raise ValueError(
-                f"queries and keys must have the same number of documents, got boundaries {of_q} and {of_k}"
-            )
-        return of_q if of_q == of_k else (of_q, of_k)
-    bounds = _integers(cast("Sequence[int]", documents))
-    check_bounds("documents", bounds)
-    return bounds
-
-
-def _checked_window(window: object) -> int | tuple[int | None, int | None] | None:
-    """The window with `None` for open sides; of two open sides nothing is left."""
-    if window is None:
-        return None
-    if isinstance(window, (tuple, list)) and len(window) == 2:
-        sides = []
-        for side in window:
-            if side is not None and not is_integer(side):
-                raise TypeError(f"the sides of a window must be integers or None, got {window!r}")
-            if side is not None and side < -1:
-                raise ValueError(
-                    f"a side of a window must be 0 or more keys, or None or -1 for all, got {window!r}"
-                )
-            sides.append(None if side is None or side == -1 else int(side))
-        left, right = sides
-        return None if left is None and right is None else (left, right)
-    if not isinstance(window, int) or isinstance(window, bool):
-        raise TypeError(
-            f"window must be an integer number of keys, a pair (left, right) or None, got {window!r}"
-        )
-    if window < 1:
-        raise ValueError(
-            f"window must be at least 1 (the row itself), got {window}; None means no window"
-        )
-    return window
-
-
-def _integers(bounds: Sequence[int] | Tensor) -> tuple[int, ...]:
-    """Turns integers of NumPy or torch into Python's; leaves all else as it is, to be refused."""
-    return tuple(int(b) if hasattr(b, "item") and b == int(b) else b for b in bounds)

@@ -16,7 +16,6 @@ from seqpar_kernels import FAR, Region
 
 Regions = tuple[Region, ...]
 Layers = tuple[Regions, ...]
-_SIDES = len(Region._fields)
 
 
 def joined_regions(
@@ -55,19 +54,6 @@ def either(ours: Layers, theirs: Layers) -> Layers:
 
 def _flat(layers: Layers) -> Regions:
     return tuple(chain.from_iterable(layers))
-
-
-def written_regions(layers: Layers) -> list[int]:
-    """Layers as integers: the number of regions of each, and their sides."""
-    return [x for regions in layers for x in (len(regions), *chain.from_iterable(regions))]
-
-
-def read_regions(numbers: Sequence[int]) -> Layers:
-    """The layers that were `written_regions`."""
-    rest, layers = iter(numbers), []
-    for num in rest:
-        layers.append(tuple(Region(*(next(rest) for _ in range(_SIDES))) for _ in range(num)))
-    return tuple(layers)
 
 
 class _Limit(NamedTuple):

@@ -77,9 +77,9 @@ def tiles(
     return tuple(met)
 
 
-def meets(rows: tuple[Span, ...], cols: tuple[Span, ...], mask: Mask) -> bool:
-    """Whether any of the rows sees any of the columns."""
-    return any(sees(mask, r, c) for r in rows for c in cols)
+def meets(rows: tuple[Span, ...], cols: tuple[Span, ...], *masks: Mask) -> bool:
+    """Whether any of the rows sees any of the columns by any of the masks."""
+    return any(sees(mask, r, c) for mask in masks for r in rows for c in cols)
 
 
 def held(spans: Sequence[Span]) -> Iterator[tuple[slice, Span]]:

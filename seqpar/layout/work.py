@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from itertools import accumulate
 
 from seqpar.layout.mask import Mask
@@ -35,15 +36,14 @@ class Work:
         return self._before[n] + band.count(position - top, width)
 
 
-def cuts(mask: Mask, length: int) -> list[int]:
+def cuts(masks: Sequence[Mask], length: int) -> list[int]:
     """The positions, from 0 to the length, across which no row sees a key, as between documents."""
     reach = []
-    for layer in mask.layers:
-        for region in layer.regions:
-            left, right = region.columns
-            first, end = min(region.top, left), min(max(region.bottom, right), length)
-            if first < end:
-                reach.append((first, end))
+    for region in (r for mask in masks for layer in mask.layers for r in layer.regions):
+        left, right = region.columns
+        first, end = min(region.top, left), min(max(region.bottom, right), length)
+        if first < end:
+            reach.append((first, end))
     found: list[int] = []
     end = 0
     for first, stop in sorted(reach):

@@ -106,10 +106,10 @@ class InOrderRoute:
 
 def _in_order(plan: Plan) -> tuple[GatherSchedule, list[Spans], GatherSchedule, list[Spans]]:
     """The tables of the keys, walked downwards, and of the queries, upwards; of each positions by chunk."""
-    rows, keys, mask = plan.layout.spans, plan.keys.spans, plan.mask
+    rows, keys, masks = plan.layout.spans, plan.keys.spans, plan.masks
     rank, size = plan.group.rank, plan.group.size
-    sees_keys = cache(lambda peer, p: meets(rows[peer], spans_of([p], keys), mask))
-    sees_rows = cache(lambda peer, p: meets(spans_of([p], rows), keys[peer], mask))
+    sees_keys = cache(lambda peer, p: meets(rows[peer], spans_of([p], keys), *masks))
+    sees_rows = cache(lambda peer, p: meets(spans_of([p], rows), keys[peer], *masks))
     of_keys = GatherSchedule.together(rank, size, runs(plan.keys)[::-1], sees_keys)
     of_rows = GatherSchedule.together(rank, size, runs(plan.layout), sees_rows)
     return of_keys, spans_by_chunk(of_keys, keys), of_rows, spans_by_chunk(of_rows, rows)

@@ -195,18 +195,20 @@ class _Loop(torch.autograd.Function):
 
         def differentiate(met: Meeting) -> None:
             finite = met.rows.finite and not may_hold_poison(met.k, met.v)
-            blocks = [*plan.blocks(met.row_spans, met.col_spans, score, call.head)]
-            by_rows = first_touches([rows for rows, *_ in blocks], met.dq, begins=met.begins[0])
-            by_cols = first_touches(
-                [cols for _, cols, _ in blocks], met.dk, met.dv, begins=met.begins[1]
-            )
-            for (rows, cols, block), of_q, of_kv in zip(blocks, by_rows, by_cols, strict=True):
-                attend_backward(
-                    met.rows[rows], met.k[:, cols], met.v[:, cols], block,
-                    into=(_some(met.dq, rows), _some(met.dk, cols), _some(met.dv, cols)),
-                    learned={name: x[:, rows] for name, x in met.learned.items()},
-                    implementation=plan.implementation, finite=finite, begins=(of_q, of_kv),
-                )  # fmt: skip
+            for batch, mask in plan.by_batch:
+                spans, first = (met.row_spans, met.col_spans), batch.start or 0
+                blocks = [*plan.blocks(*spans, mask, score, call.head, first)]
+                dq, dk, dv = (None if x is None else x[batch] for x in (met.dq, met.dk, met.dv))
+                by_rows = first_touches([rows for rows, *_ in blocks], dq, begins=met.begins[0])
+                touched = [cols for _, cols, _ in blocks]
+                by_cols = first_touches(touched, dk, dv, begins=met.begins[1])
+                for (rows, cols, block), of_q, of_kv in zip(blocks, by_rows, by_cols, strict=True):
+                    attend_backward(
+                        met.rows[batch, rows], met.k[batch, cols], met.v[batch, cols], block,
+                        into=(_some(dq, rows), _some(dk, cols), _some(dv, cols)),
+                        learned={name: x[batch, rows] for name, x in met.learned.items()},
+                        implementation=plan.implementation, finite=finite, begins=(of_q, of_kv),
+                    )  # fmt: skip
 
         sums = call.route.backward(mine, k, v, by_row, differentiate)
         shares = {**sums.learned, **finished_gradients(score, lse, mine.delta, wanted)}
@@ -227,10 +229,13 @@ def _forward(
     finite_q = not may_hold_poison(q_r)
     for col_spans, k_c, v_c in route.columns(k, v):
         finite = finite_q and not may_hold_poison(k_c, v_c)
-        for rows, cols, block in plan.blocks(row_spans, col_spans, score, call.head):
-            running = _continued(
-                running, rows, q_r, k_c[:, cols], v_c[:, cols], block, plan.implementation, finite
-            )
+        for batch, mask in plan.by_batch:
+            place = mask, score, call.head, batch.start or 0
+            for rows, cols, block in plan.blocks(row_spans, col_spans, *place):
+                running = _continued(
+                    running, (batch, rows), q_r, k_c[batch, cols], v_c[batch, cols], block,
+                    plan.implementation, finite,
+                )  # fmt: skip
         del k_c, v_c  # or they live on while the next ones arrive
     if running is None:
         running = Partial.identity(q_r, v.shape[-1])
@@ -239,16 +244,16 @@ def _forward(
 
 
 def _continued(
-    running: Partial | None, rows: slice, q: Tensor, k: Tensor, v: Tensor, block: Block,
+    running: Partial | None, where: tuple[slice, slice], q: Tensor, k: Tensor, v: Tensor, block: Block,
     implementation: Implementation | None, finite: bool,
 ) -> Partial:  # fmt: skip
     """The sums of all rows after some of them have met a block: continued, or begun by it."""
-    q_rows = q[:, rows]
-    if running is None and rows == slice(0, q.shape[1]):
+    q_rows = q[where]
+    if running is None and q_rows.shape == q.shape:
         return begin(q_rows, k, v, block, implementation=implementation, finite=finite)
     if running is None:
         running = Partial.identity(q, v.shape[-1])
-    attend(q_rows, k, v, block, into=running[rows], implementation=implementation, finite=finite)
+    attend(q_rows, k, v, block, into=running[where], implementation=implementation, finite=finite)
     return running
 
 

@@ -149,11 +149,14 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, ...]:
 def _stored(plan: Plan, device: torch.device) -> tuple[Sharding, dense.Cells]:
     """The sharding of the matrix, and the cells of it that are stored here."""
     sharding = SHARDINGS[plan.strategy](plan.group, plan.layout, plan.keys)
-    positions = zip(sharding.positions(), plan.mask.shift, strict=True)
+    # docs/design.md: where rows stand over keys of another length is said
+    shift = plan.masks[0].shift
+    positions = zip(sharding.positions(), shift, strict=True)
     row, col = (on_device(x + by, device) for x, by in positions)
-    lengths = plan.layout.length + plan.mask.shift[0], plan.keys.length + plan.mask.shift[1]
+    lengths = plan.layout.length + shift[0], plan.keys.length + shift[1]
     place = Place(row, col, plan.first_head)
-    cells = dense.Cells(place, plan.mask.layers, plan.score, lengths, plan.dropping)
+    layers = tuple((batch, mask.layers) for batch, mask in plan.by_batch)
+    cells = dense.Cells(place, layers, plan.score, lengths, plan.dropping)
     return sharding, cells
 
 

@@ -162,7 +162,7 @@ class _Tables(NamedTuple):
 
 def _tables(plan: Plan, grid: Grid) -> _Tables:
     # docs/design.md: the mesh wants a zigzag layout
-    mask = plan.mask
+    masks = plan.masks
     i, j = grid.index_of(plan.group.rank)
     row, col = grid.members[i], [members[j] for members in grid.members]
     row_spans = [plan.layout.spans[r] for r in row]
@@ -171,8 +171,8 @@ def _tables(plan: Plan, grid: Grid) -> _Tables:
     queries = [tuple(s for r in m for s in plan.layout.spans[r]) for m in grid.members]
     gathered = tuple(Piece(n, 0, length) for n, length in enumerate(lengths(row_spans)))
     blocks = [pieces(owner, spans) for owner, spans in enumerate(col_spans)]
-    sees_keys = cache(lambda peer, p: meets(row_spans[p.owner], keys[peer], mask))
-    sees_rows = cache(lambda peer, p: meets(queries[peer], spans_of([p], col_spans), mask))
+    sees_keys = cache(lambda peer, p: meets(row_spans[p.owner], keys[peer], *masks))
+    sees_rows = cache(lambda peer, p: meets(queries[peer], spans_of([p], col_spans), *masks))
     rows = GatherSchedule.together(j, len(row), [gathered], sees_keys)
     cols = GatherSchedule.in_turn(i, blocks, sees_rows)
     chunk_spans = spans_by_chunk(cols, col_spans)

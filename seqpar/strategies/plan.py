@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from itertools import groupby
 from typing import Any, Literal, TypeVar
 
 from torch import Tensor
@@ -30,7 +31,8 @@ class Plan:
     Args:
         group: the ranks that share the sequence.
         layout: which of them holds which positions.
-        mask: what a position may see.
+        mask: what a position may see; or a mask for each batch entry, of which equal neighbours are attended
+            together.
         score: what happens to q.k before the softmax.
         strategy: how the ranks work together: a name of `seqpar.strategies.STRATEGIES`.
         implementation: of the block math; `None` chooses by device, dtype and what is asked.
@@ -53,7 +55,7 @@ class Plan:
     group: Group
     layout: Layout
     # Mask() and Score(): torch 2.11 compiles no function whose defaults are objects.
-    mask: Mask = _DEFAULT  # type: ignore[assignment]
+    mask: Mask | tuple[Mask, ...] = _DEFAULT  # type: ignore[assignment]
     score: Score = _DEFAULT  # type: ignore[assignment]
     strategy: str = "ring"
     implementation: Implementation | None = None
@@ -69,6 +71,8 @@ class Plan:
         for name, kind in (("mask", Mask), ("score", Score)):
             if isinstance(value := getattr(self, name), str) and value == _DEFAULT:
                 object.__setattr__(self, name, kind())
+        if isinstance(self.mask, list):
+            object.__setattr__(self, "mask", tuple(self.mask))
 
     @property
     def keys(self) -> Layout:
@@ -78,7 +82,24 @@ class Plan:
     @cached_property
     def terms(self) -> tuple[Term, ...]:
         """What is done besides the score, in any layer of the mask."""
-        return (*self.mask.terms, *self.dropping)
+        return (*(term for mask in self.masks for term in mask.terms), *self.dropping)
+
+    @cached_property
+    def masks(self) -> tuple[Mask, ...]:
+        """The masks that there are, each once."""
+        return tuple(dict.fromkeys(self.mask)) if isinstance(self.mask, tuple) else (self.mask,)
+
+    @cached_property
+    def by_batch(self) -> tuple[tuple[slice, Mask], ...]:
+        """(batch entries, mask) of neighbours that have the same mask; of all, if there is one for all."""
+        if isinstance(self.mask, Mask):
+            return ((slice(None), self.mask),)
+        found, start = [], 0
+        for mask, same in groupby(self.mask):
+            stop = start + len(list(same))
+            found.append((slice(start, stop), mask))
+            start = stop
+        return tuple(found)
 
     @property
     def dropping(self) -> tuple[Term, ...]:
@@ -126,29 +147,30 @@ class Plan:
         return replace(self, dropout=None, implementation="reference")
 
     def blocks(
-        self, rows: Spans, cols: Spans, score: Score, head: int
+        self, rows: Spans, cols: Spans, mask: Mask, score: Score, head: int, batch: int
     ) -> Iterator[tuple[slice, slice, Block]]:
         """Yields (rows, columns, block) where the query rows of some spans see the keys of others.
 
         Args:
+            mask: of the batch entries at hand, of which `batch` is the first.
             score: of the heads at hand, resolved.
             head: which of the call's query heads is the first at hand.
         """
         # docs/design.md: a `Block` says everything but the tensors
-        for n, layer in enumerate(self.mask.layers):
+        for n, layer in enumerate(mask.layers):
             terms = *layer.terms, *self.dropping
             needs_positions = any(term.needs_positions for term in (*score.terms, *terms))
             # docs/design.md: tiles keep positions apart until joining is allowed
             made = tiles if needs_positions else tall_tiles
-            known = self.kept(made.__name__, dict[tuple[Spans, Spans, int], tuple[Tile, ...]])
-            if (met := known.get((rows, cols, n))) is None:
-                met = made(rows, cols, self.mask, layer)
+            known = self.kept(made.__name__, dict[tuple[Spans, Spans, Mask, int], tuple[Tile, ...]])
+            if (met := known.get((rows, cols, mask, n))) is None:
+                met = made(rows, cols, mask, layer)
                 if len(met) <= MOST_TILES:
-                    known[rows, cols, n] = met
+                    known[rows, cols, mask, n] = met
             for t in met:
-                block = Block(t.band, score, t.row, t.col, t.step, self.first_head + head, terms)
-                yield t.rows, t.cols, block
+                place = t.row, t.col, t.step, self.first_head + head, batch
+                yield t.rows, t.cols, Block(t.band, score, *place, terms)
 
 
 _FIELDS = tuple(field.name for field in fields(Plan))
-_COMPARED = (Layout, Mask, Dropout, str, int, bool)
+_COMPARED = (Layout, Mask, tuple, Dropout, str, int, bool)

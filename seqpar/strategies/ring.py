@@ -96,12 +96,13 @@ def ring_attention(
 def _is_one_block(plan: Plan) -> bool:
     """Whether what a rank that is alone attends to is one block."""
     runs = (len(layout.spans[0]) for layout in (plan.layout, plan.keys))
-    return max(runs) <= 1 and len(plan.mask.layers) == 1
+    return max(runs) <= 1 and len(plan.masks) == 1 == len(plan.masks[0].layers)
 
 
 def _whole_block(plan: Plan, score: Score, head: int) -> Block:
     """The one block of a rank that has all positions."""
-    (layer,), (row, col) = plan.mask.layers, plan.mask.shift
+    (mask,) = plan.masks
+    (layer,), (row, col) = mask.layers, mask.shift
     band, head = layer.band(row, col, 1), plan.first_head + head
     return Block(band, score, row, col, head=head, terms=plan.terms)
 
@@ -212,23 +213,23 @@ def _named(learned: Learned, tensors: Sequence[Tensor]) -> Learned:
 
 def _key_schedule(plan: Plan) -> RingSchedule:
     """Keys go to the next rank, so a rank meets them from its own downwards."""
-    rows, keys, mask = plan.layout.spans, plan.keys.spans, plan.mask
-    wants = cache(lambda visitor, owner: meets(rows[visitor], keys[owner], mask))
+    rows, keys, masks = plan.layout.spans, plan.keys.spans, plan.masks
+    wants = cache(lambda visitor, owner: meets(rows[visitor], keys[owner], *masks))
     make = partial(RingSchedule, plan.group.rank, plan.keys.rows, wants)
     return plan.kept("keys of a ring", make)
 
 
 def _row_schedule(plan: Plan) -> RingSchedule:
     """Query rows go to the rank before, so a rank's keys meet them from its own upwards."""
-    rows, keys, mask = plan.layout.spans, plan.keys.spans, plan.mask
-    wants = cache(lambda visitor, owner: meets(rows[owner], keys[visitor], mask))
+    rows, keys, masks = plan.layout.spans, plan.keys.spans, plan.masks
+    wants = cache(lambda visitor, owner: meets(rows[owner], keys[visitor], *masks))
     make = partial(RingSchedule, plan.group.rank, plan.layout.rows, wants, direction=-1)
     return plan.kept("rows of a ring", make)
 
 
 def _out_of_order(plan: Plan) -> str | None:
     """Says why blocks do not arrive in the order of positions, or `None` if they do."""
-    layout, keys, causal = plan.layout, plan.keys, plan.mask.is_causal
+    layout, keys, causal = plan.layout, plan.keys, all(mask.is_causal for mask in plan.masks)
     # docs/design.md: bits are promised by spans
     if causal and layout.is_in_order and keys.spans == layout.spans:
         return None

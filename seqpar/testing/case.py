@@ -68,6 +68,7 @@ class Case:
     invariant: bool | None = None
     align: Align = "top-left"
     shown: Expression | None = None  # in place of causal, window and documents
+    by_row: tuple[Expression, ...] = ()  # in place of them, one for each batch entry
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -75,9 +76,11 @@ class Case:
         return NAMES + ("dslopes",) * self.alibi + ("dsinks",) * self.sinks
 
     @property
-    def mask(self) -> Mask:
+    def mask(self) -> Mask | tuple[Mask, ...]:
         """The mask, as the package takes it."""
         align = None if self.kv_length is None else self.align
+        if self.by_row:
+            return tuple(made(each, align) for each in self.by_row)
         if self.shown is not None:
             return made(self.shown, align)
         return Mask(self.causal, self.window, self.documents, align)
@@ -146,17 +149,20 @@ class Case:
         scale = 1 / math.sqrt(self.d) if self.scale is None else self.scale
         dropout = (self.dropout, SEED) if self.dropout else None
         keys = self.length if self.kv_length is None else self.kv_length
-        matters = self.align == "bottom-right" and (self.mask.depends_on_place or self.alibi)
-        apart = keys - self.length if matters and self.mask.pair is None else 0
+        masks = self.mask if isinstance(self.mask, tuple) else (self.mask,)
+        matters = self.alibi or any(m.depends_on_place for m in masks if m.pair is None)
+        apart = keys - self.length if matters and self.align == "bottom-right" else 0
         row, col = torch.arange(self.length) + max(apart, 0), torch.arange(keys) + max(-apart, 0)
         return oracle.Terms(scale, self.softcap, *self.learned(), dropout, row, col)
 
     def visible(self) -> Tensor:
-        """True where a row sees a column, `[s skv]`, straight from the definition."""
+        """True where a row sees a column, `[s skv]` or `[b 1 s skv]`, straight from the definition."""
+        lengths = self.length, self.length if self.kv_length is None else self.kv_length
+        if self.by_row:
+            by_row = [expressions.visible(each, *lengths, self.align) for each in self.by_row]
+            return torch.stack(by_row).unsqueeze(1)
         if self.shown is not None:
-            keys = self.length if self.kv_length is None else self.kv_length
-            # With ALiBi it matters where rows stand, whatever they see.
-            return expressions.visible(self.shown, self.length, keys, self.align)
+            return expressions.visible(self.shown, *lengths, self.align)
         return oracle.visible(
             self.length, self.causal, self.window, self.documents, self.kv_length, self.align
         )

@@ -94,13 +94,20 @@ def cases(
     shown = draw(st.none() | st.none() | expressions(length, packs=kv_length is None))
     hkv = draw(st.integers(1, 5))
     side = st.none() | st.integers(0, length + 2)
+    batch = draw(st.sampled_from([1, 1, 2]))
+    by_row: tuple[Expression, ...] = ()
+    if draw(st.integers(0, 5)) == 0:
+        # Few different ones, so that neighbours are alike.
+        some = st.lists(expressions(length, packs=kv_length is None), min_size=1, max_size=2)
+        by_row = tuple(draw(st.lists(st.sampled_from(draw(some)), min_size=2, max_size=3)))
+        batch = len(by_row)
     return Case(
         length=length,
         hq=hkv * draw(st.integers(1, 3)),
         hkv=hkv,
         d=draw(st.sampled_from([1, 3, 8, 16])),
         vd=draw(st.sampled_from([1, 5, 8, 16])),
-        batch=draw(st.sampled_from([1, 1, 2])),
+        batch=batch,
         causal=draw(st.booleans()),
         window=draw(st.none() | st.integers(1, length + 2) | st.tuples(side, side)),
         scale=draw(st.none() | st.sampled_from([0.3, -0.5, 0.0])),
@@ -112,5 +119,6 @@ def cases(
         multiple_of=draw(st.sampled_from([1, 1, 1, 4, 64])),
         degree=draw(st.integers(0, 3)),
         shown=shown,
+        by_row=by_row,
         **options,
     )

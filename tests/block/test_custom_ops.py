@@ -58,7 +58,7 @@ def test_the_ops_pass_the_checks_of_torch(name, lse_learns):
     block = BLOCKS[name]
     (q, k, v), _ = problem(block)
     documents, drop = block.terms or (None, None)
-    score, place = block.score, [block.row, block.col, block.step, block.head]
+    score, place = block.score, [block.row, block.col, block.step, block.head, block.batch]
     described = (
         score.alibi_slopes, score.sinks, block.band.lower, block.band.upper, score.factor, place,
         score.softcap, *(documents.written() if documents else [None]),

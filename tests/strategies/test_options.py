@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import seqpar
-from seqpar import Dropout, Mask, Plan, Score, contiguous, simulate, striped, zigzag
+from seqpar import Dropout, Mask, Plan, Score, contiguous, masks, simulate, striped, zigzag
 from seqpar.calls.options import SCHEMA, read, told_of, written
 from seqpar.comm import silent
 
@@ -47,7 +47,13 @@ def test_what_is_written_is_read_again():
     again = read(GROUP, iter(values))
     assert told_of(again) == told_of(PLAN)
     assert again.group is GROUP
-    for mask in (Mask(window=3), Mask(window=(3, 3)), Mask(True, align="top-left")):
+    joined = Mask(True, 5, align="bottom-right") | masks.keys(0, 2)
+    packed = Mask(documents=((0, 4, 8), (0, 3, 9)), align="top-left")
+    either = (
+        Mask(window=3), Mask(window=(3, None)), Mask(True, align="top-left"), Mask(documents=(0,)),
+        joined, packed, joined & Mask(documents=(0, 3, 8)), masks.rectangle((2, 2)),
+    )  # fmt: skip
+    for mask in (*either, either):
         other = replace(PLAN, mask=mask)
         assert read(GROUP, iter(written(other))).mask == mask
     plain = Plan(GROUP, contiguous(4, 4))

@@ -1,0 +1,78 @@
+"""Whether tensors fit a call, and each other."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from seqpar.layout import check_rows
+from seqpar.strategies.plan import Plan
+from seqpar_kernels import Score
+from seqpar_kernels.derivatives import has_tangent
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises where no plan could take these."""
+    named = {"q": q, "k": k, "v": v}
+    for name, x in named.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.ndim != 4:
+            raise ValueError(f"{name} must be 4-D, [b sl h d], got {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {x.dtype}")
+    shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in named.items())
+    for what in ("dtype", "device"):
+        if len({getattr(x, what) for x in named.values()}) > 1:
+            each = ", ".join(f"{name} {getattr(x, what)}" for name, x in named.items())
+            raise ValueError(f"q, k and v must have one {what}, got {each}")
+    if not q.shape[0] == k.shape[0] == v.shape[0]:
+        raise ValueError(f"q, k and v must have one batch size, got {shapes}")
+    if k.shape[2] != v.shape[2]:
+        raise ValueError(f"k and v must have the same heads, got {shapes}")
+    if q.shape[3] != k.shape[3] or 0 in (q.shape[3], v.shape[3]):
+        raise ValueError(f"q and k must have one width, and v some width, got {shapes}")
+    if k.shape[2] == 0 or q.shape[2] == 0 or q.shape[2] % k.shape[2]:
+        raise ValueError(f"query heads must be a positive multiple of kv heads, got {shapes}")
+
+
+def check_shapes(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
+    """Raises where a plan is for other rows, or another batch."""
+    for name, x, layout in (("q", q, plan.layout), ("k", k, plan.keys), ("v", v, plan.keys)):
+        got = f"{name} {tuple(x.shape)} as [b sl h d]"
+        check_rows(layout, plan.group.rank, x.shape[1], got)
+    if isinstance(plan.mask, tuple) and len(plan.mask) != q.shape[0]:
+        raise ValueError(
+            f"there must be a mask for each of the {q.shape[0]} batch entries, got {len(plan.mask)}"
+        )
+
+
+def check_heads(q: Tensor, score: Score) -> None:
+    """Raises where the tensors of a score are of other heads, or elsewhere."""
+    for name, x in score.tensors.items():
+        if x.shape[0] != q.shape[2]:
+            raise ValueError(
+                f"{name} must have one entry for each of the {q.shape[2]} query heads, "
+                f"got {tuple(x.shape)}"
+            )
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
+
+
+def check_capture(device: torch.device, plan: Plan) -> None:
+    """Raises where a CUDA graph is made of a call that sends."""
+    if plan.group.size > 1 and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise NotImplementedError(
+            "attention over several ranks is not captured in a CUDA graph: ranks compare each call before "
+            "they send, which a replay would leave out. Capture what lies between the calls"
+        )
+
+
+def check_tangents(named: dict[str, Tensor]) -> None:
+    """Raises where a tensor has a forward-mode derivative."""
+    # docs/design.md: second derivatives are right or refused
+    for name, x in named.items():
+        if has_tangent(x):
+            raise NotImplementedError(
+                f"attention has no forward-mode derivative, but {name} carries a tangent; go backward"
+            )

@@ -1,0 +1,63 @@
+"""The arguments of a `Mask`, checked and as integers of Python."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+from torch import Tensor
+
+from seqpar_kernels.integers import is_integer
+from seqpar_kernels.terms.ranges import check_bounds
+
+Bounds = tuple[int, ...]
+Window = int | tuple[int | None, int | None] | None
+
+
+def checked_documents(documents: object) -> Bounds | tuple[Bounds, Bounds]:
+    """The boundaries of documents as tuples of Python's integers, or a pair of them."""
+    both = tuple(cast("Sequence[object]", documents))
+    if len(both) == 2 and not any(is_integer(x) or getattr(x, "ndim", 1) == 0 for x in both):
+        of_q, of_k = (_integers(cast("Sequence[int]", x)) for x in both)
+        check_bounds("documents of queries", of_q)
+        check_bounds("documents of keys", of_k)
+        if len(of_q) != len(of_k):
+            raise ValueError(
+                f"queries and keys must have the same number of documents, got boundaries {of_q} and {of_k}"
+            )
+        return of_q if of_q == of_k else (of_q, of_k)
+    bounds = _integers(cast("Sequence[int]", documents))
+    check_bounds("documents", bounds)
+    return bounds
+
+
+def checked_window(window: object) -> Window:
+    """The window with `None` for open sides; of two open sides nothing is left."""
+    if window is None:
+        return None
+    if isinstance(window, (tuple, list)) and len(window) == 2:
+        sides = []
+        for side in window:
+            if side is not None and not is_integer(side):
+                raise TypeError(f"the sides of a window must be integers or None, got {window!r}")
+            if side is not None and side < -1:
+                raise ValueError(
+                    f"a side of a window must be 0 or more keys, or None or -1 for all, got {window!r}"
+                )
+            sides.append(None if side is None or side == -1 else int(side))
+        left, right = sides
+        return None if left is None and right is None else (left, right)
+    if not isinstance(window, int) or isinstance(window, bool):
+        raise TypeError(
+            f"window must be an integer number of keys, a pair (left, right) or None, got {window!r}"
+        )
+    if window < 1:
+        raise ValueError(
+            f"window must be at least 1 (the row itself), got {window}; None means no window"
+        )
+    return window
+
+
+def _integers(bounds: Sequence[int] | Tensor) -> tuple[int, ...]:
+    """Turns integers of NumPy or torch into Python's; leaves all else as it is, to be refused."""
+    return tuple(int(b) if hasattr(b, "item") and b == int(b) else b for b in bounds)
