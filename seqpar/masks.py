@@ -40,6 +40,21 @@ def rectangle(rows: Ends = (0, None), cols: Ends = (0, None)) -> Mask:
     return _of([_region(rows, cols)])
 
 
+def band(lower: int | None = None, upper: int | None = None) -> Mask:
+    """Row i sees key j if lower <= j - i <= upper, where `None` is no bound; both may be negative.
+
+    `Mask(causal=True)` is `band(upper=0)`, and `band(upper=-1)` leaves out the row's own key.
+
+    Raises:
+        TypeError: a bound is no integer.
+    """
+    for name, value in (("lower", lower), ("upper", upper)):
+        if value is not None and not is_integer(value):
+            raise TypeError(f"{name} must be an integer or None, got {value!r}")
+    low, high = -FAR if lower is None else lower, FAR if upper is None else upper
+    return _of([Region(lower=low, upper=high)])
+
+
 def keys(start: int, stop: int | None = None) -> Mask:
     """All rows see the keys from `start` to `stop` - 1, as where others are padding.
 

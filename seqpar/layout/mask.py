@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from seqpar.layout.mask_arguments import Bounds, Window, checked_documents, checked_window
-from seqpar.layout.regions import Layers, both, either
+from seqpar.layout.regions import Layers, both, checked_layers, either
 from seqpar.layout.spans import Span
 from seqpar_kernels import FAR, Layer, Place, Ranges, Region, Term
 
@@ -47,7 +47,7 @@ class Mask:
 
     Raises:
         ValueError: window is less than 1, or a side of it negative, documents do not start at 0, go down, or
-            are not as many of queries as of keys, or align is neither.
+            are not as many of queries as of keys, align is neither, or regions are no layers.
         TypeError: causal is not a bool, window not an integer or two, or documents not integers.
     """
 
@@ -73,6 +73,8 @@ class Mask:
         if self.documents is not None:
             ends = self.pair or (self.bounds, self.bounds)
             object.__setattr__(self, "lengths", tuple(bounds[-1] for bounds in ends))
+        if self.regions is not None and not isinstance(self.regions, Layers):
+            object.__setattr__(self, "regions", checked_layers(self.regions))
         if self.regions is not None and (self.causal, self.window, self.documents) != (
             False,
             None,
@@ -147,7 +149,7 @@ class Mask:
             raise ValueError(
                 f"masks must be for the same lengths to be joined, got {self.lengths} and {other.lengths}"
             )
-        ours, theirs = (tuple(layer.regions for layer in mask.layers) for mask in (self, other))
+        ours, theirs = (Layers(layer.regions for layer in mask.layers) for mask in (self, other))
         return Mask(
             align=next(iter(aligns), None),
             regions=join(ours, theirs),

@@ -8,14 +8,18 @@ in each layer those strips that one region can say.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, pairwise, product
 from typing import NamedTuple
 
-from seqpar_kernels import FAR, Region
+from seqpar_kernels import FAR, Ranges, Region
+from seqpar_kernels.integers import is_integer
 
 Regions = tuple[Region, ...]
-Layers = tuple[Regions, ...]
+
+
+class Layers(tuple[Regions, ...]):
+    """The regions of each layer of a mask, known to be layers: disjoint, and each as `Ranges` wants it."""
 
 
 def joined_regions(
@@ -28,7 +32,56 @@ def joined_regions(
     layers: list[_Growing] = []
     for strip, ranges in _strips(ours, theirs, keeps):
         _deal(strip, ranges, layers)
-    return tuple(layer.finished() for layer in layers)
+    return Layers(layer.finished() for layer in layers)
+
+
+def checked_layers(layers: Iterable[Iterable[Region]]) -> Layers:
+    """Regions as layers.
+
+    Raises:
+        ValueError: a region is backwards or shows nothing in some row, a layer's rows or columns see several
+            ranges, or layers overlap.
+        TypeError: they are not regions of integers.
+    """
+    checked = Layers(tuple(layer) for layer in layers)
+    for region in _flat(checked):
+        if not isinstance(region, Region) or not all(map(is_integer, region)):
+            raise TypeError(
+                f"regions must be layers of seqpar_kernels.Region of integers, got {region!r}"
+            )
+        if min(region.top, region.left) < 0 or region.trimmed() != region:
+            raise ValueError(
+                f"a region must show something in each of its rows and columns, from 0 on, got {region}"
+            )
+    # As far as the last border and a row more, behind which nothing changes.
+    end = (
+        2
+        + max((abs(x) for region in _flat(checked) for x in region if abs(x) < FAR), default=0) * 2
+    )
+    for layer in checked:
+        for above, below in pairwise(layer):
+            if below.top < above.bottom:
+                raise ValueError(
+                    f"the rows of a layer must follow each other, got {above} before {below}"
+                )
+        turned = Ranges(layer).by_columns.regions
+        if _count(layer, end) != _count(turned, end):
+            raise ValueError(
+                f"each column of a layer must be seen by rows that are neighbours, got {layer}"
+            )
+    union = joined_regions(_flat(checked), (), lambda a, _: a)
+    if _count(_flat(checked), end) != _count(_flat(union), end):
+        raise ValueError(f"the layers of a mask must not overlap, got {tuple(checked)}")
+    return checked
+
+
+def _count(regions: Sequence[Region], end: int) -> int:
+    """How many scores of so many rows and columns they show."""
+    parts = (region.within(0, end, 0, end, 1) for region in regions)
+    return sum(
+        band.count(rows.stop - rows.start, cols.stop - cols.start)
+        for rows, cols, band in filter(None, parts)
+    )
 
 
 def both(ours: Layers, theirs: Layers) -> Layers:
@@ -45,8 +98,8 @@ def either(ours: Layers, theirs: Layers) -> Layers:
     anew = joined_regions(a, b, lambda x, y: x or y)
     ways = [
         anew,
-        ours + joined_regions(b, a, lambda x, y: x and not y),
-        theirs + joined_regions(a, b, lambda x, y: x and not y),
+        Layers(ours + joined_regions(b, a, lambda x, y: x and not y)),
+        Layers(theirs + joined_regions(a, b, lambda x, y: x and not y)),
     ]
     # Which way must not depend on which mask comes first.
     return min(ways, key=lambda way: (len(way), len(_flat(way)), way))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from seqpar.layout.mask import Mask
+from seqpar.layout.regions import Layers
 from seqpar_kernels import FAR, Region
 
 
@@ -29,7 +30,7 @@ def aligned_together(
 def _moved(mask: Mask, by_row: int, by_col: int) -> Mask:
     """A mask that is not shifted as one that is: rows and keys are counted from elsewhere."""
     by = by_col - by_row
-    regions = tuple(
+    regions = Layers(
         tuple(
             Region(
                 *(x + by_row if 0 < x < FAR else x for x in (r.top, r.bottom)),

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 
 from seqpar.layout.mask import ALIGNS, Mask
+from seqpar.layout.regions import Layers
 from seqpar_kernels import Region
 
 _SIDES = len(Region._fields)
@@ -43,7 +44,7 @@ def read_masks(numbers: Sequence[int]) -> Iterator[Mask]:
             (window[0], window[1]) if len(window) == 2 else window[0] if window else None,
             documents or None,
             ALIGNS[align - 1] if align else None,
-            None if num_layers < 0 else tuple(regions),
+            None if num_layers < 0 else Layers(regions),
             (lengths[0], lengths[1]) if lengths else None,
         )
 
