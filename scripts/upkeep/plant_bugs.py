@@ -21,6 +21,7 @@ from plants.attention import ATTENTION
 from plants.cut_weights import POLICIES
 from plants.fused_weights import TENSOR_PARALLEL
 from plants.libraries import LIBRARIES
+from plants.masks import MASK_PLANTS
 from plants.plant import Plant
 from plants.replaced_attention import REPLACED
 
@@ -43,7 +44,7 @@ NOT_CHECKED = {
 }  # check_equivalence.py is blind to these
 
 
-PLANTS = [*ATTENTION, *LIBRARIES, *TENSOR_PARALLEL, *POLICIES, *REPLACED]
+PLANTS = [*ATTENTION, *MASK_PLANTS, *LIBRARIES, *TENSOR_PARALLEL, *POLICIES, *REPLACED]
 
 
 def planted(plant: Plant, folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Literal, cast, get_args
@@ -21,7 +21,7 @@ ALIGNS: tuple[Align, ...] = get_args(Align)
 FULL, CAUSAL = (Layer(),), (Layer(upper=0),)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Mask:
     """Visibility by global position. The default sees everything.
 
@@ -81,6 +81,15 @@ class Mask:
             None,
         ):
             raise ValueError("regions are all of a mask: join it with others by & and |")
+
+    def __repr__(self) -> str:
+        """What it says; what it leaves open is left out."""
+        # Of documents the lengths follow.
+        names = [
+            f for f in fields(self) if f.repr and (f.name != "lengths" or self.documents is None)
+        ]
+        said = ((f.name, getattr(self, f.name), f.default) for f in names)
+        return f"Mask({', '.join(f'{name}={x!r}' for name, x, default in said if x != default)})"
 
     def __hash__(self) -> int:
         """The hash of all of it, made once: there may be thousands of documents."""

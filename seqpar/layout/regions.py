@@ -96,6 +96,8 @@ def either(ours: Layers, theirs: Layers) -> Layers:
     """
     a, b = _flat(ours), _flat(theirs)
     anew = joined_regions(a, b, lambda x, y: x or y)
+    if len(anew) <= 1:
+        return anew
     ways = [
         anew,
         Layers(ours + joined_regions(b, a, lambda x, y: x and not y)),

@@ -128,7 +128,7 @@ def test_two_plans_on_two_groups_do_not_meet():
 def test_modules_print_their_options():
     text = repr(RingAttention(seqpar.Group.alone(), mask=Mask(causal=True, window=4)))
     assert text == (
-        "RingAttention(Group(rank=0, size=1), mask=Mask(causal=True, window=4, documents=None, align=None), "
+        "RingAttention(Group(rank=0, size=1), mask=Mask(causal=True, window=4), "
         "score=Score(scale=None, softcap=None, alibi_slopes=None, sinks=None), dropout=None)"
     )
 

@@ -8,6 +8,7 @@ import torch
 
 import seqpar
 from seqpar import (
+    AllGatherAttention,
     Dropout,
     Group,
     HybridAttention,
@@ -17,6 +18,7 @@ from seqpar import (
     RingAttention,
     Score,
     UlyssesAttention,
+    masks,
     simulate,
 )
 from seqpar.layout import Layout, Span, contiguous, striped, zigzag
@@ -99,11 +101,54 @@ ONE_RANK = {  # what rank 1 alone does -> what every message must say
     ),
     "documents": (
         {"mask": Mask(causal=True, documents=(0, 5, 12))},
-        r"mask is .*documents=None.* on ranks 0, 2, .*documents=\(0, 5, 12\).* on rank 1",
+        r"mask is Mask\(causal=True\) on ranks 0, 2, .*documents=\(0, 5, 12\).* on rank 1",
     ),
     "documents of another length": (
         {"mask": Mask(causal=True, documents=(0, 5, 11))},
         r"documents must end where the sequence does, at 12, got 11",
+    ),
+    "joined documents of another length": (
+        {"mask": Mask(causal=True) | Mask(documents=(0, 5, 11))},
+        r"documents must end where the sequence does, at 12, got 11",
+    ),
+    "documents of keys of another length": (
+        {"mask": Mask(documents=((0, 5, 12), (0, 5, 13)))},
+        r"documents must end where the keys do, at 12, got 13",
+    ),
+    "joined masks": (
+        {"mask": masks.prefix_lm(3)},
+        r"mask is Mask\(causal=True\) on ranks 0, 2, Mask\(regions=.* on rank 1",
+    ),
+    "masks of another batch": (
+        {"mask": [Mask(causal=True)] * 3},
+        r"a mask for each of the 2 batch entries, got 3",
+    ),
+    "masks of a batch": (
+        {"mask": [Mask(causal=True), masks.keys(0, 5)]},
+        r"mask is Mask\(causal=True\) on ranks 0, 2, \(Mask.* on rank 1",
+    ),
+    "no mask of a batch": ({"mask": ()}, r"a mask for each batch entry, got none"),
+    "a mask that is none": (
+        {"mask": [Mask(causal=True), None]},
+        r"mask must be a seqpar.Mask, got None",
+    ),
+    "masks of a batch that stand differently": (
+        {
+            "mask": [Mask(causal=True, align=align) for align in ("top-left", "bottom-right")],
+            "kv_layout": zigzag(11, 3),
+        },
+        r"must be aligned alike, got \['bottom-right', 'top-left'\]|must hold",
+    ),
+    "ALiBi over documents of two sequences": (
+        {
+            "mask": Mask(documents=((0, 5, 12), (0, 4, 12))),
+            "score": Score(alibi_slopes=torch.zeros(4)),
+        },
+        r"ALiBi counts positions of the whole sequence",
+    ),
+    "invariant bits of several layers": (
+        {"module": AllGatherAttention, "invariant": True, "mask": masks.shared_prompt(4, [4, 4])},
+        r"only with a mask of one layer, got 2|multiples of",
     ),
     "kv_layout": (
         {"kv_layout": contiguous(LENGTH, 3)},
@@ -120,7 +165,7 @@ ONE_RANK = {  # what rank 1 alone does -> what every message must say
     "kv_layout not a layout": ({"kv_layout": 12}, r"kv_layout must be a seqpar.Layout, got 12"),
     "documents of queries and keys": (
         {"mask": Mask(documents=(0, 12)), "kv_layout": zigzag(20, 3)},
-        r"queries and keys must have the same length, got 12 and 20",
+        r"queries and keys have another length, 12 and 20: give boundaries of both",
     ),
     "invariant": (
         {"module": UlyssesAttention, "invariant": False},
