@@ -87,6 +87,11 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, with_lse: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Attends as one op of the graph that is being compiled; gives (out, lse if asked for)."""
+    if plan.score.score_mod is not None or any(x.mask_mod is not None for x in plan.masks):
+        raise NotImplementedError(
+            "an op takes no functions: call attention with a score_mod or mask_mod outside of compiled code, "
+            "as a function decorated with torch.compiler.disable does"
+        )
     tensors = [getattr(plan.score, name) for name in TENSORS]
     inputs = (q, k, v, *tensors)
     learning = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs]

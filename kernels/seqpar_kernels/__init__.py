@@ -25,9 +25,9 @@ from seqpar_kernels.finite import may_hold_poison
 from seqpar_kernels.layer import Layer
 from seqpar_kernels.partial import Partial, accumulation_dtype
 from seqpar_kernels.region import FAR, Region
-from seqpar_kernels.rows import Rows, RunningGradients
+from seqpar_kernels.rows import Rows, RunningGradients, add_captured, sums_for
 from seqpar_kernels.score import BY_BLOCKS, TENSORS, Score, finished_gradients, sum_rows
-from seqpar_kernels.terms import TERMS, Dropout, Place, Ranges, Term
+from seqpar_kernels.terms import TERMS, Dropout, MaskMod, Place, Ranges, ScoreMod, Term
 from seqpar_kernels.whole import begin
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "Dropout",
     "Implementation",
     "Layer",
+    "MaskMod",
     "Partial",
     "Place",
     "Ranges",
@@ -51,8 +52,10 @@ __all__ = [
     "Rows",
     "RunningGradients",
     "Score",
+    "ScoreMod",
     "Term",
     "accumulation_dtype",
+    "add_captured",
     "any_order",
     "attend",
     "attend_backward",
@@ -70,5 +73,6 @@ __all__ = [
     "recalled",
     "refusal",
     "sum_rows",
+    "sums_for",
     "tile_border",
 ]

@@ -67,7 +67,8 @@ class Block:
     def place(self, i: int, j: int, device: torch.device) -> Place:
         """The positions of the first rows and columns."""
         row = self.row + self.step * torch.arange(i, device=device)
-        return Place(row, self.col + self.step * torch.arange(j, device=device), self.head)
+        col = self.col + self.step * torch.arange(j, device=device)
+        return Place(row, col, self.head, self.batch)
 
     def row_limits(self, i: int, j: int, device: torch.device) -> Int[Tensor, "i 2"] | None:
         """Per row, the range of columns that it sees, but for the band; `None` if that is all."""

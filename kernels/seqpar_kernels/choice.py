@@ -287,7 +287,10 @@ def _lacks(request: Request, name: Implementation | None = None) -> str | None:
     return _first(
         # What only hides is cut into parts, see `Block.parts`.
         *(
-            (kind.changes_scores or kind.drops, kind.lacking or f"has no {kind.words}")
+            (
+                kind.changes_scores or kind.drops or kind.asks_each,
+                kind.lacking or f"has no {kind.words}",
+            )
             for kind in unknown
         ),
         (request.lse, "derives delta from out, and so cannot differentiate lse"),

@@ -29,7 +29,7 @@ from seqpar_kernels.way import is_triton, way_of
 from seqpar_kernels.whole import attend_whole, attend_whole_backward
 
 # Ops take no dataclasses. Tensors first; what follows describes the block.
-_TERMS = tuple(kind for kind in TERMS if kind.name not in TENSORS)
+_TERMS = tuple(kind for kind in TERMS if kind.name not in TENSORS and not kind.asks_each)
 _NUM_ARGUMENTS = {kind: len(tuple(kind.schema())) for kind in _TERMS}
 _BLOCK = ", ".join((
     *(f"Tensor? {name}" for name in TENSORS),

@@ -21,8 +21,16 @@ from seqpar_kernels.finite import may_hold_poison, taken_out
 from seqpar_kernels.layer import Layer
 from seqpar_kernels.partial import accumulation_dtype, without_autocast
 from seqpar_kernels.score import Score
-from seqpar_kernels.sight import Sight
-from seqpar_kernels.terms import Place, Term
+from seqpar_kernels.sight import EachSight, Sight, sight_of
+from seqpar_kernels.terms import MaskMod, Place, Term
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the rows of some batch entries see: what all of these functions show of these layers."""
+
+    layers: tuple[Layer, ...]
+    mods: tuple[MaskMod, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,14 +39,14 @@ class Cells:
 
     Args:
         place: of the rows, columns and query heads at hand, on the device of the scores.
-        layers: what rows see, in which batch entries.
+        seen: what rows see, in which batch entries.
         score: of all query heads, with the scale resolved.
         lengths: how many positions rows and columns have in all.
         terms: what is done besides the score.
     """
 
     place: Place
-    layers: tuple[tuple[slice, tuple[Layer, ...]], ...]
+    seen: tuple[tuple[slice, Seen], ...]
     score: Score
     lengths: tuple[int, int]
     terms: tuple[Term, ...] = ()
@@ -48,21 +56,27 @@ class Cells:
         """All terms that do something, in the order in which they are applied."""
         return tuple(term for term in (*self.score.terms, *self.terms) if term.acts)
 
-    def visible(self) -> Bool[Tensor, "*b i j"]:
-        """True where a row sees a column; `[b 1 i j]` where batch entries differ."""
-        if len(self.layers) == 1:
-            return self._visible(self.layers[0][1])
-        return torch.cat([
-            self._visible(layers).expand(batch.stop - batch.start, 1, -1, -1)
-            for batch, layers in self.layers
-        ])  # fmt: skip
+    def visible(self, like: Float[Tensor, "b hq *w"]) -> Bool[Tensor, "*b i j"]:
+        """True where a row sees a column; `[b _ i j]` where batch entries or heads may differ.
 
-    def _visible(self, layers: tuple[Layer, ...]) -> Bool[Tensor, "i j"]:
+        Args:
+            like: of the batch entries and heads at hand.
+        """
+        if len(self.seen) == 1:
+            return self._visible(self.seen[0][1], like, 0)
+        parts = []
+        for batch, seen in self.seen:
+            here = self._visible(seen, like[batch], batch.start)
+            parts.append(here.expand(batch.stop - batch.start, like.shape[1], -1, -1))
+        return torch.cat(parts)
+
+    def _visible(self, seen: Seen, like: Tensor, batch: int) -> Bool[Tensor, "*b i j"]:
         i, j = len(self.place.row), len(self.place.col)
-        seen = torch.zeros(i, j, dtype=torch.bool, device=self.place.row.device)
-        for layer in layers:
-            seen |= layer.visible(self.place)
-        return seen
+        visible = torch.zeros(i, j, dtype=torch.bool, device=self.place.row.device)
+        for layer in seen.layers:
+            visible |= layer.visible(self.place)
+        place = replace(self.place, batch=batch)
+        return reduce(torch.bitwise_and, (mod.shows(like, place) for mod in seen.mods), visible)
 
     def columns(self, cols: slice) -> Cells:
         """The cells of some of the columns."""
@@ -72,7 +86,7 @@ class Cells:
         """Whether a row sees anything bad of the columns."""
         row, bad = self.place.row, _placed(bad, self.place.col, self.lengths[1])
         reached = bad.new_zeros(bad.shape[0], len(row), hq, bad.shape[3])
-        for batch, sight in self._sights():
+        for batch, sight in self._sights(bad, hq):
             reached[batch] |= sight.by_rows(bad[batch], hq).index_select(1, row)
         return reached
 
@@ -80,36 +94,43 @@ class Cells:
         """Whether a column is seen by any bad row."""
         col, bad = self.place.col, _placed(bad, self.place.row, self.lengths[0])
         reached = bad.new_zeros(bad.shape[0], len(col), hkv, bad.shape[3])
-        for batch, sight in self._sights():
+        for batch, sight in self._sights(bad, bad.shape[2]):
             reached[batch] |= sight.by_columns(bad[batch], hkv).index_select(1, col)
         return reached
 
-    def _sights(self) -> Iterator[tuple[slice, Sight]]:
+    def _sights(self, like: Tensor, hq: int) -> Iterator[tuple[slice, Sight | EachSight]]:
         """Yields (batch entries, who sees whom by position) of each layer."""
-        for batch, layers in self.layers:
-            for layer in layers:
-                block = Block(layer.band(0, 0, 1), self.score, terms=layer.terms)
-                yield batch, Sight.of(block, *self.lengths, self.place.row.device)
+        rows, cols = self.lengths
+        for batch, seen in self.seen:
+            num = len(like[batch])
+            q, k = like.new_empty(num, rows, hq, 1), like.new_empty(num, cols, 1, 1)
+            for layer in seen.layers:
+                terms = (*layer.terms, *seen.mods)
+                place = 0, 0, 1, self.place.head, batch.start or 0
+                yield batch, sight_of(Block(layer.band(0, 0, 1), self.score, *place, terms), q, k)
 
 
 def scores_(
     x: Float[Tensor, "b hq i j"], cells: Cells
-) -> tuple[Float[Tensor, "b hq i j"], Float[Tensor, "b hq i j"] | None]:
+) -> tuple[Tensor, Float[Tensor, "b hq i j"] | None, Float[Tensor, "b hq i j"] | None]:
     """Turns products q.k into scores, in place; hidden ones become -inf.
 
     Returns:
-        The scores, and where terms bend them their derivative by scale * q.k.
+        The scores; where terms bend them their derivative by scale * q.k; and what a `score_mod` that learns
+        was given.
     """
-    bend = None
+    bend = before = None
     x.mul_(cells.score.factor)
     for term in cells.acting:
         if term.changes_scores:
+            if term.asks_each and cells.score.captured:
+                before = x.clone()
             slope = term.scores_(x, cells.place)
             bend = _product(bend, slope)
-    hidden = ~cells.visible()
+    hidden = ~cells.visible(x)
     if bend is not None:
         bend.masked_fill_(hidden, 0.0)  # whatever hidden scores are
-    return x.masked_fill_(hidden, -torch.inf), bend
+    return x.masked_fill_(hidden, -torch.inf), bend, before
 
 
 def product_gradient_(
@@ -156,7 +177,7 @@ def outer(
         (y, in_y), (z, in_z) = taken_out(y), taken_out(z)
         rows, cols = (x.any(-1).transpose(1, 2) for x in (in_y, in_z))
         cols = cols.repeat_interleave(y.shape[2] // z.shape[2], 1)
-        bad = (rows.unsqueeze(3) | cols.unsqueeze(2)) & cells.visible()
+        bad = (rows.unsqueeze(3) | cols.unsqueeze(2)) & cells.visible(y.transpose(1, 2))
         return _outer(y, z).masked_fill_(bad, torch.nan)
     return _outer(y, z)
 

@@ -18,7 +18,7 @@ from seqpar_kernels.block import Block
 from seqpar_kernels.finite import taken_out
 from seqpar_kernels.partial import Partial
 from seqpar_kernels.rows import Learned, Rows, RunningGradients
-from seqpar_kernels.sight import Sight
+from seqpar_kernels.sight import sight_of
 
 Forward = Callable[[Tensor, Tensor, Tensor, Block, Partial], None]
 Backward = Callable[[Rows, Tensor, Tensor, Block, RunningGradients, Learned], None]
@@ -33,7 +33,7 @@ def attend(
     into: Partial,
 ) -> None:
     """Continues `into` with the block as `compute` does, but what is not finite stays where it is seen."""
-    sight, hq = Sight.of(block, q.shape[1], k.shape[1], q.device), q.shape[2]
+    sight, hq = sight_of(block, q, k), q.shape[2]
     (q, in_q), (k, in_k), (v, in_v) = (taken_out(x) for x in (q, k, v))
     compute(q, k, v, block, into)
     sees = sight.by_rows(torch.ones_like(in_k[..., 0]), hq)
@@ -56,7 +56,7 @@ def attend_backward(
     Weights, and so dv, know nothing of v; delta does.
     """
     (dq, dk, dv), hq, hkv = into, of.q.shape[2], k.shape[2]
-    sight = Sight.of(block, of.q.shape[1], k.shape[1], k.device)
+    sight = sight_of(block, of.q, k)
     (q, in_q), (k, in_k), (v, in_v) = (taken_out(x) for x in (of.q, k, v))
     (out, in_out), (dout, in_dout) = (taken_out(x) for x in (of.out, of.dout))
     scores = in_q.any(-1) | of.lse.isnan() | (of.lse == torch.inf)

@@ -21,8 +21,8 @@ from torch import Tensor
 from seqpar_kernels.band import Band
 from seqpar_kernels.block import Block
 from seqpar_kernels.partial import Partial
-from seqpar_kernels.rows import Learned, Rows, RunningGradients
-from seqpar_kernels.terms import Place
+from seqpar_kernels.rows import Captured, Learned, Rows, RunningGradients, add_captured
+from seqpar_kernels.terms import MaskMod, Place, ScoreMod
 
 TILE = 64
 NARROWEST = 2
@@ -43,8 +43,8 @@ def forward(
         m, l = (_load_numbers(x, slice(None), dtype) for x in (running.m, running.l))
         for cols, tile in tiles:
             k_t, v_t = (_load(x, cols, dtype, group) for x in (k, v))
-            s, _ = _scores(q_t, k_t, tile)
-            s = s.masked_fill(~_visible(tile, rows, cols, s.device), float("-inf"))
+            s, _, _ = _scores(q_t, k_t, tile, rows, cols)
+            s = s.masked_fill(~_visible(tile, rows, cols, s), float("-inf"))
             top = torch.maximum(m, s.amax(-1, keepdim=True))
             # A row may have seen nothing: exp(-inf - -inf) would be NaN.
             origin = torch.where(top == float("-inf"), 0.0, top)
@@ -64,6 +64,7 @@ def backward(
     block: Block,
     into: RunningGradients,
     learned: Learned,
+    captured: Captured = (),
 ) -> None:
     """Adds the block's gradients to those wanted of dq, dk, dv and learned tensors, in the type of lse."""
     dq, dk, dv = into
@@ -73,9 +74,9 @@ def backward(
         lse_t, delta_t = (_load_numbers(x, rows, dtype) for x in (of.lse, of.delta))
         for cols, tile in tiles:
             k_t, v_t = (_load(x, cols, dtype, group) for x in (k, v))
-            s, bend = _scores(q_t, k_t, tile)
+            s, bend, before = _scores(q_t, k_t, tile, rows, cols)
             p = torch.exp(s - lse_t)
-            p = p.masked_fill(~_visible(tile, rows, cols, s.device), 0.0)
+            p = p.masked_fill(~_visible(tile, rows, cols, s), 0.0)
             kept = _kept(tile, p)
             ds = p * (dout_t @ v_t.mT * kept - delta_t)
             dx = ds * bend * scale
@@ -83,6 +84,10 @@ def backward(
                 if term.name in learned:
                     share = term.gradient(ds, _place(tile, ds.device))
                     _add(share.unsqueeze(-1), learned[term.name][:, rows].unsqueeze(-1))
+                if isinstance(term, ScoreMod) and captured:
+                    part = (..., slice(_length(rows)), slice(_length(cols)))
+                    place = tile.place(_length(rows), _length(cols), ds.device)
+                    add_captured(term, ds[part], before, place, captured)
             if dq is not None:
                 _add(dx @ k_t, dq[:, rows])
             if dk is not None and dv is not None:
@@ -153,29 +158,50 @@ def visibility(
     return visible
 
 
-def _visible(tile: Block, rows: slice, cols: slice, device: torch.device) -> Bool[Tensor, "64 64"]:
-    """What the rows of a tile see: the band, inside their own documents and inside the block."""
-    num_rows, num_cols = _length(rows), _length(cols)
+def _visible(
+    tile: Block, rows: slice, cols: slice, s: Float[Tensor, "b hq 64 64"]
+) -> Bool[Tensor, "*b 64 64"]:
+    """What the rows of a tile see: the band, inside their ranges and inside the block."""
+    num_rows, num_cols, device = _length(rows), _length(cols), s.device
     visible = visibility(tile.band, TILE, TILE, device)
     visible[num_rows:] = False
     visible[:, num_cols:] = False
     for term in tile.acting:
-        if term.hides:
-            visible &= term.visible(_place(tile, device))
+        if isinstance(term, MaskMod):
+            inside = s[..., :num_rows, :num_cols]
+            shown = term.shows(inside, tile.place(num_rows, num_cols, device))
+            whole = torch.zeros_like(s, dtype=torch.bool)
+            whole[..., :num_rows, :num_cols] = shown
+            visible = visible & whole
+        elif term.hides:
+            visible = visible & term.visible(_place(tile, device))
     return visible
 
 
 def _scores(
-    q: Float[Tensor, "b hq 64 d"], k: Float[Tensor, "b hq 64 d"], tile: Block
-) -> tuple[Float[Tensor, "b hq 64 64"], Tensor | float]:
-    """The scores, nothing hidden, and their derivative by scale * q.k."""
+    q: Float[Tensor, "b hq 64 d"],
+    k: Float[Tensor, "b hq 64 d"],
+    tile: Block,
+    rows: slice,
+    cols: slice,
+) -> tuple[Float[Tensor, "b hq 64 64"], Tensor | float, Float[Tensor, "b hq i j"]]:
+    """The scores, nothing hidden, their derivative by scale * q.k, and what a `score_mod` was given."""
     s = (q @ k.mT) * tile.score.factor
     bend: Tensor | float = 1.0
+    before = s
     for term in tile.acting:
-        if term.changes_scores:
+        if term.changes_scores and term.asks_each:
+            inside = (..., slice(_length(rows)), slice(_length(cols)))
+            before = s[inside].clone()
+            bent = torch.ones_like(s)
+            changed = term.scores_(s[inside], tile.place(_length(rows), _length(cols), s.device))
+            assert changed is not None, "it says how it bends"
+            bent[inside] = changed
+            bend = bend * bent
+        elif term.changes_scores:
             slope = term.tile_scores_(s, _place(tile, s.device))
             bend = bend if slope is None else bend * slope
-    return s, bend
+    return s, bend, before
 
 
 def _kept(tile: Block, p: Float[Tensor, "b hq 64 64"]) -> Tensor | float:

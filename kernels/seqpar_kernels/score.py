@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from seqpar_kernels.terms import TERMS, ScoreTerm, check_number
+from seqpar_kernels.terms import TERMS, ScoreMod, ScoreTerm, check_number
+from seqpar_kernels.terms.modifiers import Modifier
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +24,8 @@ class Score:
 
     In this order::
 
-        x = scale * q.k;   x = softcap * tanh(x / softcap);   score = x - slope * |row - column|
+        x = scale * q.k;   x = softcap * tanh(x / softcap);   x = x - slope * |row - column|
+        score = score_mod(x, batch, head, row, column)
 
     Args:
         scale: factor on q.k; `None` means 1/sqrt(d). Kernels want a number: see `resolve`.
@@ -32,6 +34,9 @@ class Score:
             2021 (arXiv:2108.12409).
         sinks: `[hq]`, one logit per query head that takes part in the softmax and has no value; may
             learn. Source: Xiao et al. 2023 (arXiv:2309.17453); as a learned logit, gpt-oss 2025.
+        score_mod: a function as FlexAttention takes it, of 0-dimensional tensors, on global positions and
+            heads. Tensors that it holds may learn: their gradients are shares, as those of slopes. Only
+            `reference` and stored scores do it. Source: He et al. 2024 (arXiv:2412.05496).
 
     Raises:
         ValueError: scale is not finite, softcap is not a positive number, slopes or sinks are not 1-D.
@@ -42,6 +47,7 @@ class Score:
     softcap: float | None = None
     alibi_slopes: Float[Tensor, "hq"] | None = None
     sinks: Float[Tensor, "hq"] | None = None
+    score_mod: Modifier | None = None
 
     def __post_init__(self) -> None:
         if self.scale is not None:
@@ -57,6 +63,12 @@ class Score:
         return tuple(
             kind(value) for kind in _NAMED if (value := getattr(self, kind.name)) is not None
         )
+
+    @property
+    def captured(self) -> tuple[Tensor, ...]:
+        """The tensors that its function holds and that learn, whole on every rank."""
+        held = (x for term in self.terms if isinstance(term, ScoreMod) for x in term.captured())
+        return tuple(x for x in held if x.requires_grad)
 
     def resolve(self, d: int) -> Score:
         """The same terms with the scale written out for vectors of width `d`."""
@@ -117,7 +129,9 @@ _NAMED: tuple[type[ScoreTerm], ...] = tuple(
     kind for kind in TERMS if issubclass(kind, ScoreTerm) and kind.name in _FIELDS
 )
 # The fields of `Score` that are tensors `[hq]`, and those of them of which blocks give shares of gradients.
-_OF_TENSORS = tuple(kind for kind in _NAMED if [t for t, _ in kind.schema()] == ["Tensor?"])
+_OF_TENSORS = tuple(
+    kind for kind in _NAMED if not kind.asks_each and [t for t, _ in kind.schema()] == ["Tensor?"]
+)
 TENSORS = tuple(kind.name for kind in _OF_TENSORS)
 BY_BLOCKS = tuple(kind.name for kind in _OF_TENSORS if not kind.joins)
 

@@ -3,12 +3,53 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from seqpar_kernels.block import Block
+from seqpar_kernels.terms import MaskMod
+
+
+def sight_of(
+    block: Block, q: Float[Tensor, "b i hq d"], k: Float[Tensor, "b j hkv d"]
+) -> Sight | EachSight:
+    """Who sees whom in a block of these rows and columns."""
+    num_rows, num_cols = q.shape[1], k.shape[1]
+    sight = Sight.of(block, num_rows, num_cols, q.device)
+    mods = [term for term in block.acting if isinstance(term, MaskMod)]
+    if not mods:
+        return sight
+    like = q.transpose(1, 2)
+    place = block.place(num_rows, num_cols, q.device)
+    cols = torch.arange(num_cols, device=q.device)
+    shown = (cols >= sight.columns[:, :1]) & (cols < sight.columns[:, 1:])
+    return EachSight(reduce(torch.bitwise_and, (term.shows(like, place) for term in mods), shown))
+
+
+@dataclass(frozen=True)
+class EachSight:
+    """Who sees whom in a block, score by score: for functions, which know no ranges."""
+
+    shown: Bool[Tensor, "b hq i j"]
+
+    def by_rows(self, bad: Bool[Tensor, "b j h *w"], hq: int) -> Bool[Tensor, "b i hq *w"]:
+        """As `Sight.by_rows`."""
+        bad = bad.repeat_interleave(hq // bad.shape[2], 2)
+        return _reached("bhij,bjhw->bihw", self.shown, bad)
+
+    def by_columns(self, bad: Bool[Tensor, "b i hq *w"], hkv: int) -> Bool[Tensor, "b j hkv *w"]:
+        """As `Sight.by_columns`."""
+        found = _reached("bhij,bihw->bjhw", self.shown, bad)
+        return found.unflatten(2, (hkv, -1)).any(3)
+
+
+def _reached(equation: str, shown: Tensor, bad: Tensor) -> Tensor:
+    wide = bad.unsqueeze(-1) if bad.ndim == 3 else bad
+    found = torch.einsum(equation, shown.float(), wide.float()) > 0
+    return found.squeeze(-1) if bad.ndim == 3 else found
 
 
 @dataclass(frozen=True)

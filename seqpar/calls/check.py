@@ -14,6 +14,7 @@ from seqpar.calls.check_plan import check_plan
 from seqpar.calls.check_tensors import (
     check_capture,
     check_heads,
+    check_modifiers,
     check_shapes,
     check_tangents,
     check_tensors,
@@ -115,6 +116,7 @@ def check_call(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, with_lse: bool = 
     for name, x, layout in (("q", q, plan.layout), ("k", k, plan.keys), ("v", v, plan.keys)):
         check_mark(x, layout, name)
     check_heads(q, plan.score)
+    check_modifiers(q, plan)
     check_tangents({"q": q, "k": k, "v": v, **plan.score.tensors})
     return resolved
 

@@ -9,6 +9,7 @@ from seqpar.layout import check_rows
 from seqpar.strategies.plan import Plan
 from seqpar_kernels import Score
 from seqpar_kernels.derivatives import has_tangent
+from seqpar_kernels.terms.modifiers import captured, check_modifier
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -76,3 +77,23 @@ def check_tangents(named: dict[str, Tensor]) -> None:
             raise NotImplementedError(
                 f"attention has no forward-mode derivative, but {name} carries a tangent; go backward"
             )
+
+
+def check_modifiers(q: Tensor, plan: Plan) -> None:
+    """Raises where functions of scores are none, or hold what is elsewhere."""
+    functions = [("mask_mod", mask.mask_mod, False) for mask in plan.masks]
+    for name, function, scores in (*functions, ("score_mod", plan.score.score_mod, True)):
+        if function is None:
+            continue
+        for x in captured(function):
+            if x.device != q.device:
+                raise ValueError(
+                    f"what a {name} holds must be on {q.device}, as q is, got a tensor on {x.device}"
+                )
+        if q.device.type != "meta":
+            check_modifier(name, function, q, scores=scores)
+    if plan.invariant is True and plan.score.captured and torch.is_grad_enabled():
+        raise NotImplementedError(
+            "gradients of what a score_mod holds are sums over scores, whose order depends on the number of "
+            "ranks; take invariant=None, or hold tensors that do not learn"
+        )

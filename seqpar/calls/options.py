@@ -18,6 +18,7 @@ from seqpar.layout import Layout, Mask
 from seqpar.layout.written import read_masks, written_mask
 from seqpar.strategies.plan import Plan
 from seqpar_kernels import TENSORS, TERMS, Score, Term
+from seqpar_kernels.terms.modifiers import captured, described
 
 
 def told(**options: object) -> dict[str, object]:
@@ -34,6 +35,8 @@ def told(**options: object) -> dict[str, object]:
                 # Of tensors the type, not the values: to compare those would cost a wait for the device.
                 # docs/design.md: slopes and sinks are compared by presence and type
                 claim[part.name] = x.dtype if isinstance(x, Tensor) else x
+                if callable(x):
+                    claim[part.name] = described(x), [held.requires_grad for held in captured(x)]
         elif isinstance(value, Term) and not value.acts:
             claim[name] = None
         else:
@@ -110,7 +113,7 @@ def _term_kind(kind: type[Term]) -> _Kind:
 
 
 # Of a score what is no tensor: tensors are arguments of their own.
-_NUMBERS = tuple(part.name for part in fields(Score) if part.name not in TENSORS)
+_NUMBERS = tuple(part.name for part in fields(Score) if part.name not in (*TENSORS, "score_mod"))
 
 
 def _numbers(score: Score) -> tuple[Any, ...]:
@@ -135,7 +138,7 @@ for _plain in ("str", "int", "bool", "float"):
     _KINDS[_plain] = _Kind((_plain,), _one, _same)
     _KINDS[f"{_plain} | None"] = _Kind((f"{_plain}?",), _one, _same)
 
-for _term in TERMS:
+for _term in (kind for kind in TERMS if not kind.asks_each):
     _KINDS[f"{_term.__name__} | None"] = _term_kind(_term)
 
 # docs/design.md: options are the fields of `Plan`

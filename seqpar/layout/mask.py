@@ -14,7 +14,8 @@ from torch import Tensor
 from seqpar.layout.mask_arguments import Bounds, Window, checked_documents, checked_window
 from seqpar.layout.regions import Layers, both, checked_layers, either
 from seqpar.layout.spans import Span
-from seqpar_kernels import FAR, Layer, Place, Ranges, Region, Term
+from seqpar_kernels import FAR, Layer, MaskMod, Place, Ranges, Region, Term
+from seqpar_kernels.terms.modifiers import Modifier, both_show, described
 
 Align = Literal["top-left", "bottom-right"]
 ALIGNS: tuple[Align, ...] = get_args(Align)
@@ -44,6 +45,9 @@ class Mask:
             in a cache. What is causal, has a window or ALiBi must say it then; else it says nothing.
         regions: what `&` and `|` have made of masks; see `seqpar.masks`. It stands alone, but for `align`.
         lengths: of queries and of keys, where the mask is for these alone, as documents are.
+        mask_mod: a function as FlexAttention takes it, (batch, head, row, column) -> whether visible, of
+            0-dimensional tensors on global positions, which are counted where `align` has them. Of what the
+            rest of the mask shows it shows less. Only `reference` and stored scores ask it.
 
     Raises:
         ValueError: window is less than 1, or a side of it negative, documents do not start at 0, go down, or
@@ -59,6 +63,7 @@ class Mask:
     align: Align | None = None
     regions: Layers | None = None
     lengths: tuple[int, int] | None = None
+    mask_mod: Modifier | None = None
     # How far rows, and how far keys, are from where they are counted: `aligned` knows.
     shift: tuple[int, int] = field(default=(0, 0), repr=False)
 
@@ -67,6 +72,8 @@ class Mask:
             raise TypeError(f"causal must be a bool, got {self.causal!r}")
         if self.documents is not None:
             object.__setattr__(self, "documents", checked_documents(self.documents))
+        if self.mask_mod is not None and not callable(self.mask_mod):
+            raise TypeError(f"mask_mod must be a function or None, got {self.mask_mod!r}")
         if self.align is not None and self.align not in ALIGNS:
             raise ValueError(f"align must be one of {ALIGNS} or None, got {self.align!r}")
         object.__setattr__(self, "window", checked_window(self.window))
@@ -88,8 +95,12 @@ class Mask:
         names = [
             f for f in fields(self) if f.repr and (f.name != "lengths" or self.documents is None)
         ]
-        said = ((f.name, getattr(self, f.name), f.default) for f in names)
-        return f"Mask({', '.join(f'{name}={x!r}' for name, x, default in said if x != default)})"
+        said = (
+            (f.name, getattr(self, f.name)) for f in names if getattr(self, f.name) != f.default
+        )
+        # A function by its code, not by its address: ranks compare the text.
+        parts = (f"{name}={described(x) if callable(x) else repr(x)}" for name, x in said)
+        return f"Mask({', '.join(parts)})"
 
     def __hash__(self) -> int:
         """The hash of all of it, made once: there may be thousands of documents."""
@@ -143,6 +154,10 @@ class Mask:
 
     def __or__(self, other: Mask) -> Mask:
         """What either shows."""
+        if self.mask_mod is not None or getattr(other, "mask_mod", None) is not None:
+            raise ValueError(
+                "a mask_mod is joined with other masks by & alone; what | would add, let it show"
+            )
         return self._with(other, either)
 
     def _with(self, other: Mask, join: Callable[[Layers, Layers], Layers]) -> Mask:
@@ -162,6 +177,7 @@ class Mask:
         return Mask(
             align=next(iter(aligns), None),
             regions=join(ours, theirs),
+            mask_mod=both_show(self.mask_mod, other.mask_mod),
             lengths=next(iter(lengths), None),
         )
 
@@ -172,6 +188,8 @@ class Mask:
 
     def draw(self, num_rows: int, num_cols: int | None = None) -> str:
         """The mask as text: a line for each row, with x for each key that it sees and . for each other.
+
+        Of a `mask_mod` it is what the first head of the first batch entry sees.
 
         Raises:
             ValueError: there are other lengths, and the mask does not say where rows stand.
@@ -184,7 +202,14 @@ class Mask:
         seen = torch.zeros(num_rows, num_cols, dtype=torch.bool)
         for layer in placed.layers:
             seen |= layer.visible(Place(row, col, 0))
+        for mod in placed.mods:
+            seen &= mod.shows(torch.empty(1, 1), Place(row, col, 0))[0, 0]
         return "\n".join("".join(".x"[int(x)] for x in line) for line in seen.tolist())
+
+    @property
+    def mods(self) -> tuple[MaskMod, ...]:
+        """The function that shows less than the layers do."""
+        return () if self.mask_mod is None else (MaskMod(self.mask_mod),)
 
     @property
     def bounds(self) -> Bounds:
@@ -205,6 +230,8 @@ class Mask:
     @property
     def depends_on_place(self) -> bool:
         """Whether what a row sees depends on where it stands over the keys."""
+        if self.mask_mod is not None:
+            return True
         if self.pair is not None:
             return self.sides != (None, None)
         regions = (region for layer in self.layers for region in layer.regions)

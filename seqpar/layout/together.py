@@ -41,4 +41,6 @@ def _moved(mask: Mask, by_row: int, by_col: int) -> Mask:
         )
         for layer in mask.layers
     )
-    return Mask(regions=regions, lengths=mask.lengths, shift=(by_row, by_col))
+    return Mask(
+        regions=regions, lengths=mask.lengths, mask_mod=mask.mask_mod, shift=(by_row, by_col)
+    )

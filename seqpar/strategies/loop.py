@@ -34,6 +34,7 @@ from seqpar_kernels import (
     first_touches,
     may_hold_poison,
     sum_rows,
+    sums_for,
 )
 from seqpar_kernels.transfer import on_device
 
@@ -158,7 +159,7 @@ def attend_by(
     """
     tensors = score.tensors
     call = _Call(plan, route, score.without_tensors(), tuple(tensors), head)
-    return _Loop.apply(call, q, k, v, *tensors.values())
+    return _Loop.apply(call, q, k, v, *tensors.values(), *score.captured)
 
 
 class _Loop(torch.autograd.Function):
@@ -166,14 +167,17 @@ class _Loop(torch.autograd.Function):
 
     forward   out = merge over keys met of attend(q, k_c, v_c), lse likewise
     backward  dq, dk, dv are summed where the route says and come home to their owners
-              learned tensors [hq] get the share of their gradient that this rank's rows have
+              learned tensors [hq] get the share of their gradient that this rank's rows have, and
+              tensors that a `score_mod` holds that of the scores that this rank has computed
     saved     q k v out lse: this rank's own rows, never a gathered sequence
     """
 
     @staticmethod
     def forward(
-        ctx: Any, call: _Call, q: Tensor, k: Tensor, v: Tensor, *tensors: Tensor
+        ctx: Any, call: _Call, q: Tensor, k: Tensor, v: Tensor, *held: Tensor
     ) -> tuple[Tensor, Tensor]:
+        # A `score_mod` holds the others itself; here they are only so that gradients reach them.
+        tensors = held[: len(call.names)]
         # docs/design.md: a replay keeps what must not be done twice
         out, lse = once(lambda: _forward(call, q, k, v, tensors), 2, lambda: like_results(q, v))
         ctx.call = call
@@ -188,7 +192,8 @@ class _Loop(torch.autograd.Function):
         (dout, dlse), call, plan = grad_outputs, ctx.call, ctx.call.plan
         q, k, v, out, lse, *tensors = ctx.saved_tensors
         score = call.scored(tuple(tensors))
-        wanted = [n for n, w in zip(call.names, ctx.needs_input_grad[4:], strict=True) if w]
+        wanted = [n for n, w in zip(call.names, ctx.needs_input_grad[4:], strict=False) if w]
+        captured = sums_for(call.score.captured)
         dout = torch.zeros_like(out) if dout is None else dout
         mine = Rows.of(q, out, dout, lse, dlse, implementation=plan.implementation)
         by_row = {name: torch.zeros_like(lse) for name in wanted if name in BY_BLOCKS}
@@ -207,6 +212,7 @@ class _Loop(torch.autograd.Function):
                         met.rows[batch, rows], met.k[batch, cols], met.v[batch, cols], block,
                         into=(_some(dq, rows), _some(dk, cols), _some(dv, cols)),
                         learned={name: x[batch, rows] for name, x in met.learned.items()},
+                        captured=captured,
                         implementation=plan.implementation, finite=finite, begins=(of_q, of_kv),
                     )  # fmt: skip
 
@@ -216,7 +222,8 @@ class _Loop(torch.autograd.Function):
             _own_gradient(shares[name], plan).to(x.dtype) if name in wanted else None
             for name, x in zip(call.names, tensors, strict=True)
         )
-        return None, *(x.to(q.dtype) for x in (sums.dq, sums.dk, sums.dv)), *learned
+        of_held = (total.to(x.dtype) for x, total in captured)
+        return None, *(x.to(q.dtype) for x in (sums.dq, sums.dk, sums.dv)), *learned, *of_held
 
 
 def _forward(

@@ -17,7 +17,16 @@ from seqpar.comm import once
 from seqpar.strategies.plan import Plan
 from seqpar.strategies.stored_scores import ByColumns, ByDepth, ByRows, Sharding
 from seqpar.strategies.strategy import Strategy
-from seqpar_kernels import Place, dense, finished_gradients, first_only, sum_rows
+from seqpar_kernels import (
+    Place,
+    ScoreMod,
+    add_captured,
+    dense,
+    finished_gradients,
+    first_only,
+    sum_rows,
+    sums_for,
+)
 from seqpar_kernels.row_softmax import add_dot_, add_sums_, join_, score_gradient, weights
 from seqpar_kernels.transfer import on_device
 
@@ -42,7 +51,8 @@ def materialised_attention(
     """
     score = plan.score.resolve(q.shape[-1])
     plan = replace(plan, score=score.without_tensors())
-    return _Materialised.apply(plan, tuple(score.tensors), q, k, v, *score.tensors.values())
+    tensors = score.tensors
+    return _Materialised.apply(plan, tuple(tensors), q, k, v, *tensors.values(), *score.captured)
 
 
 @torch.no_grad()
@@ -58,7 +68,7 @@ def attention_weights(
     plan = replace(plan, score=plan.score.resolve(q.shape[-1]))
     sharding, cells = _stored(plan, q.device)
     keys = sharding.for_keys()
-    s, _ = dense.scores_(keys.outer(sharding.of_rows(q), keys.of_cols(k), cells), cells)
+    s, _, _ = dense.scores_(keys.outer(sharding.of_rows(q), keys.of_cols(k), cells), cells)
     p, _ = _softmax(s, sharding, plan)
     return sharding.in_order(p)
 
@@ -82,14 +92,17 @@ class _Materialised(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        *tensors: Tensor,
+        *held: Tensor,
     ) -> tuple[Tensor, Tensor]:
+        # A `score_mod` holds the others itself; here they are only so that gradients reach them.
+        tensors = held[: len(names)]
         ctx.plan, ctx.names, ctx.shapes = plan, names, (q.shape, k.shape, v.shape)
         scored = _scored(plan, names, tensors)
-        q_x, k_x, v_x, p, out, lse, *bend = once(
-            lambda: _forward(q, k, v, scored), 6 + plan.score.bends
+        q_x, k_x, v_x, p, out, lse, *rest = once(
+            lambda: _forward(q, k, v, scored), 6 + plan.score.bends + bool(plan.score.captured)
         )
-        ctx.save_for_backward(q_x, k_x, v_x, out, lse, p, bend[0] if bend else None, *tensors)
+        bend, before, *_ = *rest, None, None
+        ctx.save_for_backward(q_x, k_x, v_x, out, lse, p, bend, before, *tensors)
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -97,9 +110,9 @@ class _Materialised(torch.autograd.Function):
     @first_only
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         dout, dlse = grad_outputs
-        q_x, k_x, v_x, out, lse, p, bend, *tensors = ctx.saved_tensors
+        q_x, k_x, v_x, out, lse, p, bend, before, *tensors = ctx.saved_tensors
         plan = _scored(ctx.plan, ctx.names, tuple(tensors))
-        wanted = [n for n, w in zip(ctx.names, ctx.needs_input_grad[5:], strict=True) if w]
+        wanted = [n for n, w in zip(ctx.names, ctx.needs_input_grad[5:], strict=False) if w]
         sharding, cells = _stored(plan, out.device)
         dout = torch.zeros_like(out) if dout is None else dout.contiguous()
         delta = torch.zeros_like(lse) if dlse is None else -dlse
@@ -114,6 +127,14 @@ class _Materialised(torch.autograd.Function):
         }
         for name, x in finished_gradients(plan.score, lse, delta, wanted).items():
             learned[name] = sum_rows(x)
+        captured = sums_for(plan.score.captured)
+        if before is not None:
+            # Rows that other ranks have too are counted once.
+            place = replace(cells.place, row=sharding.share(cells.place.row))
+            own, given = (sharding.share(x.mT).mT for x in (ds, before))
+            for term in cells.acting:
+                if isinstance(term, ScoreMod):
+                    add_captured(term, own, given, place, captured)
         dx = dense.product_gradient_(ds, bend, cells)
         dq = sharding.for_keys().times(dx, k_x, ctx.shapes[0], cells)
         dk = sharding.transposed_times(dx, q_x, ctx.shapes[1], cells)
@@ -124,7 +145,8 @@ class _Materialised(torch.autograd.Function):
             learned[name].to(x.dtype) if name in wanted else None
             for name, x in zip(ctx.names, tensors, strict=True)
         )
-        return None, None, *(x.to(out.dtype) for x in (dq, dk, dv)), *shares
+        held = (total.to(x.dtype) for x, total in captured)
+        return None, None, *(x.to(out.dtype) for x in (dq, dk, dv)), *shares, *held
 
 
 def _scored(plan: Plan, names: tuple[str, ...], tensors: tuple[Tensor, ...]) -> Plan:
@@ -138,12 +160,12 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, ...]:
     # docs/design.md: materialised attention is three products
     keys = sharding.for_keys()
     q_x, k_x, v_x = sharding.of_rows(q), keys.of_cols(k), sharding.of_cols(v)
-    s, bend = dense.scores_(keys.outer(q_x, k_x, cells), cells)
+    s, bend, before = dense.scores_(keys.outer(q_x, k_x, cells), cells)
     p, lse = _softmax(s, sharding, plan)
     del s  # no longer needed, and as large as what follows
     shape = torch.Size((*q.shape[:3], v.shape[3]))
     out = sharding.times(dense.dropped(p, cells), v_x, shape, cells).to(q.dtype)
-    return (q_x, k_x, v_x, p, out, lse) if bend is None else (q_x, k_x, v_x, p, out, lse, bend)
+    return q_x, k_x, v_x, p, out, lse, *(x for x in (bend, before) if x is not None)
 
 
 def _stored(plan: Plan, device: torch.device) -> tuple[Sharding, dense.Cells]:
@@ -155,8 +177,8 @@ def _stored(plan: Plan, device: torch.device) -> tuple[Sharding, dense.Cells]:
     row, col = (on_device(x + by, device) for x, by in positions)
     lengths = plan.layout.length + shift[0], plan.keys.length + shift[1]
     place = Place(row, col, plan.first_head)
-    layers = tuple((batch, mask.layers) for batch, mask in plan.by_batch)
-    cells = dense.Cells(place, layers, plan.score, lengths, plan.dropping)
+    seen = tuple((batch, dense.Seen(mask.layers, mask.mods)) for batch, mask in plan.by_batch)
+    cells = dense.Cells(place, seen, plan.score, lengths, plan.dropping)
     return sharding, cells
 
 

@@ -82,7 +82,7 @@ class Plan:
     @cached_property
     def terms(self) -> tuple[Term, ...]:
         """What is done besides the score, in any layer of the mask."""
-        return (*(term for mask in self.masks for term in mask.terms), *self.dropping)
+        return (*(x for mask in self.masks for x in (*mask.terms, *mask.mods)), *self.dropping)
 
     @cached_property
     def masks(self) -> tuple[Mask, ...]:
@@ -158,7 +158,7 @@ class Plan:
         """
         # docs/design.md: a `Block` says everything but the tensors
         for n, layer in enumerate(mask.layers):
-            terms = *layer.terms, *self.dropping
+            terms = *layer.terms, *mask.mods, *self.dropping
             needs_positions = any(term.needs_positions for term in (*score.terms, *terms))
             # docs/design.md: tiles keep positions apart until joining is allowed
             made = tiles if needs_positions else tall_tiles

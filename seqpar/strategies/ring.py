@@ -85,7 +85,7 @@ def ring_attention(
     """
     score = plan.score.resolve(q.shape[-1]).of_heads(head, q.shape[2])
     # docs/design.md: one rank alone calls an op
-    if plan.group.size == 1 and _is_one_block(plan):
+    if plan.group.size == 1 and _is_one_block(plan, score):
         make = partial(_whole_block, plan, score, head)
         # Tensors of a score may be another view in every call.
         block = make() if score.tensors else plan.own.get(("block", q.shape[-1], head), make)
@@ -93,8 +93,10 @@ def ring_attention(
     return attend_by(RingRoute(plan), q, k, v, plan, score, head=head)
 
 
-def _is_one_block(plan: Plan) -> bool:
-    """Whether what a rank that is alone attends to is one block."""
+def _is_one_block(plan: Plan, score: Score) -> bool:
+    """Whether what a rank that is alone attends to is one block, which an op can be told of."""
+    if any(term.asks_each for term in (*score.terms, *plan.terms)):
+        return False
     runs = (len(layout.spans[0]) for layout in (plan.layout, plan.keys))
     return max(runs) <= 1 and len(plan.masks) == 1 == len(plan.masks[0].layers)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from seqpar.comm import (
@@ -87,8 +87,8 @@ class Sharding:
         """A statistic of whole rows, for the rows that this rank owns."""
         return t.transpose(1, 2)
 
-    def share(self, t: Float[Tensor, "b hq i"]) -> Float[Tensor, "b hq n"]:
-        """The part of a statistic of the columns here that no other rank counts too."""
+    def share(self, t: Shaped[Tensor, "*w i"]) -> Shaped[Tensor, "*w n"]:
+        """The part of what rows have here, such as a statistic, that no other rank counts too."""
         return t
 
     def combine_(self, tops: Float[Tensor, "b hq i"], sums: Float[Tensor, "b hq i"]) -> None:

@@ -2,7 +2,9 @@
 
 from seqpar_kernels.terms.alibi import Alibi
 from seqpar_kernels.terms.dropout import Dropout
+from seqpar_kernels.terms.mask_mod import MaskMod
 from seqpar_kernels.terms.ranges import Ranges
+from seqpar_kernels.terms.score_mod import ScoreMod
 from seqpar_kernels.terms.sinks import Sinks
 from seqpar_kernels.terms.softcap import Softcap
 from seqpar_kernels.terms.term import Place, ScoreTerm, Term, check_number
@@ -10,13 +12,23 @@ from seqpar_kernels.terms.term import Place, ScoreTerm, Term, check_number
 # docs/design.md: a term is one file
 # In the order in which they are applied. What bends scores comes before what learns in each block, since
 # gradients of learned tensors are taken from those of the finished scores.
-TERMS: tuple[type[Term], ...] = (Softcap, Alibi, Ranges, Sinks, Dropout)
+TERMS: tuple[type[Term], ...] = (
+    Softcap,
+    Alibi,
+    ScoreMod,
+    Ranges,
+    MaskMod,
+    Sinks,
+    Dropout,
+)
 
 __all__ = [
     "TERMS",
     "Dropout",
+    "MaskMod",
     "Place",
     "Ranges",
+    "ScoreMod",
     "ScoreTerm",
     "Term",
     "check_number",

@@ -32,11 +32,13 @@ class Place:
     Args:
         row, col: global positions of the rows and columns at hand, int64.
         head: which of all query heads is the first at hand.
+        batch: which batch entry is.
     """
 
     row: Int[Tensor, "i"]
     col: Int[Tensor, "j"]
     head: int
+    batch: int = 0
 
     def distance(self, dtype: torch.dtype) -> Float[Tensor, "i j"]:
         """How many positions lie between each row and each column."""
@@ -61,6 +63,8 @@ class Term:
         hides: whether it makes scores invisible.
         drops: whether it multiplies the weights.
         joins: whether it takes part in each row once, in `finish`, and never in a block.
+        asks_each: whether it is a function that is asked of each score: no op takes it as an argument, and
+            only positions of the sequence may be asked of.
     """
 
     name: ClassVar[str]
@@ -74,11 +78,12 @@ class Term:
     hides: ClassVar[bool] = False
     drops: ClassVar[bool] = False
     joins: ClassVar[bool] = False
+    asks_each: ClassVar[bool] = False
 
     @classmethod
     def is_in_kernels(cls) -> bool:
         """Whether Triton kernels do what it does in blocks: by its functions, or by limits alone."""
-        return cls.kernels is not None or not (cls.changes_scores or cls.drops)
+        return cls.kernels is not None or not (cls.changes_scores or cls.drops or cls.asks_each)
 
     @property
     def acts(self) -> bool:

@@ -1,0 +1,73 @@
+"""`ScoreMod`: a function of each score, as FlexAttention's `score_mod`; what it holds may learn.
+
+Source: He et al. 2024, FlexAttention (arXiv:2412.05496).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from seqpar_kernels.terms.modifiers import Modifier, captured, described, evaluate
+from seqpar_kernels.terms.term import Place, ScoreTerm
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreMod(ScoreTerm):
+    """A function (score, batch, head, row, column) -> score of 0-dimensional tensors."""
+
+    value: Modifier
+
+    name, words = "score_mod", "score_mod"
+    needs_positions = changes_scores = bends = asks_each = True
+
+    @staticmethod
+    def checked(value: Any) -> Modifier:
+        """The function. Raises TypeError if it is none."""
+        if not callable(value):
+            raise TypeError(f"score_mod must be a function or None, got {value!r}")
+        return value
+
+    def told(self, learns: bool = False) -> str:
+        """The function by name."""
+        return f"score_mod {described(self.value).split()[0]}" + " that learns" * learns
+
+    def captured(self) -> tuple[Tensor, ...]:
+        """The tensors that the function holds."""
+        return tuple(captured(self.value))
+
+    def scores_(self, s: Float[Tensor, "b hq i j"], place: Place) -> Float[Tensor, "b hq i j"]:
+        """Changes scores in place. Gives the derivative of each by what it was."""
+        if s.device.type == "meta":
+            return torch.ones_like(s)
+        with torch.enable_grad():
+            before = s.detach().clone().requires_grad_()
+            after = evaluate(self.value, before, s, place).to(s.dtype)
+            # A function may leave the score out.
+            slope = None
+            if after.requires_grad:
+                (slope,) = torch.autograd.grad(after.sum(), before, allow_unused=True)
+        s.copy_(after.detach())
+        return torch.zeros_like(s) if slope is None else slope.contiguous()
+
+    def captured_gradients(
+        self, ds: Float[Tensor, "b hq i j"], before: Float[Tensor, "b hq i j"], place: Place,
+        wanted: Sequence[Tensor],
+    ) -> list[Tensor | None]:  # fmt: skip
+        """The gradients of tensors that the function holds, from those of the scores that it gave.
+
+        Args:
+            before: the scores that it was given.
+        """
+        if ds.device.type == "meta":
+            return [None] * len(wanted)
+        with torch.enable_grad():
+            after = evaluate(self.value, before.detach(), before, place).to(ds.dtype)
+        if not after.requires_grad:
+            return [None] * len(wanted)
+        return list(torch.autograd.grad(after, list(wanted), ds, allow_unused=True))
