@@ -18,9 +18,15 @@ sees ranges.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
 from seqpar.layout import Mask
+from seqpar.layout.dense import regions_of
 from seqpar.layout.regions import joined_regions
 from seqpar_kernels import FAR, Region
 from seqpar_kernels.integers import is_integer
@@ -28,6 +34,7 @@ from seqpar_kernels.terms.ranges import check_bounds
 
 Ends = tuple[int, int | None]
 CAUSAL = Mask(causal=True)
+MOST_LAYERS = 16  # each is a walk over the keys; a function is asked of every score
 
 
 def rectangle(rows: Ends = (0, None), cols: Ends = (0, None)) -> Mask:
@@ -192,6 +199,43 @@ def tree(lengths: Sequence[int], parents: Sequence[int | None]) -> Mask:
         )
     mask = _of(regions, length=bounds[-1])
     return mask & CAUSAL
+
+
+def dense(seen: Bool[Tensor, "i j"]) -> Mask:
+    """What a boolean tensor shows, True where row i sees key j; it is looked at, which waits for a GPU.
+
+    Ranges are found in it. Where rows see so many that there would be more than `MOST_LAYERS` layers, the
+    tensor is kept and asked score by score, as a `mask_mod`.
+
+    Raises:
+        ValueError: it is not 2-D.
+        TypeError: it is not a boolean tensor.
+    """
+    if not isinstance(seen, Tensor) or seen.dtype != torch.bool:
+        raise TypeError(f"seen must be a boolean tensor, got {seen!r}")
+    if seen.ndim != 2:
+        raise ValueError(f"seen must be [i j], got {tuple(seen.shape)}")
+    num_rows, num_cols = seen.shape
+    regions = regions_of(seen.cpu())
+    if len(regions) <= MOST_LAYERS * max(num_rows, 1):
+        layers = joined_regions(regions, (), lambda ours, _: ours)
+        if len(layers) <= MOST_LAYERS:
+            return Mask(align="top-left", regions=layers, lengths=(num_rows, num_cols))
+    inside = joined_regions([Region()], (), lambda ours, _: ours)
+    return Mask(
+        align="top-left", regions=inside, lengths=(num_rows, num_cols), mask_mod=Table(seen.clone())
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A `mask_mod` that looks up `[i j]`, or `[b h i j]`."""
+
+    shown: Bool[Tensor, "*b i j"]
+
+    def __call__(self, batch: Tensor, head: Tensor, row: Tensor, col: Tensor) -> Tensor:
+        """Whether the score is visible."""
+        return self.shown[row, col] if self.shown.ndim == 2 else self.shown[batch, head, row, col]
 
 
 def _of(regions: Sequence[Region], length: int | None = None) -> Mask:

@@ -6,24 +6,31 @@ the attention module that is given.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from seqpar.calls import agree_on_call
 from seqpar.comm import Group, agreed
-from seqpar.layout import Layout, check_mark
+from seqpar.functional import attention as attend
+from seqpar.layout import Layout, check_mark, check_size
+from seqpar.multihead_masks import TorchMasks
+from seqpar.strategies.materialised import attention_weights
+from seqpar.strategies.plan import Plan
+from seqpar_kernels import Dropout
 
 
 class MultiheadAttention(nn.Module):
     """`torch.nn.MultiheadAttention` over a sharded sequence: the same parameters, names and results.
 
     `load_state_dict` takes what torch's module saves, and the other way round. The parameters are replicated
-    over the ranks: `seqpar.sum_gradients` makes their gradients those of one device. Mask, score terms and
-    dropout of the weights are those of `attention`, which wants a seed for every layer and step. Sequences
-    come as `[b sl e]`, and the result is a tensor, without weights.
+    over the ranks: `seqpar.sum_gradients` makes their gradients those of one device. Mask and score terms are
+    those of `attention`, and what torch's masks hide or add besides. Sequences come as `[b sl e]`; the result
+    is torch's pair (out, weights), where weights are `None` unless they are asked for.
 
     Args:
         embed_dim: width `e` of queries and of the result, a multiple of num_heads.
@@ -33,12 +40,14 @@ class MultiheadAttention(nn.Module):
             module has none. k and v then take fewer rows of `in_proj_weight` and `in_proj_bias`.
         kdim, vdim: width of keys and values, if not embed_dim; weights are then three, as in torch.
         bias: whether projections add one.
-        dropout, add_bias_kv, add_zero_attn, batch_first: here only to be refused where they ask for more.
+        dropout: of the weights while training, by a seed that torch's generator of the CPU draws in every
+            forward, on the group's first rank. For seeds of your own: `attention=...(dropout=...)`.
+        add_bias_kv, add_zero_attn, batch_first: here only to be refused where they ask for more.
 
     Raises:
-        ValueError: heads or widths do not fit together.
+        ValueError: heads or widths do not fit together, or dropout is said twice.
         TypeError: attention is not an attention module of this package.
-        NotImplementedError: dropout, add_bias_kv, add_zero_attn, or batch_first=False.
+        NotImplementedError: add_bias_kv, add_zero_attn, or batch_first=False.
     """
 
     in_proj_weight: nn.Parameter | None
@@ -67,7 +76,8 @@ class MultiheadAttention(nn.Module):
         super().__init__()
         kv_heads = num_heads if kv_heads is None else kv_heads
         kdim, vdim = (embed_dim if width is None else width for width in (kdim, vdim))
-        _refuse_options(dropout, add_bias_kv, add_zero_attn, batch_first)
+        _refuse_options(add_bias_kv, add_zero_attn, batch_first)
+        Dropout(dropout, 0)  # refuses what is no probability
         if not isinstance(getattr(attention, "group", None), Group):
             raise TypeError(
                 f"attention must be a module such as seqpar.RingAttention(group), got {attention!r}"
@@ -84,7 +94,11 @@ class MultiheadAttention(nn.Module):
             )
         self.embed_dim, self.num_heads, self.kv_heads = embed_dim, num_heads, kv_heads
         self.kdim, self.vdim, self.head_dim = kdim, vdim, embed_dim // num_heads
-        self.attention = attention
+        if dropout and getattr(attention, "dropout", None) is not None:
+            raise ValueError(
+                f"attention drops weights already, {attention.dropout}, got {dropout=} too"
+            )
+        self.attention, self.dropout = attention, dropout
         kv_rows = kv_heads * self.head_dim
         self._rows = embed_dim, kv_rows, kv_rows
         where = {"device": device, "dtype": dtype}
@@ -124,24 +138,34 @@ class MultiheadAttention(nn.Module):
         key_padding_mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         need_weights: bool = False,
-    ) -> Float[Tensor, "b sl e"]:
-        """This rank's rows of the projected attention. All ranks must call; they agree twice.
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Float[Tensor, "b sl e"], Float[Tensor, "b *h sl skv"] | None]:
+        """This rank's rows of the projected attention, and of its weights. All ranks must call.
 
         Args:
             key: other rows to attend; `None`: those of the query.
             value: `None`: the keys.
             layout: who holds which rows of the query.
             kv_layout: of keys and values, where they are another sequence than the queries; needs `key`.
-            key_padding_mask, attn_mask, need_weights: refused, in favour of what `attention` can do.
+            key_padding_mask: keys that are hidden from all rows: True, or -inf where others are 0. Of all
+                keys, `[b skv]`, or of those of this rank, `[b slk]`.
+            attn_mask: what is hidden (True, or -inf), or floats that are added to scores and may learn, of
+                all rows or of those of this rank: `[i skv]` or `[b*hq i skv]`. Ranges are found in what it
+                hides, and walked as any mask's; the rest is asked score by score, which is slow.
+            need_weights: whether the weights are wanted, which `MaterialisedAttention` by rows has stored;
+                before dropout, and without gradients.
+            average_attn_weights: whether they are wanted as the mean over heads.
+            is_causal: whether rows see no key after them, whatever attn_mask says.
 
         Raises:
             TypeError: an argument is of the wrong kind.
             ValueError: shapes do not fit the module, one another or the layout, or types differ.
-            NotImplementedError: a mask or the weights are asked for here, or `attention` refuses.
+            NotImplementedError: weights are asked for that are not stored, or `attention` refuses.
             DesyncError: the ranks differ, or another rank raised one of the above.
         """
-        with agreed(self.attention.group, operation="MultiheadAttention") as claim:  # type: ignore[arg-type]
-            _refuse_masks(key_padding_mask, attn_mask, need_weights)
+        group = cast("Group", self.attention.group)
+        with agreed(group, operation="MultiheadAttention") as claim:
             if key is None and value is not None:
                 raise ValueError("values without keys cannot be attended; pass the keys, too")
             if key is None and kv_layout not in (None, layout):
@@ -160,9 +184,42 @@ class MultiheadAttention(nn.Module):
                     check_mark(x, of, name)
             claim |= {"cross attention": key is not None, "embed_dim": self.embed_dim}
             claim["heads"] = self.num_heads, self.kv_heads
-        heads = (x.unflatten(2, (-1, self.head_dim)) for x in self._project(query, key, value))
-        out = self.attention(*heads, layout, kv_layout=kv_layout)
-        return self.out_proj(out.flatten(2))
+            claim["weights"] = self._check_weights(need_weights, average_attn_weights)
+            masks = TorchMasks(key_padding_mask, attn_mask, is_causal)
+            if key_padding_mask is not None or attn_mask is not None or is_causal:
+                check_size(layout, group.size)
+                check_size(keys, group.size)
+                claim |= masks.check(query.shape[0], self.num_heads, layout, keys, group.rank)
+        plan = masks.applied(self._plan(layout, kv_layout), query.shape[0])
+        projected = self._project(query, key, value)
+        q, k, v = (x.unflatten(2, (-1, self.head_dim)) for x in projected)
+        out = self.out_proj(attend(q, k, v, plan).flatten(2))
+        if not need_weights:
+            return out, None
+        q, k = q.detach(), k.detach()
+        weights = attention_weights(q, k, agree_on_call(q, k, k, plan, operation="weights"))
+        return out, weights.mean(1) if average_attn_weights else weights
+
+    def _plan(self, layout: Layout, kv_layout: Layout | None) -> Plan:
+        """The plan of the attention module, with a seed drawn for what is dropped here."""
+        plan: Plan = self.attention.plan(layout, kv_layout)  # type: ignore[operator]
+        if not self.dropout or not self.training:
+            return plan
+        # Checkpointing restores this generator, so that what is recomputed drops the same.
+        drawn = int(torch.randint(2**62, ()))
+        return replace(
+            plan, dropout=Dropout(self.dropout, plan.group.transport.gather_objects(drawn)[0])
+        )
+
+    def _check_weights(self, need_weights: bool, average: bool) -> object:
+        if not need_weights:
+            return None
+        if getattr(self.attention, "strategy", None) != "materialised_rows":
+            raise NotImplementedError(
+                "weights are given where rows of them are stored: pass "
+                "attention=seqpar.MaterialisedAttention(group)"
+            )
+        return average
 
     def extra_repr(self) -> str:
         """The sizes, for printing."""
@@ -205,14 +262,7 @@ class MultiheadAttention(nn.Module):
             )
 
 
-def _refuse_options(
-    dropout: float, add_bias_kv: bool, add_zero_attn: bool, batch_first: bool
-) -> None:
-    if dropout:
-        raise NotImplementedError(
-            "dropout belongs to the attention module, which needs a seed: pass "
-            "attention=seqpar.RingAttention(group, dropout=seqpar.Dropout(p, seed))"
-        )
+def _refuse_options(add_bias_kv: bool, add_zero_attn: bool, batch_first: bool) -> None:
     if add_bias_kv or add_zero_attn:
         raise NotImplementedError(
             "add_bias_kv and add_zero_attn are not supported: a sequence has only its own keys; "
@@ -220,22 +270,3 @@ def _refuse_options(
         )
     if not batch_first:
         raise NotImplementedError("batch_first=False is not supported: sequences come as [b sl e]")
-
-
-def _refuse_masks(
-    key_padding_mask: Tensor | None, attn_mask: Tensor | None, need_weights: bool
-) -> None:
-    if key_padding_mask is not None:
-        raise NotImplementedError(
-            "key_padding_mask is not supported; pack the sequences with seqpar.Mask(documents=...), or pad "
-            "on the right under a causal mask"
-        )
-    if attn_mask is not None:
-        raise NotImplementedError(
-            "attn_mask is not supported; what is seen is said by the attention module: "
-            "seqpar.RingAttention(group, mask=seqpar.Mask(causal=True, window=...))"
-        )
-    if need_weights:
-        raise NotImplementedError(
-            "no strategy but one has weights to return; see seqpar.MaterialisedAttention.weights"
-        )

@@ -62,7 +62,9 @@ def _check_lengths(mask: Mask, num_rows: int, num_cols: int) -> None:
     ends = zip(mask.lengths or (), (num_rows, num_cols), ("sequence does", "keys do"), strict=False)
     for end, length, what in ends:
         if end != length:
-            raise ValueError(f"documents must end where the {what}, at {length}, got {end}")
+            raise ValueError(
+                f"a dense mask or documents must end where the {what}, at {length}, got {end}"
+            )
 
 
 def _check_grid(plan: Plan) -> None:

@@ -107,6 +107,10 @@ EVERY_TERM = Decode(
     ),
     33, (3, 1, 1, 1, 4), 3,
 )  # fmt: skip
+# Of the last three rows the first sees all, and the others nothing.
+SOME_SEE_NOTHING = Decode(
+    Case(10, 2, 1, d=4, vd=4, shown=("rectangle", (0, 8), (0, None))), 8, (1, 1), 3
+)
 # Rank 0 of 2 holds 21 ... 27, then 0 ... 6, of which the query sees 6 alone.
 UNSEEN_BETWEEN = Decode(Case(30, 2, 1, d=4, vd=4, kind="unsorted", window=24), 28, (1, 1), 1)
 FEWER_ROWS_THAN_RANKS = Decode(Case(4, 2, 1, d=4, vd=4, kind="striped"), 2, (1, 1), 3)
@@ -115,6 +119,7 @@ FEWER_ROWS_THAN_RANKS = Decode(Case(4, 2, 1, d=4, vd=4, kind="striped"), 2, (1, 
 @given(decode=decodes(), size=st.integers(1, 5))
 @example(decode=EVERY_TERM, size=4)
 @example(decode=UNSEEN_BETWEEN, size=2)
+@example(decode=SOME_SEE_NOTHING, size=2)
 @example(decode=FEWER_ROWS_THAN_RANKS, size=5)
 @settings(deadline=None)
 def test_the_last_queries_equal_one_device(decode, size):

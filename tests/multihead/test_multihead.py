@@ -4,10 +4,12 @@ A failure here and not in tests/strategies is in the projections, their names, o
 """
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import seqpar
 from seqpar import Mask, MultiheadAttention, RingAttention, Score, contiguous, simulate, zigzag
@@ -90,7 +92,8 @@ def on_each_rank(group, attention, options, mask, cross, state):
         seqpar.shard_sequence(x, at, group.rank).requires_grad_()
         for x, at in zip(xs, held, strict=False)
     ]
-    out = module(*xs, layout=layout, kv_layout=kv_layout)
+    out, none = module(*xs, layout=layout, kv_layout=kv_layout)
+    assert none is None
     out.backward(seqpar.shard_sequence(dout, layout, group.rank))
     seqpar.sum_gradients(module.parameters(), group)
     gradients = {name: p.grad for name, p in module.named_parameters()}
@@ -195,6 +198,157 @@ def test_grouped_heads_are_torchs_heads_repeated(kv_heads):
         check(simulate(size, on_each_rank, "ulysses", *case, state), case[2], expected)
 
 
+def hides(*shape, seed=0):
+    """At random, but no row of all."""
+    hidden = normal(*shape, seed=seed) > 0.4
+    hidden[..., 0] = False
+    return hidden
+
+
+BIAS = normal(LENGTH, LENGTH, seed=90)
+PADDED = torch.arange(LENGTH) >= torch.tensor([[LENGTH], [6]])
+CAUSAL = torch.ones(LENGTH, LENGTH).triu(1).bool()
+MASKS = {  # as torch's module takes them
+    "padding": {"key_padding_mask": PADDED},
+    "padding with holes": {"key_padding_mask": hides(2, LENGTH, seed=1)},
+    "padding of floats": {
+        "key_padding_mask": torch.zeros(2, LENGTH).double().masked_fill(PADDED, -torch.inf)
+    },
+    "causal": {"attn_mask": CAUSAL},
+    "causal, of floats": {
+        "attn_mask": torch.zeros(LENGTH, LENGTH).double().masked_fill(CAUSAL, -torch.inf)
+    },
+    "any": {"attn_mask": hides(LENGTH, LENGTH, seed=2)},
+    "any, by head": {"attn_mask": hides(2 * HEADS, LENGTH, LENGTH, seed=3)},
+    "by batch entry": {"attn_mask": hides(2, LENGTH, LENGTH, seed=4).repeat_interleave(HEADS, 0)},
+    "added": {"attn_mask": BIAS},
+    "added and hidden": {"attn_mask": BIAS.masked_fill(CAUSAL, -torch.inf)},
+    "added, by head": {"attn_mask": normal(2 * HEADS, LENGTH, LENGTH, seed=5)},
+    "both": {"key_padding_mask": PADDED, "attn_mask": CAUSAL},
+}  # fmt: skip
+
+
+def masked(group, attention, state, given, own):
+    """(out, gradient of x, gradient of an attn_mask that learns) of this rank."""
+    module = MultiheadAttention(E, HEADS, ATTENTIONS[attention](group), dtype=torch.float64)
+    module.load_state_dict(state)
+    layout = zigzag(LENGTH, group.size)
+    mine = layout.positions(group.rank)
+    given = {name: x.clone() for name, x in given.items()}
+    if own:
+        given = {
+            n: x[:, mine] if n == "key_padding_mask" else x[..., mine, :] for n, x in given.items()
+        }
+    bias = given.get("attn_mask")
+    learns = bias is not None and bias.is_floating_point()
+    if learns:
+        bias.requires_grad_()
+    (x,), dout = inputs({}, False)
+    x = x[:, mine].requires_grad_()
+    out, none = module(x, layout=layout, **given)
+    assert none is None
+    out.backward(dout[:, mine])
+    return out.detach(), x.grad, bias.grad if learns else None
+
+
+@pytest.mark.parametrize("what", MASKS)
+def test_masks_equal_those_of_torch(what):
+    """Whole on every rank, or this rank's rows; what is added learns, by shares or by own rows."""
+    given = {name: x.clone() for name, x in MASKS[what].items()}
+    theirs = drawn(nn.MultiheadAttention(E, HEADS, batch_first=True, dtype=torch.float64))
+    bias = given.get("attn_mask")
+    learns = bias is not None and bias.is_floating_point()
+    if learns:
+        bias.requires_grad_()
+    (x,), dout = inputs({}, False)
+    x = x.requires_grad_()
+    out, _ = theirs(x, x, x, need_weights=False, **given)
+    out.backward(dout)
+    for size, attention, own in (
+        (1, "ring", False), (2, "ulysses", True), (3, "ring", True), (4, "materialised", False),
+    ):  # fmt: skip
+        found = simulate(size, masked, attention, theirs.state_dict(), MASKS[what], own)
+        layout = zigzag(LENGTH, size)
+        total = torch.zeros_like(bias) if learns else None
+        for rank, (got, dx, dbias) in enumerate(found):
+            mine = layout.positions(rank)
+            torch.testing.assert_close(got, out[:, mine].detach(), **EXACT)
+            torch.testing.assert_close(dx, x.grad[:, mine], **EXACT)
+            if learns and own:
+                total[..., mine, :] += dbias
+            elif learns:
+                total += dbias
+        if learns:
+            torch.testing.assert_close(total, bias.grad, **EXACT)
+
+
+def weighed(group, state, average):
+    module = MultiheadAttention(E, HEADS, seqpar.MaterialisedAttention(group), dtype=torch.float64)
+    module.load_state_dict(state)
+    layout = zigzag(LENGTH, group.size)
+    (x,), _ = inputs({}, False)
+    masks = {"key_padding_mask": PADDED, "is_causal": True}
+    x = x[:, layout.positions(group.rank)]
+    return module(x, layout=layout, need_weights=True, average_attn_weights=average, **masks)[1]
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_weights_are_those_of_torch(average):
+    theirs = drawn(nn.MultiheadAttention(E, HEADS, batch_first=True, dtype=torch.float64))
+    (x,), _ = inputs({}, False)
+    masks = {"key_padding_mask": PADDED, "attn_mask": CAUSAL}
+    _, want = theirs(x, x, x, average_attn_weights=average, **masks)
+    found = simulate(3, weighed, theirs.state_dict(), average)
+    for rank, got in enumerate(found):
+        rows = zigzag(LENGTH, 3).positions(rank)
+        torch.testing.assert_close(got, want[..., rows, :].detach(), **EXACT)
+
+
+def drops(group):
+    module = MultiheadAttention(E, HEADS, RingAttention(group), dropout=0.5)
+    for parameter in module.parameters():
+        parameter.data.fill_(0.1)
+    layout = zigzag(LENGTH, group.size)
+    x = normal(1, LENGTH, E).float()[:, layout.positions(group.rank)]
+    one, other = (module(x, layout=layout)[0].detach() for _ in range(2))
+    module.eval()
+    return one, other, module(x, layout=layout)[0].detach()
+
+
+def test_dropout_is_another_in_every_forward_and_none_in_evaluation():
+    for one, other, still in simulate(2, drops):
+        assert not torch.equal(one, other)
+        assert not torch.equal(one, still)
+
+
+def seeded(group):
+    """A forward that is computed again drops what it dropped before."""
+    torch.manual_seed(group.rank)
+    module = MultiheadAttention(E, HEADS, RingAttention(group), dropout=0.5, dtype=torch.float64)
+    layout = zigzag(LENGTH, group.size)
+    x = normal(1, LENGTH, E)[:, layout.positions(group.rank)].requires_grad_()
+    drawn(module)
+    state = torch.get_rng_state()
+    module(x, layout=layout)[0].sum().backward()
+    torch.set_rng_state(state)
+    again = x.detach().clone().requires_grad_()
+    run = partial(module, layout=layout)
+    checkpoint(lambda x: run(x)[0], again, use_reentrant=False).sum().backward()
+    return x.grad, again.grad
+
+
+def test_what_is_recomputed_drops_the_same(worlds):
+    """In processes, since ranks that are threads have one generator."""
+    for once, twice in worlds.run(2, seeded):
+        torch.testing.assert_close(twice, once, **EXACT)
+
+
+def test_dropout_is_said_once():
+    attend = RingAttention(seqpar.Group.alone(), dropout=seqpar.Dropout(0.1, 3))
+    with pytest.raises(ValueError, match="attention drops weights already"):
+        MultiheadAttention(E, HEADS, attend, dropout=0.1)
+
+
 class EncoderLayer(nn.Module):
     """What torch.nn.TransformerEncoderLayer is, with our attention; the same names."""
 
@@ -207,7 +361,7 @@ class EncoderLayer(nn.Module):
         self.norm1, self.norm2 = (nn.LayerNorm(E, dtype=torch.float64) for _ in range(2))
 
     def forward(self, x, layout):
-        x = self.norm1(x + self.self_attn(x, layout=layout))
+        x = self.norm1(x + self.self_attn(x, layout=layout)[0])
         return self.norm2(x + self.linear2(self.linear1(x).relu()))
 
 
@@ -220,8 +374,8 @@ class DecoderLayer(EncoderLayer):
         self.norm3 = nn.LayerNorm(E, dtype=torch.float64)
 
     def forward(self, x, memory, layout, memory_layout):
-        x = self.norm1(x + self.self_attn(x, layout=layout))
-        met = self.multihead_attn(x, memory, layout=layout, kv_layout=memory_layout)
+        x = self.norm1(x + self.self_attn(x, layout=layout)[0])
+        met, _ = self.multihead_attn(x, memory, layout=layout, kv_layout=memory_layout)
         x = self.norm2(x + met)
         return self.norm3(x + self.linear2(self.linear1(x).relu()))
 
@@ -287,16 +441,41 @@ def call(group, options=None, x=None, **change):
     module = MultiheadAttention(E, HEADS, RingAttention(group), **(options or {}))
     layout = zigzag(LENGTH, group.size)
     x = torch.ones(1, layout.rows[group.rank], E) if x is None else x
-    return module(x, **({"layout": layout} | change))
+    return module(x, **({"layout": layout} | change))[0]
 
 
 REFUSED = {
-    "key_padding_mask": (
-        {"key_padding_mask": torch.ones(1, 4).bool()},
-        r"key_padding_mask is not supported; pack the sequences with seqpar.Mask\(documents",
+    "key_padding_mask of another length": (
+        {"key_padding_mask": torch.ones(1, 5).bool()},
+        r"key_padding_mask must be \[1 11\] of all keys, or \[1 4\] of those of this rank, got \(1, 5\)",
     ),
-    "attn_mask": ({"attn_mask": torch.ones(4, 4)}, r"attn_mask is not supported; what is seen"),
-    "need_weights": ({"need_weights": True}, r"see seqpar.MaterialisedAttention.weights"),
+    "key_padding_mask of integers": (
+        {"key_padding_mask": torch.ones(1, 4).long()},
+        r"key_padding_mask must be a tensor of booleans or floats, got torch.int64",
+    ),
+    "key_padding_mask that adds": (
+        {"key_padding_mask": torch.ones(1, 4)},
+        "must be 0 or -inf; what is added to scores is an attn_mask",
+    ),
+    "key_padding_mask of one rank": (
+        {"key_padding_mask": torch.zeros(1, 4).bool()},
+        r"key_padding_mask is .*None.* on ranks 0, 2, \('rows', torch.bool\) on rank 1|is_causal",
+    ),
+    "attn_mask of other rows": (
+        {"attn_mask": torch.ones(3, 11)},
+        r"attn_mask must be \[i 11\] or \[4 i 11\], where i is 11 for all rows or 4 for those of this rank",
+    ),
+    "attn_mask of own keys": ({"attn_mask": torch.ones(4, 4)}, r"attn_mask must be \[i 11\]"),
+    "attn_mask of other heads": (
+        {"attn_mask": torch.ones(3, 11, 11)},
+        r"attn_mask must be \[i 11\]",
+    ),
+    "is_causal": ({"is_causal": True}, "is_causal"),
+    "is_causal not a bool": ({"is_causal": 1}, "is_causal must be a bool, got 1"),
+    "need_weights": (
+        {"need_weights": True},
+        r"stored: pass attention=seqpar.MaterialisedAttention",
+    ),
     "width": ({"x": torch.ones(1, 4, E + 1)}, r"query must be \[b sl 12\], got \(1, 4, 13\)"),
     "unbatched": ({"x": torch.ones(4, E)}, r"query must be \[b sl 12\], got \(4, 12\)"),
     "dtype": ({"x": torch.ones(1, 4, E).double()}, r"must be torch.float32, as the weights"),
@@ -322,7 +501,7 @@ def test_what_one_rank_asks_all_refuse(what):
 @pytest.mark.parametrize(
     ("options", "error", "pattern"),
     [
-        ({"dropout": 0.1}, NotImplementedError, "belongs to the attention module"),
+        ({"dropout": 1.5}, ValueError, r"p must be in \[0, 1\)"),
         ({"add_bias_kv": True}, NotImplementedError, "add_bias_kv and add_zero_attn"),
         ({"add_zero_attn": True}, NotImplementedError, "add_bias_kv and add_zero_attn"),
         ({"batch_first": False}, NotImplementedError, "batch_first=False"),
@@ -346,7 +525,7 @@ def test_dropout_and_sinks_are_those_of_the_attention():
         module = drawn(MultiheadAttention(E, HEADS, attention, dtype=torch.float64)).train(training)
         layout = zigzag(LENGTH, group.size)
         x = normal(2, LENGTH, E)[:, layout.positions(group.rank)]
-        return seqpar.unshard_sequence(module(x, layout=layout).detach(), layout, group)
+        return seqpar.unshard_sequence(module(x, layout=layout)[0].detach(), layout, group)
 
     for training in (True, False):
         one, three = (simulate(size, fn, training)[0] for size in (1, 3))

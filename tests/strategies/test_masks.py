@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import seqpar
-from seqpar import Mask, Plan, balanced, contiguous, masks, simulate, striped, zigzag
+from seqpar import Dropout, Mask, Plan, balanced, contiguous, masks, simulate, striped, zigzag
 from seqpar.strategies import STRATEGIES
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
@@ -267,3 +267,25 @@ def stored(strategy, runs):
     if not STRATEGIES[strategy].stores_scores:
         return runs
     return [(size, kind, None) for size, kind, _ in runs]
+
+
+def dropped(group, implementation):
+    """Batch entries of other masks that drop as one call of all would."""
+    layout, mask = zigzag(N, group.size), [masks.prefix_lm(4), Mask(), Mask()]
+    plan = Plan(
+        group, layout, mask, dropout=Dropout(0.4, 5), implementation=implementation, strategy="ring"
+    )
+    q, k, v, dout = (x[:, layout.positions(group.rank)].float() for x in tensors(N, 3))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = seqpar.attention(*leaves, plan)
+    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_batch_entries_drop_by_where_they_are():
+    alike = simulate(2, dropped, "reference"), simulate(2, dropped, "triton")
+    for one, other in zip(*alike, strict=True):
+        for x, y in zip(one, other, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+    full = [x[1:] for x in alike[0][0]]
+    assert not torch.equal(full[0][0], full[0][1])

@@ -66,6 +66,40 @@ class Distance(torch.nn.Module):
         return s * 0.5 - self.scale[h] * (i - j).abs()
 
 
+GLOBAL = rand(HEADS, seed=8).requires_grad_()
+
+
+def helper(s, h):
+    return s + GLOBAL[h]
+
+
+def by_a_global_variable():
+    return (lambda s, b, h, i, j: helper(s, h) * 0.5), [GLOBAL]
+
+
+class Biased:
+    """An object whose method is a `score_mod`, with a part that it does not name."""
+
+    def __init__(self):
+        self.tables = {"one": rand(HEADS, seed=9).requires_grad_()}
+        self.other = torch.ones(3, requires_grad=True)
+
+    def modify(self, s, _b, h, i, j):
+        return s + self.tables["one"][h] * (i - j)
+
+
+def by_a_method():
+    biased = Biased()
+    return biased.modify, [biased.tables["one"]]
+
+
+def computed_before():
+    """The gradient goes on into what has made the tensor."""
+    weight = rand(HEADS, 3, seed=10).requires_grad_()
+    table = torch.softmax(weight, 1)
+    return (lambda s, b, h, i, j: s + table[h, (i - j).clamp(0, 2)]), [weight]
+
+
 def without_scores():
     return (lambda s, b, h, i, j: torch.where(j < i, 0.5, -0.25).to(s.dtype)), []
 
@@ -202,7 +236,14 @@ def looks(s, _b, _h, i, j):
     return s if i > j else -s
 
 
+def unseen(s, _b, h, _i, _j):
+    return s + globals()["GLOBAL"].to(s.dtype)[h]
+
+
 WRONG = {
+    "what learns is not found": (
+        {"score_mod": unseen}, r"uses a tensor \(4,\) that learns, which was not found in it"
+    ),
     "it looks at values": ({"score_mod": looks}, "at whose values it does not look; it raised"),
     "a mask that looks": (
         {"mask_mod": lambda b, h, i, j: bool(i > j)}, "mask_mod must be a function of batch"

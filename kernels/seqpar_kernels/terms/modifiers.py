@@ -6,10 +6,10 @@ Source: He et al. 2024, FlexAttention (arXiv:2412.05496).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import CodeType
+from types import CodeType, ModuleType
 from typing import Any
 
 import torch
@@ -39,39 +39,60 @@ def evaluate(modifier: Modifier, scores: Tensor | None, like: Tensor, place: Pla
     return each(*first, *where)
 
 
-def captured(modifier: object, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """Yields the tensors that a function holds: in its closure and defaults, or as a partial or module does.
+def captured(modifier: object) -> tuple[Tensor, ...]:
+    """The tensors that a function uses, as far as its code tells: each once.
 
-    Global variables are not looked at.
+    They are in its closure, its defaults or global variables; of what else it uses (functions, partials,
+    modules and other objects, lists and dictionaries) the parts that it names. What learns and is not found
+    is refused, see `check_modifier`.
     """
-    seen = set() if seen is None else seen
-    if id(modifier) in seen:
-        return
-    seen.add(id(modifier))
-    if isinstance(modifier, Tensor):
-        yield modifier
-        return
-    for held in _held(modifier):
-        yield from captured(held, seen)
+    found: dict[int, Tensor] = {}
+    _search(modifier, frozenset(), found, set())
+    return tuple(found.values())
 
 
-def _held(x: Any) -> Iterator[Any]:
+def _search(x: Any, names: frozenset[str], found: dict[int, Tensor], seen: set[Any]) -> None:
+    if (id(x), names) in seen or x is None or isinstance(x, (type, ModuleType)):
+        return
+    seen.add((id(x), names))  # by other names another part may be meant
+    if isinstance(x, Tensor):
+        found[id(x)] = x
+        return
+    for held, by in _held(x, names):
+        _search(held, by, found, seen)
+
+
+def _held(x: Any, names: frozenset[str]) -> Iterator[tuple[Any, frozenset[str]]]:
+    """Yields what an object holds, and the names by which it is used."""
+    code = getattr(x, "__code__", None)
     if isinstance(x, torch.nn.Module):
-        yield from (*x.parameters(), *x.buffers())
+        yield x.forward, names
+    if code is not None:  # a function, or a method
+        names = frozenset(_names(code))
+        yield getattr(x, "__self__", None), names
+        cells = getattr(x, "__closure__", None) or ()
+        held = [*(cell.cell_contents for cell in cells), *(getattr(x, "__defaults__", None) or ())]
+        held += (getattr(x, "__kwdefaults__", None) or {}).values()
+        held += (x.__globals__[name] for name in names if name in x.__globals__)
     elif isinstance(x, partial):
-        yield from (x.func, *x.args, *x.keywords.values())
+        held = [x.func, *x.args, *x.keywords.values()]
     elif isinstance(x, (list, tuple)):
-        yield from x
+        held = list(x)
     elif isinstance(x, dict):
-        yield from x.values()
-    elif isinstance(x, Both):
-        yield from (x.one, x.other)
-    elif callable(x):
-        for cell in getattr(x, "__closure__", None) or ():
-            yield cell.cell_contents
-        yield from getattr(x, "__defaults__", None) or ()
-        yield from (getattr(x, "__kwdefaults__", None) or {}).values()
-        yield getattr(x, "__self__", None)
+        held = list(x.values())
+    else:
+        own = vars(x) if hasattr(x, "__dict__") else {}
+        parts = [own, *(own.get(kind, {}) for kind in ("_parameters", "_buffers", "_modules"))]
+        held = [part[name] for part in parts for name in names if name in part]
+        held += [x.__call__] if callable(x) and not isinstance(x, torch.nn.Module) else []
+    yield from ((each, names) for each in held)
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _names(inner)
 
 
 def described(modifier: Modifier) -> str:
@@ -124,8 +145,7 @@ def check_modifier(name: str, modifier: Modifier, like: Tensor, *, scores: bool)
     place = Place(first, first, 0)
     one = like.new_zeros(1, 1, 1, 1)
     try:
-        with torch.no_grad():
-            found = evaluate(modifier, one if scores else None, one, place)
+        found = evaluate(modifier, one if scores else None, one, place)
     except Exception as error:
         what = f"{'score, ' if scores else ''}batch, head, row and column"
         raise ValueError(
@@ -139,3 +159,25 @@ def check_modifier(name: str, modifier: Modifier, like: Tensor, *, scores: bool)
             f"{found.dtype} {tuple(found.shape)}",
         )
         raise ValueError(f"{name} must give {what} scalar for each score, got {got}")
+    unknown = _learns(found, captured(modifier)) if scores and found.requires_grad else None
+    if unknown is not None:
+        raise ValueError(
+            f"{name} uses a tensor {tuple(unknown.shape)} that learns, which was not found in it: let it be "
+            "in the closure of the function, or an attribute or argument that it names"
+        )
+
+
+def _learns(x: Tensor, known: Sequence[Tensor]) -> Tensor | None:
+    """A leaf that the graph of x leads to, but by no known tensor; `None` if there is none."""
+    ends = {id(y.grad_fn) for y in known if y.grad_fn is not None}
+    leaves, nodes, seen = {id(y) for y in known}, [x.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or id(node) in seen or id(node) in ends:
+            continue
+        seen.add(id(node))
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in leaves:
+            return leaf
+        nodes += (following for following, _ in node.next_functions)
+    return None

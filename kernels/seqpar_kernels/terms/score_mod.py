@@ -39,7 +39,7 @@ class ScoreMod(ScoreTerm):
 
     def captured(self) -> tuple[Tensor, ...]:
         """The tensors that the function holds."""
-        return tuple(captured(self.value))
+        return captured(self.value)
 
     def scores_(self, s: Float[Tensor, "b hq i j"], place: Place) -> Float[Tensor, "b hq i j"]:
         """Changes scores in place. Gives the derivative of each by what it was."""
