@@ -206,10 +206,8 @@ class MultiheadAttention(nn.Module):
         if not self.dropout or not self.training:
             return plan
         # Checkpointing restores this generator, so that what is recomputed drops the same.
-        drawn = int(torch.randint(2**62, ()))
-        return replace(
-            plan, dropout=Dropout(self.dropout, plan.group.transport.gather_objects(drawn)[0])
-        )
+        seeds = plan.group.transport.gather_objects(int(torch.randint(2**62, ())))
+        return replace(plan, dropout=Dropout(self.dropout, cast("int", seeds[0])))
 
     def _check_weights(self, need_weights: bool, average: bool) -> object:
         if not need_weights:
