@@ -17,6 +17,7 @@ from torch import Tensor
 from seqpar.calls import agree_on_call, check_call, resolve
 from seqpar.calls.options import SCHEMA, read, written
 from seqpar.comm import Group, Replay, agree_on_backward, backward_number, once, silent
+from seqpar.layout import Mask
 from seqpar.strategies import STRATEGIES, Plan
 from seqpar_kernels import TENSORS, torch_internals
 from seqpar_kernels.torch_ops import define
@@ -41,16 +42,17 @@ class _Call:
     with_lse: bool
 
     @staticmethod
-    def of(args: Sequence[Any], group: Callable[[str], Group]) -> _Call:
+    def of(args: Sequence[Any], group: Callable[[str], Group], mask: Mask | None = None) -> _Call:
         """The call of the op's arguments.
 
         Args:
             group: that of a name.
+            mask: in place of what tensors say that may have no content: shapes do not depend on it.
         """
         q, k, v, *rest = args
         tensors = dict(zip(TENSORS, rest, strict=False))
         name, *values, learning, with_lse = rest[len(TENSORS) :]
-        plan = read(group(name), iter(values))
+        plan = read(group(name), iter(values), mask)
         plan = replace(plan, score=plan.score.with_tensors(tensors))
         return _Call(q, k, v, plan, tuple(learning), with_lse)
 
@@ -87,7 +89,8 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, with_lse: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Attends as one op of the graph that is being compiled; gives (out, lse if asked for)."""
-    if plan.score.score_mod is not None or any(x.mask_mod is not None for x in plan.masks):
+    masks = plan.mask if isinstance(plan.mask, tuple) else (plan.mask,)
+    if plan.score.score_mod is not None or any(x.mask_mod is not None for x in masks):
         raise NotImplementedError(
             "an op takes no functions: call attention with a score_mod or mask_mod outside of compiled code, "
             "as a function decorated with torch.compiler.disable does"
@@ -124,7 +127,7 @@ def _forward(*args: Any) -> list[Tensor]:
 
 def _forward_fake(*args: Any) -> list[Tensor]:
     torch_internals.parts(torch_internals.COMPILE)  # refused here where they are missing
-    call = _Call.of(args, _silent)
+    call = _Call.of(args, _silent, Mask())
     q, k, v = call.q, call.k, call.v
     try:
         plan = check_call(q, k, v, call.plan, with_lse=call.with_lse).outline()
@@ -203,7 +206,11 @@ def _backward_fake(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     num = 3 + len(TENSORS)
-    call, ctx.rest, output = _Call.of(inputs, Group.named), inputs[num:], [*output]
+    call, output = _Call.of(inputs, Group.named, Mask()), [*output]
+    # The mask is the only tensor among the rest.
+    ctx.rest = [None if isinstance(x, Tensor) else x for x in inputs[num:]]
+    (mask,) = (x for x in inputs[num:] if isinstance(x, Tensor))
+    ctx.mask_at = next(n for n, x in enumerate(inputs[num:]) if isinstance(x, Tensor))
     ctx.num_learning = 1 + call.with_lse  # an lse that nobody asked for has no gradient
     ctx.mark_non_differentiable(*output[ctx.num_learning :])
     # Of own rows that were exchanged backward needs the shape alone.
@@ -211,11 +218,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     own = () if ctx.exchanged else inputs[:3]
     number = output.pop() if call.is_numbered else None
     kept = *output[call.num_results :], *output[: call.num_results]  # in the order of the replay
-    ctx.save_for_backward(number, *inputs[3:num], *own, *kept)
+    ctx.save_for_backward(number, mask, *inputs[3:num], *own, *kept)
 
 
 def _differentiate(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    number, *rest = ctx.saved_tensors
+    number, mask, *rest = ctx.saved_tensors
+    options = [mask if n == ctx.mask_at else x for n, x in enumerate(ctx.rest)]
     learned, tensors = rest[: len(TENSORS)], rest[len(TENSORS) :]
     if ctx.exchanged:
         # Tensors of the right shapes that take no memory: their contents are not looked at.
@@ -224,7 +232,7 @@ def _differentiate(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     else:
         own, kept = tensors[:3], tensors[3:]
     found = torch.ops.seqpar.sharded_attention_backward(
-        list(grads[: ctx.num_learning]), number, kept, *own, *learned, *ctx.rest
+        list(grads[: ctx.num_learning]), number, kept, *own, *learned, *options
     )
     there, learning = iter(found), ctx.rest[-2]
     return (

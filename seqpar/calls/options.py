@@ -15,7 +15,7 @@ from torch import Tensor
 
 from seqpar.comm import Grid, Group
 from seqpar.layout import Layout, Mask
-from seqpar.layout.written import read_masks, written_mask
+from seqpar.layout.written import read_masks
 from seqpar.strategies.plan import Plan
 from seqpar_kernels import TENSORS, TERMS, Score, Term
 from seqpar_kernels.terms.modifiers import captured, described
@@ -84,16 +84,15 @@ def _grid(group: Group, code: str | None) -> Grid | None:
     return None if code is None else Grid.decoded(code, group)
 
 
-def _masks(mask: Mask | tuple[Mask, ...]) -> tuple[list[int]]:
-    """A mask, or one for each batch entry, as integers; before all whether it is several."""
+def _masks(mask: Mask | tuple[Mask, ...]) -> tuple[Tensor, bool]:
+    """A mask, or one for each batch entry, as a tensor; and whether it is several."""
     if isinstance(mask, Mask):
-        return ([0, *written_mask(mask)],)
-    return ([1, *(x for each in mask for x in written_mask(each))],)
+        return mask.numbers, False
+    return torch.cat([each.numbers for each in mask]), True
 
 
-def _read_masks(_: Group, numbers: list[int]) -> Mask | tuple[Mask, ...]:
-    several, *rest = numbers
-    masks = tuple(read_masks(rest))
+def _read_masks(_: Group, numbers: Tensor, several: bool) -> Mask | tuple[Mask, ...]:
+    masks = tuple(read_masks(numbers))
     return masks if several else masks[0]
 
 
@@ -129,7 +128,7 @@ _KINDS = {
     "Layout": _Kind(("str",), _code, _layout),
     "Layout | None": _Kind(("str?",), _code, _layout),
     "Grid | None": _Kind(("str?",), _code, _grid),
-    "Mask | tuple[Mask, ...]": _Kind(("int[]",), _masks, _read_masks),
+    "Mask | tuple[Mask, ...]": _Kind(("Tensor", "bool"), _masks, _read_masks),
     "Score": _Kind(("float?",) * len(_NUMBERS), _numbers, _score),
     "Implementation | None": _Kind(("str?",), _one, _same),
     "Agree": _Kind(("str",), _one, _same),
@@ -160,9 +159,15 @@ def written(plan: Plan) -> list[Any]:
     return values
 
 
-def read(group: Group, values: Iterator[Any]) -> Plan:
-    """Reads a plan that was `written`, without tensors, and leaves the values behind its last."""
-    options = {}
+def read(group: Group, values: Iterator[Any], mask: Mask | None = None) -> Plan:
+    """Reads a plan that was `written`, without tensors, and leaves the values behind its last.
+
+    Args:
+        mask: takes the place of the one that was written, where tensors have no content.
+    """
+    options: dict[str, Any] = {}
     for name, kind in _OPTIONS:
-        options[name] = kind.read(group, *(next(values) for _ in kind.arguments))
+        given = [next(values) for _ in kind.arguments]
+        is_given = name == "mask" and mask is not None
+        options[name] = mask if is_given else kind.read(group, *given)
     return Plan(group, **options)

@@ -6,19 +6,25 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Literal, cast, get_args
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from seqpar.layout.mask_arguments import Bounds, Window, checked_documents, checked_window
+from seqpar.layout.mask_arguments import (
+    ALIGNS,
+    Align,
+    Bounds,
+    Window,
+    checked_documents,
+    checked_window,
+)
 from seqpar.layout.regions import Layers, both, checked_layers, either
 from seqpar.layout.spans import Span
+from seqpar.layout.written import written_mask
 from seqpar_kernels import FAR, Layer, MaskMod, Place, Ranges, Region, Term
 from seqpar_kernels.terms.modifiers import Modifier, both_show, described
 
-Align = Literal["top-left", "bottom-right"]
-ALIGNS: tuple[Align, ...] = get_args(Align)
 FULL, CAUSAL = (Layer(),), (Layer(upper=0),)
 
 
@@ -64,6 +70,8 @@ class Mask:
     regions: Layers | None = None
     lengths: tuple[int, int] | None = None
     mask_mod: Modifier | None = None
+    # The same as integers, for ops, which take no objects.
+    numbers: Tensor = field(init=False, repr=False, compare=False)
     # How far rows, and how far keys, are from where they are counted: `aligned` knows.
     shift: tuple[int, int] = field(default=(0, 0), repr=False)
 
@@ -88,6 +96,8 @@ class Mask:
             None,
         ):
             raise ValueError("regions are all of a mask: join it with others by & and |")
+        # Made at once, since compilers would take what is made later for constants.
+        object.__setattr__(self, "numbers", written_mask(self))
 
     def __repr__(self) -> str:
         """What it says; what it leaves open is left out."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Literal, cast, get_args
 
 from torch import Tensor
 
 from seqpar_kernels.integers import is_integer
 from seqpar_kernels.terms.ranges import check_bounds
 
+Align = Literal["top-left", "bottom-right"]
+ALIGNS: tuple[Align, ...] = get_args(Align)
 Bounds = tuple[int, ...]
 Window = int | tuple[int | None, int | None] | None
 

@@ -1,19 +1,31 @@
-"""Masks as integers, for ops that take no objects."""
+"""Masks as tensors of integers, for ops that take no objects.
+
+So they are inputs of a compiled graph: another mask compiles nothing anew, while its length is the same.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import chain
+from typing import TYPE_CHECKING
 
-from seqpar.layout.mask import ALIGNS, Mask
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from seqpar.layout.mask_arguments import ALIGNS
 from seqpar.layout.regions import Layers
 from seqpar_kernels import Region
 
+if TYPE_CHECKING:
+    from seqpar.layout.mask import Mask
+
+LEAST = 64
 _SIDES = len(Region._fields)
 
 
-def written_mask(mask: Mask) -> list[int]:
-    """A mask as integers. Compilers trace this: it makes no object."""
+def written_mask(mask: Mask) -> Int[Tensor, "n"]:
+    """A mask as integers: how many there are, what it says, and zeros up to a power of two."""
     parts: list[list[int]] = [
         [int(mask.causal), 0 if mask.align is None else 1 + ALIGNS.index(mask.align)],
         _window(mask),
@@ -23,20 +35,27 @@ def written_mask(mask: Mask) -> list[int]:
     ]
     for regions in mask.regions or ():
         parts.append([*chain.from_iterable(regions)])
-    numbers = [-1 if mask.regions is None else len(mask.regions)]
+    numbers = [0, -1 if mask.regions is None else len(mask.regions)]
     for part in parts:
         numbers += [len(part), *part]
-    return numbers
+    # Few lengths, so that compilers see few shapes.
+    numbers[0] = max(LEAST, 1 << (len(numbers) - 1).bit_length())
+    return torch.tensor(numbers + [0] * (numbers[0] - len(numbers)))
 
 
-def read_masks(numbers: Sequence[int]) -> Iterator[Mask]:
+def read_masks(numbers: Int[Tensor, "n"]) -> Iterator[Mask]:
     """Yields the masks that were `written_mask`, one after another."""
-    rest = iter(numbers)
-    for num_layers in rest:
+    from seqpar.layout.mask import Mask  # it is written when it is made
+
+    rest = numbers.tolist()
+    while rest:
+        one = iter(rest[1 : rest[0]])
+        rest = rest[rest[0] :]
+        num_layers = next(one)
         (causal, align), window, of_q, of_k, lengths, *layers = (
-            [next(rest) for _ in range(next(rest))] for _ in range(5 + max(num_layers, 0))
+            [next(one) for _ in range(next(one))] for _ in range(5 + max(num_layers, 0))
         )
-        regions = (tuple(_regions(numbers)) for numbers in layers)
+        regions = (tuple(_regions(sides)) for sides in layers)
         # Of documents that are none there is no first boundary either.
         documents = (of_q, of_k) if of_k else of_q
         yield Mask(

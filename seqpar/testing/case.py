@@ -11,7 +11,7 @@ from torch import Tensor
 
 from seqpar.comm import Grid, Group
 from seqpar.layout import LAYOUTS, Layout, Mask, Span, balanced, contiguous
-from seqpar.layout.mask import Align
+from seqpar.layout.mask_arguments import Align
 from seqpar.layout.shards import MakeLayout
 from seqpar.strategies import STRATEGIES, Plan
 from seqpar.testing import expressions, oracle

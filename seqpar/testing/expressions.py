@@ -14,7 +14,7 @@ from torch import Tensor
 
 from seqpar import masks
 from seqpar.layout import Mask
-from seqpar.layout.mask import Align
+from seqpar.layout.mask_arguments import Align
 
 Expression = tuple[Any, ...]
 MARGIN = (

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import seqpar
-from seqpar import Mask, simulate
+from seqpar import Mask, masks, simulate
 from seqpar.calls.options import written
 
 CAUSAL = Mask(causal=True, window=9)
@@ -199,29 +200,60 @@ def test_keys_of_another_length_compile(strategy):
         assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
 
 
-@pytest.mark.parametrize(
-    "masks",
-    [
-        [Mask(True, window) for window in (2, 3, 4)],
-        [Mask(documents=bounds) for bounds in ((0, 4, 11), (0, 5, 11), (0, 2, 5, 11))],
+CAUSAL = Mask(causal=True)
+OTHERS = {
+    "windows": [Mask(True, window) for window in (2, 3, 4)],
+    "documents": [
+        Mask(documents=(0, *cuts, 11)) for cuts in ((4,), (5,), (2, 5), (), (1, 2, 3, 4))
     ],
-    ids=["windows", "documents"],
-)
-def test_other_windows_and_documents_compile_anew(masks):
-    """Numbers that change may become symbols of the compiler, which no message can be planned with."""
+    "of two sequences": [Mask(documents=((0, n, 11), (0, 5 + n, 11))) for n in range(3)],
+    "prefixes": [masks.prefix_lm(n) for n in range(4)],
+    "images": [CAUSAL | masks.spans([(n, n + 4), (8, 8 + n)]) for n in range(1, 4)],
+    "by batch entry": [[CAUSAL & masks.keys(0, n), masks.prefix_lm(n)] for n in range(3, 6)],
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_other_masks_are_inputs_of_one_graph(what):
+    """Those of every batch may be others: a compiler that took them for constants would give up."""
 
     def fn(group):
         layout = seqpar.zigzag(11, group.size)
-        x = torch.randn(1, 11, 2, 4, generator=torch.Generator().manual_seed(0))
+        x = torch.randn(2, 11, 2, 4, generator=torch.Generator().manual_seed(0))
         mine = seqpar.shard_sequence(x, layout, group.rank)
 
         def called(x, mask, scale):
             score = seqpar.Score(scale=scale)
             return seqpar.attention(x, x, x, seqpar.Plan(group, layout, mask, score))
 
+        counter = CompileCounterWithBackend("aot_eager")
+        run = torch.compile(called, backend=counter, fullgraph=True)
+        for mask in OTHERS[what]:
+            one, other = (mine.clone().requires_grad_() for _ in range(2))
+            got, want = run(one, mask, 1.5), called(other, mask, 1.5)
+            assert torch.equal(got, want)
+            got.sum().backward()
+            want.sum().backward()
+            assert torch.equal(one.grad, other.grad)
+        return counter.frame_count
+
+    assert simulate(2, fn) == [1, 1]
+
+
+def test_numbers_that_change_compile_anew():
+    """They may become symbols of the compiler, which no message can be planned with."""
+
+    def fn(group):
+        layout = seqpar.zigzag(11, group.size)
+        mine = torch.ones(1, layout.rows[group.rank], 2, 4)
+
+        def called(x, scale):
+            score = seqpar.Score(scale=scale)
+            return seqpar.attention(x, x, x, seqpar.Plan(group, layout, CAUSAL, score))
+
         run = torch.compile(called, backend="aot_eager", fullgraph=True)
-        for n, mask in enumerate(masks):
-            assert torch.equal(run(mine, mask, 1.5 + n), called(mine, mask, 1.5 + n))
+        for scale in (1.5, 2.5, 3.5):
+            assert torch.equal(run(mine, scale), called(mine, scale))
 
     simulate(2, fn)
 
