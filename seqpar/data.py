@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -72,7 +72,7 @@ def shard_batch(
     kind: str = "zigzag",
     *,
     multiple_of: int = 1,
-    mask: Mask | None = None,
+    mask: Mask | Sequence[Mask] | None = None,
     pad_to_multiple_of: int | None = None,
     pad_token_id: int | None = None,
     whole: Iterable[str] = (),
@@ -90,7 +90,7 @@ def shard_batch(
             other names, is passed on as it is.
         kind: "contiguous", "zigzag", "striped", or "balanced", which needs `mask`.
         multiple_of: shards are cut at multiples of this many positions.
-        mask: what is attended under: "balanced" evens out the work that it makes.
+        mask: what is attended under, or for each batch entry: "balanced" evens out the work that it makes.
         pad_to_multiple_of: pad the sequence to a multiple of this; needs `pad_token_id`.
         pad_token_id: for `input_ids` of padded rows.
         whole: names of tensors to pass on unsharded.
@@ -166,7 +166,10 @@ def _sequences(batch: Mapping[str, Any], kind: str, whole: tuple[str, ...]) -> d
     return tensors
 
 
-def _layout(kind: str, length: int, size: int, multiple_of: int, mask: Mask | None) -> Layout:
+Masks = Mask | Sequence[Mask] | None
+
+
+def _layout(kind: str, length: int, size: int, multiple_of: int, mask: Masks) -> Layout:
     if kind != "balanced":
         return LAYOUTS[kind](length, size, multiple_of=multiple_of)
     if mask is None:
@@ -183,9 +186,9 @@ def _shift(sequences: dict[str, Tensor]) -> dict[str, Tensor]:
     return sequences | {"labels": shifted}
 
 
-def _ignore_borders(sequences: dict[str, Tensor], mask: Mask | None) -> None:
+def _ignore_borders(sequences: dict[str, Tensor], mask: Masks) -> None:
     """Takes the label from the last row of every document, in place: `_shift` has made it a copy."""
-    if mask is None or mask.documents is None:
+    if not isinstance(mask, Mask) or mask.documents is None or mask.pair is not None:
         raise ValueError(
             "labels='next_in_document' asks for the documents, in mask=seqpar.Mask(documents=...)"
         )

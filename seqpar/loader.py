@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from seqpar.comm import Group, agreed
@@ -40,7 +40,7 @@ class ShardedLoader:
         kind: str = "zigzag",
         *,
         multiple_of: int = 1,
-        mask: Mask | None = None,
+        mask: Mask | Sequence[Mask] | None = None,
         pad_to_multiple_of: int | None = None,
         pad_token_id: int | None = None,
         whole: Iterable[str] = (),
@@ -74,7 +74,7 @@ class ShardedLoader:
             self.group,
             self.kind,
             multiple_of=self.multiple_of,
-            mask=mask if isinstance(mask, Mask) else self.mask,
+            mask=mask if _are_masks(mask) else self.mask,
             pad_to_multiple_of=self.pad_to_multiple_of,
             pad_token_id=self.pad_token_id,
             whole=self.whole,
@@ -105,3 +105,10 @@ class ShardedLoader:
             )
         for set_epoch in setters.values():
             set_epoch(epoch)
+
+
+def _are_masks(x: object) -> bool:
+    """Whether it is a mask, or one for each batch entry, and no tensor of the batch by that name."""
+    return isinstance(x, Mask) or (
+        isinstance(x, (list, tuple)) and all(isinstance(m, Mask) for m in x)
+    )

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seqpar.integrations.transformers.documents import RowGroup, documents_of, row_groups
+from seqpar import Mask
+from seqpar.integrations.transformers.documents import Shown, documents_of, masked
 
 ANY_SEEN = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=4)
 
@@ -51,15 +52,24 @@ def test_positions_that_start_anew_are_documents():
     assert documents_of(batch, (1, 5), causal=False) == [(0, 2, 5)]
 
 
-def test_rows_with_equal_documents_are_attended_together():
-    assert row_groups([None, None]) == (RowGroup(None, None),)
-    assert row_groups([(0, 3), None, (0, 3)]) == (RowGroup((0, 2), (0, 3)), RowGroup((1,), None))
+def test_rows_that_are_alike_have_one_mask():
+    causal, packed = Mask(True), Mask(True, documents=(0, 3))
+    assert masked(causal, (None, None), 3) == causal
+    assert masked(causal, ((0, 3), None, (0, 3)), 3) == (packed, causal, packed)
+
+
+def test_what_is_hidden_between_others_is_hidden_from_all():
+    mask = mask_of("1011010", "0110000", "1111111")
+    found = documents_of({"attention_mask": mask}, (3, 7), causal=False)
+    assert found == [Shown(((0, 1), (2, 4), (5, 6))), (0, 1, 3, 7), None]
+    first, *_ = masked(Mask(), tuple(found), 7)
+    assert first.draw(7) == "\n".join(["x.xx.x."] * 7)
+    assert masked(Mask(True), tuple(found), 7)[0].draw(3) == "x..\nx..\nx.x"
 
 
 @pytest.mark.parametrize(
     ("batch", "causal", "error", "message"),
     [
-        ({"attention_mask": mask_of("10111")}, False, NotImplementedError, "in the midst of row 0"),
         ({"attention_mask": torch.ones(1, 1, 5, 5)}, False, NotImplementedError, r"got 4-D"),
         ({"attention_mask": {"full_attention": None}}, False, NotImplementedError, "got dict"),
         ({"attention_mask": mask_of("1111")}, True, ValueError, r"must be \(1, 5\)"),

@@ -12,8 +12,8 @@ from seqpar.testing.models.tiny import FAMILIES
 
 
 def test_this_release_has_every_part():
-    assert set(mask_forms(None)) == {(True, None), (False, None)}
-    assert set(mask_forms(4)) == {(True, 4), (False, 5)}
+    assert set(mask_forms(None, None)) == {(True, None, None), (False, None, None)}
+    assert set(mask_forms(4, None)) == {(True, 4, None), (False, 5, None), (True, None, 4)}
     assert attention_name(FAMILIES["llama"].make().config) == "sdpa"
 
 

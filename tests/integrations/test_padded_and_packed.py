@@ -50,7 +50,7 @@ def test_decoders_take_padding_on_the_right(name):
     check(name, padded((0, LENGTH), (0, 9), (0, 2)), strategies=["ring"])
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "llama4"])
 def test_decoders_take_padding_on_the_left(name):
     batch = padded((0, LENGTH), (8, LENGTH), (5, 20))
     batch["labels"][1, 8] = batch["labels"][2, 5] = -100  # would be predicted by padding
@@ -62,6 +62,16 @@ def test_left_padding_with_positions_that_start_at_the_text():
     batch["labels"][1, 8] = -100
     positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     check("qwen3", batch | {"position_ids": positions}, strategies=["ring"])
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "mistral", "llama4"])
+def test_what_is_hidden_between_others_is_hidden_from_all(name):
+    """Holes that differ by row, one beside padding at the end; positions are those of the row."""
+    batch = padded((0, LENGTH), (0, LENGTH), (0, 19))
+    for row, hole in ((1, slice(6, 9)), (1, slice(15, 16)), (2, slice(3, 11))):
+        batch["attention_mask"][row, hole] = 0
+        batch["labels"][row, hole.start : hole.stop + 1] = -100
+    check(name, batch)
 
 
 def test_labels_of_hidden_tokens_are_refused_on_all_ranks():
@@ -80,7 +90,7 @@ def flattened(**options):
     return dict(DataCollatorWithFlattening(**options)(texts, return_tensors="pt"))
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "llama4"])
 def test_packed_texts_equal_one_device(name):
     """On one device transformers finds the texts by the same position_ids."""
     check(name, flattened())

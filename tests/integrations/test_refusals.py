@@ -78,17 +78,6 @@ def test_models_that_do_not_attend_through_the_interface_are_refused_by_layer(na
     refused(causal_lm(name, options), NotImplementedError, layer)
 
 
-def test_layers_whose_mask_has_no_pattern_are_refused_by_name():
-    options = {
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-        "intermediate_size": 48, "intermediate_size_mlp": 48, "num_local_experts": 1,
-        "attention_chunk_size": 4, "layer_types": ["full_attention", "chunked_attention"],
-    }  # fmt: skip
-    config = transformers.Llama4TextConfig(**(SMALL | options))
-    message = r"model\.layers\.1\.self_attn \(Llama4TextAttention\): .*chunked_overlay"
-    refused(transformers.Llama4ForCausalLM(config), NotImplementedError, message)
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -464,12 +453,12 @@ def test_positions_that_start_anew_are_documents_only_where_the_model_looks_at_t
     positions = torch.cat([torch.arange(6), torch.arange(7)])[None]
     batch = {"input_ids": BATCH["input_ids"][:1], "position_ids": positions}
     if packs:
-        assert sp.shard(batch)["seqpar"].groups[0].documents == (0, 6, 13)
+        assert sp.shard(batch)["seqpar"].rows == ((0, 6, 13),)
     else:
         with pytest.raises(NotImplementedError, match="makes its masks without them"):
             sp.shard(batch)
     packed = batch | {"cu_seq_lens_q": torch.tensor([0, 6, 13])}
-    assert sp.shard(packed)["seqpar"].groups[0].documents == (0, 6, 13)
+    assert sp.shard(packed)["seqpar"].rows == ((0, 6, 13),)
 
 
 def test_models_that_differ_between_ranks_are_refused():

@@ -8,6 +8,7 @@ import gc
 import peft
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -112,6 +113,36 @@ def test_compiled_layers_equal_one_device():
                 1e-7 if "norm" in name else 1e-10
             )  # of norms the model itself adds in float32
             torch.testing.assert_close(gradients[name], gradient, rtol=rounding, atol=rounding)
+    torch._dynamo.reset()
+
+
+def packed_batches(group, model):
+    """Losses of batches with other documents, here and on one device; and how many graphs were made."""
+    plain, model = copy.deepcopy(model), copy.deepcopy(model)
+    sp, counter = (
+        SequenceParallel(model, attend_by("ring", group)),
+        CompileCounterWithBackend("aot_eager"),
+    )
+    for layer in model.model.layers:
+        layer.compile(backend=counter, fullgraph=True)
+    tokens = BATCH["input_ids"]
+    length, found = tokens.shape[1], []
+    for cut in range(2, 8):
+        positions = torch.cat([torch.arange(cut), torch.arange(length - cut)])[None]
+        batch = {"input_ids": tokens[:1], "labels": tokens[:1], "position_ids": positions}
+        loss = sp.loss(batch)
+        loss.backward()
+        found.append((loss.item(), plain(**batch, use_cache=False).loss.item()))
+    return found, counter.frame_count
+
+
+@pytest.mark.filterwarnings("ignore:.*not a leaf Tensor is being accessed:UserWarning")  # by Dynamo
+def test_packed_batches_compile_once():
+    torch._dynamo.reset()
+    for losses, graphs in seqpar.simulate(2, packed_batches, FAMILIES["llama"].make()):
+        assert graphs <= 2
+        for got, want in losses:
+            assert got == pytest.approx(want, rel=1e-6)
     torch._dynamo.reset()
 
 

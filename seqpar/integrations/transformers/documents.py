@@ -5,14 +5,19 @@ Decided from the whole batch, before it is sharded, by the rules that transforme
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import pairwise
+from operator import or_
 from typing import Any
 
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from seqpar.integrations.transformers.internals import chunks_begin_with_documents
+from seqpar.layout import Mask
+from seqpar.masks import keys
 from seqpar.packing import breaks
 
 Bounds = tuple[int, ...]
@@ -21,41 +26,57 @@ PACKED = (*CU_SEQ_LENS, "max_length_q", "max_length_k")  # for flash attention; 
 
 
 @dataclass(frozen=True)
-class RowGroup:
-    """Rows of the batch whose documents are the same: they are attended together.
+class Shown:
+    """The runs of tokens that an attention_mask shows of a row, where it hides some between others."""
+
+    runs: tuple[tuple[int, int], ...]
+
+
+# What tokens of a row may meet: the boundaries of its documents, what is shown of it, or all.
+Row = Bounds | Shown | None
+
+
+def masked(
+    mask: Mask, rows: tuple[Row, ...], length: int, chunk: int | None = None
+) -> Mask | tuple[Mask, ...]:
+    """A mask with what tokens of a row may meet besides: one, or one for each row of the batch.
 
     Args:
-        rows: which; `None`: all.
-        documents: cumulative lengths; `None`: one document.
+        length: of the rows.
+        chunk: of how many tokens chunks are, where tokens meet those of their own only.
     """
-
-    rows: tuple[int, ...] | None
-    documents: Bounds | None
-
-    @property
-    def first(self) -> int:
-        """The first of the rows."""
-        return 0 if self.rows is None else self.rows[0]
+    made = {row: _masked(mask, row, length, chunk) for row in dict.fromkeys(rows)}
+    return made[rows[0]] if len(made) == 1 else tuple(made[row] for row in rows)
 
 
-def row_groups(documents: list[Bounds | None]) -> tuple[RowGroup, ...]:
-    """The rows of a batch by their documents."""
-    rows: dict[Bounds | None, list[int]] = {}
-    for row, bounds in enumerate(documents):
-        rows.setdefault(bounds, []).append(row)
-    if len(rows) == 1:
-        return (RowGroup(None, documents[0]),)
-    return tuple(RowGroup(tuple(where), bounds) for bounds, where in rows.items())
+def _masked(mask: Mask, row: Row, length: int, chunk: int | None) -> Mask:
+    bounds = row if isinstance(row, tuple) else None
+    if chunk is not None:
+        bounds = _chunks(row, length, chunk)
+    mask = mask if bounds is None else replace(mask, documents=bounds)
+    return mask & reduce(or_, (keys(*run) for run in row.runs)) if isinstance(row, Shown) else mask
+
+
+def _chunks(row: Row, length: int, chunk: int) -> Bounds:
+    """The boundaries of the documents of a row and of chunks in them."""
+    if isinstance(row, Shown):
+        row = (0, row.runs[0][0], length)
+    starts = (0, *(row or ()))
+    if not chunks_begin_with_documents():
+        return tuple(sorted({*starts, *range(0, length, chunk), length}))
+    ends = pairwise(sorted({*starts, length}))
+    return tuple(sorted({x for a, b in ends for x in (*range(a, b, chunk), b)} | {0}))
 
 
 def documents_of(
     batch: Mapping[str, Any], shape: tuple[int, int], *, causal: bool, packs: bool = True
-) -> list[Bounds | None]:
-    """The documents of every row of a batch.
+) -> list[Row]:
+    """What the tokens of every row of a batch may meet.
 
     As transformers does: `cu_seq_lens_q` says them; positions that do not go up by one start a new one
     where there is no attention_mask; and what an attention_mask hides is a document of its own, so that
-    hidden and seen tokens do not meet. Under a causal mask what is hidden at the end needs none.
+    hidden and seen tokens do not meet. Under a causal mask what is hidden at the end needs none. Tokens that
+    it hides between others are hidden from all.
 
     Args:
         batch: with the tensors of the whole batch, if any: attention_mask and position_ids `[b s]`,
@@ -66,8 +87,8 @@ def documents_of(
 
     Raises:
         ValueError: they contradict each other, or do not fit the shape.
-        NotImplementedError: the mask is not `[b s]`, or what it shows of a row is not in one piece, or
-            positions start anew in a model that is not causal or does not look at them.
+        NotImplementedError: the mask is not `[b s]`, or positions start anew in a model that is not causal or
+            does not look at them.
     """
     mask = seen_tokens(batch.get("attention_mask"), shape)
     breaks = _position_breaks(batch.get("position_ids"), shape)
@@ -124,24 +145,26 @@ def seen_tokens(mask: Any, shape: tuple[int, int]) -> Bool[Tensor, "b s"] | None
     return mask.bool()
 
 
-def _padded_row(
-    row: int, seen: Bool[Tensor, "s"], breaks: list[int], *, causal: bool
-) -> Bounds | None:
+def _padded_row(row: int, seen: Bool[Tensor, "s"], breaks: list[int], *, causal: bool) -> Row:
     length, count = len(seen), int(seen.sum())
-    first = int(seen.int().argmax())
-    if not bool(seen[first : first + count].all()):
-        raise NotImplementedError(
-            f"attention_mask hides tokens in the midst of row {row}; only padding at an end is a document"
-        )
-    inside = [b for b in breaks if first < b < first + count]
+    first, end = (int(x.int().argmax()) for x in (seen, seen.flip(0)))
+    inside = [b for b in breaks if count and first < b < length - end]
     if inside:
         raise ValueError(
             f"position_ids of row {row} start anew at {inside}, while attention_mask says one document; "
             "leave attention_mask out if the row is packed"
         )
+    if not bool(seen[first : first + count].all()):
+        return Shown(tuple((a, b) for a, b in _runs(seen)))
     if count in (0, length) or (causal and first == 0):
         return None
     return tuple(sorted({0, first, first + count, length}))
+
+
+def _runs(seen: Bool[Tensor, "s"]) -> Iterator[tuple[int, int]]:
+    """Yields (first, last + 1) of each run of tokens that are seen."""
+    edges = [0, *((seen[1:] != seen[:-1]).nonzero().flatten() + 1).tolist(), len(seen)]
+    yield from ((a, b) for a, b in pairwise(edges) if bool(seen[a]))
 
 
 def _position_breaks(positions: Any, shape: tuple[int, int]) -> list[list[int]]:

@@ -12,7 +12,7 @@ from transformers import masking_utils
 TESTED = "5.17 to 5.24"
 MASKS = (
     "causal_mask_function", "bidirectional_mask_function", "sliding_window_causal_mask_function",
-    "sliding_window_bidirectional_mask_function",
+    "sliding_window_bidirectional_mask_function", "chunked_causal_mask_function",
 )  # fmt: skip
 
 
@@ -35,9 +35,11 @@ def name_attention(config: Any, name: str) -> None:
 
 
 def mask_forms(
-    local_size: int | None,
-) -> dict[tuple[bool, int | None], Callable[..., Any]]:
-    """Finds the functions that models make masks of, by (causal, window) as `seqpar.Mask` has them.
+    local_size: int | None, left_padding: Any
+) -> dict[tuple[bool, int | None, int | None], Callable[..., Any]]:
+    """Finds the functions that models make masks of, by (causal, window, chunk).
+
+    Causal and window are as `seqpar.Mask` has them; a row sees its own chunk of so many tokens only.
 
     Two-sided windows include the distance `local_size`, one-sided ones do not:
     `abs(q - kv) <= local_size` and `kv > q - local_size`.
@@ -51,13 +53,20 @@ def mask_forms(
     make = masking_utils
     if local_size is None:
         return {
-            (True, None): make.causal_mask_function,
-            (False, None): make.bidirectional_mask_function,
+            (True, None, None): make.causal_mask_function,
+            (False, None, None): make.bidirectional_mask_function,
         }
+    two_sided = make.sliding_window_bidirectional_mask_function(local_size)
     return {
-        (True, local_size): make.sliding_window_causal_mask_function(local_size),
-        (False, local_size + 1): make.sliding_window_bidirectional_mask_function(local_size),
+        (True, local_size, None): make.sliding_window_causal_mask_function(local_size),
+        (False, local_size + 1, None): two_sided,
+        (True, None, local_size): make.chunked_causal_mask_function(local_size, left_padding),
     }
+
+
+def chunks_begin_with_documents() -> bool:
+    """Whether this release counts chunks of packed texts from where each text begins, and not the first."""
+    return hasattr(masking_utils, "remap_positions_for_packed_sequence")
 
 
 def _lacks(part: str) -> str:

@@ -17,7 +17,7 @@ from seqpar.integrations.transformers.attention.patterns import as_bytes
 from seqpar.integrations.transformers.documents import (
     PACKED,
     documents_of,
-    row_groups,
+    masked,
     seen_tokens,
 )
 from seqpar.integrations.transformers.inputs import Inputs
@@ -65,14 +65,14 @@ class Sharding:
             self._check_tokens(batch.get("input_ids"))
             positions = self._positions(batch, seen)
 
-        groups = row_groups(documents)
+        rows = tuple(documents) if len(set(documents)) > 1 else (documents[0],)
         rest = {n: x for n, x in batch.items() if n not in ("attention_mask", *PACKED)} | positions
         arguments, layout = shard_batch(
             rest,
             group,
             kind or ("zigzag" if causal else "contiguous"),
             multiple_of=multiple_of,
-            mask=Mask(causal, documents=groups[0].documents if len(groups) == 1 else None),
+            mask=masked(Mask(causal), rows, shape[1]),
             whole=whole,
             labels=labels or "own",
         )
@@ -86,7 +86,9 @@ class Sharding:
             check_scaling(self.model.config, rest.get("position_ids"), layout)
         mask = self._mask(arguments, seen, layout)
         plan = self.attend.plan(layout)
-        call = Call(plan, groups, as_bytes(mask), seed, self.findings.numbers)
+        call = Call(plan, rows, as_bytes(mask), seed, self.findings.numbers)
+        for each in self.findings.masks:
+            call.mask(*each)
         own = arguments.pop("labels", None)
         arguments |= common_arguments(self.model, attention_mask=mask, seqpar=call)
         return Inputs(arguments, own, layout)
@@ -155,6 +157,11 @@ class Sharding:
             raise NotImplementedError(
                 f"{type(self.model).__name__} counts positions from {first} over what is not padding; "
                 "pad on the right and hide it with attention_mask, or give position_ids"
+            )
+        if not bool((shown[:, :-1] >= shown[:, 1:]).all()):
+            raise NotImplementedError(
+                f"{type(self.model).__name__} counts positions over what attention_mask shows, and it hides "
+                "tokens between others; give position_ids"
             )
         if first == 0 or tokens is None:
             return {}

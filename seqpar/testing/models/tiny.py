@@ -107,6 +107,18 @@ FAMILIES = {
         | ALTERNATING
         | {"num_local_experts": 3, "num_experts_per_tok": 2, "experts_implementation": "eager"},
     ),
+    "llama4": Family(
+        "Llama4ForCausalLM",
+        "Llama4TextConfig",
+        GROUPED
+        | {
+            # Its experts are weighed in float32, by a sigmoid that is another at the end of a tensor.
+            "intermediate_size_mlp": 48, "moe_layers": [], "attention_chunk_size": 4, "floor_scale": 4,
+            "no_rope_layers": [1, 0], "layer_types": ["chunked_attention", "full_attention"],
+            "pad_token_id": 0,
+        },
+        float32=NORMS,
+    ),
     "bert": Family("BertForMaskedLM", "BertConfig", SIZES | UNDROPPED, "own"),
     "modernbert": Family(
         "ModernBertForMaskedLM",

@@ -7,16 +7,16 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import NoReturn
 
-import torch
 from torch import Tensor, nn
 
 from seqpar.calls.options import told_of
 from seqpar.comm import Group, agreed
 from seqpar.functional import attention
+from seqpar.integrations.transformers.attention.temperature import tempered
 from seqpar.integrations.transformers.attention.terms import Layer, Terms, dropout_of
-from seqpar.integrations.transformers.documents import RowGroup
+from seqpar.integrations.transformers.documents import Row, masked
+from seqpar.layout import Mask
 from seqpar.strategies import Plan
-from seqpar_kernels.transfer import on_device
 
 
 class Call:
@@ -24,7 +24,7 @@ class Call:
 
     Args:
         plan: group, layout, strategy and implementation.
-        groups: the rows of the batch by their documents.
+        rows: what tokens may meet, of each row of the batch, or of all where they are alike.
         hidden: the padding mask of this rank's rows, as bytes; `None` if it hides nothing.
         seed: of the dropout of this call; `None`: there may be none.
         numbers: of the modules that attend, for their dropout.
@@ -34,19 +34,31 @@ class Call:
     def __init__(
         self,
         plan: Plan,
-        groups: tuple[RowGroup, ...] = (RowGroup(None, None),),
+        rows: tuple[Row, ...] = (None,),
         hidden: bytes | None = None,
         seed: int | None = None,
         numbers: Mapping[nn.Module, int] = MappingProxyType({}),
     ) -> None:
-        self.plan, self.groups, self.hidden, self.seed = plan, groups, hidden, seed
+        self.plan, self.rows, self.hidden, self.seed = plan, rows, hidden, seed
         self.numbers = numbers
+        self._masks: dict[tuple[bool, object, int | None], Mask | tuple[Mask, ...]] = {}
+
+    def mask(self, own: Mask, chunk: int | None = None) -> Mask | tuple[Mask, ...]:
+        """The mask of a layer for this batch. Made outside of compiled code it is no constant there.
+
+        Args:
+            chunk: see `Pattern`.
+        """
+        key = own.causal, own.window, chunk
+        if key not in self._masks:
+            self._masks[key] = masked(own, self.rows, self.plan.layout.length, chunk)
+        return self._masks[key]
 
     @property
     def described(self) -> tuple[object, ...]:
         """What ranks that hold the same rows must have in common."""
         plan = self.plan
-        return told_of(plan), plan.group.rank, self.groups, self.hidden, self.seed
+        return told_of(plan), plan.group.rank, self.rows, self.hidden, self.seed
 
     def attend(self, layer: Layer) -> Tensor:
         """The rows `[b sl hq vd]` of a layer's attention. All ranks must call.
@@ -56,21 +68,14 @@ class Call:
             DesyncError: another rank raised; and what `seqpar.attention` does.
         """
         try:
-            plans = self._plans(layer)
+            plan = self._plan(layer)
         except (ValueError, TypeError, NotImplementedError) as error:
             refuse(self.plan.group, type(error)(f"{layer.name}: {error}"), error)
         q, k, v = layer.rows_first()
-        if self.groups[0].rows is None:
-            return attention(q, k, v, plans[0])
-        parts = [
-            attention(q[rows], k[rows], v[rows], plan)
-            for plan, rows in zip(plans, (list(g.rows or ()) for g in self.groups), strict=True)
-        ]
-        order = on_device([row for g in self.groups for row in g.rows or ()], q.device)
-        return torch.cat(parts)[torch.argsort(order)]
+        return attention(tempered(layer.module, q, plan), k, v, plan)
 
-    def _plans(self, layer: Layer) -> list[Plan]:
-        """Makes the plan of each group of rows."""
+    def _plan(self, layer: Layer) -> Plan:
+        """Makes the plan of a layer."""
         terms = Terms.of(layer)
         if getattr(layer.mask, "hidden", None) != self.hidden:
             raise ValueError(
@@ -78,16 +83,13 @@ class Call:
                 "call the model with what it returns"
             )
         number = self.numbers.get(layer.module)
-        return [
-            replace(
-                self.plan,
-                mask=replace(terms.mask, documents=group.documents),
-                score=terms.score,
-                dropout=dropout_of(terms.dropout, self.seed, number, group.first),
-                first_head=terms.first_head,
-            )
-            for group in self.groups
-        ]
+        return replace(
+            self.plan,
+            mask=self.mask(terms.mask, terms.chunk),
+            score=terms.score,
+            dropout=dropout_of(terms.dropout, self.seed, number),
+            first_head=terms.first_head,
+        )
 
 
 def refuse(group: Group, error: Exception, cause: Exception | None = None) -> NoReturn:

@@ -16,6 +16,10 @@ from torch import Tensor
 
 from seqpar.integrations.transformers.internals import mask_forms
 
+ANY = (
+    object()
+)  # in place of a tensor that says nothing of the form, such as the padding of these rows
+
 
 @dataclass(frozen=True)
 class Pattern:
@@ -27,12 +31,14 @@ class Pattern:
         hidden: the padding mask that the model was given for its rows, as bytes; `None` if it hides
             nothing. It is compared with the plan, which knows that of the whole batch.
         unknown: what the mask is, in words, where it has no such form.
+        chunk: of how many tokens chunks are, where a row sees its own only: from the first that is shown on.
     """
 
     causal: bool = False
     window: int | None = None
     hidden: bytes | None = None
     unknown: str | None = None
+    chunk: int | None = None
 
     ndim = 0  # it is no tensor: Falcon asks before it adds something to its mask
 
@@ -44,6 +50,7 @@ class Pattern:
         if self.unknown is not None:
             return self.unknown
         form = "causal" if self.causal else "bidirectional"
+        form += "" if self.chunk is None else f" in chunks of {self.chunk}"
         return form if self.window is None else f"{form} with a window of {self.window}"
 
 
@@ -68,9 +75,9 @@ def pattern_mask(
             shape = tuple(attention_mask.shape)
             return Pattern(unknown=f"an attention_mask {shape} for {q_length} rows")
         hidden = as_bytes(attention_mask)
-    for (causal, window), form in mask_forms(local_size).items():
+    for (causal, window, chunk), form in mask_forms(local_size, ANY).items():
         if _same(mask_function, form):
-            return Pattern(causal, window, hidden)
+            return Pattern(causal, window, hidden, chunk=chunk)
     names = _names(mask_function)
     packed = " for texts that position_ids pack" if "packed_sequence_mask" in names else ""
     return Pattern(unknown=f"made of {names}{packed}")
@@ -86,6 +93,8 @@ def _same(one: object, other: object) -> bool:
     """Whether two functions have the same code and closed over the same values."""
     if isinstance(one, FunctionType) and isinstance(other, FunctionType):
         return one.__code__ is other.__code__ and _same(_closed_over(one), _closed_over(other))
+    if other is ANY:
+        return isinstance(one, Tensor)
     if isinstance(one, tuple) and isinstance(other, tuple):
         return len(one) == len(other) and all(map(_same, one, other))
     return type(one) is type(other) and isinstance(one, int) and one == other

@@ -49,12 +49,17 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class Terms:
-    """Mask (without documents), score and dropout of a layer, and which of its heads is the first here."""
+    """Mask (without documents), score and dropout of a layer, and which of its heads is the first here.
+
+    Args:
+        chunk: see `Pattern`.
+    """
 
     mask: Mask
     score: Score
     dropout: float
     first_head: int = 0
+    chunk: int | None = None
 
     @staticmethod
     def of(layer: Layer) -> Terms:
@@ -91,16 +96,17 @@ class Terms:
             raise NotImplementedError(
                 f"the layer passes {sorted(terms)} to its attention function, which seqpar does not know"
             )
-        return Terms(Mask(pattern.causal, pattern.window), score, dropout, first_head)
+        mask = Mask(pattern.causal, pattern.window)
+        return Terms(mask, score, dropout, first_head, pattern.chunk)
 
 
-def layer_seed(seed: int, layer: int, row: int) -> int:
-    """Derives a seed for the dropout of one layer and group of rows, out of that of a step."""
-    raw = hashlib.blake2b(f"{seed}/{layer}/{row}".encode(), digest_size=8).digest()
+def layer_seed(seed: int, layer: int) -> int:
+    """Derives a seed for the dropout of one layer out of that of a step."""
+    raw = hashlib.blake2b(f"{seed}/{layer}/0".encode(), digest_size=8).digest()
     return int.from_bytes(raw, "little") >> 1
 
 
-def dropout_of(p: float, seed: int | None, layer: int | None, row: int) -> Dropout | None:
+def dropout_of(p: float, seed: int | None, layer: int | None) -> Dropout | None:
     """Makes the dropout of a layer's weights, if there is any.
 
     Raises:
@@ -119,7 +125,7 @@ def dropout_of(p: float, seed: int | None, layer: int | None, row: int) -> Dropo
             "attention drops weights in a module that attends more than once in a call, or is a copy of the "
             "one that was set up; set the model's attention dropout to 0"
         )
-    return Dropout(p, layer_seed(seed, layer, row))
+    return Dropout(p, layer_seed(seed, layer))
 
 
 def _pattern(layer: Layer) -> Pattern:

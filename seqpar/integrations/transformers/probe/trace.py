@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from seqpar.integrations.transformers.attention.call import Call
+from seqpar.integrations.transformers.attention.temperature import untempered
 from seqpar.integrations.transformers.attention.terms import Layer, Terms
 from seqpar.integrations.transformers.probe.compare import same_rows
 from seqpar.integrations.transformers.probe.tokens import ALONE, MOVED, SEQUENCES, Tokens
@@ -49,7 +50,8 @@ class Trace:
             raise type(error)(f"{self._title(layer.module)}: {error}") from error
         self.attending.append(layer.module)
         q, k, v = layer.rows_first()
-        self._attended.setdefault(layer.module, []).extend((q, k, v))
+        # Not as the layer has scaled them by its own count of rows, which the call makes good.
+        self._attended.setdefault(layer.module, []).extend((untempered(layer.module, q), k, v))
         n = self.num_alone
         alone = v[:n].repeat_interleave(q.shape[2] // v.shape[2], dim=2)
         others = replace(layer, q=layer.q[n:], k=layer.k[n:], v=layer.v[n:])

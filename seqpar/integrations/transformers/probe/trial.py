@@ -45,7 +45,6 @@ from seqpar.integrations.transformers.attention.call import Call
 from seqpar.integrations.transformers.attention.patterns import as_bytes
 from seqpar.integrations.transformers.attention.registration import NAME, MissingPlanError
 from seqpar.integrations.transformers.attention.replacement import Handover, handover_of
-from seqpar.integrations.transformers.documents import RowGroup
 from seqpar.integrations.transformers.internals import attention_name, name_attention
 from seqpar.integrations.transformers.probe.before import Before, evaluating, run_before
 from seqpar.integrations.transformers.probe.compare import Rows, difference, rows_of
@@ -62,7 +61,7 @@ from seqpar.integrations.transformers.probe.trace import Trace
 from seqpar.layout import contiguous
 from seqpar.strategies import Plan
 
-LAYER_TYPES = {"full_attention", "sliding_attention"}
+LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 def try_out(inner: PreTrainedModel) -> Findings:
@@ -125,11 +124,10 @@ def run_after(inner: PreTrainedModel, known: Before | Findings, *, across: Group
     # docs/design.md: a model is tried in four runs
     given, two = tokens.runs(inner, first=known.first_position), (0, PACKED_AT, tokens.num_rows)
     # Of the sequences that do not attend alone, WHOLE is one document, PACKED and APART are two.
-    groups = RowGroup((0,), None), RowGroup((1, 2), two)
     alone = Plan(Group.alone(), contiguous(tokens.num_rows, 1))
-    trace = Trace(inner, tokens, Call(alone, groups), num_alone=WHOLE)
+    trace = Trace(inner, tokens, Call(alone, (None, two, two)), num_alone=WHOLE)
     hidden = as_bytes(given.masked["attention_mask"])
-    again = Trace(inner, tokens, Call(alone, (RowGroup(None, two),), hidden))
+    again = Trace(inner, tokens, Call(alone, (two,), hidden))
     with evaluating(inner):
         with _explained(inner), trace.watching():
             output = inner(**given.both, seqpar=trace)
@@ -152,6 +150,7 @@ def run_after(inner: PreTrainedModel, known: Before | Findings, *, across: Group
         counts_seen=counts_seen,
         packs=packs,
         labels=known.labels,
+        masks=tuple(dict.fromkeys((terms.mask, terms.chunk) for terms in trace.terms)),
         numbers={module: number for number, module in enumerate(once)},
     )
 
