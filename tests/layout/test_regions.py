@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from seqpar import Mask, balanced, masks
@@ -50,8 +50,15 @@ def is_one_range(line):
 LISTS = st.lists(regions(), max_size=4)
 
 
+# Column 0 is seen by rows 0, 1 and 4, and not by those between; and a diagonal with rows that see nothing.
+COME_BACK = [Region(0, 2, 0, 4), Region(2, 4, 2, 6), Region(4, 5, 0, 6)]
+BROKEN = [Region(0, 3, 0, 9, 0, 0), Region(5, 8, 0, 9, 0, 0)]
+
+
 @given(LISTS, LISTS, st.sampled_from(["and", "or", "less"]))
 @settings(max_examples=examples(3))
+@example(COME_BACK, [], "or")
+@example(BROKEN, [], "or")
 def test_layers_show_what_they_should_once(ours, theirs, how):
     keeps = {
         "and": lambda a, b: a and b,

@@ -31,6 +31,7 @@ SMALLEST = {  # script: options, ranks under torchrun, what it prints
         ["--ranks", 2, "--steps", 2, "--length", 16, "--only", "resumed"],
         None, "resumed at step 1 of P=2",
     ),
+    "mask_costs": (["--length", 256, "--runs", 1], None, "8 images in text"),
     "exchange_ways": (["--ranks", 2, "--rows", 4, "--rounds", 2], None, "KiB a rank"),
     "gloo_threads": (
         ["--ranks", 2, "--length", 16, "--rounds", 2, "--dtype", "float32"], None, "N = 16 float32 ulysses",
