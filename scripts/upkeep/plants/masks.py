@@ -5,6 +5,8 @@ from __future__ import annotations
 from plants.plant import Plant
 
 LAYOUT, BLOCK = "seqpar/layout", "kernels/seqpar_kernels"
+MODIFIERS, MULTIHEAD = "tests/strategies/test_modifiers.py", "tests/multihead"
+PADDED = "tests/integrations/test_padded_and_packed.py"
 REGIONS, MASKS = "tests/layout/test_regions.py", "tests/strategies/test_masks.py"
 MASK_PLANTS = [
     Plant("strips of rows cut where limits cross, not where they touch", f"{LAYOUT}/regions.py",
@@ -61,4 +63,38 @@ MASK_PLANTS = [
           "tests/strategies/test_options.py"),
     Plant("decode: rows of no region see what others do", "seqpar/decode/visible.py",
           "if num == rows.length else range(0)", "if inner else range(0)", "tests/decode/test_cache.py"),
+    Plant("score_mod: its derivative by the score taken for 1", f"{BLOCK}/terms/score_mod.py",
+          "return torch.zeros_like(s) if slope is None else slope.contiguous()",
+          "return torch.ones_like(s)", MODIFIERS),
+    Plant("score_mod: gradients of what it holds once for each rank", "seqpar/strategies/materialised.py",
+          "own, given = (sharding.share(x.mT).mT for x in (ds, before))", "own, given = ds, before",
+          MODIFIERS),
+    Plant("score_mod: heads counted from the first at hand", f"{BLOCK}/terms/modifiers.py",
+          "batch + place.batch, head + place.head,", "batch + place.batch, head,", MODIFIERS),
+    Plant("score_mod: what learns unseen is taken", f"{BLOCK}/terms/modifiers.py",
+          "    if unknown is not None:\n", "    if False:\n", MODIFIERS),
+    Plant("mask_mod: poison spreads over what it hides", f"{BLOCK}/sight.py",
+          "    if not mods:\n        return sight\n", "    return sight\n", MODIFIERS),
+    Plant("mask_mod: an op is asked that knows none", f"{BLOCK}/choice.py",
+          "(kind.changes_scores or kind.drops or kind.asks_each,", "(kind.changes_scores or kind.drops,",
+          MODIFIERS),
+    Plant("multihead: what is hidden is shown", "seqpar/multihead_masks.py",
+          "_shown(~_hidden(given.detach()), batch)", "_shown(_hidden(given.detach()), batch)", MULTIHEAD),
+    Plant("multihead: padding of one row hides for all", "seqpar/multihead_masks.py",
+          "[_of_keys(~x) for x in hidden]", "[_of_keys(~hidden[1]) for x in hidden]", MULTIHEAD),
+    Plant("multihead: floats hide and add nothing", "seqpar/multihead_masks.py",
+          "return replace(plan, score=replace(plan.score, score_mod=bias))", "return plan", MULTIHEAD),
+    Plant("a dense mask: ends of runs that move apart", f"{LAYOUT}/dense.py",
+          "if moved is not None and slopes in (None, moved):", "if moved is not None:", MULTIHEAD),
+    Plant("transformers: chunks from the first token, shown or not",
+          "seqpar/integrations/transformers/documents.py",
+          "row = (0, row.runs[0][0], length)", "row = None", PADDED),
+    Plant("transformers: queries scaled as those of a shard",
+          "seqpar/integrations/transformers/attention/temperature.py",
+          "by = _temperature(module, whole) / _temperature(module, _counted(q))",
+          "by = _temperature(module, _counted(q)) / _temperature(module, _counted(q))",
+          "tests/integrations/test_families.py"),
+    Plant("transformers: rows apart have the mask of the first",
+          "seqpar/integrations/transformers/documents.py",
+          "else tuple(made[row] for row in rows)", "else tuple(made[rows[0]] for row in rows)", PADDED),
 ]  # fmt: skip
