@@ -29,7 +29,6 @@ from seqpar.strategies.plan import Plan
 from seqpar.strategies.registry import STRATEGIES
 from seqpar.version import VERSION
 from seqpar_kernels import (
-    FAR,
     TENSORS,
     Implementation,
     Request,
@@ -158,7 +157,7 @@ def resolve(plan: Plan, q: Tensor, v: Tensor, *, with_lse: bool = False) -> Plan
 
 def _is_windowed(mask: Mask) -> bool:
     """Whether a lower diagonal may hide keys."""
-    return mask.shift != (0, 0) or any(layer.lower > -FAR for layer in mask.layers)
+    return mask.shift != (0, 0) or mask.is_windowed
 
 
 def _attended(plan: Plan) -> int:

@@ -20,7 +20,7 @@ from seqpar.decode.parts import merged, part_of
 from seqpar.decode.rows import Grown, Held, deal
 from seqpar.decode.visible import continued
 from seqpar.layout import Layout, Mask
-from seqpar_kernels import FAR, Implementation, Request, Score, choose
+from seqpar_kernels import Implementation, Request, Score, choose
 from seqpar_kernels.integers import is_integer
 
 
@@ -69,9 +69,7 @@ class KVCache:
             self._mask, self._score = continued(mask), score.resolve(k.shape[3])
             # There are no queries yet, and k has the type, width and device that they must have.
             terms = (*self._score.terms, *self._mask.terms)
-            request = Request.of(
-                k, v, terms, windowed=any(layer.lower > -FAR for layer in self._mask.layers)
-            )
+            request = Request.of(k, v, terms, windowed=self._mask.is_windowed)
             self.implementation = choose(request, implementation)
             claim |= {
                 **told(

@@ -28,6 +28,8 @@ def check_prefill(
         )
     check_size(layout, group.size)
     check_rows(layout, group.rank, k.shape[1], f"{shapes} as [b sl h d]")
+    if mask.mask_mod is not None or score.score_mod is not None:
+        raise NotImplementedError("a cache takes neither a mask_mod nor a score_mod")
     if mask.pair is not None:
         raise ValueError(
             "a cache holds one sequence: documents must be the boundaries of its keys alone, "

@@ -238,6 +238,11 @@ class Mask:
         return all(region.ahead <= 0 for layer in self.layers for region in layer.regions)
 
     @property
+    def is_windowed(self) -> bool:
+        """Whether a row may not see keys that are far before it."""
+        return any(region.lower > -FAR for layer in self.layers for region in layer.regions)
+
+    @property
     def depends_on_place(self) -> bool:
         """Whether what a row sees depends on where it stands over the keys."""
         if self.mask_mod is not None:

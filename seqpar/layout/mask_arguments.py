@@ -19,7 +19,7 @@ Window = int | tuple[int | None, int | None] | None
 def checked_documents(documents: object) -> Bounds | tuple[Bounds, Bounds]:
     """The boundaries of documents as tuples of Python's integers, or a pair of them."""
     both = tuple(cast("Sequence[object]", documents))
-    if len(both) == 2 and not any(is_integer(x) or getattr(x, "ndim", 1) == 0 for x in both):
+    if len(both) == 2 and all(hasattr(x, "__len__") and getattr(x, "ndim", 1) == 1 for x in both):
         of_q, of_k = (_integers(cast("Sequence[int]", x)) for x in both)
         check_bounds("documents of queries", of_q)
         check_bounds("documents of keys", of_k)

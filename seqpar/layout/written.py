@@ -40,7 +40,8 @@ def written_mask(mask: Mask) -> Int[Tensor, "n"]:
         numbers += [len(part), *part]
     # Few lengths, so that compilers see few shapes.
     numbers[0] = max(LEAST, 1 << (len(numbers) - 1).bit_length())
-    return torch.tensor(numbers + [0] * (numbers[0] - len(numbers)))
+    # On the CPU wherever the user has tensors made.
+    return torch.tensor(numbers + [0] * (numbers[0] - len(numbers)), device="cpu")
 
 
 def read_masks(numbers: Int[Tensor, "n"]) -> Iterator[Mask]:

@@ -262,6 +262,19 @@ ONE_RANK = {  # what rank 1 alone does -> what every message must say
 ALL_RANKS = {
     "layout of other ranks": ({"layout": zigzag(LENGTH, 2)}, "for the 3 ranks of the group"),
     "not a layout": ({"layout": 12}, "layout must be a seqpar.Layout, got 12"),
+    "a mask_mod": (
+        {"mask": Mask(mask_mod=torch.eq)},
+        "a cache takes neither a mask_mod nor a score_mod",
+    ),
+    "a score_mod": ({"score": Score(score_mod=torch.add)}, "neither a mask_mod nor a score_mod"),
+    "documents of two sequences": (
+        {"mask": Mask(documents=((0, 12), (0, 11)))},
+        r"boundaries of its keys alone, got a pair",
+    ),
+    "joined documents": (
+        {"mask": Mask(True) | Mask(documents=(0, 12))},
+        "documents that `&` or `|` joined .* end",
+    ),
     "not a mask": ({"mask": True}, "mask must be a seqpar.Mask, got True"),
     "k not a tensor": ({"k": None}, "k must be a tensor, got NoneType"),
     "k of integers": ({"k": torch.ones(2, 4, 2, 4).long()}, "k must be floating point"),

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -168,6 +169,8 @@ def test_a_mask_is_drawn():
     (TypeError, "upper must be an integer or None", lambda: masks.band(upper=1.0)),
     (ValueError, "same number of documents", lambda: Mask(documents=((0, 2, 4), (0, 4)))),
     (ValueError, "documents of keys must be boundaries from 0", lambda: Mask(documents=((0, 4), (0, 4, 2)))),
+    (TypeError, "documents must be integer boundaries", lambda: Mask(documents=(0, 1.5))),
+    (TypeError, "documents must be integer boundaries", lambda: Mask(documents=torch.tensor([0, 1.5]))),
     (ValueError, "same lengths to be joined",
      lambda: Mask(documents=(0, 4)) & Mask(documents=(0, 5))),
     (ValueError, "aligned alike to be joined",
@@ -188,6 +191,23 @@ def test_a_mask_is_drawn():
 def test_masks_that_mean_nothing_are_refused(error, match, make):
     with pytest.raises(error, match=match):
         make()
+
+
+def test_masks_are_of_the_host_wherever_tensors_are_made():
+    with torch.device("meta"):
+        mask = masks.prefix_lm(3)
+        (layer,) = mask.layers
+        limits = layer.ranges.limits(0, 5, 0, 5, 1, torch.device("cpu"))
+    assert mask.numbers.device.type == limits.device.type == "cpu"
+    assert limits.tolist() == [[0, 3], [0, 3], [0, 3], [0, 4], [0, 5]]
+
+
+def test_boundaries_of_arrays_and_tensors_are_integers():
+    for make in (list, torch.tensor, np.array):
+        assert Mask(documents=make([0, 5])).documents == (0, 5)
+        assert Mask(documents=(make([0, 2, 5]), make([0, 3, 4]))).pair == ((0, 2, 5), (0, 3, 4))
+    assert Mask(documents=[torch.tensor(0), torch.tensor(5)]).documents == (0, 5)
+    assert Mask(documents=((0, 5), (0, 5))) == Mask(documents=(0, 5))
 
 
 def test_regions_that_are_layers_are_taken_as_they_are():

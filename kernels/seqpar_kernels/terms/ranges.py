@@ -112,7 +112,7 @@ class Ranges(Term):
     def _table(self) -> Int[Tensor, "6 n"]:
         """The regions as a tensor of the host, made once."""
         none = Region(-FAR, -FAR)
-        return torch.tensor((none, *self.regions)).T.contiguous()
+        return torch.tensor((none, *self.regions), device="cpu").T.contiguous()
 
     def _near(self, row: int, last_row: int, col: int, last_col: int) -> slice:
         """The regions that may have a part in some rows and columns."""
