@@ -45,7 +45,7 @@ class Attention(nn.Module):
         self,
         group: Group,
         *,
-        mask: Mask = Mask(),  # noqa: B008 - frozen
+        mask: Mask | tuple[Mask, ...] | list[Mask] = Mask(),  # noqa: B008 - frozen
         score: Score = Score(),  # noqa: B008 - frozen
         implementation: Implementation | None = None,
         dropout: Dropout | None = None,
@@ -53,7 +53,8 @@ class Attention(nn.Module):
         agree: Agree = "call",
     ) -> None:
         super().__init__()
-        self.group, self.mask, self.score = group, mask, score
+        self.group, self.score = group, score
+        self.mask = tuple(mask) if isinstance(mask, list) else mask
         self.implementation, self.dropout, self.invariant = implementation, dropout, invariant
         self.agree = agree
 

@@ -153,8 +153,8 @@ class MultiheadAttention(nn.Module):
             attn_mask: what is hidden (True, or -inf), or floats that are added to scores and may learn, of
                 all rows or of those of this rank: `[i skv]` or `[b*hq i skv]`. Ranges are found in what it
                 hides, and walked as any mask's; the rest is asked score by score, which is slow.
-            need_weights: whether the weights are wanted, which `MaterialisedAttention` by rows has stored;
-                before dropout, and without gradients.
+            need_weights: whether the weights are wanted, which `MaterialisedAttention` by rows gives. They
+                are computed once more, before dropout, and without gradients.
             average_attn_weights: whether they are wanted as the mean over heads.
             is_causal: whether rows see no key after them, whatever attn_mask says.
 
@@ -186,14 +186,24 @@ class MultiheadAttention(nn.Module):
             claim["heads"] = self.num_heads, self.kv_heads
             claim["weights"] = self._check_weights(need_weights, average_attn_weights)
             masks = TorchMasks(key_padding_mask, attn_mask, is_causal)
-            if key_padding_mask is not None or attn_mask is not None or is_causal:
+            if not masks.say_nothing:
                 check_size(layout, group.size)
                 check_size(keys, group.size)
                 claim |= masks.check(query.shape[0], self.num_heads, layout, keys, group.rank)
-        plan = masks.applied(self._plan(layout, kv_layout), query.shape[0])
+            claim["dropout"] = self.dropout if self.training else 0.0
+        plan = self._plan(layout, kv_layout)
+        if not masks.say_nothing:
+            masks = masks.gathered(plan)
+            with agreed(group, operation="MultiheadAttention: masks"):
+                plan = masks.applied(plan, query.shape[0])
         projected = self._project(query, key, value)
         q, k, v = (x.unflatten(2, (-1, self.head_dim)) for x in projected)
-        out = self.out_proj(attend(q, k, v, plan).flatten(2))
+        if masks.say_nothing and not (self.dropout and self.training):
+            # So that its hooks see it.
+            met = self.attention(q, k, v, layout, kv_layout=kv_layout)
+        else:
+            met = attend(q, k, v, plan)
+        out = self.out_proj(met.flatten(2))
         if not need_weights:
             return out, None
         q, k = q.detach(), k.detach()

@@ -51,15 +51,32 @@ class TorchMasks:
             "attn_mask": self._check_scores(batch * heads, layout, keys, rank),
         }
 
+    @property
+    def say_nothing(self) -> bool:
+        """Whether nothing is hidden or added."""
+        return self.is_causal is False and self.key_padding_mask is None and self.attn_mask is None
+
+    def gathered(self, plan: Plan) -> TorchMasks:
+        """The same of all rows and keys, where they were those of this rank. All ranks must call."""
+        padding, added = self.key_padding_mask, self.attn_mask
+        padding = None if padding is None else _gathered(padding, plan.keys, plan, dim=1)
+        added = None if added is None else _gathered(added, plan.layout, plan, dim=-2)
+        return TorchMasks(padding, added, self.is_causal)
+
     def applied(self, plan: Plan, batch: int) -> Plan:
-        """The plan with these masks besides its own. All ranks must call."""
+        """The plan with these masks, which are `gathered`, besides its own.
+
+        Raises:
+            ValueError: rows stand elsewhere in its own mask.
+            NotImplementedError: floats are added where there is a `score_mod` already.
+        """
         mask = _joined(plan.mask, [CAUSAL] * batch) if self.is_causal else plan.mask
         if self.key_padding_mask is not None:
-            hidden = _hidden(_gathered(self.key_padding_mask, plan.keys, plan, dim=1))
+            hidden = _hidden(self.key_padding_mask)
             mask = _joined(mask, [_of_keys(~x) for x in hidden])
         if self.attn_mask is None:
             return replace(plan, mask=mask)
-        given = _gathered(self.attn_mask, plan.layout, plan, dim=-2)
+        given = self.attn_mask
         given = given.unflatten(0, (batch, -1)) if given.ndim == 3 else given
         plan = replace(plan, mask=_joined(mask, _shown(~_hidden(given.detach()), batch)))
         if given.dtype == torch.bool or not (given.requires_grad or _adds(given)):

@@ -112,7 +112,7 @@ def attend_backward(
         # No other implementation is asked for what holds tensors.
         compute = partial(reference.backward, captured=captured) if captured else way.backward
         if apart:
-            poison.attend_backward(compute, rows, k, v, block, into, learned or {})
+            poison.attend_backward(compute, rows, k, v, block, into, learned or {}, captured)
         else:
             compute(rows, k, v, block, into, learned or {})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -49,6 +50,13 @@ class Layer:
             r._replace(lower=max(r.lower, self.lower), upper=min(r.upper, self.upper))
             for r in self.ranges.regions
         )
+
+    def of_rows(self, row: int, last_row: int) -> tuple[Region, ...]:
+        """The regions that have some of these rows."""
+        first = bisect_right(self.regions, row, key=lambda region: region.bottom)
+        return self.regions[
+            first : bisect_right(self.regions, last_row, key=lambda region: region.top)
+        ]
 
     @property
     def terms(self) -> tuple[Term, ...]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from seqpar_kernels.block import Block
 from seqpar_kernels.finite import taken_out
 from seqpar_kernels.partial import Partial
-from seqpar_kernels.rows import Learned, Rows, RunningGradients
+from seqpar_kernels.rows import Captured, Learned, Rows, RunningGradients
 from seqpar_kernels.sight import sight_of
 
 Forward = Callable[[Tensor, Tensor, Tensor, Block, Partial], None]
@@ -50,6 +50,7 @@ def attend_backward(
     block: Block,
     into: RunningGradients,
     learned: Learned,
+    captured: Captured = (),
 ) -> None:
     """Adds gradients as `compute` does, but what is not finite stays where it is seen.
 
@@ -70,6 +71,8 @@ def attend_backward(
     reached = sight.by_rows(torch.ones_like(cols), hq) & rows | sight.by_rows(cols, hq)
     for total in learned.values():
         total.masked_fill_(reached, torch.nan)
+    for _, total in captured:
+        total.masked_fill_(reached.any(), torch.nan)
     if dq is not None:
         dq.masked_fill_(reached.unsqueeze(-1), torch.nan)
     if dk is not None and dv is not None:

@@ -76,7 +76,10 @@ def backward(
             k_t, v_t = (_load(x, cols, dtype, group) for x in (k, v))
             s, bend, before = _scores(q_t, k_t, tile, rows, cols)
             p = torch.exp(s - lse_t)
-            p = p.masked_fill(~_visible(tile, rows, cols, s), 0.0)
+            hidden = ~_visible(tile, rows, cols, s)
+            p = p.masked_fill(hidden, 0.0)
+            if isinstance(bend, Tensor):  # whatever hidden scores are
+                bend = bend.masked_fill(hidden, 0.0)
             kept = _kept(tile, p)
             ds = p * (dout_t @ v_t.mT * kept - delta_t)
             dx = ds * bend * scale

@@ -24,8 +24,8 @@ class Score:
 
     In this order::
 
-        x = scale * q.k;   x = softcap * tanh(x / softcap);   x = x - slope * |row - column|
-        score = score_mod(x, batch, head, row, column)
+        x = scale * q.k;   x = softcap * tanh(x / softcap);   x = score_mod(x, batch, head, row, column)
+        score = x - slope * |row - column|
 
     Args:
         scale: factor on q.k; `None` means 1/sqrt(d). Kernels want a number: see `resolve`.
@@ -35,8 +35,10 @@ class Score:
         sinks: `[hq]`, one logit per query head that takes part in the softmax and has no value; may
             learn. Source: Xiao et al. 2023 (arXiv:2309.17453); as a learned logit, gpt-oss 2025.
         score_mod: a function as FlexAttention takes it, of 0-dimensional tensors, on global positions and
-            heads. Tensors that it holds may learn: their gradients are shares, as those of slopes. Only
-            `reference` and stored scores do it. Source: He et al. 2024 (arXiv:2412.05496).
+            heads, as it is when the score is made: what it holds is looked up then. Tensors that it holds may
+            learn: their gradients are shares, as those of slopes. It and its derivatives must be finite, also
+            where scores are hidden. Only `reference` and stored scores do it. Source: He et al. 2024
+            (arXiv:2412.05496).
 
     Raises:
         ValueError: scale is not finite, softcap is not a positive number, slopes or sinks are not 1-D.
@@ -65,10 +67,16 @@ class Score:
         )
 
     @property
+    def held(self) -> tuple[Tensor, ...]:
+        """The tensors that its function uses, whole on every rank."""
+        return tuple(
+            x for term in self.terms if isinstance(term, ScoreMod) for x in term.captured()
+        )
+
+    @property
     def captured(self) -> tuple[Tensor, ...]:
-        """The tensors that its function holds and that learn, whole on every rank."""
-        held = (x for term in self.terms if isinstance(term, ScoreMod) for x in term.captured())
-        return tuple(x for x in held if x.requires_grad)
+        """Those of them that learn."""
+        return tuple(x for x in self.held if x.requires_grad)
 
     def resolve(self, d: int) -> Score:
         """The same terms with the scale written out for vectors of width `d`."""

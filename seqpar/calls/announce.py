@@ -74,6 +74,7 @@ def _visible(mask: Mask) -> str:
     """The mask in words."""
     parts = [
         "causal" if mask.is_causal else "full" if mask.regions is None else "",
+        "with a mask_mod" if mask.mask_mod is not None else "",
         f"window {mask.window}" if mask.window is not None else "",
         mask.align or "",
         "documents" if mask.documents is not None else "",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from seqpar.layout import check_rows
 from seqpar.strategies.plan import Plan
-from seqpar_kernels import Score
+from seqpar_kernels import Score, accumulation_dtype
 from seqpar_kernels.derivatives import has_tangent
 from seqpar_kernels.terms.modifiers import captured, check_modifier
 
@@ -90,10 +90,22 @@ def check_modifiers(q: Tensor, plan: Plan) -> None:
                 raise ValueError(
                     f"what a {name} holds must be on {q.device}, as q is, got a tensor on {x.device}"
                 )
-        if q.device.type != "meta":
-            check_modifier(name, function, q, scores=scores)
+        corners = _corners(q, plan)
+        if q.device.type != "meta" and corners is not None:
+            like = q.new_empty((), dtype=accumulation_dtype(q.dtype))
+            check_modifier(name, function, corners, like, scores=scores)
     if plan.invariant is True and plan.score.captured and torch.is_grad_enabled():
         raise NotImplementedError(
             "gradients of what a score_mod holds are sums over scores, whose order depends on the number of "
             "ranks; take invariant=None, or hold tensors that do not learn"
         )
+
+
+def _corners(q: Tensor, plan: Plan) -> list[tuple[int, int]] | None:
+    """The first and last batch entry, head, row and column of a call; `None` where one has none."""
+    row, col = plan.masks[0].shift
+    sizes = q.shape[0], q.shape[2], plan.layout.length, plan.keys.length
+    starts = 0, plan.first_head, row, col
+    if not all(sizes):
+        return None
+    return [(start, start + size - 1) for start, size in zip(starts, sizes, strict=True)]

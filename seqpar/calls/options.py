@@ -36,7 +36,8 @@ def told(**options: object) -> dict[str, object]:
                 # docs/design.md: slopes and sinks are compared by presence and type
                 claim[part.name] = x.dtype if isinstance(x, Tensor) else x
                 if callable(x):
-                    claim[part.name] = described(x), [held.requires_grad for held in captured(x)]
+                    learns = [held.requires_grad for held in captured(x)]
+                    claim[part.name] = described(x), learns, torch.is_grad_enabled()
         elif isinstance(value, Term) and not value.acts:
             claim[name] = None
         else:

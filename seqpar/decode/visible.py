@@ -71,7 +71,7 @@ def _apart(rows: Span, cols: slice, span: Span, layer: Layer, score: Score) -> I
 def _reach(rows: Span, layer: Layer) -> tuple[range, range]:
     """The positions that some of the rows see, and those that all of them see."""
     first, end, inner, inner_end, num = [], [], [], [], 0
-    for region in layer.regions:
+    for region in layer.of_rows(rows.start, rows.start + rows.length - 1):
         top, bottom = max(region.top, rows.start), min(region.bottom, rows.start + rows.length)
         if top < bottom:
             last, num = bottom - 1, num + bottom - top

@@ -23,7 +23,7 @@ from seqpar.layout.regions import Layers, both, checked_layers, either
 from seqpar.layout.spans import Span
 from seqpar.layout.written import written_mask
 from seqpar_kernels import FAR, Layer, MaskMod, Place, Ranges, Region, Term
-from seqpar_kernels.terms.modifiers import Modifier, both_show, described
+from seqpar_kernels.terms.modifiers import Modifier, as_it_is, both_show, described
 
 FULL, CAUSAL = (Layer(),), (Layer(upper=0),)
 
@@ -53,7 +53,8 @@ class Mask:
         lengths: of queries and of keys, where the mask is for these alone, as documents are.
         mask_mod: a function as FlexAttention takes it, (batch, head, row, column) -> whether visible, of
             0-dimensional tensors on global positions, which are counted where `align` has them. Of what the
-            rest of the mask shows it shows less. Only `reference` and stored scores ask it.
+            rest of the mask shows it shows less. What it holds is looked up when the mask is made. Only
+            `reference` and stored scores ask it.
 
     Raises:
         ValueError: window is less than 1, or a side of it negative, documents do not start at 0, go down, or
@@ -82,6 +83,8 @@ class Mask:
             object.__setattr__(self, "documents", checked_documents(self.documents))
         if self.mask_mod is not None and not callable(self.mask_mod):
             raise TypeError(f"mask_mod must be a function or None, got {self.mask_mod!r}")
+        if self.mask_mod is not None:
+            object.__setattr__(self, "mask_mod", as_it_is(self.mask_mod))
         if self.align is not None and self.align not in ALIGNS:
             raise ValueError(f"align must be one of {ALIGNS} or None, got {self.align!r}")
         object.__setattr__(self, "window", checked_window(self.window))
@@ -176,13 +179,16 @@ class Mask:
         aligns = {_placed(mask).align for mask in (self, other)} - {None}
         if len(aligns) > 1:
             raise ValueError(
-                f"masks must be aligned alike to be joined, got {self.align!r} and {other.align!r}"
+                f"masks must be aligned alike to be joined, got {sorted(map(str, aligns))}"
             )
         lengths = {mask.lengths for mask in (self, other)} - {None}
         if len(lengths) > 1:
             raise ValueError(
                 f"masks must be for the same lengths to be joined, got {self.lengths} and {other.lengths}"
             )
+        both_are = next(iter(lengths), None) or (0, 0)
+        if both_are[0] != both_are[1] and any(map(_is_unplaced, (self, other))):
+            raise ValueError(_unsaid("one of the masks is for", *both_are))
         ours, theirs = (Layers(layer.regions for layer in mask.layers) for mask in (self, other))
         return Mask(
             align=next(iter(aligns), None),
@@ -237,6 +243,11 @@ class Mask:
         """Whether no row sees a key after it."""
         return all(region.ahead <= 0 for layer in self.layers for region in layer.regions)
 
+    @cached_property
+    def bare(self) -> Mask:
+        """The mask without its function, for what is kept: that holds tensors."""
+        return self if self.mask_mod is None else replace(self, mask_mod=None)
+
     @property
     def is_windowed(self) -> bool:
         """Whether a row may not see keys that are far before it."""
@@ -264,8 +275,8 @@ class Mask:
         if self.pair is not None:
             if positions and self.pair[0] != self.pair[1]:
                 raise ValueError(
-                    "ALiBi counts positions of the whole sequence, and documents of other lengths for "
-                    "queries and keys have no common ones: attend to such documents one by one"
+                    "ALiBi and a score_mod count positions of the whole sequence, and documents of other "
+                    "lengths for queries and keys have no common ones: attend to such documents one by one"
                 )
             uneven = next(
                 (
@@ -286,6 +297,11 @@ class Mask:
             raise ValueError(_unsaid("there are", num_rows, num_cols))
         # Both end at the same position, or both begin there: no position is negative.
         apart = num_cols - num_rows if self.align == "bottom-right" else 0
+        if apart < 0 and self.regions is not None and any(map(_bounds_keys, self.layers)):
+            raise ValueError(
+                f"over {num_cols} keys, fewer than the {num_rows} rows, 'bottom-right' counts keys from "
+                "where the first row is, and the mask has ranges of them: say it with align='top-left'"
+            )
         return replace(self, shift=(max(apart, 0), max(-apart, 0)))
 
     def place(self, rows: Span, cols: Span) -> tuple[int, int, int, int, int]:
@@ -313,6 +329,19 @@ def _placed(mask: Mask) -> Mask:
 
 def _end(bounds: Bounds) -> int:
     return bounds[-1]
+
+
+def _bounds_keys(layer: Layer) -> bool:
+    """Whether a layer has ranges of keys, besides diagonals."""
+    return any(
+        region.left > max(0, region.top + region.lower) or region.right < FAR
+        for region in layer.regions
+    )
+
+
+def _is_unplaced(mask: Mask) -> bool:
+    """Whether it matters where rows stand, and the mask does not say."""
+    return mask.pair is None and mask.depends_on_place and mask.align is None
 
 
 def _unsaid(where: str, num_rows: int, num_cols: int) -> str:

@@ -43,7 +43,7 @@ def checked_layers(layers: Iterable[Iterable[Region]]) -> Layers:
             ranges, or layers overlap.
         TypeError: they are not regions of integers.
     """
-    checked = Layers(tuple(layer) for layer in layers)
+    checked = Layers(regions for regions in map(tuple, layers) if regions)
     for region in _flat(checked):
         if not isinstance(region, Region) or not all(map(is_integer, region)):
             raise TypeError(

@@ -115,8 +115,14 @@ class Plan:
         # docs/design.md: schedules are made once
         # The group by name: schedules may hold a view of it, and the grid's may be another than the plan's.
         grid = None if self.grid is None else (self.grid.group.name, self.grid.members)
-        key = name, self.layout, self.kv_layout, self.mask, grid, *more
+        key = name, self.layout, self.kv_layout, self._shown, grid, *more
         return self.group.kept.get(key, make)
+
+    @cached_property
+    def _shown(self) -> tuple[Mask, ...]:
+        """The masks by which schedules are made, by batch entry: without functions, which hold tensors."""
+        masks = self.mask if isinstance(self.mask, tuple) else (self.mask,)
+        return tuple(mask.bare for mask in masks)
 
     @cached_property
     def own(self) -> Kept:
@@ -163,10 +169,10 @@ class Plan:
             # docs/design.md: tiles keep positions apart until joining is allowed
             made = tiles if needs_positions else tall_tiles
             known = self.kept(made.__name__, dict[tuple[Spans, Spans, Mask, int], tuple[Tile, ...]])
-            if (met := known.get((rows, cols, mask, n))) is None:
+            if (met := known.get((rows, cols, mask.bare, n))) is None:
                 met = made(rows, cols, mask, layer)
                 if len(met) <= MOST_TILES:
-                    known[rows, cols, mask, n] = met
+                    known[rows, cols, mask.bare, n] = met
             for t in met:
                 place = t.row, t.col, t.step, self.first_head + head, batch
                 yield t.rows, t.cols, Block(t.band, score, *place, terms)

@@ -13,6 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from seqpar.layout import LAYOUTS
+from seqpar.layout.mask_arguments import Align
 from seqpar.testing.case import OWN, Case
 from seqpar.testing.expressions import Expression
 
@@ -101,6 +102,9 @@ def cases(
         some = st.lists(expressions(length, packs=kv_length is None), min_size=1, max_size=2)
         by_row = tuple(draw(st.lists(st.sampled_from(draw(some)), min_size=2, max_size=3)))
         batch = len(by_row)
+    align: Align = draw(st.sampled_from(["top-left", "bottom-right"]))
+    if (shown or by_row) and kv_length is not None and kv_length < length:
+        align = "top-left"  # the only one that ranges of keys take
     return Case(
         length=length,
         hq=hkv * draw(st.integers(1, 3)),
@@ -115,7 +119,7 @@ def cases(
         kind=draw(st.sampled_from(KINDS if kv_length is not None else (*KINDS, "balanced"))),
         documents=documents,
         kv_length=kv_length,
-        align=draw(st.sampled_from(["top-left", "bottom-right"])),
+        align=align,
         multiple_of=draw(st.sampled_from([1, 1, 1, 4, 64])),
         degree=draw(st.integers(0, 3)),
         shown=shown,

@@ -177,6 +177,12 @@ def test_a_mask_is_drawn():
      lambda: Mask(True, align="top-left") | Mask(True, align="bottom-right")),
     (ValueError, "document 1 has 2 query and 3 key positions",
      lambda: Mask(True, documents=((0, 2, 4), (0, 2, 5))) & Mask()),
+    (ValueError, "one of the masks is for 4 query and 5 key positions",
+     lambda: Mask(documents=((0, 2, 4), (0, 2, 5))) & Mask(True)),
+    (ValueError, "one of the masks is for 2 query and 3 key positions",
+     lambda: masks.dense(torch.ones(2, 3).bool()) | Mask(window=3)),
+    (ValueError, "'bottom-right' counts keys from where the first row is",
+     lambda: (Mask(True, align="bottom-right") & masks.keys(0, 3)).draw(8, 6)),
     (TypeError, "unsupported operand", lambda: Mask() & 3),
     (ValueError, "must show something in each of its rows", lambda: Mask(regions=((Region(4, 3),),))),
     (ValueError, "must show something", lambda: Mask(regions=((Region(0, 9, 0, 2, upper=-5),),))),
@@ -191,6 +197,17 @@ def test_a_mask_is_drawn():
 def test_masks_that_mean_nothing_are_refused(error, match, make):
     with pytest.raises(error, match=match):
         make()
+
+
+def test_no_layer_is_no_region():
+    assert Mask(regions=[[], [Region(0, 2)]]).layers == (Layer(ranges=Ranges((Region(0, 2),))),)
+    assert Mask(regions=[[]]).layers == ()
+
+
+def test_much_that_nobody_sees_is_no_work():
+    mask = masks.spans([(0, 10), (10**6, 10**6 + 5)])
+    assert cuts([mask], 10**7) == [0, 10, 10**6, 10**6 + 5, 10**7]
+    assert balanced(10**6, 4, mask).rows == (250_000,) * 4
 
 
 def test_masks_are_of_the_host_wherever_tensors_are_made():

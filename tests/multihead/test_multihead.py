@@ -343,6 +343,25 @@ def test_what_is_recomputed_drops_the_same(worlds):
         torch.testing.assert_close(twice, once, **EXACT)
 
 
+def trains_alone(group):
+    module = MultiheadAttention(E, HEADS, RingAttention(group), dropout=0.5).train(group.rank == 0)
+    layout = zigzag(LENGTH, group.size)
+    return module(torch.ones(1, layout.rows[group.rank], E), layout=layout)
+
+
+def test_one_rank_that_trains_alone_is_told():
+    with pytest.raises(seqpar.DesyncError, match=r"dropout is 0\.5 on rank 0, 0\.0 on rank 1"):
+        simulate(2, trains_alone)
+
+
+def test_hooks_of_the_attention_see_its_calls():
+    seen, attend = [], RingAttention(seqpar.Group.alone())
+    attend.register_forward_hook(lambda *_: seen.append(1))
+    module = MultiheadAttention(E, HEADS, attend)
+    module(torch.ones(1, LENGTH, E), layout=zigzag(LENGTH, 1))
+    assert seen == [1]
+
+
 def test_dropout_is_said_once():
     attend = RingAttention(seqpar.Group.alone(), dropout=seqpar.Dropout(0.1, 3))
     with pytest.raises(ValueError, match="attention drops weights already"):

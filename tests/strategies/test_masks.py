@@ -8,6 +8,8 @@ import torch
 
 import seqpar
 from seqpar import Dropout, Mask, Plan, balanced, contiguous, masks, simulate, striped, zigzag
+from seqpar.calls import Shape, dry_run
+from seqpar.comm import silent
 from seqpar.strategies import STRATEGIES
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
@@ -289,3 +291,28 @@ def test_batch_entries_drop_by_where_they_are():
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
     full = [x[1:] for x in alike[0][0]]
     assert not torch.equal(full[0][0], full[0][1])
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ulysses", "allgather"])
+@pytest.mark.parametrize(
+    "name", ["prefix", "images", "blocks", "answers", "first tokens", "by row"]
+)
+def test_memory_grows_with_the_sequence_and_not_its_square(name, strategy):
+    """By a run without content, as much as the fullest moment of forward and backward holds."""
+
+    def made(n):
+        return {
+            "prefix": masks.prefix_lm(n // 4),
+            "images": CAUSAL | masks.spans([(n // 8, n // 4), (n // 2, n // 2 + n // 8)]),
+            "blocks": masks.block_causal(masks.every(n // 8, n)),
+            "answers": masks.shared_prompt(n // 2, [n // 4, n // 4]),
+            "first tokens": Mask(causal=True, window=n // 8) | CAUSAL & masks.keys(0, 4),
+            "by row": [masks.keys(0, n // 2), CAUSAL],
+        }[name]
+
+    def held(n):
+        plan = Plan(silent(0, 2), zigzag(n, 2), made(n), strategy=strategy, implementation="aten")
+        shape = Shape(2, HEADS, KV_HEADS, WIDTH, WIDTH, torch.float32)
+        return dry_run.held(plan, shape, 0).peak
+
+    assert held(4096) <= 2.5 * held(2048)

@@ -3,16 +3,19 @@
 What they hold learns: its gradient is a share on each rank, and the sum of these is that of one device.
 """
 
+import sys
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import seqpar
 from seqpar import Mask, Plan, Score, contiguous, simulate, striped, zigzag
 from seqpar.strategies import STRATEGIES
 from seqpar.testing.refusals import check_refused, refusal
+from seqpar_kernels.terms.modifiers import captured
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
 N, HEADS, KV_HEADS, WIDTH, BATCH = 19, 4, 2, 8, 2
@@ -220,6 +223,184 @@ def test_what_is_not_finite_stays_where_a_function_shows_it(strategy):
         assert torch.equal(dk.isnan().all(-1)[0], reached)
 
 
+KERNEL_STRATEGIES = [name for name, strategy in STRATEGIES.items() if not strategy.stores_scores]
+
+
+def gradients(group, strategy, plans):
+    """Of q, k and v, through calls with some plans, differentiated together."""
+    layout = zigzag(N, group.size)
+    mine = layout.positions(group.rank)
+    *leaves, dout = (x[:, mine] for x in problem())
+    leaves = [x.requires_grad_() for x in leaves]
+    grid = group.grid(ulysses=group.size) if STRATEGIES[strategy].needs_grid else None
+    made = [Plan(group, layout, m, s, strategy=strategy, grid=grid) for m, s in plans()]
+    out = sum(seqpar.attention(*leaves, plan) for plan in made)
+    return torch.autograd.grad(out, leaves, dout)
+
+
+def late():
+    for width in (2, 5):
+        shown = Mask(mask_mod=lambda b, h, i, j: (i - j).abs() < width)  # noqa: B023 - what is tried
+        modify = lambda s, b, h, i, j: s * width + helper(s, h) * GLOBAL_WIDTH  # noqa: B023, E731
+        yield shown, Score(0.3, score_mod=modify)
+
+
+def early():
+    def plan_of(width):
+        shown = Mask(mask_mod=lambda b, h, i, j: (i - j).abs() < width)
+        return shown, Score(0.3, score_mod=lambda s, b, h, i, j: s * width + helper(s, h) * 2.0)
+
+    return map(plan_of, (2, 5))
+
+
+GLOBAL_WIDTH = 2.0
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_variables_are_what_they_were_when_the_function_was_given(strategy):
+    """Of a loop they are others in its next turn, before backward asks."""
+    want = simulate(2, gradients, strategy, early)
+    for got, same in zip(simulate(2, gradients, strategy, late), want, strict=True):
+        for x, y in zip(got, same, strict=True):
+            torch.testing.assert_close(x, y, **EXACT)
+
+
+def written(group, strategy, change):
+    layout, table = zigzag(N, group.size), {"table": rand(HEADS, seed=12)}
+    *leaves, _ = (x[:, layout.positions(group.rank)] for x in problem())
+    score = Score(0.3, score_mod=lambda s, b, h, i, j: s + table["table"][h])
+    out = seqpar.attention(
+        *(x.requires_grad_() for x in leaves), Plan(group, layout, score=score, strategy=strategy)
+    )
+    change(table)
+    out.sum().backward()
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ulysses", "allgather"])
+def test_what_is_written_before_backward_is_an_error(strategy):
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        simulate(2, written, strategy, lambda table: table["table"].zero_())
+    with pytest.raises(RuntimeError, match="uses other tensors in backward"):
+        simulate(2, written, strategy, lambda table: table.update(table=torch.zeros(HEADS)))
+
+
+def with_slopes(group, strategy, expected):
+    slopes = torch.linspace(0.5, 0.1, HEADS, dtype=torch.float64).requires_grad_()
+    layout = zigzag(N, group.size)
+    mine = layout.positions(group.rank)
+    grid = group.grid(ulysses=group.size) if STRATEGIES[strategy].needs_grid else None
+    score = Score(0.3, alibi_slopes=slopes, score_mod=lambda s, b, h, i, j: torch.tanh(s) * 3)
+    plan = Plan(
+        group,
+        layout,
+        Mask(True),
+        score,
+        strategy=strategy,
+        grid=grid,
+        invariant=False if strategy == "ulysses" else None,
+    )
+    *leaves, dout = (x[:, mine] for x in problem())
+    out = seqpar.attention(*leaves, plan)
+    (grad,) = torch.autograd.grad(out, slopes, dout)
+    torch.testing.assert_close(sum(group.transport.gather_objects(grad)), expected, **EXACT)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_slopes_beside_a_function_learn(strategy):
+    q, k, v, dout = problem()
+    slopes = torch.linspace(0.5, 0.1, HEADS, dtype=torch.float64).requires_grad_()
+    k, v = (x.repeat_interleave(HEADS // KV_HEADS, 2) for x in (k, v))
+    s = torch.tanh(torch.einsum("bihd,bjhd->bhij", q, k) * 0.3) * 3
+    i, j = torch.arange(N)[:, None], torch.arange(N)
+    s = s - slopes[:, None, None] * (i - j).abs()
+    p = torch.softmax(s.masked_fill(j > i, -torch.inf), -1)
+    (want,) = torch.autograd.grad(torch.einsum("bhij,bjhd->bihd", p, v), slopes, dout)
+    simulate(3, with_slopes, strategy, want)
+
+
+def no_rows(group, strategy):
+    layout = contiguous(2, group.size)
+    rows = layout.rows[group.rank]
+    x = torch.ones(1, rows, 2, WIDTH, dtype=torch.float64, requires_grad=True)
+    grid = group.grid(ulysses=group.size) if STRATEGIES[strategy].needs_grid else None
+    mask, score = Mask(mask_mod=lambda b, h, i, j: j <= i), Score(score_mod=relative_bias()[0])
+    plan = Plan(group, layout, mask, score, strategy=strategy, grid=grid)
+    out = seqpar.attention(x, x, x, plan)
+    out.sum().backward()
+    return bool(x.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_ranks_without_rows_are_asked_nothing(strategy):
+    assert simulate(3, no_rows, strategy) == [True] * 3
+
+
+def endless_where_hidden(group, strategy):
+    layout = zigzag(N, group.size)
+    *leaves, dout = (x[:, layout.positions(group.rank)] for x in problem())
+    score = Score(0.3, score_mod=lambda s, b, h, i, j: s * torch.log1p((i - j).double()))
+    out = seqpar.attention(
+        *(x.requires_grad_() for x in leaves),
+        Plan(group, layout, Mask(True), score, strategy=strategy),
+    )
+    return all(bool(x.isfinite().all()) for x in torch.autograd.grad(out, leaves, dout))
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ulysses", "materialised_rows"])
+def test_slopes_that_are_not_finite_where_scores_are_hidden_stay_there(strategy):
+    assert simulate(2, endless_where_hidden, strategy) == [True] * 2
+
+
+def kept_by_a_checkpoint(group, strategy):
+    layout, (modify, held) = zigzag(N, group.size), bent()
+    *leaves, dout = (x[:, layout.positions(group.rank)] for x in problem())
+    plan = Plan(group, layout, Mask(True), Score(0.3, score_mod=modify), strategy=strategy)
+    leaves = [x.requires_grad_() for x in leaves]
+
+    def run(q, k, v):
+        return seqpar.attention(q * 1.0, k, v, plan)
+
+    want = torch.autograd.grad(run(*leaves), [*leaves, *held], dout)
+    for options in ({}, {"context_fn": seqpar.keep_attention}):
+        out = checkpoint(run, *leaves, use_reentrant=False, **options)
+        for x, y in zip(torch.autograd.grad(out, [*leaves, *held], dout), want, strict=True):
+            torch.testing.assert_close(x, y, **EXACT)
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ulysses", "materialised_rows"])
+def test_checkpoints_around_functions(strategy):
+    simulate(2, kept_by_a_checkpoint, strategy)
+
+
+def made_of_another(group):
+    one = torch.ones(4, requires_grad=True)
+    other = one * 2
+    return call(group, score_mod=lambda s, b, h, i, j: s + (one + other)[h])
+
+
+def test_what_is_made_of_what_is_held_is_refused():
+    with pytest.raises(ValueError, match="whose gradient would count twice"):
+        simulate(2, made_of_another)
+
+
+def test_the_parts_of_a_module_are_found():
+    """Its methods are new objects whenever they are looked at."""
+    layers = torch.nn.Sequential(*(torch.nn.Linear(1, 1) for _ in range(3)))
+    assert {id(x) for x in captured(layers)} <= {id(x) for x in layers.parameters()}
+    three = Three()
+    assert {id(x) for x in captured(three)} == {id(x) for x in three.parameters()}
+
+
+class Three(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three = (torch.nn.Linear(1, 1) for _ in range(3))
+
+    def forward(self, s, _b, _h, i, j):
+        x = (i - j).reshape(1).to(s.dtype)
+        return s + self.three(self.two(self.one(x)))[0]
+
+
 def call(group, score_mod=None, mask_mod=None, **options):
     layout = zigzag(N, group.size)
     x = torch.ones(1, layout.rows[group.rank], 2, WIDTH)
@@ -237,18 +418,21 @@ def looks(s, _b, _h, i, j):
 
 
 def unseen(s, _b, h, _i, _j):
-    return s + globals()["GLOBAL"].to(s.dtype)[h]
+    return s + vars(sys.modules[__name__])["GLOB" + "AL"].to(s.dtype)[h]
 
 
 WRONG = {
     "what learns is not found": (
         {"score_mod": unseen}, r"uses a tensor \(4,\) that learns, which was not found in it"
     ),
-    "it looks at values": ({"score_mod": looks}, "at whose values it does not look; it raised"),
+    "it looks at values": ({"score_mod": looks}, "at whose values it does not look; at first and last"),
     "a mask that looks": (
         {"mask_mod": lambda b, h, i, j: bool(i > j)}, "mask_mod must be a function of batch"
     ),
     "it raises": ({"score_mod": lambda s, b, h, i: s}, "score_mod must be a function of score, batch"),
+    "a table that is too short": (
+        {"score_mod": lambda s, b, h, i, j: s + ADDS[i]}, "at first and last positions it raised IndexError",
+    ),
     "no score": (
         {"score_mod": lambda s, b, h, i, j: i}, "must give a floating point scalar .* got torch.int64"
     ),
@@ -284,6 +468,18 @@ def differ(group):
     """Ranks that hold a tensor of another shape, or one that learns."""
     held = ADDS if group.rank else OTHER
     return call(group, score_mod=lambda s, b, h, i, j: s + held[0])
+
+
+def numbers(group):
+    factor = 2.0 + group.rank
+    return call(group, score_mod=lambda s, b, h, i, j: s * factor)
+
+
+def test_functions_of_other_numbers_are_told_apart():
+    with pytest.raises(
+        seqpar.DesyncError, match=r"score_mod is .*2\.0.* on rank 0, .*3\.0.* on rank 1"
+    ):
+        simulate(2, numbers)
 
 
 def test_functions_that_hold_other_tensors_are_told_apart():

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from seqpar_kernels.terms.modifiers import Modifier, captured, described, evaluate
+from seqpar_kernels.terms.modifiers import Modifier, apart, as_it_is, captured, described, evaluate
 from seqpar_kernels.terms.term import Place, ScoreTerm
 
 
@@ -31,7 +31,7 @@ class ScoreMod(ScoreTerm):
         """The function. Raises TypeError if it is none."""
         if not callable(value):
             raise TypeError(f"score_mod must be a function or None, got {value!r}")
-        return value
+        return as_it_is(value)
 
     def told(self, learns: bool = False) -> str:
         """The function by name."""
@@ -43,9 +43,9 @@ class ScoreMod(ScoreTerm):
 
     def scores_(self, s: Float[Tensor, "b hq i j"], place: Place) -> Float[Tensor, "b hq i j"]:
         """Changes scores in place. Gives the derivative of each by what it was."""
-        if s.device.type == "meta":
+        if s.device.type == "meta" or s.numel() == 0:
             return torch.ones_like(s)
-        with torch.enable_grad():
+        with apart():
             before = s.detach().clone().requires_grad_()
             after = evaluate(self.value, before, s, place).to(s.dtype)
             # A function may leave the score out.
@@ -64,9 +64,9 @@ class ScoreMod(ScoreTerm):
         Args:
             before: the scores that it was given.
         """
-        if ds.device.type == "meta":
+        if ds.device.type == "meta" or ds.numel() == 0:
             return [None] * len(wanted)
-        with torch.enable_grad():
+        with apart():
             after = evaluate(self.value, before.detach(), before, place).to(ds.dtype)
         if not after.requires_grad:
             return [None] * len(wanted)
