@@ -115,7 +115,7 @@ def check_call(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, with_lse: bool = 
     for name, x, layout in (("q", q, plan.layout), ("k", k, plan.keys), ("v", v, plan.keys)):
         check_mark(x, layout, name)
     check_heads(q, plan.score)
-    check_modifiers(q, replace(resolved, invariant=plan.invariant))
+    check_modifiers(q, resolved, invariant=plan.invariant)
     check_tangents({"q": q, "k": k, "v": v, **plan.score.tensors})
     return resolved
 

@@ -79,8 +79,12 @@ def check_tangents(named: dict[str, Tensor]) -> None:
             )
 
 
-def check_modifiers(q: Tensor, plan: Plan) -> None:
-    """Raises where functions of scores are none, or hold what is elsewhere."""
+def check_modifiers(q: Tensor, plan: Plan, *, invariant: bool | None) -> None:
+    """Raises where functions of scores are none, or hold what is elsewhere.
+
+    Args:
+        invariant: as the caller said it.
+    """
     functions = [("mask_mod", mask.mask_mod, False) for mask in plan.masks]
     for name, function, scores in (*functions, ("score_mod", plan.score.score_mod, True)):
         if function is None:
@@ -94,7 +98,7 @@ def check_modifiers(q: Tensor, plan: Plan) -> None:
         if q.device.type != "meta" and corners is not None:
             like = q.new_empty((), dtype=accumulation_dtype(q.dtype))
             check_modifier(name, function, corners, like, scores=scores)
-    if plan.invariant is True and plan.score.captured and torch.is_grad_enabled():
+    if invariant is True and plan.score.captured and torch.is_grad_enabled():
         raise NotImplementedError(
             "gradients of what a score_mod holds are sums over scores, whose order depends on the number of "
             "ranks; take invariant=None, or hold tensors that do not learn"
