@@ -7,7 +7,7 @@ import torch
 from on_cuda import CPU, CUDA, OnCuda, WaitError, backward
 from torch import Tensor
 
-from seqpar import Dropout, Mask, Plan, Score, attention, attention_with_lse, zigzag
+from seqpar import Dropout, Mask, Plan, Score, attention, attention_with_lse, masks, zigzag
 from seqpar.comm import silent
 from seqpar.strategies import STRATEGIES
 from seqpar_kernels import custom_ops, flash_ops, refusal, triton_attention, triton_softmax
@@ -60,6 +60,9 @@ ASKED = {
     "window": Asked(Mask(causal=True, window=7)),
     "documents": Asked(Mask(causal=True, documents=(0, 5, 20, N))),
     "full": Asked(Mask()),
+    "prefix": Asked(masks.prefix_lm(9)),
+    "two layers": Asked(masks.shared_prompt(10, [20, 18])),
+    "by batch entry": Asked((masks.keys(0, 30),)),
     "float32": Asked(dtype=torch.float32),
     "softcap": Asked(score={"softcap": 5.0}),
     "ALiBi": Asked(score={"alibi_slopes": torch.full((4,), 0.5)}),

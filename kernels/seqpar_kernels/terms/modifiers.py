@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from seqpar_kernels.terms.term import Place
+from seqpar_kernels.transfer import on_device
 
 Modifier = Callable[..., Tensor]
 _FROZEN = "__made_of__"
@@ -239,7 +240,7 @@ def check_modifier(
         ValueError: it raises, it looks at values, or gives something else than it should; or tensors that
             learn in it are not found, or are made of others.
     """
-    where = [torch.tensor(ends, device=like.device) for ends in corners]
+    where = [on_device(ends, like.device) for ends in corners]
     shape = [len(ends) for ends in corners]
     try:
         with apart() if torch.is_grad_enabled() else nullcontext():
