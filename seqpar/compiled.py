@@ -128,7 +128,12 @@ def _forward(*args: Any) -> list[Tensor]:
 def _forward_fake(*args: Any) -> list[Tensor]:
     torch_internals.parts(torch_internals.COMPILE)  # refused here where they are missing
     call = _Call.of(args, _silent, Mask())
-    q, k, v = call.q, call.k, call.v
+    # Rows are those of the layout, so that sizes are numbers here: symbols would stand for one value each.
+    q, k, v = (
+        x.new_empty_strided(_numbers(x.shape), _numbers(x.stride()))
+        for x in (call.q, call.k, call.v)
+    )
+    call = replace(call, q=q, k=k, v=v)
     try:
         plan = check_call(q, k, v, call.plan, with_lse=call.with_lse).outline()
     except (TypeError, ValueError, NotImplementedError):
@@ -140,6 +145,11 @@ def _forward_fake(*args: Any) -> list[Tensor]:
     with torch.no_grad(), replay.outline():
         results = call.attend(plan)
     return _listed(replay, results, call) + [torch.empty((), dtype=torch.long)] * call.is_numbered
+
+
+def _numbers(shape: Sequence[Any]) -> list[int]:
+    """A shape, or strides, without symbols of the compiler."""
+    return [int(n) for n in shape]
 
 
 def _silent(name: str) -> Group:
@@ -214,7 +224,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.num_learning = 1 + call.with_lse  # an lse that nobody asked for has no gradient
     ctx.mark_non_differentiable(*output[ctx.num_learning :])
     # Of own rows that were exchanged backward needs the shape alone.
-    ctx.exchanged, ctx.shapes = call.exchanges, [x.shape for x in inputs[:3]]
+    ctx.exchanged, ctx.shapes = call.exchanges, [_numbers(x.shape) for x in inputs[:3]]
     own = () if ctx.exchanged else inputs[:3]
     number = output.pop() if call.is_numbered else None
     kept = *output[call.num_results :], *output[: call.num_results]  # in the order of the replay

@@ -240,6 +240,35 @@ def test_other_masks_are_inputs_of_one_graph(what):
     assert simulate(2, fn) == [1, 1]
 
 
+@pytest.mark.parametrize("strategy", ["ring", "ulysses", "allgather"])
+def test_other_lengths_compile_with_symbols(strategy):
+    """Rows are those of a layout, so that each length has its own graph, also with `dynamic=True`."""
+
+    def fn(group):
+        def called(x, layout):
+            plan = seqpar.Plan(group, layout, CAUSAL, seqpar.Score(scale=0.5), strategy=strategy)
+            return seqpar.attention(x.transpose(1, 2), x.transpose(1, 2), x.transpose(1, 2), plan)
+
+        counter = CompileCounterWithBackend("aot_eager")
+        run = torch.compile(called, backend=counter, fullgraph=True, dynamic=True)
+        for length in (8, 11, 12, 8):
+            layout = seqpar.zigzag(length, group.size)
+            one, other = (
+                torch.linspace(-1, 1, 16 * layout.rows[group.rank])
+                .view(1, 2, -1, 8)
+                .requires_grad_()
+                for _ in range(2)
+            )
+            got, want = run(one, layout), called(other, layout)
+            assert torch.equal(got, want)
+            got.sum().backward()
+            want.sum().backward()
+            assert torch.equal(one.grad, other.grad)
+        return counter.frame_count
+
+    assert simulate(2, fn) == [3, 3]
+
+
 def test_numbers_that_change_compile_anew():
     """They may become symbols of the compiler, which no message can be planned with."""
 
