@@ -64,10 +64,11 @@ class Rows:
         """Whether all that a backward multiplies is known to be finite."""
         return not may_hold_poison(self.q, self.dout, self.delta)
 
-    def __getitem__(self, where: tuple[slice, slice]) -> Rows:
-        """A view of some batch entries and rows."""
+    def __getitem__(self, where: slice | tuple[slice, slice]) -> Rows:
+        """A view of some rows, or of some batch entries and rows."""
+        at = where if isinstance(where, tuple) else (slice(None), where)
         names = ("q", "out", "dout", "lse", "delta")
-        return replace(self, **{name: getattr(self, name)[where] for name in names})
+        return replace(self, **{name: getattr(self, name)[at] for name in names})
 
 
 def add_captured(

@@ -20,6 +20,7 @@ import json
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class Setting:
         """With its implementation not resolved. Grids have two ulysses ranks, or columns."""
         grid = group.grid(ulysses=2) if self.strategy in ("mesh", "hybrid") else None
         return Plan(
-            group, LAYOUTS[self.layout](self.length, group.size), Mask(self.causal, self.window),
+            group, LAYOUTS[self.layout](self.length, group.size), _mask(self.causal, self.window),
             strategy=self.strategy, grid=grid, implementation=self.implementation,  # type: ignore[arg-type]
             invariant=self.invariant, head_chunks=self.head_chunks,
         )  # fmt: skip
@@ -102,6 +103,12 @@ def step(group: Group, setting: Setting) -> None:
         out = attention(q, k, v, plan)
     with record_function("backward"):
         torch.autograd.grad(out, (q, k, v), torch.randn(b, rows, hq, vd, dtype=dtype))
+
+
+@cache
+def _mask(causal: bool, window: int | None) -> Mask:
+    """The mask, made once: it has a small tensor, which is no activation."""
+    return Mask(causal, window)
 
 
 def derived(group: Group, setting: Setting) -> Held:

@@ -144,7 +144,7 @@ ONE_RANK = {  # what rank 1 alone does -> what every message must say
             "mask": Mask(documents=((0, 5, 12), (0, 4, 12))),
             "score": Score(alibi_slopes=torch.zeros(4)),
         },
-        r"ALiBi counts positions of the whole sequence",
+        r"ALiBi and a score_mod count positions of the whole sequence",
     ),
     "invariant bits of several layers": (
         {"module": AllGatherAttention, "invariant": True, "mask": masks.shared_prompt(4, [4, 4])},

@@ -33,6 +33,7 @@ def shorter(case):
     return replace(
         case, length=length, kv_length=kv_length, documents=cut_off(case.documents, ends),
         shown=case.shown and shown_up_to(case.shown, ends),
+        by_row=tuple(shown_up_to(each, ends) for each in case.by_row),
     )  # fmt: skip
 
 

@@ -130,8 +130,8 @@ def test_thousands_of_tiles_are_not_kept():
     spans = layout.spans
     for dropout in (None, Dropout(0.1, 1)):
         of = replace(made, dropout=dropout)
-        assert list(of.blocks(spans[0], spans[1], score, 0))
-        assert list(of.blocks(spans[0][:4], spans[1][:4], score, 0))
+        assert list(of.blocks(spans[0], spans[1], of.mask, score, 0, 0))
+        assert list(of.blocks(spans[0][:4], spans[1][:4], of.mask, score, 0, 0))
     for name in ("tiles", "tall_tiles"):
         known = made.kept(name, dict)
         assert [key for key in known if len(key[0]) > 4] == []

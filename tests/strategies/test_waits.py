@@ -60,7 +60,6 @@ ASKED = {
     "window": Asked(Mask(causal=True, window=7)),
     "documents": Asked(Mask(causal=True, documents=(0, 5, 20, N))),
     "full": Asked(Mask()),
-    "prefix": Asked(masks.prefix_lm(9)),
     "two layers": Asked(masks.shared_prompt(10, [20, 18])),
     "by batch entry": Asked((masks.keys(0, 30),)),
     "float32": Asked(dtype=torch.float32),

@@ -152,6 +152,9 @@ def _check_poison(problem: Problem, seen: Tensor, clean: list[Results], bad: lis
     assert problem.poisoned is not None
     assert problem.poison is not None
     name, at = problem.poisoned
+    seen = (
+        seen[0, 0] if seen.ndim == 4 else seen
+    )  # the first batch entry is the one that is poisoned
     rows = torch.arange(seen.shape[0]) == at if name in ("q", "dout") else seen[:, at]
     cols = seen[rows].any(0)
     case, size = problem.case, problem.size

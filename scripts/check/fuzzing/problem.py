@@ -88,6 +88,8 @@ def problems(draw: st.DrawFn) -> Problem:
     use = draw(st.sampled_from(USES))
     if use == "shared":  # one tensor can be q, k and v
         of_keys = {"hq": case.hkv, "vd": case.d, "kv_length": None}
+        if case.kv_length is not None:  # documents may be of both sequences
+            of_keys["documents"] = None
         case = replace(case, **of_keys)
     strategy = draw(st.sampled_from(tuple(STRATEGIES)))
     stores, plain = (

@@ -44,7 +44,7 @@ def rounding_ring(
         for hop in range(layout.size):
             for rank in range(layout.size):
                 owner = (rank - hop) % layout.size
-                blocks = list(plan.blocks(spans[rank], spans[owner], score, 0))
+                blocks = list(plan.blocks(spans[rank], spans[owner], case.mask, score, 0, 0))
                 if blocks:
                     yield rank, owner, blocks
 
