@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seqpar import Mask
+from seqpar.integrations.transformers import documents as of_batches
 from seqpar.integrations.transformers.documents import Shown, documents_of, masked
 
 ANY_SEEN = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=4)
@@ -65,6 +66,21 @@ def test_what_is_hidden_between_others_is_hidden_from_all():
     first, *_ = masked(Mask(), tuple(found), 7)
     assert first.draw(7) == "\n".join(["x.xx.x."] * 7)
     assert masked(Mask(True), tuple(found), 7)[0].draw(3) == "x..\nx..\nx.x"
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_chunks_begin_behind_padding_whatever_they_do_in_packed_texts(moves, monkeypatch):
+    """Rows that begin at 2, whole and with a hole, in chunks of 3; a packed one as the release has it."""
+    monkeypatch.setattr(of_batches, "chunks_begin_with_documents", lambda: moves)
+    seen = {"attention_mask": mask_of("0011111", "0011011")}
+    whole, holed = masked(Mask(True), tuple(documents_of(seen, (2, 7), causal=True)), 7, chunk=3)
+    assert whole.documents == (0, 2, 5, 7)
+    assert holed.draw(7) == "\n".join(
+        [".......", ".......", "..x....", "..xx...", "..xx...", ".....x.", ".....xx"]
+    )
+    positions = {"position_ids": torch.tensor([[0, 1, 0, 1, 2, 3, 4]])}
+    packed = masked(Mask(True), tuple(documents_of(positions, (1, 7), causal=True)), 7, chunk=3)
+    assert packed.documents == ((0, 2, 5, 7) if moves else (0, 2, 3, 6, 7))
 
 
 @pytest.mark.parametrize(

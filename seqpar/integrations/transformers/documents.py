@@ -32,6 +32,10 @@ class Shown:
     runs: tuple[tuple[int, int], ...]
 
 
+class Padded(Bounds):
+    """The boundaries of what an attention_mask hides before and after a text, and of the text."""
+
+
 # What tokens of a row may meet: the boundaries of its documents, what is shown of it, or all.
 Row = Bounds | Shown | None
 
@@ -60,9 +64,10 @@ def _masked(mask: Mask, row: Row, length: int, chunk: int | None) -> Mask:
 def _chunks(row: Row, length: int, chunk: int) -> Bounds:
     """The boundaries of the documents of a row and of chunks in them."""
     if isinstance(row, Shown):
-        row = (0, row.runs[0][0], length)
+        row = Padded((0, row.runs[0][0], length))
     starts = (0, *(row or ()))
-    if not chunks_begin_with_documents():
+    # Every release counts chunks from behind padding, and the newer ones from where each packed text begins.
+    if not isinstance(row, Padded) and not chunks_begin_with_documents():
         return tuple(sorted({*starts, *range(0, length, chunk), length}))
     ends = pairwise(sorted({*starts, length}))
     return tuple(sorted({x for a, b in ends for x in (*range(a, b, chunk), b)} | {0}))
@@ -158,7 +163,7 @@ def _padded_row(row: int, seen: Bool[Tensor, "s"], breaks: list[int], *, causal:
         return Shown(tuple((a, b) for a, b in _runs(seen)))
     if count in (0, length) or (causal and first == 0):
         return None
-    return tuple(sorted({0, first, first + count, length}))
+    return Padded(sorted({0, first, first + count, length}))
 
 
 def _runs(seen: Bool[Tensor, "s"]) -> Iterator[tuple[int, int]]:
