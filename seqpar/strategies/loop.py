@@ -36,7 +36,7 @@ from seqpar_kernels import (
     sum_rows,
     sums_for,
 )
-from seqpar_kernels.terms.modifiers import Modifier, check_held, held_by
+from seqpar_kernels.terms.modifiers import check_held, held_by
 from seqpar_kernels.transfer import on_device
 
 Learned = Mapping[str, Tensor]  # by the name of a learned tensor, each row's share of its gradient
@@ -149,12 +149,6 @@ class _Call:
         return self.score.with_tensors(dict(zip(self.names, tensors, strict=True)))
 
 
-def plan_functions(call: _Call) -> list[Modifier]:
-    """The functions that are asked again in backward."""
-    functions = [call.score.score_mod, *(mask.mask_mod for mask in call.plan.masks)]
-    return [function for function in functions if function is not None]
-
-
 def attend_by(
     route: Route, q: Tensor, k: Tensor, v: Tensor, plan: Plan, score: Score, *, head: int = 0
 ) -> tuple[Tensor, Tensor]:
@@ -190,7 +184,7 @@ class _Loop(torch.autograd.Function):
         ctx.call = call
         # An lse that nobody differentiates must come as `None`: zeros would look like a gradient.
         ctx.set_materialize_grads(False)
-        ctx.held = held_by(plan_functions(call))
+        ctx.held = held_by(call.plan.functions)
         ctx.save_for_backward(q, k, v, out, lse, *tensors, *ctx.held)
         return out, lse
 
@@ -199,7 +193,7 @@ class _Loop(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         (dout, dlse), call, plan = grad_outputs, ctx.call, ctx.call.plan
         q, k, v, out, lse, *tensors = ctx.saved_tensors  # raises where one was written since
-        check_held(ctx.held, plan_functions(call))
+        check_held(ctx.held, plan.functions)
         tensors = tensors[: len(call.names)]
         score = call.scored(tuple(tensors))
         wanted = [n for n, w in zip(call.names, ctx.needs_input_grad[4:], strict=False) if w]

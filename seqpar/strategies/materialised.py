@@ -28,6 +28,7 @@ from seqpar_kernels import (
     sums_for,
 )
 from seqpar_kernels.row_softmax import add_dot_, add_sums_, join_, score_gradient, weights
+from seqpar_kernels.terms.modifiers import check_held, held_by
 from seqpar_kernels.transfer import on_device
 
 SHARDINGS: dict[str, type[Sharding]] = {
@@ -102,7 +103,8 @@ class _Materialised(torch.autograd.Function):
             lambda: _forward(q, k, v, scored), 6 + plan.score.bends + bool(plan.score.captured)
         )
         bend, before, *_ = *rest, None, None
-        ctx.save_for_backward(q_x, k_x, v_x, out, lse, p, bend, before, *tensors)
+        ctx.held = held_by(plan.functions)
+        ctx.save_for_backward(q_x, k_x, v_x, out, lse, p, bend, before, *tensors, *ctx.held)
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -111,6 +113,8 @@ class _Materialised(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         dout, dlse = grad_outputs
         q_x, k_x, v_x, out, lse, p, bend, before, *tensors = ctx.saved_tensors
+        check_held(ctx.held, ctx.plan.functions)
+        tensors = tensors[: len(ctx.names)]
         plan = _scored(ctx.plan, ctx.names, tuple(tensors))
         wanted = [n for n, w in zip(ctx.names, ctx.needs_input_grad[5:], strict=False) if w]
         sharding, cells = _stored(plan, out.device)

@@ -13,6 +13,7 @@ from torch import Tensor
 from seqpar.comm import Grid, Group, Kept
 from seqpar.layout import Layout, Mask, Span, Tile, tall_tiles, tiles
 from seqpar_kernels import Block, Dropout, Implementation, Score, Term
+from seqpar_kernels.terms.modifiers import Modifier
 
 T = TypeVar("T")
 Spans = tuple[Span, ...]
@@ -100,6 +101,12 @@ class Plan:
             found.append((slice(start, stop), mask))
             start = stop
         return tuple(found)
+
+    @property
+    def functions(self) -> tuple[Modifier, ...]:
+        """The functions of scores, which backward may ask again."""
+        given = (self.score.score_mod, *(mask.mask_mod for mask in self.masks))
+        return tuple(function for function in given if function is not None)
 
     @property
     def dropping(self) -> tuple[Term, ...]:

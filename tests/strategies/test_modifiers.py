@@ -230,6 +230,7 @@ def test_what_is_not_finite_stays_where_a_function_shows_it(strategy):
         assert torch.equal(dk.isnan().all(-1)[0], reached)
 
 
+STORED = [name for name, strategy in STRATEGIES.items() if strategy.stores_scores]
 KERNEL_STRATEGIES = [name for name, strategy in STRATEGIES.items() if not strategy.stores_scores]
 
 
@@ -283,7 +284,7 @@ def written(group, strategy, change):
     out.sum().backward()
 
 
-@pytest.mark.parametrize("strategy", ["ring", "ulysses", "allgather"])
+@pytest.mark.parametrize("strategy", ["ring", "ulysses", "allgather", *STORED])
 def test_what_is_written_before_backward_is_an_error(strategy):
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         simulate(2, written, strategy, lambda table: table["table"].zero_())
