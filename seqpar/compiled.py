@@ -89,8 +89,8 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, with_lse: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Attends as one op of the graph that is being compiled; gives (out, lse if asked for)."""
-    masks = plan.mask if isinstance(plan.mask, tuple) else (plan.mask,)
-    if plan.score.score_mod is not None or any(x.mask_mod is not None for x in masks):
+    # Not `plan.functions`: the compiler does not trace what is made once and kept.
+    if plan.score.score_mod is not None or any(x.mask_mod is not None for x in plan.given_masks):
         raise NotImplementedError(
             "an op takes no functions: call attention with a score_mod or mask_mod outside of compiled code, "
             "as a function decorated with torch.compiler.disable does"

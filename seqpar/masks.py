@@ -27,7 +27,7 @@ from torch import Tensor
 
 from seqpar.layout import Mask
 from seqpar.layout.dense import regions_of
-from seqpar.layout.regions import joined_regions
+from seqpar.layout.regions import layers_of
 from seqpar_kernels import FAR, Region
 from seqpar_kernels.integers import is_integer
 from seqpar_kernels.terms.ranges import check_bounds
@@ -69,6 +69,15 @@ def keys(start: int, stop: int | None = None) -> Mask:
         ValueError, TypeError: as `rectangle`.
     """
     return rectangle(cols=(start, stop))
+
+
+def key_runs(runs: Iterable[Ends]) -> Mask:
+    """All rows see the keys of each run (start, stop).
+
+    Raises:
+        ValueError, TypeError: as `rectangle`.
+    """
+    return _of([_region((0, None), run) for run in runs])
 
 
 def spans(spans: Iterable[tuple[int, int]]) -> Mask:
@@ -218,13 +227,11 @@ def dense(seen: Bool[Tensor, "i j"]) -> Mask:
     num_rows, num_cols = seen.shape
     regions = regions_of(seen.cpu())
     if len(regions) <= MOST_LAYERS * max(num_rows, 1):
-        layers = joined_regions(regions, (), lambda ours, _: ours)
+        layers = layers_of(regions)
         if len(layers) <= MOST_LAYERS:
             return Mask(align="top-left", regions=layers, lengths=(num_rows, num_cols))
-    inside = joined_regions([Region()], (), lambda ours, _: ours)
-    return Mask(
-        align="top-left", regions=inside, lengths=(num_rows, num_cols), mask_mod=Table(seen.clone())
-    )
+    lengths = num_rows, num_cols
+    return Mask(align="top-left", lengths=lengths, mask_mod=Table(seen.clone()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,8 +247,7 @@ class Table:
 
 def _of(regions: Sequence[Region], length: int | None = None) -> Mask:
     """The mask that shows some regions, which may overlap."""
-    layers = joined_regions(regions, (), lambda ours, _: ours)
-    return Mask(regions=layers, lengths=None if length is None else (length, length))
+    return Mask(regions=layers_of(regions), lengths=None if length is None else (length, length))
 
 
 def _region(rows: Ends, cols: Ends) -> Region:

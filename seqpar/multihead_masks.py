@@ -10,10 +10,9 @@ from torch import Tensor
 
 from seqpar.data import unshard_sequence
 from seqpar.layout import Layout, Mask
-from seqpar.layout.regions import Layers
-from seqpar.masks import Table, dense
+from seqpar.layout.dense import runs_of
+from seqpar.masks import MOST_LAYERS, Table, dense, key_runs
 from seqpar.strategies.plan import Plan
-from seqpar_kernels import FAR
 
 CAUSAL = Mask(causal=True, align="top-left")
 
@@ -172,11 +171,8 @@ def _adds(x: Tensor) -> bool:
 
 def _of_keys(shown: Bool[Tensor, "j"]) -> Mask:
     """All rows see these keys."""
-    row = dense(shown[None])
-    if row.mask_mod is not None:
-        return Mask(mask_mod=Keys(shown))
-    layers = (tuple(region._replace(bottom=FAR) for region in layer) for layer in row.regions or ())
-    return Mask(regions=Layers(layers))
+    (runs,) = runs_of(shown[None].cpu())
+    return key_runs(runs) if len(runs) <= MOST_LAYERS else Mask(mask_mod=Keys(shown))
 
 
 def _shown(shown: Bool[Tensor, "*b i j"], batch: int) -> list[Mask]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from seqpar_kernels.band import Band
 from seqpar_kernels.score import Score
 from seqpar_kernels.terms import Place, Ranges, Term
+from seqpar_kernels.terms.ranges import Part, counts, parts_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,16 +83,11 @@ class Block:
             return None
         return self.ranges.by_columns.limits(self.col, j, self.row, i, self.step, device)
 
-    def parts(self, num_rows: int, num_cols: int) -> Iterator[tuple[slice, slice, Band]]:
+    def parts(self, num_rows: int, num_cols: int) -> Iterator[Part]:
         """(rows, columns, band) of parts that hold all that is visible, none of it twice."""
-        if self.ranges is None:
-            yield slice(0, num_rows), slice(0, num_cols), self.band
-            return
         place = self.row, num_rows, self.col, num_cols, self.step
-        for rows, cols, band in self.ranges.parts(*place):
-            yield rows, cols, self.band.at(rows.start, cols.start) & band
+        return parts_of(self.band, self.ranges, *place)
 
     def count(self, num_rows: int, num_cols: int) -> int:
         """How many scores are visible: the work of the block."""
-        parts = self.parts(num_rows, num_cols)
-        return sum(band.count(r.stop - r.start, c.stop - c.start) for r, c, band in parts)
+        return sum(counts(self.parts(num_rows, num_cols)))

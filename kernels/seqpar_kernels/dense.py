@@ -32,6 +32,19 @@ class Seen:
     layers: tuple[Layer, ...]
     mods: tuple[MaskMod, ...] = ()
 
+    def visible(self, like: Float[Tensor, "b hq *w"], place: Place) -> Bool[Tensor, "*b i j"]:
+        """True where a row sees a column, by batch entry and head where functions may tell them apart.
+
+        Args:
+            like: of the batch entries and heads at hand.
+        """
+        shown = (layer.visible(place) for layer in self.layers)
+        nothing = torch.zeros(
+            len(place.row), len(place.col), dtype=torch.bool, device=place.row.device
+        )
+        visible = reduce(Tensor.bitwise_or_, shown, nothing)
+        return reduce(torch.bitwise_and, (mod.shows(like, place) for mod in self.mods), visible)
+
 
 @dataclass(frozen=True, eq=False)
 class Cells:
@@ -63,20 +76,12 @@ class Cells:
             like: of the batch entries and heads at hand.
         """
         if len(self.seen) == 1:
-            return self._visible(self.seen[0][1], like, 0)
+            return self.seen[0][1].visible(like, self.place)
         parts = []
         for batch, seen in self.seen:
-            here = self._visible(seen, like[batch], batch.start)
+            here = seen.visible(like[batch], replace(self.place, batch=batch.start))
             parts.append(here.expand(batch.stop - batch.start, like.shape[1], -1, -1))
         return torch.cat(parts)
-
-    def _visible(self, seen: Seen, like: Tensor, batch: int) -> Bool[Tensor, "*b i j"]:
-        i, j = len(self.place.row), len(self.place.col)
-        visible = torch.zeros(i, j, dtype=torch.bool, device=self.place.row.device)
-        for layer in seen.layers:
-            visible |= layer.visible(self.place)
-        place = replace(self.place, batch=batch)
-        return reduce(torch.bitwise_and, (mod.shows(like, place) for mod in seen.mods), visible)
 
     def columns(self, cols: slice) -> Cells:
         """The cells of some of the columns."""

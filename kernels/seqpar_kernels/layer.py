@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,8 +10,9 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from seqpar_kernels.band import Band
-from seqpar_kernels.region import FAR, Region, band_between
+from seqpar_kernels.region import FAR, Region, band_between, of_rows
 from seqpar_kernels.terms import Place, Ranges, Term
+from seqpar_kernels.terms.ranges import Part, counts, parts_of
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,7 @@ class Layer:
 
     def of_rows(self, row: int, last_row: int) -> tuple[Region, ...]:
         """The regions that have some of these rows."""
-        first = bisect_right(self.regions, row, key=lambda region: region.bottom)
-        return self.regions[
-            first : bisect_right(self.regions, last_row, key=lambda region: region.top)
-        ]
+        return self.regions[of_rows(self.regions, row, last_row)]
 
     @property
     def terms(self) -> tuple[Term, ...]:
@@ -73,23 +70,15 @@ class Layer:
         """The band as seen by a block at these positions; ranges are not in it."""
         return band_between(self.lower, self.upper, row, col, step)
 
-    def parts(
-        self, row: int, num_rows: int, col: int, num_cols: int, step: int
-    ) -> Iterator[tuple[slice, slice, Band]]:
+    def parts(self, row: int, num_rows: int, col: int, num_cols: int, step: int) -> Iterator[Part]:
         """(rows, columns, band) of parts of a block that hold all that is visible in it, none of it twice."""
         band = self.band(row, col, step)
-        if self.ranges is None:
-            yield slice(0, num_rows), slice(0, num_cols), band
-            return
-        for rows, cols, inner in self.ranges.parts(row, num_rows, col, num_cols, step):
-            yield rows, cols, band.at(rows.start, cols.start) & inner
+        return parts_of(band, self.ranges, row, num_rows, col, num_cols, step)
 
     def count(self, row: int, num_rows: int, col: int, num_cols: int, step: int) -> int:
         """How many scores of a block are visible."""
-        parts = self.parts(row, num_rows, col, num_cols, step)
-        return sum(band.count(r.stop - r.start, c.stop - c.start) for r, c, band in parts)
+        return sum(counts(self.parts(row, num_rows, col, num_cols, step)))
 
     def sees(self, row: int, num_rows: int, col: int, num_cols: int, step: int) -> bool:
         """Whether any score of a block is visible; stops at the first part with one."""
-        parts = self.parts(row, num_rows, col, num_cols, step)
-        return any(band.count(r.stop - r.start, c.stop - c.start) for r, c, band in parts)
+        return any(counts(self.parts(row, num_rows, col, num_cols, step)))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 from seqpar_kernels.band import Band
@@ -59,6 +62,12 @@ class Region(NamedTuple):
             return None
         band = band_between(self.lower, self.upper, row + top * step, col + left * step, step)
         return slice(top, bottom), slice(left, right), band
+
+
+def of_rows(regions: Sequence[Region], row: int, last_row: int) -> slice:
+    """Those of regions whose rows follow each other that have some of the rows from one to another."""
+    first = bisect_right(regions, row, key=attrgetter("bottom"))
+    return slice(first, bisect_right(regions, last_row, key=attrgetter("top")))
 
 
 def band_between(lower: int, upper: int, row: int, col: int, step: int) -> Band:

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from seqpar_kernels.terms import TERMS, ScoreMod, ScoreTerm, check_number
-from seqpar_kernels.terms.modifiers import Modifier
+from seqpar_kernels.terms import TERMS, ScoreTerm, check_number
+from seqpar_kernels.terms.modifiers import Modifier, captured
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,16 +67,10 @@ class Score:
         )
 
     @property
-    def held(self) -> tuple[Tensor, ...]:
-        """The tensors that its function uses, whole on every rank."""
-        return tuple(
-            x for term in self.terms if isinstance(term, ScoreMod) for x in term.captured()
-        )
-
-    @property
     def captured(self) -> tuple[Tensor, ...]:
-        """Those of them that learn."""
-        return tuple(x for x in self.held if x.requires_grad)
+        """The tensors that its function uses and that learn, whole on every rank."""
+        held = () if self.score_mod is None else captured(self.score_mod)
+        return tuple(x for x in held if x.requires_grad)
 
     def resolve(self, d: int) -> Score:
         """The same terms with the scale written out for vectors of width `d`."""

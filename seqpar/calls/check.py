@@ -23,7 +23,7 @@ from seqpar.calls.invariance import check_cuts, invariant_implementation, is_inv
 from seqpar.calls.options import told_of
 from seqpar.calls.shape import Shape
 from seqpar.comm import Group, agreed
-from seqpar.layout import Mask, check_mark
+from seqpar.layout import check_mark
 from seqpar.layout.together import aligned_together
 from seqpar.strategies.plan import Plan
 from seqpar.strategies.registry import STRATEGIES
@@ -140,24 +140,18 @@ def resolve(plan: Plan, q: Tensor, v: Tensor, *, with_lse: bool = False) -> Plan
     """
     score = plan.score.resolve(q.shape[3])
     positions = any(term.needs_positions for term in score.terms)
-    masks = plan.mask if isinstance(plan.mask, tuple) else (plan.mask,)
     lengths = plan.layout.length, plan.keys.length
-    masks = aligned_together(masks, *lengths, positions=positions)
+    masks = aligned_together(plan.given_masks, *lengths, positions=positions)
     mask = masks if isinstance(plan.mask, tuple) else masks[0]
     # docs/design.md: lse is differentiated where it is asked for
     request = Request.of(
         q, v, (*score.terms, *plan.terms), lse=with_lse,
-        length=_attended(plan), windowed=any(map(_is_windowed, masks)),
+        length=_attended(plan), windowed=any(mask.is_windowed for mask in masks),
     )  # fmt: skip
     asked = request, plan.strategy, plan.implementation, plan.invariant
     name, invariant = plan.kept("implementation", lambda: _decided(plan, request, q, v), *asked)
     # docs/design.md: `choice.py` alone decides
     return replace(plan, implementation=name, invariant=invariant, score=score, mask=mask)
-
-
-def _is_windowed(mask: Mask) -> bool:
-    """Whether a lower diagonal may hide keys."""
-    return mask.shift != (0, 0) or mask.is_windowed
 
 
 def _attended(plan: Plan) -> int:

@@ -14,7 +14,7 @@ from seqpar_kernels.integers import is_integer
 
 def check_plan(plan: Plan) -> None:
     """Raises where no call could have this plan."""
-    masks = plan.mask if isinstance(plan.mask, tuple) else (plan.mask,)
+    masks = plan.given_masks
     named: list[tuple[str, object, type]] = [
         ("layout", plan.layout, Layout),
         ("keys", plan.keys, Layout),

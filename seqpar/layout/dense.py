@@ -16,7 +16,7 @@ Runs = list[tuple[int, int]]
 def regions_of(seen: Bool[Tensor, "i j"]) -> list[Region]:
     """Disjoint regions that show what a tensor of the host does."""
     found: list[Region] = []
-    rows = _runs(seen)
+    rows = runs_of(seen)
     start, slopes = 0, None
     for row in range(1, len(rows) + 1):
         moved = _moved(rows[row - 1], rows[row]) if row < len(rows) else None
@@ -28,7 +28,7 @@ def regions_of(seen: Bool[Tensor, "i j"]) -> list[Region]:
     return found
 
 
-def _runs(seen: Bool[Tensor, "i j"]) -> list[Runs]:
+def runs_of(seen: Bool[Tensor, "i j"]) -> list[Runs]:
     """The runs of keys that each row sees, as (first, last + 1)."""
     outside = seen.new_zeros(len(seen), 1).int()
     edges = seen.int().diff(dim=1, prepend=outside, append=outside)

@@ -17,12 +17,15 @@ from seqpar.layout.mask_arguments import (
     Bounds,
     Window,
     checked_documents,
+    checked_layers,
     checked_window,
 )
-from seqpar.layout.regions import Layers, both, checked_layers, either
+from seqpar.layout.placement import common_place, shift_of
+from seqpar.layout.regions import Layers, both, either
 from seqpar.layout.spans import Span
 from seqpar.layout.written import written_mask
 from seqpar_kernels import FAR, Layer, MaskMod, Place, Ranges, Region, Term
+from seqpar_kernels.dense import Seen
 from seqpar_kernels.terms.modifiers import Modifier, as_it_is, both_show, described
 
 FULL, CAUSAL = (Layer(),), (Layer(upper=0),)
@@ -176,25 +179,13 @@ class Mask:
     def _with(self, other: Mask, join: Callable[[Layers, Layers], Layers]) -> Mask:
         if not isinstance(other, Mask):
             return NotImplemented
-        aligns = {_placed(mask).align for mask in (self, other)} - {None}
-        if len(aligns) > 1:
-            raise ValueError(
-                f"masks must be aligned alike to be joined, got {sorted(map(str, aligns))}"
-            )
-        lengths = {mask.lengths for mask in (self, other)} - {None}
-        if len(lengths) > 1:
-            raise ValueError(
-                f"masks must be for the same lengths to be joined, got {self.lengths} and {other.lengths}"
-            )
-        both_are = next(iter(lengths), None) or (0, 0)
-        if both_are[0] != both_are[1] and any(map(_is_unplaced, (self, other))):
-            raise ValueError(_unsaid("one of the masks is for", *both_are))
+        align, lengths = common_place(self, other)
         ours, theirs = (Layers(layer.regions for layer in mask.layers) for mask in (self, other))
         return Mask(
-            align=next(iter(aligns), None),
+            align=align,
             regions=join(ours, theirs),
             mask_mod=both_show(self.mask_mod, other.mask_mod),
-            lengths=next(iter(lengths), None),
+            lengths=lengths,
         )
 
     @property
@@ -215,12 +206,9 @@ class Mask:
         row, col = (
             torch.arange(n) + by for n, by in zip((num_rows, num_cols), placed.shift, strict=True)
         )
-        seen = torch.zeros(num_rows, num_cols, dtype=torch.bool)
-        for layer in placed.layers:
-            seen |= layer.visible(Place(row, col, 0))
-        for mod in placed.mods:
-            seen &= mod.shows(torch.empty(1, 1), Place(row, col, 0))[0, 0]
-        return "\n".join("".join(".x"[int(x)] for x in line) for line in seen.tolist())
+        seen = Seen(placed.layers, placed.mods).visible(torch.empty(1, 1), Place(row, col, 0))
+        lines = seen.view(num_rows, num_cols).tolist()
+        return "\n".join("".join(".x"[int(x)] for x in line) for line in lines)
 
     @property
     def mods(self) -> tuple[MaskMod, ...]:
@@ -250,8 +238,9 @@ class Mask:
 
     @property
     def is_windowed(self) -> bool:
-        """Whether a row may not see keys that are far before it."""
-        return any(region.lower > -FAR for layer in self.layers for region in layer.regions)
+        """Whether a row may not see keys that are far before it; of shifted rows it is taken so."""
+        regions = (region for layer in self.layers for region in layer.regions)
+        return self.shift != (0, 0) or any(region.lower > -FAR for region in regions)
 
     @property
     def depends_on_place(self) -> bool:
@@ -272,37 +261,8 @@ class Mask:
         Raises:
             ValueError: it matters where they stand, and the mask does not say.
         """
-        if self.pair is not None:
-            if positions and self.pair[0] != self.pair[1]:
-                raise ValueError(
-                    "ALiBi and a score_mod count positions of the whole sequence, and documents of other "
-                    "lengths for queries and keys have no common ones: attend to such documents one by one"
-                )
-            uneven = next(
-                (
-                    n
-                    for n, (a, b) in enumerate(zip(*map(_lengths, self.pair), strict=True))
-                    if a != b
-                ),
-                None,
-            )
-            if self.align is None and uneven is not None and self.depends_on_place:
-                raise ValueError(
-                    _unsaid(f"document {uneven} has", *(_lengths(x)[uneven] for x in self.pair))
-                )
-            return self
-        if num_rows == num_cols or not (self.depends_on_place or positions):
-            return self if self.shift == (0, 0) else replace(self, shift=(0, 0))
-        if self.align is None:
-            raise ValueError(_unsaid("there are", num_rows, num_cols))
-        # Both end at the same position, or both begin there: no position is negative.
-        apart = num_cols - num_rows if self.align == "bottom-right" else 0
-        if apart < 0 and self.regions is not None and any(map(_bounds_keys, self.layers)):
-            raise ValueError(
-                f"over {num_cols} keys, fewer than the {num_rows} rows, 'bottom-right' counts keys from "
-                "where the first row is, and the mask has ranges of them: say it with align='top-left'"
-            )
-        return replace(self, shift=(max(apart, 0), max(-apart, 0)))
+        shift = shift_of(self, num_rows, num_cols, positions=positions)
+        return self if shift == self.shift else replace(self, shift=shift)
 
     def place(self, rows: Span, cols: Span) -> tuple[int, int, int, int, int]:
         """Where two spans of one step meet: (row, number of rows, column, number of columns, step)."""
@@ -318,39 +278,3 @@ class Mask:
             by = right - bottom if self.align == "bottom-right" else left - top
             low, high = (x if abs(x) == FAR else x + by for x in (lower, upper))
             yield Region(top, bottom, left, right, low, high).trimmed()
-
-
-def _placed(mask: Mask) -> Mask:
-    """The mask. If it has documents of two sequences it says where rows stand, which is where they are."""
-    if mask.pair is None:
-        return mask
-    return replace(mask.aligned(*map(_end, mask.pair)), align="top-left")
-
-
-def _end(bounds: Bounds) -> int:
-    return bounds[-1]
-
-
-def _bounds_keys(layer: Layer) -> bool:
-    """Whether a layer has ranges of keys, besides diagonals."""
-    return any(
-        region.left > max(0, region.top + region.lower) or region.right < FAR
-        for region in layer.regions
-    )
-
-
-def _is_unplaced(mask: Mask) -> bool:
-    """Whether it matters where rows stand, and the mask does not say."""
-    return mask.pair is None and mask.depends_on_place and mask.align is None
-
-
-def _unsaid(where: str, num_rows: int, num_cols: int) -> str:
-    return (
-        f"{where} {num_rows} query and {num_cols} key positions: say where the rows of a causal mask, a "
-        "window, a range of rows or ALiBi stand. Mask(align='top-left') has row 0 over key 0, "
-        "align='bottom-right' the last row over the last key"
-    )
-
-
-def _lengths(bounds: Bounds) -> tuple[int, ...]:
-    return tuple(b - a for a, b in pairwise(bounds))

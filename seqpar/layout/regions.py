@@ -8,12 +8,11 @@ in each layer those strips that one region can say.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, pairwise, product
 from typing import NamedTuple
 
-from seqpar_kernels import FAR, Ranges, Region
-from seqpar_kernels.integers import is_integer
+from seqpar_kernels import FAR, Region
 
 Regions = tuple[Region, ...]
 
@@ -35,53 +34,9 @@ def joined_regions(
     return Layers(layer.finished() for layer in layers)
 
 
-def checked_layers(layers: Iterable[Iterable[Region]]) -> Layers:
-    """Regions as layers.
-
-    Raises:
-        ValueError: a region is backwards or shows nothing in some row, a layer's rows or columns see several
-            ranges, or layers overlap.
-        TypeError: they are not regions of integers.
-    """
-    checked = Layers(regions for regions in map(tuple, layers) if regions)
-    for region in _flat(checked):
-        if not isinstance(region, Region) or not all(map(is_integer, region)):
-            raise TypeError(
-                f"regions must be layers of seqpar_kernels.Region of integers, got {region!r}"
-            )
-        if min(region.top, region.left) < 0 or region.trimmed() != region:
-            raise ValueError(
-                f"a region must show something in each of its rows and columns, from 0 on, got {region}"
-            )
-    # As far as the last border and a row more, behind which nothing changes.
-    end = (
-        2
-        + max((abs(x) for region in _flat(checked) for x in region if abs(x) < FAR), default=0) * 2
-    )
-    for layer in checked:
-        for above, below in pairwise(layer):
-            if below.top < above.bottom:
-                raise ValueError(
-                    f"the rows of a layer must follow each other, got {above} before {below}"
-                )
-        turned = Ranges(layer).by_columns.regions
-        if _count(layer, end) != _count(turned, end):
-            raise ValueError(
-                f"each column of a layer must be seen by rows that are neighbours, got {layer}"
-            )
-    union = joined_regions(_flat(checked), (), lambda a, _: a)
-    if _count(_flat(checked), end) != _count(_flat(union), end):
-        raise ValueError(f"the layers of a mask must not overlap, got {tuple(checked)}")
-    return checked
-
-
-def _count(regions: Sequence[Region], end: int) -> int:
-    """How many scores of so many rows and columns they show."""
-    parts = (region.within(0, end, 0, end, 1) for region in regions)
-    return sum(
-        band.count(rows.stop - rows.start, cols.stop - cols.start)
-        for rows, cols, band in filter(None, parts)
-    )
+def layers_of(regions: Sequence[Region]) -> Layers:
+    """The layers of what some regions show, which may overlap."""
+    return joined_regions(regions, (), lambda ours, _: ours)
 
 
 def both(ours: Layers, theirs: Layers) -> Layers:

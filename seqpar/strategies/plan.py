@@ -85,10 +85,15 @@ class Plan:
         """What is done besides the score, in any layer of the mask."""
         return (*(x for mask in self.masks for x in (*mask.terms, *mask.mods)), *self.dropping)
 
+    @property
+    def given_masks(self) -> tuple[Mask, ...]:
+        """The masks by batch entry, or the one for all."""
+        return self.mask if isinstance(self.mask, tuple) else (self.mask,)
+
     @cached_property
     def masks(self) -> tuple[Mask, ...]:
         """The masks that there are, each once."""
-        return tuple(dict.fromkeys(self.mask)) if isinstance(self.mask, tuple) else (self.mask,)
+        return tuple(dict.fromkeys(self.given_masks))
 
     @cached_property
     def by_batch(self) -> tuple[tuple[slice, Mask], ...]:
@@ -128,8 +133,7 @@ class Plan:
     @cached_property
     def _shown(self) -> tuple[Mask, ...]:
         """The masks by which schedules are made, by batch entry: without functions, which hold tensors."""
-        masks = self.mask if isinstance(self.mask, tuple) else (self.mask,)
-        return tuple(mask.bare for mask in masks)
+        return tuple(mask.bare for mask in self.given_masks)
 
     @cached_property
     def own(self) -> Kept:

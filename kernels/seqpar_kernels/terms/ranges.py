@@ -7,10 +7,11 @@ several of them, one after another.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, pairwise
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from seqpar_kernels.band import Band
-from seqpar_kernels.region import FAR, Region
+from seqpar_kernels.region import FAR, Region, of_rows
 from seqpar_kernels.terms.term import Place, Term
 from seqpar_kernels.transfer import on_device
 
+Part = tuple[slice, slice, Band]  # of a block: rows, columns, and what the rows see there
 _SQUARES, _REGIONS = 0, 1  # the two ways to write ranges as integers
 _SIDES = len(Region._fields)
 
@@ -70,9 +72,7 @@ class Ranges(Term):
         first, end = self._seen(place.row)
         return (place.col >= first[:, None]) & (place.col < end[:, None])
 
-    def parts(
-        self, row: int, num_rows: int, col: int, num_cols: int, step: int
-    ) -> Iterator[tuple[slice, slice, Band]]:
+    def parts(self, row: int, num_rows: int, col: int, num_cols: int, step: int) -> Iterator[Part]:
         """(rows, columns, band) of parts of a block that hold all that is visible in it, none of it twice."""
         if num_rows == 0 or num_cols == 0:
             return
@@ -116,11 +116,12 @@ class Ranges(Term):
 
     def _near(self, row: int, last_row: int, col: int, last_col: int) -> slice:
         """The regions that may have a part in some rows and columns."""
-        first = bisect_right(self.regions, row, key=_bottom)
-        stop = bisect_right(self.regions, last_row, key=_top)
-        if self._descends:
-            first = bisect_right(self.regions, col, first, key=_right)
-            stop = bisect_right(self.regions, last_col, first, max(first, stop), key=_left)
+        near = of_rows(self.regions, row, last_row)
+        if not self._descends:
+            return near
+        first = bisect_right(self.regions, col, near.start, key=attrgetter("right"))
+        stop = max(first, near.stop)
+        stop = bisect_right(self.regions, last_col, first, stop, key=attrgetter("left"))
         return slice(first, stop)
 
     @cached_property
@@ -152,6 +153,23 @@ class Ranges(Term):
         return Ranges(tuple(Region(*sides) for sides in _in_groups(rest, _SIDES)))
 
 
+def parts_of(
+    band: Band, ranges: Ranges | None, row: int, num_rows: int, col: int, num_cols: int, step: int
+) -> Iterator[Part]:
+    """The parts of a block, see `Ranges.parts`, where a band hides scores besides ranges, if any."""
+    if ranges is None:
+        yield slice(0, num_rows), slice(0, num_cols), band
+        return
+    for rows, cols, inner in ranges.parts(row, num_rows, col, num_cols, step):
+        yield rows, cols, band.at(rows.start, cols.start) & inner
+
+
+def counts(parts: Iterable[Part]) -> Iterator[int]:
+    """Yields how many scores of each part are visible."""
+    for rows, cols, band in parts:
+        yield band.count(rows.stop - rows.start, cols.stop - cols.start)
+
+
 def check_bounds(name: str, bounds: Sequence[int]) -> None:
     """Checks cumulative lengths.
 
@@ -169,22 +187,6 @@ def check_bounds(name: str, bounds: Sequence[int]) -> None:
 
 def _in_groups(numbers: Sequence[int], size: int) -> Iterator[tuple[int, ...]]:
     return zip(*(iter(numbers),) * size, strict=True)
-
-
-def _top(region: Region) -> int:
-    return region.top
-
-
-def _bottom(region: Region) -> int:
-    return region.bottom
-
-
-def _left(region: Region) -> int:
-    return region.left
-
-
-def _right(region: Region) -> int:
-    return region.right
 
 
 def _exchanged(regions: Sequence[Region]) -> Iterator[Region]:

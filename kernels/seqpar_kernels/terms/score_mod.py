@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from seqpar_kernels.terms.modifiers import Modifier, apart, as_it_is, captured, described, evaluate
+from seqpar_kernels.terms.modifiers import Modifier, apart, as_it_is, described, evaluate
 from seqpar_kernels.terms.term import Place, ScoreTerm
 
 
@@ -36,10 +36,6 @@ class ScoreMod(ScoreTerm):
     def told(self, learns: bool = False) -> str:
         """The function by name."""
         return f"score_mod {described(self.value).split()[0]}" + " that learns" * learns
-
-    def captured(self) -> tuple[Tensor, ...]:
-        """The tensors that the function holds."""
-        return captured(self.value)
 
     def scores_(self, s: Float[Tensor, "b hq i j"], place: Place) -> Float[Tensor, "b hq i j"]:
         """Changes scores in place. Gives the derivative of each by what it was."""

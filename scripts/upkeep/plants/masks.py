@@ -6,6 +6,7 @@ from plants.plant import Plant
 
 LAYOUT, BLOCK = "seqpar/layout", "kernels/seqpar_kernels"
 MODIFIERS, MULTIHEAD = "tests/strategies/test_modifiers.py", "tests/multihead"
+DOCUMENTS = "tests/integrations/test_documents.py"
 PADDED = "tests/integrations/test_padded_and_packed.py"
 REGIONS, MASKS = "tests/layout/test_regions.py", "tests/strategies/test_masks.py"
 MASK_PLANTS = [
@@ -18,8 +19,8 @@ MASK_PLANTS = [
     Plant("or: what theirs show besides is what both show", f"{LAYOUT}/regions.py",
           "Layers(ours + joined_regions(b, a, lambda x, y: x and not y))",
           "Layers(ours + joined_regions(b, a, lambda x, y: x and y))", REGIONS),
-    Plant("layers that overlap are taken", f"{LAYOUT}/regions.py",
-          "if _count(_flat(checked), end) != _count(_flat(union), end):", "if False:", REGIONS),
+    Plant("layers that overlap are taken", f"{LAYOUT}/mask_arguments.py",
+          "if _count(flat, end) != _count([*chain.from_iterable(union)], end):", "if False:", REGIONS),
     Plant("rows that see a column begin with the last region", f"{BLOCK}/terms/ranges.py",
           "firsts = _painted(cells, range(len(regions)), num)",
           "firsts = _painted(cells, reversed(range(len(regions))), num)", REGIONS),
@@ -52,11 +53,11 @@ MASK_PLANTS = [
     Plant("documents of two sequences always top-left", f"{LAYOUT}/mask.py",
           'by = right - bottom if self.align == "bottom-right" else left - top', "by = left - top", MASKS),
     Plant("joined masks forget where documents end", f"{LAYOUT}/mask.py",
-          "            lengths=next(iter(lengths), None),\n", "",
+          "            lengths=lengths,\n", "",
           "tests/strategies/test_bad_input.py"),
     Plant("stored scores: every batch entry by one mask", f"{BLOCK}/dense.py",
-          "            here = self._visible(seen, like[batch], batch.start)",
-          "            here = self._visible(self.seen[0][1], like[batch], batch.start)", MASKS),
+          "            here = seen.visible(like[batch],",
+          "            here = self.seen[0][1].visible(like[batch],", MASKS),
     Plant("compiled: layers joined in one", f"{LAYOUT}/written.py",
           "    for regions in mask.regions or ():\n        parts.append([*chain.from_iterable(regions)])\n",
           "    parts.append([x for regions in mask.regions or () for r in regions for x in r])\n",
@@ -69,6 +70,8 @@ MASK_PLANTS = [
     Plant("score_mod: gradients of what it holds once for each rank", "seqpar/strategies/materialised.py",
           "own, given = (sharding.share(x.mT).mT for x in (ds, before))", "own, given = ds, before",
           MODIFIERS),
+    Plant("score_mod: stored scores forget what it held", "seqpar/strategies/materialised.py",
+          "p, bend, before, *tensors, *ctx.held)", "p, bend, before, *tensors)", MODIFIERS),
     Plant("score_mod: heads counted from the first at hand", f"{BLOCK}/terms/modifiers.py",
           "batch + place.batch, head + place.head,", "batch + place.batch, head,", MODIFIERS),
     Plant("score_mod: what learns unseen is taken", f"{BLOCK}/terms/modifiers.py",
@@ -88,7 +91,11 @@ MASK_PLANTS = [
           "if moved is not None and slopes in (None, moved):", "if moved is not None:", MULTIHEAD),
     Plant("transformers: chunks from the first token, shown or not",
           "seqpar/integrations/transformers/documents.py",
-          "row = (0, row.runs[0][0], length)", "row = None", PADDED),
+          "row = Padded((0, row.runs[0][0], length))", "row = None", DOCUMENTS),
+    Plant("transformers: padding moves chunks where packing does",
+          "seqpar/integrations/transformers/documents.py",
+          "if not isinstance(row, Padded) and not chunks_begin_with_documents():",
+          "if not chunks_begin_with_documents():", DOCUMENTS),
     Plant("transformers: queries scaled as those of a shard",
           "seqpar/integrations/transformers/attention/temperature.py",
           "by = _temperature(module, whole) / _temperature(module, _counted(q))",

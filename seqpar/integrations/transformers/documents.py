@@ -5,11 +5,9 @@ Decided from the whole batch, before it is sharded, by the rules that transforme
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import reduce
 from itertools import pairwise
-from operator import or_
 from typing import Any
 
 from jaxtyping import Bool, Int
@@ -17,7 +15,8 @@ from torch import Tensor
 
 from seqpar.integrations.transformers.internals import chunks_begin_with_documents
 from seqpar.layout import Mask
-from seqpar.masks import keys
+from seqpar.layout.dense import runs_of
+from seqpar.masks import key_runs
 from seqpar.packing import breaks
 
 Bounds = tuple[int, ...]
@@ -58,7 +57,7 @@ def _masked(mask: Mask, row: Row, length: int, chunk: int | None) -> Mask:
     if chunk is not None:
         bounds = _chunks(row, length, chunk)
     mask = mask if bounds is None else replace(mask, documents=bounds)
-    return mask & reduce(or_, (keys(*run) for run in row.runs)) if isinstance(row, Shown) else mask
+    return mask & key_runs(row.runs) if isinstance(row, Shown) else mask
 
 
 def _chunks(row: Row, length: int, chunk: int) -> Bounds:
@@ -160,16 +159,10 @@ def _padded_row(row: int, seen: Bool[Tensor, "s"], breaks: list[int], *, causal:
             "leave attention_mask out if the row is packed"
         )
     if not bool(seen[first : first + count].all()):
-        return Shown(tuple((a, b) for a, b in _runs(seen)))
+        return Shown(tuple(runs_of(seen[None])[0]))
     if count in (0, length) or (causal and first == 0):
         return None
     return Padded(sorted({0, first, first + count, length}))
-
-
-def _runs(seen: Bool[Tensor, "s"]) -> Iterator[tuple[int, int]]:
-    """Yields (first, last + 1) of each run of tokens that are seen."""
-    edges = [0, *((seen[1:] != seen[:-1]).nonzero().flatten() + 1).tolist(), len(seen)]
-    yield from ((a, b) for a, b in pairwise(edges) if bool(seen[a]))
 
 
 def _position_breaks(positions: Any, shape: tuple[int, int]) -> list[list[int]]:
