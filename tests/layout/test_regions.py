@@ -116,6 +116,33 @@ def test_balanced_shares_hold_every_row_of_any_mask(expression, size):
     assert sorted(p for rank in range(size) for p in layout.positions(rank).tolist()) == [*range(N)]
 
 
+@st.composite
+def stairs(draw):
+    """Rows of one or two runs, each end of which moves by a key or not from a row to the next."""
+    seen = torch.zeros(draw(st.integers(1, 8)), 16, dtype=torch.bool)
+    ends = sorted(draw(st.lists(st.integers(0, 8), min_size=2, max_size=4, unique=True)))
+    for row in seen:
+        for start, stop in zip(ends[::2], ends[1::2], strict=False):
+            row[start:stop] = True
+        ends = [x + draw(st.integers(0, 1)) for x in ends]
+    return seen
+
+
+@given(
+    stairs()
+    | st.builds(
+        lambda bits, width: torch.tensor(bits).reshape(-1, width),
+        st.lists(st.booleans(), min_size=24, max_size=24),
+        st.sampled_from([1, 3, 6, 24]),
+    )
+)
+@settings(max_examples=examples(3))
+def test_a_dense_mask_shows_what_its_tensor_does(seen):
+    """By regions or, where these are too many, by a function: a drawing tells no difference."""
+    text = "\n".join("".join(".x"[int(x)] for x in row) for row in seen.tolist())
+    assert masks.dense(seen).draw(*seen.shape) == text
+
+
 def test_masks_of_one_meaning_have_the_same_layers():
     causal = Mask(causal=True)
     packed = Mask(causal=True, documents=(0, 3, 9))

@@ -88,7 +88,7 @@ MASK_PLANTS = [
     Plant("multihead: floats hide and add nothing", "seqpar/multihead_masks.py",
           "return replace(plan, score=replace(plan.score, score_mod=bias))", "return plan", MULTIHEAD),
     Plant("a dense mask: ends of runs that move apart", f"{LAYOUT}/dense.py",
-          "if moved is not None and slopes in (None, moved):", "if moved is not None:", MULTIHEAD),
+          "if moved is not None and slopes in (None, moved):", "if moved is not None:", REGIONS),
     Plant("transformers: chunks from the first token, shown or not",
           "seqpar/integrations/transformers/documents.py",
           "row = Padded((0, row.runs[0][0], length))", "row = None", DOCUMENTS),
