@@ -34,7 +34,7 @@ if os.environ.get("SEQPAR_CHECK_SHAPES") == "1":  # for tests, and inherited by 
     ]
     install_import_hook(_checked, "beartype.beartype")
 
-from seqpar import masks
+from seqpar import biases, masks
 from seqpar.checkpointing import keep_attention
 from seqpar.comm import DesyncError, Grid, Group, simulate
 from seqpar.data import shard_batch, shard_sequence, unshard_sequence
@@ -84,6 +84,7 @@ __all__ = [
     "attention",
     "attention_with_lse",
     "balanced",
+    "biases",
     "contiguous",
     "count_tokens",
     "keep_attention",

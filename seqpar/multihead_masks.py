@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from seqpar.data import unshard_sequence
@@ -67,7 +67,6 @@ class TorchMasks:
 
         Raises:
             ValueError: rows stand elsewhere in its own mask.
-            NotImplementedError: floats are added where there is a `score_mod` already.
         """
         mask = _joined(plan.mask, [CAUSAL] * batch) if self.is_causal else plan.mask
         if self.key_padding_mask is not None:
@@ -80,12 +79,9 @@ class TorchMasks:
         plan = replace(plan, mask=_joined(mask, _shown(~_hidden(given.detach()), batch)))
         if given.dtype == torch.bool or not (given.requires_grad or _adds(given)):
             return plan
-        if plan.score.score_mod is not None:
-            raise NotImplementedError(
-                "an attn_mask of floats is a score_mod, and there is one already"
-            )
-        bias = Bias(given.masked_fill(_hidden(given), 0.0))
-        return replace(plan, score=replace(plan.score, score_mod=bias))
+        bias = given.masked_fill(_hidden(given), 0.0)
+        bias = bias if plan.score.bias is None else bias + plan.score.bias
+        return replace(plan, score=replace(plan.score, bias=bias))
 
     def _check_padding(self, batch: int, keys: Layout, rank: int) -> object:
         x = self.key_padding_mask
@@ -128,19 +124,6 @@ class Keys:
     def __call__(self, batch: Tensor, head: Tensor, row: Tensor, col: Tensor) -> Tensor:  # noqa: ARG002
         """Whether the key is one of them."""
         return self.shown[col]
-
-
-@dataclass(frozen=True, eq=False)
-class Bias:
-    """A `score_mod` that adds `[i j]`, or `[b h i j]`."""
-
-    bias: Float[Tensor, "*b i j"]
-
-    def __call__(self, s: Tensor, batch: Tensor, head: Tensor, row: Tensor, col: Tensor) -> Tensor:
-        """The score with what is added to it."""
-        return s + (
-            self.bias[row, col] if self.bias.ndim == 2 else self.bias[batch, head, row, col]
-        )
 
 
 def _gathered(x: Tensor, layout: Layout, plan: Plan, dim: int) -> Tensor:

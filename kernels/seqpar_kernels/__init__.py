@@ -25,8 +25,15 @@ from seqpar_kernels.finite import may_hold_poison
 from seqpar_kernels.layer import Layer
 from seqpar_kernels.partial import Partial, accumulation_dtype
 from seqpar_kernels.region import FAR, Region
-from seqpar_kernels.rows import Rows, RunningGradients, add_captured, sums_for
-from seqpar_kernels.score import BY_BLOCKS, TENSORS, Score, finished_gradients, sum_rows
+from seqpar_kernels.rows import Rows, RunningGradients, sums_for
+from seqpar_kernels.score import (
+    BY_BLOCKS,
+    TABLES,
+    TENSORS,
+    Score,
+    finished_gradients,
+    sum_rows,
+)
 from seqpar_kernels.terms import TERMS, Dropout, MaskMod, Place, Ranges, ScoreMod, Term
 from seqpar_kernels.whole import begin
 
@@ -35,6 +42,7 @@ __all__ = [
     "DTYPES",
     "FAR",
     "IMPLEMENTATIONS",
+    "TABLES",
     "TENSORS",
     "TERMS",
     "Band",
@@ -55,7 +63,6 @@ __all__ = [
     "ScoreMod",
     "Term",
     "accumulation_dtype",
-    "add_captured",
     "any_order",
     "attend",
     "attend_backward",

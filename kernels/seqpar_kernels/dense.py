@@ -153,7 +153,7 @@ def learned_gradients(
     return {
         term.name: term.gradient(ds, cells.place)
         for term in cells.acting
-        if term.changes_scores and term.name in wanted
+        if term.changes_scores and not term.has_sums and term.name in wanted
     }
 
 

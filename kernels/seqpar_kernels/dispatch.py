@@ -18,8 +18,9 @@ from seqpar_kernels.block import Block
 from seqpar_kernels.choice import Implementation, fuses
 from seqpar_kernels.flash import Adapter
 from seqpar_kernels.partial import Partial, without_autocast
-from seqpar_kernels.rows import Captured, Learned, Rows, RunningGradients
+from seqpar_kernels.rows import Learned, Rows, RunningGradients
 from seqpar_kernels.score import Score
+from seqpar_kernels.terms import Sums
 from seqpar_kernels.tuning import KERNELS, tiles_for
 from seqpar_kernels.way import is_only_told, is_triton, nothing_to_do, spreads, way_of
 
@@ -76,7 +77,7 @@ def attend_backward(
     *,
     into: RunningGradients,
     learned: Learned | None = None,
-    captured: Captured = (),
+    sums: Sums = (),
     implementation: Implementation | None = None,
     finite: bool | None = None,
     begins: Begins = ADDED,
@@ -88,7 +89,7 @@ def attend_backward(
         into: dq `[b i hq d]`, dk `[b j hkv d]`, dv `[b j hkv vd]`, float32 or wider. dq may be `None`, or
             both dk and dv: not wanted, and not computed by kernels that can leave it out.
         learned: by name, what each row's share of the gradient of a term of the score is added to.
-        captured: what the gradients of tensors that a `score_mod` holds are added to.
+        sums: tensors whose gradients have their shape, with what those are added to.
         finite: whether rows, k and v are known to be finite; `None` looks.
         begins: whether dq, and whether dk and dv, hold nothing yet: they are then written, all of them.
 
@@ -110,9 +111,9 @@ def attend_backward(
             return
         _begin_with_zeros(into, begins)
         # No other implementation is asked for what holds tensors.
-        compute = partial(reference.backward, captured=captured) if captured else way.backward
+        compute = partial(reference.backward, sums=sums) if sums else way.backward
         if apart:
-            poison.attend_backward(compute, rows, k, v, block, into, learned or {}, captured)
+            poison.attend_backward(compute, rows, k, v, block, into, learned or {}, sums)
         else:
             compute(rows, k, v, block, into, learned or {})
 

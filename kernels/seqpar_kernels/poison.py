@@ -17,8 +17,9 @@ from torch import Tensor
 from seqpar_kernels.block import Block
 from seqpar_kernels.finite import taken_out
 from seqpar_kernels.partial import Partial
-from seqpar_kernels.rows import Captured, Learned, Rows, RunningGradients
+from seqpar_kernels.rows import Learned, Rows, RunningGradients
 from seqpar_kernels.sight import sight_of
+from seqpar_kernels.terms import Sums
 
 Forward = Callable[[Tensor, Tensor, Tensor, Block, Partial], None]
 Backward = Callable[[Rows, Tensor, Tensor, Block, RunningGradients, Learned], None]
@@ -50,7 +51,7 @@ def attend_backward(
     block: Block,
     into: RunningGradients,
     learned: Learned,
-    captured: Captured = (),
+    sums: Sums = (),
 ) -> None:
     """Adds gradients as `compute` does, but what is not finite stays where it is seen.
 
@@ -71,7 +72,7 @@ def attend_backward(
     reached = sight.by_rows(torch.ones_like(cols), hq) & rows | sight.by_rows(cols, hq)
     for total in learned.values():
         total.masked_fill_(reached, torch.nan)
-    for _, total in captured:
+    for _, total in sums:
         total.masked_fill_(reached.any(), torch.nan)
     if dq is not None:
         dq.masked_fill_(reached.unsqueeze(-1), torch.nan)

@@ -21,8 +21,8 @@ from torch import Tensor
 from seqpar_kernels.band import Band
 from seqpar_kernels.block import Block
 from seqpar_kernels.partial import Partial
-from seqpar_kernels.rows import Captured, Learned, Rows, RunningGradients, add_captured
-from seqpar_kernels.terms import MaskMod, Place, ScoreMod
+from seqpar_kernels.rows import Learned, Rows, RunningGradients
+from seqpar_kernels.terms import MaskMod, Place, Sums
 
 TILE = 64
 NARROWEST = 2
@@ -64,7 +64,7 @@ def backward(
     block: Block,
     into: RunningGradients,
     learned: Learned,
-    captured: Captured = (),
+    sums: Sums = (),
 ) -> None:
     """Adds the block's gradients to those wanted of dq, dk, dv and learned tensors, in the type of lse."""
     dq, dk, dv = into
@@ -87,10 +87,10 @@ def backward(
                 if term.name in learned:
                     share = term.gradient(ds, _place(tile, ds.device))
                     _add(share.unsqueeze(-1), learned[term.name][:, rows].unsqueeze(-1))
-                if isinstance(term, ScoreMod) and captured:
+                if term.has_sums and sums:
                     part = (..., slice(_length(rows)), slice(_length(cols)))
                     place = tile.place(_length(rows), _length(cols), ds.device)
-                    add_captured(term, ds[part], before, place, captured)
+                    term.add_gradients_(ds[part], before, place, sums)
             if dq is not None:
                 _add(dx @ k_t, dq[:, rows])
             if dk is not None and dv is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -14,15 +14,13 @@ from seqpar_kernels.choice import Implementation
 from seqpar_kernels.finite import may_hold_poison
 from seqpar_kernels.partial import accumulation_dtype
 from seqpar_kernels.row_softmax import add_dot_
-from seqpar_kernels.terms import Place, ScoreMod
+from seqpar_kernels.terms import Sums
 
 # dq `[b i hq d]`, dk `[b j hkv d]`, dv `[b j hkv vd]`, float32 or wider, that a backward adds to. `None`
 # is not wanted: dq, or both dk and dv.
 RunningGradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 # By the name of a learned tensor, `[b i hq]` of what a backward adds each row's share of its gradient to.
 Learned = Mapping[str, Tensor]
-# Tensors that a `score_mod` holds, each with the sum that its gradient is added to, of its shape.
-Captured = Sequence[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -71,26 +69,8 @@ class Rows:
         return replace(self, **{name: getattr(self, name)[at] for name in names})
 
 
-def add_captured(
-    term: ScoreMod,
-    ds: Float[Tensor, "b hq i j"],
-    before: Float[Tensor, "b hq i j"],
-    place: Place,
-    captured: Captured,
-) -> None:
-    """Adds what some scores give to the gradients of the tensors that a `score_mod` holds.
-
-    Args:
-        ds: the gradients of the scores that it gave.
-        before: the scores that it was given.
-    """
-    grads = term.captured_gradients(ds, before, place, [x for x, _ in captured])
-    for (_, total), grad in zip(captured, grads, strict=True):
-        if grad is not None:
-            total += grad
-
-
-def sums_for(tensors: Sequence[Tensor]) -> Captured:
-    """Each tensor that a `score_mod` holds, with zeros to sum its gradient in."""
-    wide = ((x, accumulation_dtype(x.dtype)) for x in tensors)
+def sums_for(tensors: Iterable[Tensor]) -> Sums:
+    """Each tensor once, with zeros to sum its gradient in."""
+    once = {id(x): x for x in tensors}.values()
+    wide = ((x, accumulation_dtype(x.dtype)) for x in once)
     return [(x, torch.zeros(x.shape, dtype=dtype, device=x.device)) for x, dtype in wide]

@@ -25,11 +25,17 @@ class Score:
     In this order::
 
         x = scale * q.k;   x = softcap * tanh(x / softcap);   x = score_mod(x, batch, head, row, column)
-        score = x - slope * |row - column|
+        score = x + bias + relative_bias - slope * |row - column|
 
     Args:
         scale: factor on q.k; `None` means 1/sqrt(d). Kernels want a number: see `resolve`.
         softcap: scores are bent to stay inside (-softcap, softcap). Source: Gemma 2 (arXiv:2408.00118).
+        bias: `[b hq s skv]` or what broadcasts to it, added to scores by global position; whole on every
+            rank, finite, may learn. Only `reference` and stored scores do it.
+        relative_bias: `[hq 2*reach+1]`, or without heads, or with batch entries first: added by how far the
+            column is from the row, from -reach to reach and at the ends all that is farther. As `bias`
+            otherwise. Source: T5 (arXiv:1910.10683); its buckets and other ones
+            are in `seqpar.biases`.
         alibi_slopes: `[hq]`, one per query head, on global positions; may learn. Source: Press et al.
             2021 (arXiv:2108.12409).
         sinks: `[hq]`, one logit per query head that takes part in the softmax and has no value; may
@@ -41,8 +47,9 @@ class Score:
             (arXiv:2412.05496).
 
     Raises:
-        ValueError: scale is not finite, softcap is not a positive number, slopes or sinks are not 1-D.
-        TypeError: scale or softcap is not a number, slopes or sinks are not floating point tensors.
+        ValueError: scale is not finite, softcap is not a positive number, slopes or sinks are not 1-D, a bias
+            has too many dims, or a relative one an even number of distances.
+        TypeError: scale or softcap is not a number, slopes, sinks or biases are not floating point tensors.
     """
 
     scale: float | None = None
@@ -50,6 +57,8 @@ class Score:
     alibi_slopes: Float[Tensor, "hq"] | None = None
     sinks: Float[Tensor, "hq"] | None = None
     score_mod: Modifier | None = None
+    bias: Float[Tensor, "*w"] | None = None
+    relative_bias: Float[Tensor, "*w"] | None = None
 
     def __post_init__(self) -> None:
         if self.scale is not None:
@@ -78,13 +87,12 @@ class Score:
 
     def of_heads(self, start: int, num_heads: int) -> Score:
         """The same terms for a range of the query heads."""
-        heads, tensors = slice(start, start + num_heads), self.tensors
-        return (
-            self.with_tensors({name: x[heads] for name, x in tensors.items()}) if tensors else self
-        )
+        heads = slice(start, start + num_heads)
+        cut = {term.name: term.of_heads(heads) for term in self.terms if term.name in TENSORS}
+        return self.with_tensors(cut) if cut else self
 
     @property
-    def tensors(self) -> dict[str, Float[Tensor, "hq"]]:
+    def tensors(self) -> dict[str, Float[Tensor, "*w"]]:
         """The terms that are tensors, which may learn, by name."""
         return {name: x for name in TENSORS if (x := getattr(self, name)) is not None}
 
@@ -130,12 +138,14 @@ _FIELDS = {field.name for field in fields(Score)}
 _NAMED: tuple[type[ScoreTerm], ...] = tuple(
     kind for kind in TERMS if issubclass(kind, ScoreTerm) and kind.name in _FIELDS
 )
-# The fields of `Score` that are tensors `[hq]`, and those of them of which blocks give shares of gradients.
+# The fields of `Score` that are tensors, those of them of which blocks give each row's share of gradients,
+# and those whose gradients are sums of their shape.
 _OF_TENSORS = tuple(
     kind for kind in _NAMED if not kind.asks_each and [t for t, _ in kind.schema()] == ["Tensor?"]
 )
 TENSORS = tuple(kind.name for kind in _OF_TENSORS)
-BY_BLOCKS = tuple(kind.name for kind in _OF_TENSORS if not kind.joins)
+BY_BLOCKS = tuple(kind.name for kind in _OF_TENSORS if not (kind.joins or kind.has_sums))
+TABLES = tuple(kind.name for kind in _OF_TENSORS if kind.has_sums)
 
 
 def finished_gradients(

@@ -13,8 +13,8 @@ from seqpar.calls.announce import announce, is_heard
 from seqpar.calls.check_plan import check_plan
 from seqpar.calls.check_tensors import (
     check_capture,
-    check_heads,
     check_modifiers,
+    check_score,
     check_shapes,
     check_tangents,
     check_tensors,
@@ -114,8 +114,8 @@ def check_call(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, with_lse: bool = 
     check_capture(q.device, plan)
     for name, x, layout in (("q", q, plan.layout), ("k", k, plan.keys), ("v", v, plan.keys)):
         check_mark(x, layout, name)
-    check_heads(q, plan.score)
-    check_modifiers(q, resolved, invariant=plan.invariant)
+    check_score(q, resolved, invariant=plan.invariant)
+    check_modifiers(q, resolved)
     check_tangents({"q": q, "k": k, "v": v, **plan.score.tensors})
     return resolved
 
@@ -139,7 +139,7 @@ def resolve(plan: Plan, q: Tensor, v: Tensor, *, with_lse: bool = False) -> Plan
         NotImplementedError: no implementation serves them, or not the requested one.
     """
     score = plan.score.resolve(q.shape[3])
-    positions = any(term.needs_positions for term in score.terms)
+    positions = any(term.compares_positions for term in score.terms)
     lengths = plan.layout.length, plan.keys.length
     masks = aligned_together(plan.given_masks, *lengths, positions=positions)
     mask = masks if isinstance(plan.mask, tuple) else masks[0]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from seqpar.layout import check_rows
 from seqpar.strategies.plan import Plan
-from seqpar_kernels import Score, accumulation_dtype
+from seqpar_kernels import TABLES, TENSORS, Score, accumulation_dtype
 from seqpar_kernels.derivatives import has_tangent
 from seqpar_kernels.terms.modifiers import captured, check_modifier
 
@@ -48,16 +48,42 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
         )
 
 
-def check_heads(q: Tensor, score: Score) -> None:
-    """Raises where the tensors of a score are of other heads, or elsewhere."""
-    for name, x in score.tensors.items():
-        if x.shape[0] != q.shape[2]:
+def check_score(q: Tensor, plan: Plan, *, invariant: bool | None) -> None:
+    """Raises where the tensors of a score are of another size, or elsewhere.
+
+    Args:
+        plan: resolved.
+        invariant: as the caller said it.
+    """
+    score, lengths = plan.score, (plan.layout.length, plan.keys.length)
+    check_tensors_of(score, q, lengths)
+    if score.bias is not None and plan.masks[0].shift != (0, 0):
+        raise NotImplementedError(
+            "a bias counts rows and keys from 0, and this mask has rows stand elsewhere: say it with "
+            "align='top-left'"
+        )
+    learns = any(x.requires_grad for name, x in score.tensors.items() if name in TABLES)
+    if invariant is True and (learns or score.captured) and torch.is_grad_enabled():
+        raise NotImplementedError(
+            "gradients of biases and of what a score_mod holds are sums over scores, whose order depends on "
+            "the number of ranks; take invariant=None, or tensors that do not learn"
+        )
+
+
+def check_tensors_of(score: Score, q: Tensor, lengths: tuple[int, int]) -> None:
+    """Raises where the tensors of a score are not for these queries, or elsewhere.
+
+    Args:
+        lengths: of queries and keys.
+    """
+    for term in score.terms:
+        if term.name not in TENSORS:
+            continue
+        if term.value.device != q.device:
             raise ValueError(
-                f"{name} must have one entry for each of the {q.shape[2]} query heads, "
-                f"got {tuple(x.shape)}"
+                f"{term.name} must be on the device of q, {q.device}, got {term.value.device}"
             )
-        if x.device != q.device:
-            raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
+        term.check_fits(q.shape, lengths)
 
 
 def check_capture(device: torch.device, plan: Plan) -> None:
@@ -79,12 +105,8 @@ def check_tangents(named: dict[str, Tensor]) -> None:
             )
 
 
-def check_modifiers(q: Tensor, plan: Plan, *, invariant: bool | None) -> None:
-    """Raises where functions of scores are none, or hold what is elsewhere.
-
-    Args:
-        invariant: as the caller said it.
-    """
+def check_modifiers(q: Tensor, plan: Plan) -> None:
+    """Raises where functions of scores are none, or hold what is elsewhere."""
     functions = [("mask_mod", mask.mask_mod, False) for mask in plan.masks]
     for name, function, scores in (*functions, ("score_mod", plan.score.score_mod, True)):
         if function is None:
@@ -98,11 +120,6 @@ def check_modifiers(q: Tensor, plan: Plan, *, invariant: bool | None) -> None:
         if q.device.type != "meta" and corners is not None:
             like = q.new_empty((), dtype=accumulation_dtype(q.dtype))
             check_modifier(name, function, corners, like, scores=scores)
-    if invariant is True and plan.score.captured and torch.is_grad_enabled():
-        raise NotImplementedError(
-            "gradients of what a score_mod holds are sums over scores, whose order depends on the number of "
-            "ranks; take invariant=None, or hold tensors that do not learn"
-        )
 
 
 def _corners(q: Tensor, plan: Plan) -> list[tuple[int, int]] | None:

@@ -17,7 +17,7 @@ from seqpar.comm import Grid, Group
 from seqpar.layout import Layout, Mask
 from seqpar.layout.written import read_masks
 from seqpar.strategies.plan import Plan
-from seqpar_kernels import TENSORS, TERMS, Score, Term
+from seqpar_kernels import TABLES, TENSORS, TERMS, Score, Term
 from seqpar_kernels.terms.modifiers import captured, described
 
 
@@ -34,7 +34,7 @@ def told(**options: object) -> dict[str, object]:
                 x = getattr(value, part.name)
                 # Of tensors the type, not the values: to compare those would cost a wait for the device.
                 # docs/design.md: slopes and sinks are compared by presence and type
-                claim[part.name] = x.dtype if isinstance(x, Tensor) else x
+                claim[part.name] = _kind_of(part.name, x) if isinstance(x, Tensor) else x
                 if callable(x):
                     learns = [held.requires_grad for held in captured(x)]
                     claim[part.name] = described(x), learns, torch.is_grad_enabled()
@@ -43,6 +43,11 @@ def told(**options: object) -> dict[str, object]:
         else:
             claim[name] = value
     return claim
+
+
+def _kind_of(name: str, x: Tensor) -> object:
+    """What is told of a tensor of a score: how a bias broadcasts differs from call to call."""
+    return (x.dtype, tuple(x.shape)) if name in TABLES else x.dtype
 
 
 def told_of(plan: Plan) -> dict[str, object]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from seqpar.calls.check_tensors import check_tensors_of
 from seqpar.comm import Group
 from seqpar.decode.rows import Held
 from seqpar.layout import Layout, Mask, check_rows, check_size
@@ -28,8 +29,8 @@ def check_prefill(
         )
     check_size(layout, group.size)
     check_rows(layout, group.rank, k.shape[1], f"{shapes} as [b sl h d]")
-    if mask.mask_mod is not None or score.score_mod is not None:
-        raise NotImplementedError("a cache takes neither a mask_mod nor a score_mod")
+    if mask.mask_mod is not None or any(term.has_sums for term in score.terms):
+        raise NotImplementedError("a cache takes neither a mask_mod, a score_mod nor a bias")
     if mask.pair is not None:
         raise ValueError(
             "a cache holds one sequence: documents must be the boundaries of its keys alone, "
@@ -74,12 +75,7 @@ def check_queries(q: Tensor, length: int, held: Held, score: Score) -> None:
         raise ValueError(
             f"queries are the last positions of the {length} in the cache, got {t}; append first"
         )
-    for name, x in score.tensors.items():
-        if x.shape[0] != hq or x.device != q.device:
-            raise ValueError(
-                f"{name} must have one entry for each of the {hq} query heads, on {q.device}, "
-                f"got {tuple(x.shape)} on {x.device}"
-            )
+    check_tensors_of(score, q, (length, length))
 
 
 def _check_tensors(named: dict[str, Tensor], score: Score) -> None:

@@ -64,8 +64,8 @@ def common_place(ours: Mask, theirs: Mask) -> tuple[Align | None, tuple[int, int
 def _check_documents(mask: Mask, of_q: Bounds, of_k: Bounds, *, positions: bool) -> None:
     if positions and of_q != of_k:
         raise ValueError(
-            "ALiBi and a score_mod count positions of the whole sequence, and documents of other "
-            "lengths for queries and keys have no common ones: attend to such documents one by one"
+            "ALiBi, a relative bias and a score_mod count positions of the whole sequence, and documents of "
+            "other lengths for queries and keys have no common ones: attend to such documents one by one"
         )
     if mask.align is not None or not mask.depends_on_place:
         return
@@ -98,8 +98,8 @@ def _is_unplaced(mask: Mask) -> bool:
 def _unsaid(where: str, num_rows: int, num_cols: int) -> str:
     return (
         f"{where} {num_rows} query and {num_cols} key positions: say where the rows of a causal mask, a "
-        "window, a range of rows or ALiBi stand. Mask(align='top-left') has row 0 over key 0, "
-        "align='bottom-right' the last row over the last key"
+        "window, a range of rows, ALiBi or a relative bias stand. Mask(align='top-left') has row 0 over key "
+        "0, align='bottom-right' the last row over the last key"
     )
 
 

@@ -18,6 +18,7 @@ from seqpar.comm import GatherSchedule, Piece, gather_pass, once
 from seqpar.strategies.plan import Plan, Spans
 from seqpar_kernels import (
     BY_BLOCKS,
+    TABLES,
     Begins,
     Block,
     Implementation,
@@ -168,8 +169,8 @@ class _Loop(torch.autograd.Function):
 
     forward   out = merge over keys met of attend(q, k_c, v_c), lse likewise
     backward  dq, dk, dv are summed where the route says and come home to their owners
-              learned tensors [hq] get the share of their gradient that this rank's rows have, and
-              tensors that a `score_mod` holds that of the scores that this rank has computed
+              learned tensors [hq] get the share of their gradient that this rank's rows have; biases,
+              and tensors that a `score_mod` holds, that of the scores that this rank has computed
     saved     q k v out lse: this rank's own rows, never a gathered sequence
     """
 
@@ -197,7 +198,9 @@ class _Loop(torch.autograd.Function):
         tensors = tensors[: len(call.names)]
         score = call.scored(tuple(tensors))
         wanted = [n for n, w in zip(call.names, ctx.needs_input_grad[4:], strict=False) if w]
-        captured = sums_for(call.score.captured)
+        tables = {n: x for n, x in score.tensors.items() if n in wanted and n in TABLES}
+        held = call.score.captured
+        sums = sums_for((*tables.values(), *held))
         dout = torch.zeros_like(out) if dout is None else dout
         mine = Rows.of(q, out, dout, lse, dlse, implementation=plan.implementation)
         by_row = {name: torch.zeros_like(lse) for name in wanted if name in BY_BLOCKS}
@@ -216,18 +219,24 @@ class _Loop(torch.autograd.Function):
                         met.rows[batch, rows], met.k[batch, cols], met.v[batch, cols], block,
                         into=(_some(dq, rows), _some(dk, cols), _some(dv, cols)),
                         learned={name: x[batch, rows] for name, x in met.learned.items()},
-                        captured=captured,
+                        sums=sums,
                         implementation=plan.implementation, finite=finite, begins=(of_q, of_kv),
                     )  # fmt: skip
 
-        sums = call.route.backward(mine, k, v, by_row, differentiate)
-        shares = {**sums.learned, **finished_gradients(score, lse, mine.delta, wanted)}
-        learned = (
-            _own_gradient(shares[name], plan).to(x.dtype) if name in wanted else None
+        gradients = call.route.backward(mine, k, v, by_row, differentiate)
+        shares = {**gradients.learned, **finished_gradients(score, lse, mine.delta, wanted)}
+        found = {name: _own_gradient(x, plan) for name, x in shares.items()}
+        # A tensor that a score has in two places has its whole gradient in the first.
+        totals = {id(x): total for x, total in sums}
+        found |= {name: totals.pop(id(x)) for name, x in tables.items()}
+        learned = [
+            found[name].to(x.dtype) if name in wanted else None
             for name, x in zip(call.names, tensors, strict=True)
-        )
-        of_held = (total.to(x.dtype) for x, total in captured)
-        return None, *(x.to(q.dtype) for x in (sums.dq, sums.dk, sums.dv)), *learned, *of_held
+        ]
+        learned += [
+            None if (total := totals.pop(id(x), None)) is None else total.to(x.dtype) for x in held
+        ]
+        return None, *(x.to(q.dtype) for x in (gradients.dq, gradients.dk, gradients.dv)), *learned
 
 
 def _forward(

@@ -18,9 +18,8 @@ from seqpar.strategies.plan import Plan
 from seqpar.strategies.stored_scores import ByColumns, ByDepth, ByRows, Sharding
 from seqpar.strategies.strategy import Strategy
 from seqpar_kernels import (
+    TABLES,
     Place,
-    ScoreMod,
-    add_captured,
     dense,
     finished_gradients,
     first_only,
@@ -79,7 +78,7 @@ class _Materialised(torch.autograd.Function):
 
     forward   p = softmax(q k^T), out = p v
     backward  dp = dout v^T, ds = p (dp - delta + dlse), dq = ds k, dk = ds^T q, dv = p^T dout
-              learned tensors [hq] get the share of their gradient that this rank has
+              learned tensors get the share of their gradient that this rank has
     saved     p, this rank's shard of the matrix, in float32 or wider, and the derivative of bent scores
               q k v as products with that shard take them: by rows this rank's own but all keys, by
               columns all queries, by depth a slice of all; out, lse
@@ -131,26 +130,33 @@ class _Materialised(torch.autograd.Function):
         }
         for name, x in finished_gradients(plan.score, lse, delta, wanted).items():
             learned[name] = sum_rows(x)
-        captured = sums_for(plan.score.captured)
-        if before is not None:
+        tables = {n: x for n, x in plan.score.tensors.items() if n in wanted and n in TABLES}
+        held = plan.score.captured
+        sums = sums_for((*tables.values(), *held))
+        if sums:
             # Rows that other ranks have too are counted once.
             place = replace(cells.place, row=sharding.share(cells.place.row))
-            own, given = (sharding.share(x.mT).mT for x in (ds, before))
+            own = sharding.share(ds.mT).mT
+            given = None if before is None else sharding.share(before.mT).mT
             for term in cells.acting:
-                if isinstance(term, ScoreMod):
-                    add_captured(term, own, given, place, captured)
+                if term.has_sums:
+                    term.add_gradients_(own, given, place, sums)
+        totals = {id(x): total for x, total in sums}
+        learned |= {name: totals.pop(id(x)) for name, x in tables.items()}
         dx = dense.product_gradient_(ds, bend, cells)
         dq = sharding.for_keys().times(dx, k_x, ctx.shapes[0], cells)
         dk = sharding.transposed_times(dx, q_x, ctx.shapes[1], cells)
         # Dropped weights for dv are a matrix too, so that of dq and dk goes first.
         del ds, dx
         dv = sharding.transposed_times(dense.dropped(p, cells), dout_x, ctx.shapes[2], cells)
-        shares = (
+        shares = [
             learned[name].to(x.dtype) if name in wanted else None
             for name, x in zip(ctx.names, tensors, strict=True)
-        )
-        held = (total.to(x.dtype) for x, total in captured)
-        return None, None, *(x.to(out.dtype) for x in (dq, dk, dv)), *shares, *held
+        ]
+        shares += [
+            None if (total := totals.pop(id(x), None)) is None else total.to(x.dtype) for x in held
+        ]
+        return None, None, *(x.to(out.dtype) for x in (dq, dk, dv)), *shares
 
 
 def _scored(plan: Plan, names: tuple[str, ...], tensors: tuple[Tensor, ...]) -> Plan:

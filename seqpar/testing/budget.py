@@ -21,7 +21,7 @@ EXACT = 1e-11
 class Budget:
     """Expected results in float64 and the largest absolute error allowed in each.
 
-    The results are (out, dq, dk, dv), then the gradients of the slopes and of the sinks, if any.
+    The results are (out, dq, dk, dv), then the gradients of what learns, if any, as `oracle.LEARNED` has it.
     """
 
     expected: tuple[Tensor, ...]
@@ -33,7 +33,7 @@ class Budget:
     ) -> Budget:
         """The budget for attention over whole tensors `[b s h d]`, in the precision they come in."""
         wide = q.double(), k.double(), v.double(), dout.double()
-        wide_terms = terms.to(torch.float64)
+        wide_terms = terms.changed(torch.Tensor.double)
         expected = oracle.with_gradients(*wide, seen, wide_terms)
         if q.dtype == torch.float64:
             return Budget(expected, tuple(EXACT * max(1.0, largest(e)) for e in expected))

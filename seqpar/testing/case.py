@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -69,11 +69,14 @@ class Case:
     align: Align = "top-left"
     shown: Expression | None = None  # in place of causal, window and documents
     by_row: tuple[Expression, ...] = ()  # in place of them, one for each batch entry
+    bias: str | None = None  # which of b, h, i and j it has; it is the same for the others
+    relative: tuple[str, int] | None = None  # which of b and h it has, and how far it reaches
 
     @property
     def names(self) -> tuple[str, ...]:
         """What the results are called: the usual four, and gradients of what is learned."""
-        return NAMES + ("dslopes",) * self.alibi + ("dsinks",) * self.sinks
+        learned = (f"d{name}" for name in oracle.LEARNED if self.learned()[name] is not None)
+        return (*NAMES, *learned)
 
     @property
     def mask(self) -> Mask | tuple[Mask, ...]:
@@ -116,12 +119,25 @@ class Case:
         )
         return tuple(x.to(self.dtype) for x in (q, k, v, dout))  # type: ignore[return-value]
 
-    def learned(self) -> tuple[Tensor | None, Tensor | None]:
-        """ALiBi slopes and sinks `[hq]`, or `None`, in the type of sums."""
+    def learned(self) -> dict[str, Tensor | None]:
+        """What learns in the score, or `None`, as the oracle calls it, in the type of sums."""
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        generator = torch.Generator().manual_seed(1)
+        keys = self.length if self.kv_length is None else self.kv_length
+        sizes = {"b": self.batch, "h": self.hq, "i": self.length, "j": keys}
+
+        def numbers(dims: str, of: str, *last: int) -> Tensor:
+            shape = [sizes[dim] if dim in dims else 1 for dim in of]
+            return torch.randn(*shape, *last, generator=generator, dtype=torch.float64).to(dtype)
+
         slopes = torch.linspace(0.5, 0.01, self.hq, dtype=dtype) if self.alibi else None
         sinks = torch.linspace(-1.0, 2.0, self.hq, dtype=dtype) if self.sinks else None
-        return slopes, sinks
+        bias = None if self.bias is None else numbers(self.bias, "bhij")
+        relative = None
+        if self.relative is not None:
+            dims, reach = self.relative
+            relative = numbers(dims, "bh", 2 * reach + 1)
+        return {"bias": bias, "relative": relative, "slopes": slopes, "sinks": sinks}
 
     def plan(
         self,
@@ -131,10 +147,14 @@ class Case:
         device: str = "cpu",
     ) -> Plan:
         """The plan that solves this case on the ranks of a group; what is learned wants gradients."""
-        slopes, sinks = (
-            None if x is None else x.to(device).requires_grad_() for x in self.learned()
-        )
-        score = Score(self.scale, self.softcap, slopes, sinks)
+        learned = {
+            name: None if x is None else x.to(device).requires_grad_()
+            for name, x in self.learned().items()
+        }
+        score = Score(
+            self.scale, self.softcap, learned["slopes"], learned["sinks"], bias=learned["bias"],
+            relative_bias=learned["relative"],
+        )  # fmt: skip
         dropout = Dropout(self.dropout, SEED) if self.dropout else None
         layout = self.layout(group.size)
         keys = None if self.kv_length is None else self.keys(group.size)
@@ -150,10 +170,12 @@ class Case:
         dropout = (self.dropout, SEED) if self.dropout else None
         keys = self.length if self.kv_length is None else self.kv_length
         masks = self.mask if isinstance(self.mask, tuple) else (self.mask,)
-        matters = self.alibi or any(m.depends_on_place for m in masks if m.pair is None)
+        compares = self.alibi or self.relative is not None
+        matters = compares or any(m.depends_on_place for m in masks if m.pair is None)
         apart = keys - self.length if matters and self.align == "bottom-right" else 0
         row, col = torch.arange(self.length) + max(apart, 0), torch.arange(keys) + max(-apart, 0)
-        return oracle.Terms(scale, self.softcap, *self.learned(), dropout, row, col)
+        terms = oracle.Terms(scale, self.softcap, dropout=dropout, row=row, col=col)
+        return replace(terms, **self.learned())  # type: ignore[arg-type]
 
     def visible(self) -> Tensor:
         """True where a row sees a column, `[s skv]` or `[b 1 s skv]`, straight from the definition."""

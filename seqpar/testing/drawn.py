@@ -35,6 +35,17 @@ SCORE_TERMS = st.fixed_dictionaries(
 )
 
 
+BIASES = st.fixed_dictionaries(
+    {},
+    optional={
+        "bias": st.sampled_from(["bhij", "hij", "ij", "bj", "i", ""]),
+        "relative": st.tuples(st.sampled_from(["bh", "h", "b", ""]), st.integers(0, 12)),
+    },
+)
+# Not in Triton's kernels.
+ALL_TERMS = st.tuples(SCORE_TERMS, BIASES).map(lambda both: both[0] | both[1])
+
+
 def examples(share: float) -> int:
     """So many of the examples of the profile in use: 2000 in `nightly`, 40 in `ci`."""
     return max(1, round(settings().max_examples * share))
@@ -90,7 +101,7 @@ def cases(
     kv_length = None if documents else draw(st.none() | st.none() | lengths)
     options = draw(terms)
     # ALiBi counts positions of the whole sequence.
-    if kv_length is not None and not options.get("alibi"):
+    if kv_length is not None and not (options.keys() & {"alibi", "bias", "relative"}):
         documents = draw(st.none() | _pairs(length, kv_length))
     shown = draw(st.none() | st.none() | expressions(length, packs=kv_length is None))
     hkv = draw(st.integers(1, 5))
@@ -103,8 +114,8 @@ def cases(
         by_row = tuple(draw(st.lists(st.sampled_from(draw(some)), min_size=2, max_size=3)))
         batch = len(by_row)
     align: Align = draw(st.sampled_from(["top-left", "bottom-right"]))
-    if (shown or by_row) and kv_length is not None and kv_length < length:
-        align = "top-left"  # the only one that ranges of keys take
+    if ((shown or by_row) and kv_length is not None and kv_length < length) or "bias" in options:
+        align = "top-left"  # the only one that ranges of keys take, or biases
     return Case(
         length=length,
         hq=hkv * draw(st.integers(1, 3)),

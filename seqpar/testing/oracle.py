@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+
+LEARNED = ("bias", "relative", "slopes", "sinks")  # in the order of their gradients
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,6 +19,8 @@ class Terms:
 
     Args:
         slopes, sinks: `[hq]`.
+        bias: `[b hq s skv]`, or what broadcasts to it.
+        relative: `[b hq 2*reach+1]`, or what broadcasts to it, by column - row.
         dropout: (p, seed).
         row, col: global positions; by default 0, 1, ...
         head: global index of the first head.
@@ -29,16 +34,20 @@ class Terms:
     row: Tensor | None = None
     col: Tensor | None = None
     head: int = 0
+    bias: Tensor | None = None
+    relative: Tensor | None = None
 
     @property
     def learned(self) -> list[Tensor]:
-        """The slopes and the sinks, as far as there are any."""
-        return [x for x in (self.slopes, self.sinks) if x is not None]
+        """What learns, as far as there is any: biases, slopes and sinks."""
+        found = (getattr(self, name) for name in LEARNED)
+        return [x for x in found if x is not None]
 
-    def to(self, dtype: torch.dtype) -> Terms:
-        """The same with slopes and sinks in another type."""
-        slopes, sinks = (None if x is None else x.to(dtype) for x in (self.slopes, self.sinks))
-        return replace(self, slopes=slopes, sinks=sinks)
+    def changed(self, change: Callable[[Tensor], Tensor]) -> Terms:
+        """The same with what learns changed, as far as there is any."""
+        there = {name: x for name in LEARNED if (x := getattr(self, name)) is not None}
+        changed = {name: change(x) for name, x in there.items()}
+        return replace(self, **changed)  # type: ignore[arg-type]
 
 
 def visible(
@@ -106,6 +115,10 @@ def scores(q: Tensor, k: Tensor, terms: Terms) -> Tensor:
     s = torch.einsum("bihd,bjhd->bhij", q, _per_query_head(k, q)) * terms.scale
     if terms.softcap is not None:
         s = terms.softcap * torch.tanh(s / terms.softcap)
+    if terms.bias is not None:
+        s = s + terms.bias.to(s.dtype)
+    if terms.relative is not None:
+        s = s + terms.relative.to(s.dtype)[..., _from_the_left(s, terms)]
     if terms.slopes is not None:
         s = s - terms.slopes.to(s.dtype)[:, None, None] * distance(s, terms).to(s.dtype)
     return s
@@ -115,6 +128,14 @@ def distance(s: Tensor, terms: Terms) -> Tensor:
     """|row - column| `[s s]` in positions."""
     row, col = _positions(s, terms)
     return (row[:, None] - col[None, :]).abs()
+
+
+def _from_the_left(s: Tensor, terms: Terms) -> Tensor:
+    """Which entry of `relative` each score takes, `[s skv]`."""
+    assert terms.relative is not None
+    reach = (terms.relative.shape[-1] - 1) // 2
+    row, col = _positions(s, terms)
+    return torch.clip(col[None, :] - row[:, None], -reach, reach) + reach
 
 
 def kept(p: Tensor, terms: Terms) -> Tensor:
@@ -144,11 +165,7 @@ def with_gradients(
 ) -> tuple[Tensor, ...]:
     """(out, dq, dk, dv) of dense attention and the gradients of what is learned, by autograd."""
     leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-    slopes, sinks = (
-        None if x is None else x.detach().clone().requires_grad_()
-        for x in (terms.slopes, terms.sinks)
-    )  # fmt: skip
-    terms = replace(terms, slopes=slopes, sinks=sinks)
+    terms = terms.changed(lambda x: x.detach().clone().requires_grad_())
     with torch.enable_grad():
         out = attention(leaves[0], leaves[1], leaves[2], seen, terms)
     return out.detach(), *torch.autograd.grad(out, [*leaves, *terms.learned], dout)
@@ -182,6 +199,12 @@ def magnitudes(
         torch.einsum("bhij,bihd->bjhd", dx, q_a).unflatten(2, (-1, group)).sum(3),
         torch.einsum("bhij,bihd->bjhd", p * factor, dout_a).unflatten(2, (-1, group)).sum(3),
     ]
+    if terms.bias is not None:
+        sums.append(ds.sum_to_size(_padded(terms.bias, 4)))
+    if terms.relative is not None:
+        whole = torch.zeros(*ds.shape[:2], terms.relative.shape[-1], dtype=ds.dtype)
+        whole.index_add_(2, _from_the_left(ds, terms).flatten(), ds.flatten(2))
+        sums.append(whole.sum_to_size(_padded(terms.relative, 3)))
     if terms.slopes is not None:
         sums.append(torch.einsum("bhij,ij->h", ds, distance(ds, terms).to(ds.dtype)))
     if terms.sinks is not None:
@@ -193,6 +216,10 @@ def _positions(s: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
     row = torch.arange(s.shape[-2]) if terms.row is None else terms.row
     col = torch.arange(s.shape[-1]) if terms.col is None else terms.col
     return row, col
+
+
+def _padded(x: Tensor, ndim: int) -> tuple[int, ...]:
+    return (1,) * (ndim - x.ndim) + tuple(x.shape)
 
 
 def _per_query_head(x: Tensor, q: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import (
 )
 
 from seqpar_kernels import (
+    TENSORS,
     Band,
     Block,
     Dropout,
@@ -31,12 +32,21 @@ from seqpar_kernels import (
 )
 from seqpar_kernels.torch_internals import nobody_looks
 
+
+def numbers(*shape):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+
 BLOCKS = {
     "plain": Block(Band(None, 0), Score(0.4)),
     "everything": Block(
         Band(-20, 3),
         Score(0.4, 5.0, torch.tensor([0.1, 0.2]).double(), torch.tensor([0.5, -1.0]).double()),
         row=3, col=1, step=2, head=1, terms=(Ranges.documents((0, 9, 30)), Dropout(0.3, 7)),
+    ),
+    "biases": Block(
+        Band(-8, 3), Score(0.4, bias=numbers(2, 20, 24), relative_bias=numbers(5)), row=3, col=1, step=2,
     ),
 }  # fmt: skip
 
@@ -48,7 +58,7 @@ def problem(block):
         for n, h, d in ((9, 2, 8), (12, 1, 8), (12, 1, 5))
     )
     score = block.score
-    learned = [x.requires_grad_() for x in (score.alibi_slopes, score.sinks) if x is not None]
+    learned = [x.requires_grad_() for x in score.tensors.values()]
     return (q, k, v), learned
 
 
@@ -60,17 +70,18 @@ def test_the_ops_pass_the_checks_of_torch(name, lse_learns):
     documents, drop = block.terms or (None, None)
     score, place = block.score, [block.row, block.col, block.step, block.head, block.batch]
     described = (
-        score.alibi_slopes, score.sinks, block.band.lower, block.band.upper, score.factor, place,
+        *(score.tensors.get(name) for name in TENSORS), block.band.lower, block.band.upper, score.factor,
+        place,
         score.softcap, *(documents.written() if documents else [None]),
         drop.p if drop else None, drop.seed if drop else None, lse_learns, None,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.seqpar.attention_forward, (q, k, v, *described))
     out, lse = (x.detach() for x in attention(q, k, v, block))
-    plain = [None if x is None else x.detach() for x in described[:2]]
+    plain = [None if x is None else x.detach() for x in described[: len(TENSORS)]]
     tensors = [x.detach() for x in (torch.ones_like(out), q, k, v, out, lse)]
     learn = [x is not None for x in plain]
     dlse = torch.ones_like(lse) if lse_learns else None
-    arguments = (tensors[0], dlse, *tensors[1:], learn, *plain, *described[2:])
+    arguments = (tensors[0], dlse, *tensors[1:], learn, *plain, *described[len(TENSORS) :])
     torch.library.opcheck(torch.ops.seqpar.attention_backward, arguments)
 
 

@@ -70,7 +70,7 @@ def grown(group, decode):
     """The cache after all steps, and the queries."""
     case, layout = decode.case, decode.layout(group.size)
     q, k, v, _ = case.tensors()
-    slopes, sinks = case.learned()
+    slopes, sinks = (case.learned()[name] for name in ("slopes", "sinks"))
     mine = layout.positions(group.rank)
     cache = KVCache(
         group, layout, k[:, mine], v[:, mine], mask=decode.mask,

@@ -264,9 +264,10 @@ ALL_RANKS = {
     "not a layout": ({"layout": 12}, "layout must be a seqpar.Layout, got 12"),
     "a mask_mod": (
         {"mask": Mask(mask_mod=torch.eq)},
-        "a cache takes neither a mask_mod nor a score_mod",
+        "a cache takes neither a mask_mod, a score_mod nor a bias",
     ),
-    "a score_mod": ({"score": Score(score_mod=torch.add)}, "neither a mask_mod nor a score_mod"),
+    "a score_mod": ({"score": Score(score_mod=torch.add)}, "neither a mask_mod, a score_mod nor"),
+    "a bias": ({"score": Score(bias=torch.zeros(1))}, "neither a mask_mod, a score_mod nor a bias"),
     "documents of two sequences": (
         {"mask": Mask(documents=((0, 12), (0, 11)))},
         r"boundaries of its keys alone, got a pair",
@@ -296,7 +297,7 @@ ALL_RANKS = {
     ),
     "sinks of other heads": (
         {"score": Score(sinks=torch.zeros(2))},
-        r"sinks must have one entry for each of the 4 query heads, on cpu, got \(2,\)",
+        r"sinks must have one entry for each of the 4 query heads, got \(2,\)",
     ),
     "what the implementation lacks": (
         {"implementation": "aten", "score": Score(softcap=2.0)},

@@ -86,6 +86,22 @@ ONE_RANK = {  # what rank 1 alone does -> what every message must say
         {"score": Score(sinks=torch.zeros(2))},
         r"sinks must have one entry for each of the 4 query heads, got \(2,\)",
     ),
+    "a bias for other keys": (
+        {"score": Score(bias=torch.zeros(12, 11))},
+        r"bias must broadcast to \[b hq i j\] = \[2, 4, 12, 12\], got \(12, 11\)",
+    ),
+    "a bias that hides": (
+        {"score": Score(bias=torch.full((12,), -torch.inf))},
+        r"bias must be finite: to hide scores is for a mask, see seqpar.masks.dense",
+    ),
+    "a relative bias of other heads": (
+        {"score": Score(relative_bias=torch.zeros(3, 5))},
+        r"relative_bias must broadcast to \[b hq 2\*reach\+1\] = \[2, 4, 5\], got \(3, 5\)",
+    ),
+    "a bias of one rank": (
+        {"score": Score(bias=torch.zeros(12, 1))},
+        r"bias is None on ranks 0, 2, \(torch.float32, \(12, 1\)\) on rank 1",
+    ),
     "dropout": ({"dropout": Dropout(0.1, 3)}, r"dropout is None on ranks 0, 2, Dropout\(p=0.1"),
     "dropout not a dropout": (
         {"dropout": 0.1},
@@ -144,7 +160,7 @@ ONE_RANK = {  # what rank 1 alone does -> what every message must say
             "mask": Mask(documents=((0, 5, 12), (0, 4, 12))),
             "score": Score(alibi_slopes=torch.zeros(4)),
         },
-        r"ALiBi and a score_mod count positions of the whole sequence",
+        r"ALiBi, a relative bias and a score_mod count positions of the whole sequence",
     ),
     "invariant bits of several layers": (
         {"module": AllGatherAttention, "invariant": True, "mask": masks.shared_prompt(4, [4, 4])},

@@ -19,7 +19,7 @@ from seqpar.comm import silent
 from seqpar.layout import contiguous, visible_count, zigzag
 from seqpar.strategies import STRATEGIES
 from seqpar.testing import Case
-from seqpar.testing.drawn import SCORE_TERMS, WORLD_SIZES, cases, examples
+from seqpar.testing.drawn import ALL_TERMS, WORLD_SIZES, cases, examples
 
 
 def step(group, case, make, shape):
@@ -47,7 +47,7 @@ def step(group, case, make, shape):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @given(
-    case=cases(terms=SCORE_TERMS, lengths=st.integers(0, 40)), size=WORLD_SIZES,
+    case=cases(terms=ALL_TERMS, lengths=st.integers(0, 40)), size=WORLD_SIZES,
     implementation=st.sampled_from([None, "reference"]), chunks=st.integers(1, 3),
     with_lse=st.booleans(), learns=st.tuples(st.booleans(), st.booleans()), invariant=st.booleans(),
 )  # fmt: skip

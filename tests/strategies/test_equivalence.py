@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from seqpar import simulate
 from seqpar.strategies import STRATEGIES
 from seqpar.testing import Case, errors_on_rank
-from seqpar.testing.drawn import SCORE_TERMS, WORLD_SIZES, cases, examples
+from seqpar.testing.drawn import ALL_TERMS, SCORE_TERMS, WORLD_SIZES, cases, examples
 
 
 @lru_cache(maxsize=64)
@@ -62,15 +62,18 @@ def test_equals_one_device_with_the_reference_kernel(strategy, case, size):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@given(case=cases(terms=SCORE_TERMS), size=WORLD_SIZES)
+@given(case=cases(terms=ALL_TERMS), size=WORLD_SIZES)
 @settings(max_examples=examples(0.5))
 @example(Case(33, 4, 2, alibi=True, sinks=True, dropout=0.5, softcap=5.0, kind="zigzag"), 3)
 @example(Case(3, 2, 1, alibi=True, sinks=True, dropout=0.5), 5)
 @example(Case(40, 6, 3, alibi=True, sinks=True, kind="striped", dtype=torch.bfloat16), 4)
 @example(Case(0, alibi=True, sinks=True), 2)
 @example(Case(30, 2, 1, alibi=True, dropout=0.5, kind="zigzag", documents=(0, 11, 30)), 4)
+@example(Case(70, 4, 2, batch=2, bias="bhij", relative=("bh", 9), kind="striped", alibi=True), 3)
+@example(Case(70, 4, 2, batch=2, bias="hj", relative=("", 0), kind="zigzag", softcap=5.0), 4)
+@example(Case(9, 3, 3, bias="i", relative=("h", 30), kv_length=66, window=(40, 5)), 8)
 def test_equals_one_device_with_every_score_term(strategy, case, size):
-    """Softcap, ALiBi, sinks and dropout, alone and together; slopes and sinks learn."""
+    """Softcap, biases, ALiBi, sinks and dropout, alone and together; all but the first and last learn."""
     check(simulate(size, errors_on_rank, case, strategy, None, budget(case)))
 
 

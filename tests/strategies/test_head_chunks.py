@@ -82,7 +82,7 @@ def results(group, case):
     q, k, v, dout = (x[:, held] for x, held in zip(case.tensors(), at, strict=True))
     plan = case.plan(group, "ulysses")
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    leaves += [x for x in (plan.score.alibi_slopes, plan.score.sinks) if x is not None]
+    leaves += plan.score.tensors.values()
     out, lse = attention_with_lse(q, k, v, plan)
     gradients = torch.autograd.grad((out, lse), leaves, (dout, dout[..., 0].to(lse.dtype)))
     return out.detach(), lse.detach(), *gradients

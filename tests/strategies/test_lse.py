@@ -26,12 +26,11 @@ CASES = {
 def dense(case, dlse):
     """(out, lse, gradients) of one device, where the gradient of lse is `dlse` too."""
     q, k, v, dout = case.tensors()
-    leaves = [x.requires_grad_() for x in (q, k, v, *(x for x in case.learned() if x is not None))]
-    slopes, sinks = (x if x is None else leaves[3 + n] for n, x in enumerate(case.learned()))
-    terms = oracle.Terms(case.terms().scale, case.softcap, slopes, sinks)
+    terms = case.terms().changed(torch.Tensor.requires_grad_)
+    leaves = [*(x.requires_grad_() for x in (q, k, v)), *terms.learned]
     seen = oracle.visible(case.length, case.causal, case.window, None, case.kv_length, case.align)
     s = oracle.scores(q, k, terms).masked_fill(~seen, -torch.inf)
-    if sinks is not None:
+    if (sinks := terms.sinks) is not None:
         s = torch.cat((s, sinks[:, None, None].expand(*s.shape[:3], 1)), -1)
     blind = (s == -torch.inf).all(-1, keepdim=True)
     lse = torch.logsumexp(s.masked_fill(blind, 0.0), -1).masked_fill(blind[..., 0], -torch.inf)
@@ -48,7 +47,7 @@ def on_each_rank(group, case, strategy, dlse):
         x[:, at] for x, at in zip(case.tensors(), (rows, cols, cols, rows), strict=True)
     )
     plan = case.plan(group, strategy)
-    learned = [x for x in (plan.score.alibi_slopes, plan.score.sinks) if x is not None]
+    learned = [*plan.score.tensors.values()]
     leaves = [x.requires_grad_() for x in (q, k, v)] + learned
     out, lse = seqpar.attention_with_lse(q, k, v, plan)
     forward = group.traffic.total

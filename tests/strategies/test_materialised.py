@@ -20,7 +20,7 @@ from seqpar.strategies.materialised import (
 )
 from seqpar.testing import NAMES, Case, oracle
 from seqpar.testing.budget import EXACT, max_error
-from seqpar.testing.drawn import SCORE_TERMS, cases, examples
+from seqpar.testing.drawn import ALL_TERMS, cases, examples
 
 STRATEGIES = pytest.mark.parametrize("strategy", SHARDINGS)
 SIZES = st.integers(1, 5)
@@ -52,8 +52,8 @@ def shown_up_to(expression, ends):
     return (kind, cut_off(rest[0], ends)) if kind == "documents" else expression
 
 
-CASES = cases(terms=SCORE_TERMS).map(shorter)
-EXACT_CASES = cases(st.just(torch.float64), SCORE_TERMS).map(shorter)
+CASES = cases(terms=ALL_TERMS).map(shorter)
+EXACT_CASES = cases(st.just(torch.float64), ALL_TERMS).map(shorter)
 
 
 @st.composite
@@ -101,7 +101,7 @@ def check_case(group, case, strategy, implementation, budget):
     q, k, v, dout = (x[:, rows] for x, rows in zip(case.tensors(), at, strict=True))
     plan = resolve(plan, q, v)
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    learned = [x for x in (plan.score.alibi_slopes, plan.score.sinks) if x is not None]
+    learned = [*plan.score.tensors.values()]
     out, _ = materialised_attention(q, k, v, plan)
     forward = group.traffic.total
     found = out.detach(), *torch.autograd.grad(out, leaves + learned, dout)
@@ -142,13 +142,12 @@ def expected(case, dlse):
     """(q, k, v, dout), what they give and its gradients by autograd, float64, whole; the weights."""
     q, k, v, dout = case.tensors()
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    slopes, sinks = (x if x is None else x.requires_grad_() for x in case.learned())
-    terms = replace(case.terms(), slopes=slopes, sinks=sinks)
+    terms = case.terms().changed(torch.Tensor.requires_grad_)
     seen = case.visible()
     out = oracle.attention(q, k, v, seen, terms)
     s = oracle.scores(q, k, terms)
     hidden = s.new_full((*s.shape[:3], 1), -torch.inf)
-    sink = hidden if sinks is None else sinks[:, None, None].expand_as(hidden)
+    sink = hidden if terms.sinks is None else terms.sinks[:, None, None].expand_as(hidden)
     s = torch.cat((s.masked_fill(~seen, -torch.inf), sink), -1)
     empty = (s == -torch.inf).all(-1)
     lse = torch.logsumexp(torch.where(empty[..., None], 0.0, s), -1)
@@ -169,7 +168,7 @@ def check_problem(group, case, rows, cols, strategy, dlse, answers):
     mine, keys = rows.positions(group.rank), cols.positions(group.rank)
     leaves = [x.requires_grad_() for x in (q[:, mine], k[:, keys], v[:, keys])]
     plan = resolve(plan, leaves[0], leaves[2])
-    learned = [x for x in (plan.score.alibi_slopes, plan.score.sinks) if x is not None]
+    learned = [*plan.score.tensors.values()]
     found = materialised_attention(*leaves, plan)
     forward = group.traffic.total
     grads = torch.autograd.grad(found, leaves + learned, (dout[:, mine], dlse[:, mine]))

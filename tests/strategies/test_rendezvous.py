@@ -12,7 +12,7 @@ from seqpar.calls import Shape, dry_run, resolve
 from seqpar.calls.dry_run import AllReduce, Exchange, Wait
 from seqpar.comm import silent
 from seqpar.strategies import STRATEGIES
-from seqpar.testing.drawn import SCORE_TERMS, cases, examples
+from seqpar.testing.drawn import ALL_TERMS, cases, examples
 from seqpar.testing.rendezvous import stuck
 
 
@@ -34,7 +34,7 @@ def all_steps(case, size, strategy, chunks, learns, *, invariant):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @given(
-    case=cases(terms=SCORE_TERMS, lengths=st.integers(0, 60)), size=st.integers(2, 8),
+    case=cases(terms=ALL_TERMS, lengths=st.integers(0, 60)), size=st.integers(2, 8),
     chunks=st.integers(1, 3), learns=st.booleans(), invariant=st.booleans(),
 )  # fmt: skip
 @settings(max_examples=examples(0.5))

@@ -23,7 +23,7 @@ class Alibi(ScoreTerm):
     name, words = "alibi_slopes", "ALiBi"
     lacking = "does not add ALiBi on global positions"
     kernels = "seqpar_kernels.terms.alibi_triton"
-    needs_positions = changes_scores = True
+    needs_positions = compares_positions = changes_scores = True
 
     @staticmethod
     def checked(value: Any) -> Tensor:

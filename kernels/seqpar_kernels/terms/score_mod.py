@@ -5,7 +5,6 @@ Source: He et al. 2024, FlexAttention (arXiv:2412.05496).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from seqpar_kernels.terms.modifiers import Modifier, apart, as_it_is, described, evaluate
-from seqpar_kernels.terms.term import Place, ScoreTerm
+from seqpar_kernels.terms.term import Place, ScoreTerm, Sums
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +23,7 @@ class ScoreMod(ScoreTerm):
     value: Modifier
 
     name, words = "score_mod", "score_mod"
-    needs_positions = changes_scores = bends = asks_each = True
+    needs_positions = compares_positions = changes_scores = bends = asks_each = has_sums = True
 
     @staticmethod
     def checked(value: Any) -> Modifier:
@@ -51,19 +50,22 @@ class ScoreMod(ScoreTerm):
         s.copy_(after.detach())
         return torch.zeros_like(s) if slope is None else slope.contiguous()
 
-    def captured_gradients(
-        self, ds: Float[Tensor, "b hq i j"], before: Float[Tensor, "b hq i j"], place: Place,
-        wanted: Sequence[Tensor],
-    ) -> list[Tensor | None]:  # fmt: skip
-        """The gradients of tensors that the function holds, from those of the scores that it gave.
-
-        Args:
-            before: the scores that it was given.
-        """
-        if ds.device.type == "meta" or ds.numel() == 0:
-            return [None] * len(wanted)
+    def add_gradients_(
+        self,
+        ds: Float[Tensor, "b hq i j"],
+        before: Float[Tensor, "b hq i j"] | None,
+        place: Place,
+        sums: Sums,
+    ) -> None:
+        """Adds to the gradients of tensors that the function holds, which is asked again."""
+        if before is None or ds.device.type == "meta" or ds.numel() == 0:
+            return
         with apart():
             after = evaluate(self.value, before.detach(), before, place).to(ds.dtype)
         if not after.requires_grad:
-            return [None] * len(wanted)
-        return list(torch.autograd.grad(after, list(wanted), ds, allow_unused=True))
+            return
+        held = [x for x, _ in sums]
+        grads = torch.autograd.grad(after, held, ds, allow_unused=True)
+        for (_, total), grad in zip(sums, grads, strict=True):
+            if grad is not None:
+                total += grad

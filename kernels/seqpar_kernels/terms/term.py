@@ -7,7 +7,7 @@ alone, so that a term overrides what it does and nothing else. Docs: `docs/addin
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -16,12 +16,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+# Tensors whose gradients are sums of their shape, each with the sum.
+Sums = Sequence[tuple[Tensor, Tensor]]
+
 # How the fields of a term are arguments of an op, by their annotation. A term may be absent.
 _ARGUMENTS = {
     "float": "float?",
     "int": "int?",
     "tuple[int, ...]": "int[]?",
     "Float[Tensor, 'hq']": "Tensor?",
+    "Float[Tensor, '*w']": "Tensor?",
 }
 
 
@@ -58,11 +62,14 @@ class Term:
         kernels: the module of its Triton functions, which `docs/adding.md` lists; imported when a kernel is
             launched.
         needs_positions: whether it depends on where rows and columns are, besides the band.
+        compares_positions: whether it matters how far rows are from columns.
         changes_scores: whether a visible score is more than scale * q.k.
         bends: whether the derivative of the score by scale * q.k differs from 1.
         hides: whether it makes scores invisible.
         drops: whether it multiplies the weights.
         joins: whether it takes part in each row once, in `finish`, and never in a block.
+        has_sums: whether gradients of what it holds are sums over scores, of the shape of what is held, and
+            not a share of each row.
         asks_each: whether it is a function that is asked of each score: no op takes it as an argument, and
             only positions of the sequence may be asked of.
     """
@@ -73,11 +80,13 @@ class Term:
     arguments: ClassVar[Mapping[str, str]] = MappingProxyType({})
     kernels: ClassVar[str | None] = None
     needs_positions: ClassVar[bool] = False
+    compares_positions: ClassVar[bool] = False
     changes_scores: ClassVar[bool] = False
     bends: ClassVar[bool] = False
     hides: ClassVar[bool] = False
     drops: ClassVar[bool] = False
     joins: ClassVar[bool] = False
+    has_sums: ClassVar[bool] = False
     asks_each: ClassVar[bool] = False
 
     @classmethod
@@ -111,6 +120,21 @@ class Term:
     def gradient(self, ds: Float[Tensor, "b hq i j"], place: Place) -> Float[Tensor, "b hq i"]:
         """Each row's share of the gradient of a learned tensor, from that of the scores it gave."""
         raise NotImplementedError(f"nothing of {type(self).__name__} is learned in blocks")
+
+    def add_gradients_(
+        self,
+        ds: Float[Tensor, "b hq i j"],
+        before: Float[Tensor, "b hq i j"] | None,
+        place: Place,
+        sums: Sums,
+    ) -> None:
+        """Adds what scores give to the gradients of what it holds, from those of the scores that it gave.
+
+        Args:
+            before: the scores that it was given, if it is a function that learns.
+            sums: those of all terms; what is not its own is left alone.
+        """
+        raise NotImplementedError(f"{type(self).__name__} holds nothing that learns")
 
     # On what is visible.
 
@@ -215,3 +239,22 @@ class ScoreTerm(Term):
             TypeError, ValueError: it is not.
         """
         raise NotImplementedError
+
+    def of_heads(self, heads: slice) -> Tensor:
+        """The tensor for some of the query heads."""
+        return self.value[heads]
+
+    def check_fits(self, shape: Sequence[int], lengths: tuple[int, int]) -> None:  # noqa: ARG002
+        """Raises where a tensor is not for such queries, or not for such lengths of queries and keys.
+
+        Args:
+            shape: of q, `[b sl hq d]`.
+
+        Raises:
+            ValueError: it is not.
+        """
+        if self.value.shape[0] != shape[2]:
+            raise ValueError(
+                f"{self.name} must have one entry for each of the {shape[2]} query heads, "
+                f"got {tuple(self.value.shape)}"
+            )

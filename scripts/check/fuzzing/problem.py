@@ -11,7 +11,7 @@ from torch import Tensor
 
 from seqpar.strategies import STRATEGIES
 from seqpar.testing import Case
-from seqpar.testing.drawn import SCORE_TERMS, cases
+from seqpar.testing.drawn import ALL_TERMS, cases
 
 Use = Literal[
     "plain", "retained", "twice", "shared", "no_grad", "inference", "frozen", "hooked",
@@ -83,7 +83,7 @@ class Problem:
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
     """Any legal problem."""
-    terms = draw(st.sampled_from([st.just({}), SCORE_TERMS]))
+    terms = draw(st.sampled_from([st.just({}), ALL_TERMS]))
     case = draw(cases(terms=terms, lengths=LENGTHS))
     use = draw(st.sampled_from(USES))
     if use == "shared":  # one tensor can be q, k and v
@@ -94,7 +94,7 @@ def problems(draw: st.DrawFn) -> Problem:
     strategy = draw(st.sampled_from(tuple(STRATEGIES)))
     stores, plain = (
         STRATEGIES[strategy].stores_scores,
-        not (case.alibi or case.softcap or case.dropout),
+        not (case.alibi or case.softcap or case.dropout) and case.bias is case.relative is None,
     )
     able = [None, "reference"] + ["aten"] * (plain and not stores and use != "with lse")
     poison = st.builds(
