@@ -159,6 +159,32 @@ def test_learned_scores_lse_and_dropout_compile_and_a_new_seed_compiles_nothing_
     assert num_graphs() <= 4, "one for the first seed, one for all others, of each rank"
 
 
+@pytest.mark.parametrize("strategy", ["ring", "ulysses", "materialised_rows"])
+def test_biases_that_learn_compile(strategy):
+    def fn(group, compiled):
+        generator = torch.Generator().manual_seed(1)
+        layout = seqpar.zigzag(11, group.size)
+        x = torch.randn(2, 11, 4, 4, generator=generator).double()
+        mine = seqpar.shard_sequence(x, layout, group.rank).requires_grad_()
+        bias = torch.randn(4, 11, 1, generator=generator).double().requires_grad_()
+        table = torch.randn(8, 4, generator=generator).double().requires_grad_()
+
+        def called(y, bias, table):
+            relative = seqpar.biases.t5(table, max_distance=6)
+            score = seqpar.Score(bias=bias.sin(), relative_bias=relative)
+            plan = seqpar.Plan(group, layout, Mask(True), score, strategy)
+            return seqpar.attention(y, y.sin(), y, plan)
+
+        run = torch.compile(called, backend="aot_eager", fullgraph=True) if compiled else called
+        out = run(mine, bias, table)
+        return out.detach(), *torch.autograd.grad(out.square().sum(), (mine, bias, table))
+
+    for size in (1, 2):
+        for here, there in zip(simulate(size, fn, True), simulate(size, fn, False), strict=True):
+            for a, b in zip(here, there, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 def test_a_new_layout_of_the_same_length_is_told_apart():
     """Rows are as many, positions are others: what was compiled for one must not serve the other."""
 

@@ -19,6 +19,7 @@ class Table(ScoreTerm):
     `four` gives them as `[b hq _ _]`, where batch entries or heads may be 1: all then have the same.
     """
 
+    # docs/design.md: a bias is whole on every rank
     value: Float[Tensor, "*w"]
 
     has_sums = needs_positions = changes_scores = True
@@ -94,8 +95,9 @@ def check_broadcasts(name: str, x: Tensor, form: str, expected: tuple[int, ...])
         raise ValueError(
             f"{name} must broadcast to {form} = {list(expected)}, got {tuple(x.shape)}"
         )
-    # Another device is not waited for.
-    if x.device.type == "cpu" and type(x) is Tensor and not bool(torch.isfinite(x).all()):
+    # Another device is not waited for, and what a compiler traces with has no numbers.
+    has_numbers = x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter)
+    if has_numbers and not bool(torch.isfinite(x).all()):
         raise ValueError(
             f"{name} must be finite: to hide scores is for a mask, see seqpar.masks.dense"
         )
