@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 from plants.attention import ATTENTION
+from plants.biases import BIAS_PLANTS
 from plants.cut_weights import POLICIES
 from plants.fused_weights import TENSOR_PARALLEL
 from plants.libraries import LIBRARIES
@@ -44,7 +45,15 @@ NOT_CHECKED = {
 }  # check_equivalence.py is blind to these
 
 
-PLANTS = [*ATTENTION, *MASK_PLANTS, *LIBRARIES, *TENSOR_PARALLEL, *POLICIES, *REPLACED]
+PLANTS = [
+    *ATTENTION,
+    *MASK_PLANTS,
+    *BIAS_PLANTS,
+    *LIBRARIES,
+    *TENSOR_PARALLEL,
+    *POLICIES,
+    *REPLACED,
+]
 
 
 def planted(plant: Plant, folder: Path) -> None:

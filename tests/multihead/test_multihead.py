@@ -282,6 +282,27 @@ def test_masks_equal_those_of_torch(what):
             torch.testing.assert_close(total, bias.grad, **EXACT)
 
 
+@pytest.mark.parametrize("attention", ["ring", "materialised"])
+def test_what_is_added_joins_what_the_score_adds(attention):
+    own = normal(HEADS, 1, LENGTH, seed=6)
+    theirs = drawn(nn.MultiheadAttention(E, HEADS, batch_first=True, dtype=torch.float64))
+    (x,), _ = inputs({}, False)
+    added = (BIAS + 2 * own).expand(2, -1, -1, -1).flatten(0, 1)
+    out, _ = theirs(x, x, x, need_weights=False, attn_mask=added)
+
+    def on_rank(group):
+        score = seqpar.Score(bias=own, score_mod=lambda s, b, h, i, j: s + own[h, 0, j])
+        attend = ATTENTIONS[attention](group, score=score)
+        module = MultiheadAttention(E, HEADS, attend, dtype=torch.float64)
+        module.load_state_dict(theirs.state_dict())
+        layout = zigzag(LENGTH, group.size)
+        mine = layout.positions(group.rank)
+        got, _ = module(x[:, mine], layout=layout, attn_mask=BIAS)
+        torch.testing.assert_close(got, out[:, mine], **EXACT)
+
+    simulate(2, on_rank)
+
+
 def weighed(group, state, average):
     module = MultiheadAttention(E, HEADS, seqpar.MaterialisedAttention(group), dtype=torch.float64)
     module.load_state_dict(state)

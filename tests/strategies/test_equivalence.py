@@ -16,6 +16,8 @@ from seqpar.strategies import STRATEGIES
 from seqpar.testing import Case, errors_on_rank
 from seqpar.testing.drawn import ALL_TERMS, SCORE_TERMS, WORLD_SIZES, cases, examples
 
+PLAIN, CAUSAL = ("rectangle", (0, None), (0, None)), ("causal",)
+
 
 @lru_cache(maxsize=64)
 def budget(case):
@@ -71,6 +73,7 @@ def test_equals_one_device_with_the_reference_kernel(strategy, case, size):
 @example(Case(30, 2, 1, alibi=True, dropout=0.5, kind="zigzag", documents=(0, 11, 30)), 4)
 @example(Case(70, 4, 2, batch=2, bias="bhij", relative=("bh", 9), kind="striped", alibi=True), 3)
 @example(Case(70, 4, 2, batch=2, bias="hj", relative=("", 0), kind="zigzag", softcap=5.0), 4)
+@example(Case(30, 2, 1, batch=3, bias="bij", relative=("b", 3), by_row=(PLAIN, CAUSAL, CAUSAL)), 2)
 @example(Case(9, 3, 3, bias="i", relative=("h", 30), kv_length=66, window=(40, 5)), 8)
 def test_equals_one_device_with_every_score_term(strategy, case, size):
     """Softcap, biases, ALiBi, sinks and dropout, alone and together; all but the first and last learn."""
