@@ -23,7 +23,7 @@ from seqpar_kernels.terms import Ranges, Term
 from seqpar_kernels.torch_internals import CPU_FLASH, CUDA_FLASH, CUDNN, missing
 from seqpar_kernels.watching import watcher
 
-Implementation = Literal["reference", "aten", "triton", "flash_attn", "cudnn"]
+Implementation = Literal["reference", "aten", "triton", "flash_attn", "cudnn", "flex"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HALF = (torch.bfloat16, torch.float16)
@@ -164,7 +164,7 @@ def refusal(name: Implementation, request: Request) -> str | None:
 
 def needs_out(implementation: Implementation | None) -> bool:
     """Whether its backward derives delta from `out`, which rows then have to bring."""
-    return implementation not in ("reference", "triton")
+    return implementation not in ("reference", "triton", "flex")
 
 
 def fuses(x: Tensor, implementation: Implementation | None) -> bool:
@@ -243,6 +243,18 @@ def _widest(device: torch.device) -> int:
     return 256 if on_hopper and (torch.backends.cudnn.version() or 0) >= 90501 else 128
 
 
+def _flex(request: Request) -> str | None:
+    device, dropping = request.device, [kind.words for kind in request.terms if kind.drops]
+    narrowest = min(request.d, request.vd)
+    return _first(
+        (device.type != "cuda", f"does not run on {device.type}, where it has no backward"),
+        (request.dtype == torch.float64, "accumulates in float32 and refuses float64"),
+        (narrowest < 16, f"has no head dim below 16, got {_widths(request)}"),
+        (bool(dropping), f"has no {', '.join(dropping)}"),
+        (device.type == "cuda" and not _is_ampere(device), "needs compute capability 8.0 or newer"),
+    )
+
+
 def _triton(request: Request) -> str | None:
     device = request.device
     unknown = [kind.words for kind in request.terms if not kind.is_in_kernels()]
@@ -317,6 +329,7 @@ _REFUSALS: dict[Implementation, Callable[[Request], str | None]] = {
     "triton": _triton,
     "flash_attn": _flash_attn,
     "cudnn": _cudnn,
+    "flex": _flex,
 }
 
 

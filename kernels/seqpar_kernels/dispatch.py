@@ -110,8 +110,9 @@ def attend_backward(
             way.backward(rows, k, v, block, into, learned or {}, begins)
             return
         _begin_with_zeros(into, begins)
-        # No other implementation is asked for what holds tensors.
-        compute = partial(reference.backward, sums=sums) if sums else way.backward
+        # Only modules, `reference` and `flex`, are asked for what has such tensors.
+        assert not isinstance(way, Adapter), "it has been asked"
+        compute = partial(way.backward, sums=sums) if sums else way.backward
         if apart:
             poison.attend_backward(compute, rows, k, v, block, into, learned or {}, sums)
         else:

@@ -60,5 +60,5 @@ class Unlaunched:
         """Allocates nothing."""
 
     @staticmethod
-    def backward(*_: object) -> None:
+    def backward(*_: object, **__: object) -> None:
         """Allocates nothing."""

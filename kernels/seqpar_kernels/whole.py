@@ -137,5 +137,6 @@ def _whole_way(
         return None
     way = way_of(q, v, block, implementation)
     if isinstance(way, Unlaunched):
-        return None if implementation is None else without_launches(ADAPTERS[implementation])
+        adapter = None if implementation is None else ADAPTERS.get(implementation)
+        return None if adapter is None else without_launches(adapter)
     return way if way is aten or isinstance(way, Adapter) else None

@@ -9,7 +9,7 @@ from seqpar_kernels.terms.relative_bias import RelativeBias
 from seqpar_kernels.terms.score_mod import ScoreMod
 from seqpar_kernels.terms.sinks import Sinks
 from seqpar_kernels.terms.softcap import Softcap
-from seqpar_kernels.terms.term import Place, ScoreTerm, Sums, Term, check_number
+from seqpar_kernels.terms.term import Place, ScoreTerm, Spot, Sums, Term, check_number
 
 # docs/design.md: a term is one file
 # In the order in which they are applied. What bends scores comes before what learns in each block, since
@@ -26,6 +26,7 @@ __all__ = [
     "Ranges",
     "ScoreMod",
     "ScoreTerm",
+    "Spot",
     "Sums",
     "Term",
     "check_number",

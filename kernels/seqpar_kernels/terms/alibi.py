@@ -11,7 +11,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from seqpar_kernels.terms.term import Place, ScoreTerm, check_per_head
+from seqpar_kernels.terms.term import Place, ScoreTerm, Spot, check_per_head
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +45,10 @@ class Alibi(ScoreTerm):
     def gradient(self, ds: Float[Tensor, "b hq i j"], place: Place) -> Float[Tensor, "b hq i"]:
         """-sum of ds * |row - column| over the columns of each row."""
         return -(ds * place.distance(ds.dtype)).sum(-1)
+
+    def modify(self, s: Float[Tensor, ""], spot: Spot) -> Float[Tensor, ""]:
+        """Subtracts from one score."""
+        return s - self.value[spot.here].to(s.dtype) * (spot.row - spot.col).abs()
 
     def values(self) -> tuple[Tensor]:
         """The slopes."""

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from seqpar_kernels.terms.table import Table, check_broadcasts, check_numbers
-from seqpar_kernels.terms.term import Place
+from seqpar_kernels.terms.term import Place, Spot
 
 FORM = "[b hq i j]"
 
@@ -44,6 +44,10 @@ class Bias(Table):
         """Adds to those of the rows and columns at hand, of which none comes twice."""
         alike = [dim for dim in (2, 3) if to.shape[dim] == 1 != ds.shape[dim]]
         to[self._at(to, place)] += ds.sum(alike, keepdim=True) if alike else ds
+
+    def modify(self, s: Float[Tensor, ""], spot: Spot) -> Float[Tensor, ""]:
+        """Adds to one score."""
+        return s + self.one(spot.batch, spot.here, spot.row, spot.col).to(s.dtype)
 
     def _at(self, x: Tensor, place: Place) -> tuple[Any, ...]:
         # A tile goes on past the end of its block, and perhaps of the sequence, where nothing is visible.

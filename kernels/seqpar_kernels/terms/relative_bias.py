@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from seqpar_kernels.terms.table import Table, check_broadcasts, check_numbers
-from seqpar_kernels.terms.term import Place
+from seqpar_kernels.terms.term import Place, Spot
 
 FORM = "[b hq 2*reach+1]"
 
@@ -57,6 +57,12 @@ class RelativeBias(Table):
     ) -> Float[Tensor, "_b _h i j"]:
         """Those of the distances between rows and columns."""
         return of[:, :, 0, _distances(of, place)]
+
+    def modify(self, s: Float[Tensor, ""], spot: Spot) -> Float[Tensor, ""]:
+        """Adds to one score."""
+        reach = self.value.shape[-1] // 2
+        distance = (spot.col - spot.row).clamp(-reach, reach) + reach
+        return s + self.one(spot.batch, spot.here, spot.row, distance).to(s.dtype)
 
     def add_(
         self, to: Float[Tensor, "_b _h 1 distances"], ds: Float[Tensor, "_b _h i j"], place: Place

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from seqpar_kernels.terms.modifiers import Modifier, apart, as_it_is, described, evaluate
-from seqpar_kernels.terms.term import Place, ScoreTerm, Sums
+from seqpar_kernels.terms.term import Place, ScoreTerm, Spot, Sums
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +49,10 @@ class ScoreMod(ScoreTerm):
                 (slope,) = torch.autograd.grad(after.sum(), before, allow_unused=True)
         s.copy_(after.detach())
         return torch.zeros_like(s) if slope is None else slope.contiguous()
+
+    def modify(self, s: Float[Tensor, ""], spot: Spot) -> Float[Tensor, ""]:
+        """Asks the function."""
+        return self.value(s, spot.batch, spot.head, spot.row, spot.col)
 
     def add_gradients_(
         self,

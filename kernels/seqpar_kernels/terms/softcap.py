@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from seqpar_kernels.terms.term import Place, ScoreTerm, check_number
+from seqpar_kernels.terms.term import Place, ScoreTerm, Spot, check_number
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +45,10 @@ class Softcap(ScoreTerm):
         slope = s.square().neg_().add_(1.0)
         s.mul_(self.value)
         return slope
+
+    def modify(self, s: Float[Tensor, ""], spot: Spot) -> Float[Tensor, ""]:  # noqa: ARG002
+        """Bends one score."""
+        return self.value * torch.tanh(s / self.value)
 
     def values(self) -> tuple[float]:
         """The cap."""

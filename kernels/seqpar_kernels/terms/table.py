@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from seqpar_kernels.terms.term import Place, ScoreTerm, Sums
@@ -27,7 +27,7 @@ class Table(ScoreTerm):
     @staticmethod
     def four(x: Float[Tensor, "*w"]) -> Float[Tensor, "_b _h _i _j"]:
         """The numbers, or a sum of as many, by batch entry and head."""
-        return x[(None,) * (4 - x.ndim)]
+        return x if x.ndim == 4 else x[(None,) * (4 - x.ndim)]
 
     def looked_up(
         self, of: Float[Tensor, "_b _h _i _j"], place: Place
@@ -40,6 +40,14 @@ class Table(ScoreTerm):
     ) -> None:
         """Adds, where each score of a place has looked up its number, what is given for it."""
         raise NotImplementedError
+
+    def one(self, *where: Int[Tensor, ""]) -> Float[Tensor, ""]:
+        """One number, by its place in the four dims."""
+        of = self.four(self.value)
+        at = where[3] * 0
+        for x, n in zip(where, of.shape, strict=True):
+            at = at * n + (x if n > 1 else 0)
+        return of.reshape(-1)[at]
 
     def of_heads(self, heads: slice) -> Tensor:
         """Those of some heads, if heads differ."""

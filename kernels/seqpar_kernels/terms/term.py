@@ -10,7 +10,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -47,6 +47,22 @@ class Place:
     def distance(self, dtype: torch.dtype) -> Float[Tensor, "i j"]:
         """How many positions lie between each row and each column."""
         return (self.row[:, None] - self.col).abs().to(dtype)
+
+
+class Spot(NamedTuple):
+    """Where one score is, 0-dimensional tensors.
+
+    Args:
+        batch, row, col: of the whole attention.
+        head: of all query heads.
+        here: which of the heads at hand it is.
+    """
+
+    batch: Tensor
+    head: Tensor
+    here: Tensor
+    row: Tensor
+    col: Tensor
 
 
 @dataclass(frozen=True)
@@ -116,6 +132,10 @@ class Term:
     ) -> Float[Tensor, "b hq i j"] | None:
         """As `scores_`, with bits that do not depend on where a tile is cut; it may take more memory."""
         return self.scores_(s, place)
+
+    def modify(self, s: Float[Tensor, ""], spot: Spot) -> Float[Tensor, ""]:
+        """What one score becomes, as a function that FlexAttention compiles."""
+        raise NotImplementedError(f"{type(self).__name__} is no function of one score")
 
     def gradient(self, ds: Float[Tensor, "b hq i j"], place: Place) -> Float[Tensor, "b hq i"]:
         """Each row's share of the gradient of a learned tensor, from that of the scores it gave."""
