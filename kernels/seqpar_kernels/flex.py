@@ -58,6 +58,7 @@ def backward(
     """
     by_row = [(x, learned[name]) for name, x in block.score.tensors.items() if name in learned]
     held = [x for x, _ in (*sums, *by_row)]
+    # docs/design.md: FlexAttention goes back through a block alone
     with apart():
         q, k, v = (x.detach().requires_grad_() for x in (of.q, k, v))
         out, lse = _attended(q, k, v, block)

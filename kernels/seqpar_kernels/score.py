@@ -31,7 +31,7 @@ class Score:
         scale: factor on q.k; `None` means 1/sqrt(d). Kernels want a number: see `resolve`.
         softcap: scores are bent to stay inside (-softcap, softcap). Source: Gemma 2 (arXiv:2408.00118).
         bias: `[b hq s skv]` or what broadcasts to it, added to scores by global position; whole on every
-            rank, finite, may learn. Only `reference` and stored scores do it.
+            rank, finite, may learn. `reference`, `flex` and stored scores do it.
         relative_bias: `[hq 2*reach+1]`, or without heads, or with batch entries first: added by how far the
             column is from the row, from -reach to reach and at the ends all that is farther. As `bias`
             otherwise. Source: T5 (arXiv:1910.10683); its buckets and other ones
@@ -43,7 +43,7 @@ class Score:
         score_mod: a function as FlexAttention takes it, of 0-dimensional tensors, on global positions and
             heads, as it is when the score is made: what it holds is looked up then. Tensors that it holds may
             learn: their gradients are shares, as those of slopes. It and its derivatives must be finite, also
-            where scores are hidden. Only `reference` and stored scores do it. Source: He et al. 2024
+            where scores are hidden. `reference`, `flex` and stored scores do it. Source: He et al. 2024
             (arXiv:2412.05496).
 
     Raises:

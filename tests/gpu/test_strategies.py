@@ -32,7 +32,7 @@ def test_equals_one_device(case, size, strategy):
         assert not errors.failures, f"rank {rank}: {errors.failures}"
 
 
-@pytest.mark.parametrize("implementation", ["aten", "cudnn", "triton"])
+@pytest.mark.parametrize("implementation", ["aten", "cudnn", "triton", "flex"])
 @pytest.mark.parametrize("strategy", ["ulysses", "ring", "allgather"])
 @pytest.mark.parametrize("case", CASES[:4], ids=str)
 def test_every_implementation_equals_one_device(case, strategy, implementation):

@@ -42,7 +42,7 @@ def asked(modifier: Modifier, scores: Tensor | None, *where: Tensor) -> Tensor:
         dtype = torch.bool if scores is None else scores.dtype
         return torch.empty([len(x) for x in where], dtype=dtype, device=where[0].device)
     each = modifier
-    # docs/design.md: functions of one score are asked by the reference alone
+    # docs/design.md: functions of one score are asked by the reference, or compiled
     for dim in reversed(range(4)):
         dims = *((0,) * len(first)), *(0 if n == dim else None for n in range(4))
         each = torch.vmap(each, in_dims=dims)

@@ -1,4 +1,4 @@
-"""Bugs of biases: what is looked up for a score, where its gradient goes, and what is refused."""
+"""Bugs of biases and of FlexAttention: what is added to a score, where its gradient goes, what is refused."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from plants.plant import Plant
 
 TERMS, STRATEGIES = "kernels/seqpar_kernels/terms", "seqpar/strategies"
 EQUIVALENCE, BIASES = "tests/strategies/test_equivalence.py", "tests/strategies/test_biases.py"
+FLEX, FLEX_TEST = "kernels/seqpar_kernels/flex.py", "tests/block/test_flex.py"
 BAD_INPUT, T5 = "tests/strategies/test_bad_input.py", "tests/integrations/test_biases.py"
 BIAS_PLANTS = [
     Plant("a bias of the first batch entries for all", f"{TERMS}/table.py",
@@ -53,4 +54,19 @@ BIAS_PLANTS = [
           "return _slopes(slopes) * _distances(slopes, length).abs()", BIASES),
     Plant("an attn_mask of floats replaces a bias", "seqpar/multihead_masks.py",
           "bias if plan.score.bias is None else bias + plan.score.bias", "bias", "tests/multihead"),
+    Plant("flex: rows that see nothing of a block", FLEX,
+          ".masked_fill(lse == -torch.inf, 0.0)", "", FLEX_TEST),
+    Plant("flex: delta of the whole, not its share", FLEX, "- share * of.delta", "- of.delta", FLEX_TEST),
+    Plant("flex: the lse of a block is not differentiated", FLEX,
+          "dlse = (out * dout).sum(-1, dtype=lse.dtype) - share * of.delta",
+          "dlse = torch.zeros_like(lse)", FLEX_TEST),
+    Plant("flex: heads counted from the first at hand", FLEX,
+          "head + first_head, head,", "head, head,", FLEX_TEST),
+    Plant("flex: positions without their step", FLEX, "col + j * step)", "col + j)", FLEX_TEST),
+    Plant("flex: ranges of keys end one late", FLEX, "(j < end[i])", "(j <= end[i])", FLEX_TEST),
+    Plant("flex: slopes learn nothing", FLEX,
+          "            rows[0, 0] += grad\n", "            pass\n", FLEX_TEST),
+    Plant("flex: scores without their scale", FLEX, "s * at.scale", "s", FLEX_TEST),
+    Plant("flex: one function of all batch entries", "kernels/seqpar_kernels/terms/table.py",
+          "at = at * n + (x if n > 1 else 0)", "at = at * n + (x if 1 < n < 3 else 0)", FLEX_TEST),
 ]  # fmt: skip
