@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqpar.calls import agree_on_call, check_call, resolve
+from seqpar.calls import agree_on_call, resolve
+from seqpar.calls.check_tensors import check_tensors
 from seqpar.calls.options import SCHEMA, read, written
 from seqpar.comm import Group, Replay, agree_on_backward, backward_number, once, silent
-from seqpar.layout import Mask
+from seqpar.compiled_shapes import LENGTHS, Outline, is_in_order, lengths_of
 from seqpar.strategies import STRATEGIES, Plan
 from seqpar_kernels import TENSORS, torch_internals
 from seqpar_kernels.torch_ops import define
@@ -26,7 +27,7 @@ from seqpar_kernels.torch_ops import define
 # docs/design.md: compiled, a whole call is one op
 _ARGUMENTS = (
     f"Tensor q, Tensor k, Tensor v, {', '.join(f'Tensor? {name}' for name in TENSORS)}, "
-    f"str group, {SCHEMA}, bool[] learning, bool with_lse"
+    f"str group, {SCHEMA}, {LENGTHS}, bool in_order, bool[] learning, bool with_lse"
 )
 
 
@@ -38,23 +39,26 @@ class _Call:
     k: Tensor
     v: Tensor
     plan: Plan
+    lengths: Sequence[Any]
+    in_order: bool
     learning: tuple[bool, ...]
     with_lse: bool
 
     @staticmethod
-    def of(args: Sequence[Any], group: Callable[[str], Group], mask: Mask | None = None) -> _Call:
+    def of(args: Sequence[Any], group: Callable[[str], Group], *, content: bool = True) -> _Call:
         """The call of the op's arguments.
 
         Args:
             group: that of a name.
-            mask: in place of what tensors say that may have no content: shapes do not depend on it.
+            content: whether tensors have any. Otherwise the plan has no layouts, and another mask.
         """
         q, k, v, *rest = args
         tensors = dict(zip(TENSORS, rest, strict=False))
-        name, *values, learning, with_lse = rest[len(TENSORS) :]
-        plan = read(group(name), iter(values), mask)
+        name, *values, in_order, learning, with_lse = rest[len(TENSORS) :]
+        told = iter(values)
+        plan = read(group(name), told, content=content)
         plan = replace(plan, score=plan.score.with_tensors(tensors))
-        return _Call(q, k, v, plan, tuple(learning), with_lse)
+        return _Call(q, k, v, plan, (*told,), in_order, tuple(learning), with_lse)
 
     @property
     def num_results(self) -> int:
@@ -99,7 +103,13 @@ def attention(
     inputs = (q, k, v, *tensors)
     learning = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs]
     results = torch.ops.seqpar.sharded_attention(
-        *inputs, plan.group.name, *written(plan), learning, with_lse
+        *inputs,
+        plan.group.name,
+        *written(plan),
+        *lengths_of(plan),
+        is_in_order(plan),
+        learning,
+        with_lse,
     )
     if not with_lse:
         return results[0], None
@@ -127,29 +137,23 @@ def _forward(*args: Any) -> list[Tensor]:
 
 def _forward_fake(*args: Any) -> list[Tensor]:
     torch_internals.parts(torch_internals.COMPILE)  # refused here where they are missing
-    call = _Call.of(args, _silent, Mask())
-    # Rows are those of the layout, so that sizes are numbers here: symbols would stand for one value each.
-    q, k, v = (
-        x.new_empty_strided(_numbers(x.shape), _numbers(x.stride()))
-        for x in (call.q, call.k, call.v)
-    )
-    call = replace(call, q=q, k=k, v=v)
+    call = _Call.of(args, _silent, content=False)
+    q, k, v = call.q, call.k, call.v
     try:
-        plan = check_call(q, k, v, call.plan, with_lse=call.with_lse).outline()
+        check_tensors(q, k, v)
+        # docs/design.md: one graph serves all lengths
+        outline = Outline.of(q, k, v, call.plan, call.lengths, in_order=call.in_order)
     except (TypeError, ValueError, NotImplementedError):
         # Not here, where this rank is alone: when it runs, the op is refused on all ranks.
         return [q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1])][
             : call.num_results
         ]
-    replay = Replay()
+    q, k, v = outline.stand_ins(q, k, v)
+    call, replay = replace(call, q=q, k=k, v=v), Replay()
     with torch.no_grad(), replay.outline():
-        results = call.attend(plan)
-    return _listed(replay, results, call) + [torch.empty((), dtype=torch.long)] * call.is_numbered
-
-
-def _numbers(shape: Sequence[Any]) -> list[int]:
-    """A shape, or strides, without symbols of the compiler."""
-    return [int(n) for n in shape]
+        results = call.attend(outline.plan)
+    listed = [outline.real(x) for x in _listed(replay, results, call)]
+    return listed + [torch.empty((), dtype=torch.long)] * call.is_numbered
 
 
 def _silent(name: str) -> Group:
@@ -168,7 +172,8 @@ def _listed(replay: Replay, results: Sequence[Tensor | None], call: _Call) -> li
     listed: list[Tensor] = []
     for x in (*ends, *kept):
         is_there = any(_same_storage(x, y) for y in (*inputs, *listed))
-        listed.append(x.clone() if is_there else x)
+        # In strides that do not depend on those of an input.
+        listed.append(x.clone(memory_format=torch.contiguous_format) if is_there else x)
     return listed
 
 
@@ -216,25 +221,27 @@ def _backward_fake(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     num = 3 + len(TENSORS)
-    call, output = _Call.of(inputs, Group.named, Mask()), [*output]
-    # The mask is the only tensor among the rest.
+    call, output = _Call.of(inputs, Group.named, content=False), [*output]
     ctx.rest = [None if isinstance(x, Tensor) else x for x in inputs[num:]]
-    (mask,) = (x for x in inputs[num:] if isinstance(x, Tensor))
-    ctx.mask_at = next(n for n, x in enumerate(inputs[num:]) if isinstance(x, Tensor))
+    ctx.told_at = [n for n, x in enumerate(inputs[num:]) if isinstance(x, Tensor)]
+    told = [inputs[num + n] for n in ctx.told_at]  # masks and layouts
     ctx.num_learning = 1 + call.with_lse  # an lse that nobody asked for has no gradient
     ctx.mark_non_differentiable(*output[ctx.num_learning :])
     # Of own rows that were exchanged backward needs the shape alone.
-    ctx.exchanged, ctx.shapes = call.exchanges, [_numbers(x.shape) for x in inputs[:3]]
+    ctx.exchanged, ctx.shapes = call.exchanges, [x.shape for x in inputs[:3]]
     own = () if ctx.exchanged else inputs[:3]
     number = output.pop() if call.is_numbered else None
     kept = *output[call.num_results :], *output[: call.num_results]  # in the order of the replay
-    ctx.save_for_backward(number, mask, *inputs[3:num], *own, *kept)
+    ctx.save_for_backward(number, *told, *inputs[3:num], *own, *kept)
 
 
 def _differentiate(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    number, mask, *rest = ctx.saved_tensors
-    options = [mask if n == ctx.mask_at else x for n, x in enumerate(ctx.rest)]
-    learned, tensors = rest[: len(TENSORS)], rest[len(TENSORS) :]
+    number, *rest = ctx.saved_tensors
+    num = len(ctx.told_at)
+    told, learned, tensors = rest[:num], rest[num : num + len(TENSORS)], rest[num + len(TENSORS) :]
+    options = [*ctx.rest]
+    for n, x in zip(ctx.told_at, told, strict=True):
+        options[n] = x
     if ctx.exchanged:
         # Tensors of the right shapes that take no memory: their contents are not looked at.
         own = [tensors[0].new_empty(()).expand(shape) for shape in ctx.shapes]

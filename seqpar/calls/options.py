@@ -15,7 +15,7 @@ from torch import Tensor
 
 from seqpar.comm import Grid, Group
 from seqpar.layout import Layout, Mask
-from seqpar.layout.written import read_masks
+from seqpar.layout.written import read_layout, read_masks
 from seqpar.strategies.plan import Plan
 from seqpar_kernels import TABLES, TENSORS, TERMS, Score, Term
 from seqpar_kernels.terms.modifiers import captured, described
@@ -82,8 +82,12 @@ def _code(value: Any) -> tuple[str | None]:
     return (None if value is None else value.code,)
 
 
-def _layout(_: Group, code: str | None) -> Layout | None:
-    return None if code is None else Layout.decoded(code)
+def _layout(layout: Layout | None) -> tuple[Tensor | None, str | None]:
+    return (None, None) if layout is None else (layout.numbers, layout.kind)
+
+
+def _read_layout(_: Group, numbers: Tensor | None, kind: str) -> Layout | None:
+    return None if numbers is None else read_layout(numbers, kind)
 
 
 def _grid(group: Group, code: str | None) -> Grid | None:
@@ -131,8 +135,8 @@ def _score(_: Group, *numbers: float | None) -> Score:
 
 # By the annotation of a field. What the compiler may hold as a symbol is an argument that may be one.
 _KINDS = {
-    "Layout": _Kind(("str",), _code, _layout),
-    "Layout | None": _Kind(("str?",), _code, _layout),
+    "Layout": _Kind(("Tensor", "str"), _layout, _read_layout),
+    "Layout | None": _Kind(("Tensor?", "str?"), _layout, _read_layout),
     "Grid | None": _Kind(("str?",), _code, _grid),
     "Mask | tuple[Mask, ...]": _Kind(("Tensor", "bool"), _masks, _read_masks),
     "Score": _Kind(("float?",) * len(_NUMBERS), _numbers, _score),
@@ -151,6 +155,8 @@ for _term in (kind for kind in TERMS if not kind.asks_each):
 _OPTIONS = tuple((f.name, _KINDS[str(f.type)]) for f in fields(Plan) if f.name != "group")
 _NAMES = tuple(name for name, _ in _OPTIONS)
 
+_UNTOLD: dict[str, Any] = {"mask": Mask()}
+
 # The arguments of an op that takes a plan, but for its tensors: torch's schema.
 SCHEMA = ", ".join(
     f"{kind} {name}{n or ''}" for name, of in _OPTIONS for n, kind in enumerate(of.arguments)
@@ -165,15 +171,15 @@ def written(plan: Plan) -> list[Any]:
     return values
 
 
-def read(group: Group, values: Iterator[Any], mask: Mask | None = None) -> Plan:
+def read(group: Group, values: Iterator[Any], *, content: bool = True) -> Plan:
     """Reads a plan that was `written`, without tensors, and leaves the values behind its last.
 
     Args:
-        mask: takes the place of the one that was written, where tensors have no content.
+        content: whether tensors have any. Otherwise what they say, masks and layouts, is left out.
     """
     options: dict[str, Any] = {}
     for name, kind in _OPTIONS:
         given = [next(values) for _ in kind.arguments]
-        is_given = name == "mask" and mask is not None
-        options[name] = mask if is_given else kind.read(group, *given)
+        says = content or not any(isinstance(x, Tensor) for x in given)
+        options[name] = kind.read(group, *given) if says else _UNTOLD.get(name)
     return Plan(group, **options)

@@ -20,6 +20,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from seqpar.layout.spans import Span, joined
+from seqpar.layout.written import written_layout
 from seqpar_kernels.integers import is_integer
 
 
@@ -39,6 +40,8 @@ class Layout:
     length: int
     size: int
     spans: tuple[tuple[Span, ...], ...] = field(repr=False)
+    # Its lengths and spans for ops that take no objects, see `written`.
+    numbers: Int[Tensor, "n"] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         kept = tuple(tuple(span for span in s if span.length != 0) for s in self.spans)
@@ -47,6 +50,8 @@ class Layout:
         object.__setattr__(self, "_code", repr((self.kind, self.length, self.size, spans)))
         object.__setattr__(self, "_rows", tuple(sum(n for _, n, _ in s) for s in spans))
         object.__setattr__(self, "_hash", hash(self.spans))
+        object.__setattr__(self, "_in_order", _are_in_order(self.spans))
+        object.__setattr__(self, "numbers", written_layout(self.length, spans))
         if len(self.spans) != self.size:
             raise ValueError(f"a layout for {self.size} ranks needs as many lists of spans")
         for span in (span for s in self.spans for span in s):
@@ -132,9 +137,7 @@ class Layout:
     @property
     def is_in_order(self) -> bool:
         """Whether each rank holds one run of consecutive positions, or none, in the order of ranks."""
-        spans = [s for s in self.spans if s]
-        starts = [s[0].start for s in spans]
-        return starts == sorted(starts) and all(len(s) == 1 and s[0].step == 1 for s in spans)
+        return self._in_order  # type: ignore[attr-defined]
 
     def permutation(self) -> Int[Tensor, "s"]:
         """The positions of rank 0, then of rank 1, ...: `x[permutation]` is x as the ranks hold it."""
@@ -146,6 +149,12 @@ class Layout:
         inverse = torch.empty_like(permutation)
         inverse[permutation] = torch.arange(len(permutation))
         return inverse
+
+
+def _are_in_order(spans: tuple[tuple[Span, ...], ...]) -> bool:
+    held = [s for s in spans if s]
+    starts = [s[0].start for s in held]
+    return starts == sorted(starts) and all(len(s) == 1 and s[0].step == 1 for s in held)
 
 
 def contiguous(length: int, size: int, *, multiple_of: int = 1) -> Layout:
