@@ -65,7 +65,7 @@ def backward(
         with torch.no_grad():
             share = torch.exp(lse - of.lse).masked_fill(lse == -torch.inf, 0.0)
             dout = (of.dout * share.unsqueeze(-1)).to(out.dtype)
-            dlse = (out * dout).sum(-1, dtype=lse.dtype) - share * of.delta
+            dlse = (out.to(lse.dtype) * dout).sum(-1) - share * of.delta
         wanted = [q, k, v, *held]
         grads = torch.autograd.grad(
             (out, lse), wanted, (dout, dlse.to(lse.dtype)), allow_unused=True

@@ -48,7 +48,7 @@ class Score:
 
     Raises:
         ValueError: scale is not finite, softcap is not a positive number, slopes or sinks are not 1-D, a bias
-            has too many dims, or a relative one an even number of distances.
+            has too many dims, or a relative one an even number of distances, or they are one tensor.
         TypeError: scale or softcap is not a number, slopes, sinks or biases are not floating point tensors.
     """
 
@@ -67,6 +67,10 @@ class Score:
             value = getattr(self, kind.name)
             if value is not None:
                 object.__setattr__(self, kind.name, kind.checked(value))
+        if self.bias is not None and self.bias is self.relative_bias:
+            raise ValueError(
+                "bias and relative_bias must be two tensors: give a clone() of one of them"
+            )
 
     @cached_property
     def terms(self) -> tuple[ScoreTerm, ...]:

@@ -33,7 +33,7 @@ from seqpar import Group, Mask, Plan, attention
 from seqpar.calls import Shape, dry_run, resolve
 from seqpar.calls.dry_run import Held
 from seqpar.commands import progress
-from seqpar.layout import LAYOUTS
+from seqpar.layout import LAYOUTS, Layout
 from seqpar.testing import PeakMemory, ProcessWorld
 from seqpar_kernels.torch_internals import allocated
 
@@ -69,7 +69,7 @@ class Setting:
         """With its implementation not resolved. Grids have two ulysses ranks, or columns."""
         grid = group.grid(ulysses=2) if self.strategy in ("mesh", "hybrid") else None
         return Plan(
-            group, LAYOUTS[self.layout](self.length, group.size), _mask(self.causal, self.window),
+            group, _layout(self.layout, self.length, group.size), _mask(self.causal, self.window),
             strategy=self.strategy, grid=grid, implementation=self.implementation,  # type: ignore[arg-type]
             invariant=self.invariant, head_chunks=self.head_chunks,
         )  # fmt: skip
@@ -103,6 +103,12 @@ def step(group: Group, setting: Setting) -> None:
         out = attention(q, k, v, plan)
     with record_function("backward"):
         torch.autograd.grad(out, (q, k, v), torch.randn(b, rows, hq, vd, dtype=dtype))
+
+
+@cache
+def _layout(kind: str, length: int, size: int) -> Layout:
+    """The layout, made once: it has a small tensor too."""
+    return LAYOUTS[kind](length, size)
 
 
 @cache

@@ -10,6 +10,7 @@ from seqpar.strategies.plan import Plan
 from seqpar_kernels import TABLES, TENSORS, Score, accumulation_dtype
 from seqpar_kernels.derivatives import has_tangent
 from seqpar_kernels.terms.modifiers import captured, check_modifier
+from seqpar_kernels.terms.table import check_finite
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -84,6 +85,8 @@ def check_tensors_of(score: Score, q: Tensor, lengths: tuple[int, int]) -> None:
                 f"{term.name} must be on the device of q, {q.device}, got {term.value.device}"
             )
         term.check_fits(q.shape, lengths)
+        if term.has_sums:
+            check_finite(term.name, term.value, accumulation_dtype(q.dtype))
 
 
 def check_capture(device: torch.device, plan: Plan) -> None:

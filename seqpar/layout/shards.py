@@ -40,8 +40,6 @@ class Layout:
     length: int
     size: int
     spans: tuple[tuple[Span, ...], ...] = field(repr=False)
-    # Its lengths and spans for ops that take no objects, see `written`.
-    numbers: Int[Tensor, "n"] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         kept = tuple(tuple(span for span in s if span.length != 0) for s in self.spans)
@@ -51,7 +49,7 @@ class Layout:
         object.__setattr__(self, "_rows", tuple(sum(n for _, n, _ in s) for s in spans))
         object.__setattr__(self, "_hash", hash(self.spans))
         object.__setattr__(self, "_in_order", _are_in_order(self.spans))
-        object.__setattr__(self, "numbers", written_layout(self.length, spans))
+        object.__setattr__(self, "_numbers", written_layout(self.length, spans))
         if len(self.spans) != self.size:
             raise ValueError(f"a layout for {self.size} ranks needs as many lists of spans")
         for span in (span for s in self.spans for span in s):
@@ -76,6 +74,11 @@ class Layout:
     def code(self) -> str:
         """All of it as text, for compiled code, whose ops take no objects."""
         return self._code  # type: ignore[attr-defined]
+
+    @property
+    def numbers(self) -> Int[Tensor, "n"]:
+        """Its lengths and spans as a tensor, for ops that take no objects; see `written`."""
+        return self._numbers  # type: ignore[attr-defined]
 
     @staticmethod
     @lru_cache(maxsize=256)

@@ -95,7 +95,8 @@ def ring_attention(
 
 def _is_one_block(plan: Plan, score: Score) -> bool:
     """Whether what a rank that is alone attends to is one block, which an op can be told of."""
-    if any(term.asks_each for term in (*score.terms, *plan.terms)):
+    # FlexAttention is differentiated by autograd, which does not look into ops.
+    if plan.implementation == "flex" or any(t.asks_each for t in (*score.terms, *plan.terms)):
         return False
     runs = (len(layout.spans[0]) for layout in (plan.layout, plan.keys))
     return max(runs) <= 1 and len(plan.masks) == 1 == len(plan.masks[0].layers)

@@ -7,9 +7,12 @@ from threading import Lock
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.kernel.flex.flex_attention import validate_joint_graph
 from torch.nn.attention import flex_attention as theirs
 
 import seqpar
@@ -200,6 +203,52 @@ def test_other_places_compile_nothing_anew(monkeypatch):
     assert counter.frame_count == first
     for made in MADE:
         made.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        {"relative_bias": (2, 7)}, {"relative_bias": (7,)}, {"bias": (1, 2, 12, 12)}, {"bias": (12,)},
+        {"alibi_slopes": (2,)}, {"score_mod": learned_mod},
+    ],
+    ids=lambda score: " ".join(score),
+)  # fmt: skip
+def test_what_learns_is_differentiated_on_a_gpu(score, monkeypatch):
+    """There it takes no graph that goes on after it has looked something up; here it would not say so."""
+    checked = []
+
+    def check(graph, _):
+        for name, module in graph.named_modules():
+            if "joint" in name:
+                validate_joint_graph(module.graph)
+                checked.append(name)
+        return make_boxed_func(graph.forward)
+
+    compiled, backend = torch.compile, aot_autograd(fw_compiler=check, bw_compiler=check)
+    call = flex._apart(lambda *args, **options: theirs.flex_attention(*args, **options))
+    attend = compiled(call, backend=backend, fullgraph=True)
+    monkeypatch.setattr(flex, "_flex", lambda _: attend)
+    score = {n: x if callable(x) else numbers(*x).requires_grad_() for n, x in score.items()}
+    results(Block(Band(None, 0), Score(0.4, **score)), [(0, 12)], "flex")
+    assert checked
+
+
+def test_compiled_calls_have_gradients():
+    """Inside of an op, where autograd does not look."""
+    group, layout = seqpar.Group.alone(), seqpar.contiguous(9, 1)
+    table = numbers(2, 7).requires_grad_()
+    found = []
+    for implementation in ("flex", "reference"):
+        plan = Plan(
+            group, layout, Mask(True), Score(0.4, relative_bias=table), "ring", implementation
+        )
+        run = torch.compile(
+            lambda x, plan=plan: seqpar.attention(x, x, x, plan), backend="aot_eager"
+        )
+        x = numbers(1, 9, 2, 16).requires_grad_()
+        found.append(torch.autograd.grad(run(x).square().sum(), [x, table]))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, **EXACT)
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,8 @@ def test_modules_print_their_options():
     text = repr(RingAttention(seqpar.Group.alone(), mask=Mask(causal=True, window=4)))
     assert text == (
         "RingAttention(Group(rank=0, size=1), mask=Mask(causal=True, window=4), "
-        "score=Score(scale=None, softcap=None, alibi_slopes=None, sinks=None, score_mod=None), "
+        "score=Score(scale=None, softcap=None, alibi_slopes=None, sinks=None, score_mod=None, "
+        "bias=None, relative_bias=None), "
         "dropout=None)"
     )
 

@@ -94,6 +94,10 @@ ONE_RANK = {  # what rank 1 alone does -> what every message must say
         {"score": Score(bias=torch.full((12,), -torch.inf))},
         r"bias must be finite: to hide scores is for a mask, see seqpar.masks.dense",
     ),
+    "a bias that hides in the type of scores": (
+        {"score": Score(bias=torch.full((12,), -1e300, dtype=torch.float64))},
+        r"bias must be finite: to hide scores is for a mask",
+    ),
     "a relative bias of other heads": (
         {"score": Score(relative_bias=torch.zeros(3, 5))},
         r"relative_bias must broadcast to \[b hq 2\*reach\+1\] = \[2, 4, 5\], got \(3, 5\)",

@@ -17,6 +17,7 @@ from seqpar.testing.refusals import check_told, told
 
 N, HEADS = 14, 4
 CAUSAL = Mask(True)
+ONE = torch.ones(5)
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
 
 
@@ -124,6 +125,53 @@ def test_recomputed_biases_have_one_gradient(strategy):
         assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
 
 
+@pytest.mark.parametrize("strategy", ["ring", "ulysses", "materialised_rows"])
+def test_attention_is_kept_beside_a_bias_that_learns(strategy):
+    bias, relative = rand(N, N).requires_grad_(), rand(HEADS, 5, seed=1).requires_grad_()
+
+    def step(group, *, kept):
+        layout = contiguous(N, group.size)
+        q = rand(2, N, HEADS, 8)[:, layout.positions(group.rank)].requires_grad_()
+        plan = Plan(group, layout, Mask(True), Score(bias=bias, relative_bias=relative), strategy)
+        context = {"context_fn": seqpar.keep_attention} if kept else {}
+        out = checkpoint(
+            lambda y: seqpar.attention(y, y, y, plan), q, use_reentrant=False, **context
+        )
+        return torch.autograd.grad(out.square().sum(), [q, bias, relative])
+
+    for size in (1, 2):
+        kept, plain = (simulate(size, partial(step, kept=kept)) for kept in (True, False))
+        for one, other in zip(kept, plain, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
+
+
+TYPES = [(torch.float32, torch.float64), (torch.float64, torch.float32)]
+
+
+@pytest.mark.parametrize(("wide", "of_bias"), TYPES)
+@pytest.mark.parametrize("strategy", ["ring", "ulysses", "materialised_rows"])
+def test_biases_of_another_type_learn(strategy, wide, of_bias):
+    found = []
+    for dtype in (of_bias, torch.float64):
+        bias, relative = (
+            x.to(of_bias).to(dtype).requires_grad_() for x in (rand(N, N), rand(HEADS, 5))
+        )
+
+        def step(group, bias=bias, relative=relative, dtype=dtype):
+            layout = contiguous(N, group.size)
+            kind = wide if dtype == of_bias else torch.float64
+            q = rand(2, N, HEADS, 8).to(wide).to(kind)[:, layout.positions(group.rank)]
+            plan = Plan(
+                group, layout, Mask(True), Score(bias=bias, relative_bias=relative), strategy
+            )
+            out = seqpar.attention(q, q, q, plan)
+            return torch.autograd.grad(out.sum(), [bias, relative])
+
+        found.append([sum(x).double() for x in zip(*simulate(2, step), strict=True)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 def test_what_was_written_since_is_refused_in_backward():
     for strategy in ("ring", "ulysses", "materialised_rows"):
         bias = rand(N, N).requires_grad_()
@@ -174,6 +222,8 @@ def test_a_bias_says_nothing_of_where_rows_stand():
         (lambda: Score(bias=torch.ones(1, 1, 1, 2, 2)), ValueError, "bias must be .b hq i j. or what"),
         (lambda: Score(relative_bias=torch.ones(4, 6)), ValueError, "even number of distances"),
         (lambda: Score(relative_bias=torch.ones(2, 4, 2, 5)), ValueError, "relative_bias must be"),
+        (lambda: Score(relative_bias=torch.ones(1, 4, 1, 5)), ValueError, "relative_bias must be"),
+        (lambda: Score(bias=ONE, relative_bias=ONE), ValueError, "must be two tensors: give a clone"),
         (lambda: biases.t5(torch.ones(3)), ValueError, "weight must be .buckets hq., got .3,"),
         (lambda: biases.t5(3), TypeError, "weight must be a floating point tensor"),
         (lambda: biases.t5(torch.ones(32, 4), max_distance=8), ValueError, "fewer than max_distance=8"),

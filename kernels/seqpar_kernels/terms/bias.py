@@ -29,7 +29,7 @@ class Bias(Table):
         return check_numbers("bias", value, f"{FORM} or what broadcasts to it", 4)
 
     def check_fits(self, shape: Sequence[int], lengths: tuple[int, int]) -> None:
-        """Raises ValueError where it does not broadcast to the scores of a call, or is not finite."""
+        """Raises ValueError where it does not broadcast to the scores of a call."""
         check_broadcasts("bias", self.value, FORM, (shape[0], shape[2], *lengths))
 
     def looked_up(

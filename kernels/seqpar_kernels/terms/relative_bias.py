@@ -32,9 +32,6 @@ class RelativeBias(Table):
     def checked(value: Any) -> Tensor:
         """The numbers. Raises TypeError or ValueError if they are no tensor of an odd number of distances."""
         form = f"{FORM}, or without batch entries or heads"
-        # Four of which the third is one: of some of the heads, as strategies cut them.
-        if isinstance(value, Tensor) and value.ndim == 4 and value.shape[2] == 1:
-            return value
         check_numbers("relative_bias", value, form, 3)
         if value.shape[-1] % 2 == 0:
             raise ValueError(
@@ -45,10 +42,15 @@ class RelativeBias(Table):
     @staticmethod
     def four(x: Float[Tensor, "*w"]) -> Float[Tensor, "_b _h 1 distances"]:
         """The numbers by batch entry and head."""
-        return Table.four(x) if x.ndim == 4 else Table.four(x.unsqueeze(-2))
+        return Table.four(x.unsqueeze(-2))
+
+    def of_heads(self, heads: slice) -> Tensor:
+        """Those of some heads, if heads differ."""
+        whole = self.value[(None,) * (3 - self.value.ndim)] if self.value.ndim < 3 else self.value
+        return whole if whole.shape[1] == 1 else whole[:, heads]
 
     def check_fits(self, shape: Sequence[int], lengths: tuple[int, int]) -> None:  # noqa: ARG002
-        """Raises ValueError where it does not broadcast to the heads of a call, or is not finite."""
+        """Raises ValueError where it does not broadcast to the heads of a call."""
         distances = self.value.shape[-1]
         check_broadcasts("relative_bias", self.value, FORM, (shape[0], shape[2], distances))
 
@@ -62,13 +64,13 @@ class RelativeBias(Table):
         """Adds to one score."""
         reach = self.value.shape[-1] // 2
         distance = (spot.col - spot.row).clamp(-reach, reach) + reach
-        return s + self.one(spot.batch, spot.here, spot.row, distance).to(s.dtype)
+        return s + self.one(spot.batch, spot.here, distance).to(s.dtype)
 
     def add_(
         self, to: Float[Tensor, "_b _h 1 distances"], ds: Float[Tensor, "_b _h i j"], place: Place
     ) -> None:
         """Adds to those of the distances, one score after another."""
-        to.squeeze(2).index_add_(2, _distances(to, place).flatten(), ds.flatten(2))
+        to.squeeze(2).index_add_(2, _distances(to, place).flatten(), ds.flatten(2).to(to.dtype))
 
 
 def _distances(x: Tensor, place: Place) -> Int[Tensor, "i j"]:

@@ -42,12 +42,11 @@ class Table(ScoreTerm):
         raise NotImplementedError
 
     def one(self, *where: Int[Tensor, ""]) -> Float[Tensor, ""]:
-        """One number, by its place in the four dims."""
-        of = self.four(self.value)
-        at = where[3] * 0
-        for x, n in zip(where, of.shape, strict=True):
-            at = at * n + (x if n > 1 else 0)
-        return of.reshape(-1)[at]
+        """One number, by its place in the dims that there are, the last ones."""
+        # By one index for each dim, and nothing else: FlexAttention differentiates no more than that.
+        places = where[len(where) - self.value.ndim :]
+        sizes = self.value.shape
+        return self.value[tuple(x if n > 1 else x * 0 for x, n in zip(places, sizes, strict=True))]
 
     def of_heads(self, heads: slice) -> Tensor:
         """Those of some heads, if heads differ."""
@@ -93,19 +92,27 @@ def check_numbers(name: str, value: Any, form: str, most: int) -> Tensor:
 
 
 def check_broadcasts(name: str, x: Tensor, form: str, expected: tuple[int, ...]) -> None:
-    """Raises where numbers do not broadcast to this shape, or are not finite.
+    """Raises where numbers do not broadcast to this shape.
 
     Raises:
-        ValueError: they do not, or are not.
+        ValueError: they do not.
     """
     pairs = zip(reversed(x.shape), reversed(expected), strict=False)
     if any(n not in (1, m) for n, m in pairs):
         raise ValueError(
             f"{name} must broadcast to {form} = {list(expected)}, got {tuple(x.shape)}"
         )
-    # Another device is not waited for, and what a compiler traces with has no numbers.
+
+
+def check_finite(name: str, x: Tensor, dtype: torch.dtype) -> None:
+    """Raises where numbers are not finite in the type of scores. Another device is not waited for.
+
+    Raises:
+        ValueError: they are not.
+    """
+    # What a compiler traces with has no numbers.
     has_numbers = x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter)
-    if has_numbers and not bool(torch.isfinite(x).all()):
+    if has_numbers and not bool(torch.isfinite(x.detach().to(dtype)).all()):
         raise ValueError(
             f"{name} must be finite: to hide scores is for a mask, see seqpar.masks.dense"
         )

@@ -51,7 +51,7 @@ def _with_magnitudes(
     are equal (a scale of 0) all roundings of a sum go the same way.
     """
     case = problem.case
-    terms = case.terms().to(torch.float64)
+    terms = case.terms().changed(torch.Tensor.double)
     wide = [x.double() for x in tensors]
     p = oracle.weights(wide[0], wide[1], seen, terms)
     added = max(seen.shape) * case.hq // case.hkv
