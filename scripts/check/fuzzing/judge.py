@@ -13,6 +13,7 @@ from fuzzing.problem import INPUTS, Problem, strided
 from seqpar import Group, Plan, attention, attention_with_lse, shard_sequence, simulate
 from seqpar.testing import NAMES, Budget, oracle
 from seqpar.testing.budget import max_error
+from seqpar_kernels import TENSORS
 
 Results = dict[str, Tensor]  # out, and the gradients that were asked for, of a rank
 FACTORS = {"twice": 2.0, "hooked": 2.0}  # of gradients
@@ -128,7 +129,10 @@ def _used(problem: Problem, plan: Plan, leaves: list[Tensor], dout: Tensor) -> R
 
 def _check_exact(problem: Problem, budget: Budget, by_rank: list[Results]) -> None:
     case = problem.case
-    learned = [f"d{n}" for n in ("alibi_slopes", "sinks") if getattr(case, n.split("_")[0])]
+    there = case.learned()
+    learned = [
+        f"d{n}" for n, of in zip(TENSORS, oracle.LEARNED, strict=True) if there[of] is not None
+    ]
     expected = dict(zip((*NAMES, *learned), budget.expected, strict=True))
     allowed = dict(zip((*NAMES, *learned), budget.allowed, strict=True))
     if problem.use == "shared":
