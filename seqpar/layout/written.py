@@ -5,6 +5,7 @@ So they are inputs of a compiled graph: another one compiles nothing anew, while
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import chain
@@ -79,8 +80,12 @@ def _filled(numbers: list[int]) -> Int[Tensor, "n"]:
     """The numbers, of which the first becomes how many there are, with zeros up to a power of two."""
     # Few lengths, so that compilers see few shapes.
     numbers[0] = max(LEAST, 1 << (len(numbers) - 1).bit_length())
+    numbers = numbers + [0] * (numbers[0] - len(numbers))
     # On the CPU wherever the user has tensors made.
-    return torch.tensor(numbers + [0] * (numbers[0] - len(numbers)), device="cpu")
+    if torch.compiler.is_compiling():
+        return torch.tensor(numbers, device="cpu")
+    # No memory of torch's, which is counted in dry runs and by profilers: it is no activation.
+    return torch.frombuffer(array("q", numbers), dtype=torch.int64)
 
 
 def read_masks(numbers: Int[Tensor, "n"]) -> Iterator[Mask]:
