@@ -25,7 +25,7 @@ from seqpar_kernels.finite import may_hold_poison
 from seqpar_kernels.layer import Layer
 from seqpar_kernels.partial import Partial, accumulation_dtype
 from seqpar_kernels.region import FAR, Region
-from seqpar_kernels.rows import Rows, RunningGradients, sums_for
+from seqpar_kernels.rows import Rows, RunningGradients, Totals, sums_for
 from seqpar_kernels.score import (
     BY_BLOCKS,
     TABLES,
@@ -33,6 +33,7 @@ from seqpar_kernels.score import (
     Score,
     finished_gradients,
     sum_rows,
+    tables,
 )
 from seqpar_kernels.terms import TERMS, Dropout, MaskMod, Place, Ranges, ScoreMod, Term
 from seqpar_kernels.whole import begin
@@ -62,6 +63,7 @@ __all__ = [
     "Score",
     "ScoreMod",
     "Term",
+    "Totals",
     "accumulation_dtype",
     "any_order",
     "attend",
@@ -81,5 +83,6 @@ __all__ = [
     "refusal",
     "sum_rows",
     "sums_for",
+    "tables",
     "tile_border",
 ]

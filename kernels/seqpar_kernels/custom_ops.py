@@ -21,7 +21,7 @@ from seqpar_kernels.derivatives import first_only
 from seqpar_kernels.dispatch import attend_backward
 from seqpar_kernels.partial import accumulation_dtype
 from seqpar_kernels.rows import Rows, sums_for
-from seqpar_kernels.score import BY_BLOCKS, TABLES, TENSORS, Score, finished_gradients, sum_rows
+from seqpar_kernels.score import BY_BLOCKS, TENSORS, Score, finished_gradients, sum_rows, tables
 from seqpar_kernels.terms import TERMS, ScoreTerm
 from seqpar_kernels.torch_internals import nobody_looks
 from seqpar_kernels.torch_ops import define
@@ -182,15 +182,15 @@ def _backward(
     dtype = q.dtype if is_triton(way) and way.rounds(q.dtype) else lse.dtype
     dq, dk, dv = (torch.empty(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
     by_row = {name: torch.zeros_like(lse) for name in wanted if name in BY_BLOCKS}
-    tables = {name: score.tensors[name] for name in wanted if name in TABLES}
-    sums = [pair for x in tables.values() for pair in sums_for([x])]
+    of_tables = tables(score, wanted)
+    sums = sums_for(of_tables.values())
     attend_backward(
         rows, k, v, block, into=(dq, dk, dv), learned=by_row, sums=sums, implementation=implementation,
         begins=(True, True),
     )  # fmt: skip
     by_row |= finished_gradients(score, lse, rows.delta, wanted)
     found = {name: sum_rows(x) for name, x in by_row.items()}
-    found |= {name: total for name, (_, total) in zip(tables, sums, strict=True)}
+    found |= {name: total for name, (_, total) in zip(of_tables, sums, strict=True)}
     learned = [found[name].to(score.tensors[name].dtype) for name in wanted]
     # An op may not give back one tensor twice, nor what it was given.
     return [dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *learned]

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 from functools import cache
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -19,12 +18,11 @@ from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, fle
 
 from seqpar_kernels.block import Block
 from seqpar_kernels.partial import Partial, accumulation_dtype
+from seqpar_kernels.region import FAR
 from seqpar_kernels.rows import Learned, Rows, RunningGradients
 from seqpar_kernels.terms import MaskMod, ScoreTerm, Spot, Sums, Term
 from seqpar_kernels.terms.modifiers import apart
 from seqpar_kernels.transfer import on_device
-
-FAR = 2**62  # no bound: more than any distance
 
 
 def forward(
@@ -67,9 +65,7 @@ def backward(
             dout = (of.dout * share.unsqueeze(-1)).to(out.dtype)
             dlse = (out.to(lse.dtype) * dout).sum(-1) - share * of.delta
         wanted = [q, k, v, *held]
-        grads = torch.autograd.grad(
-            (out, lse), wanted, (dout, dlse.to(lse.dtype)), allow_unused=True
-        )
+        grads = torch.autograd.grad((out, lse), wanted, (dout, dlse), allow_unused=True)
     for total, grad in zip((*into, *(total for _, total in sums)), grads, strict=False):
         if total is not None and grad is not None:
             total += grad
@@ -174,19 +170,20 @@ def _kind(term: Term) -> Hashable:
 def _flex(kind: Hashable) -> Callable[..., Any]:  # noqa: ARG001 - each has its own
     """FlexAttention for calls of a kind. Others do not count towards its limit of graphs."""
     # A graph that is not whole would be the dense one, of which the memory grows with N^2.
-    return torch.compile(
-        _apart(lambda *args, **options: flex_attention(*args, **options)), fullgraph=True
-    )
+    return torch.compile(_with_own_graphs(flex_attention), fullgraph=True)
 
 
 @cache
 def _block_mask(kind: Hashable) -> Callable[..., Any]:  # noqa: ARG001
     """What makes the blocks of scores that a mask shows, for calls of a kind."""
-    return torch.compile(_apart(lambda *args, **options: create_block_mask(*args, **options)))
+    return torch.compile(_with_own_graphs(create_block_mask))
 
 
-def _apart(call: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that the compiler takes for another one; it counts graphs by code object."""
-    assert isinstance(call, FunctionType)
-    call.__code__ = call.__code__.replace()
-    return call
+def _with_own_graphs(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as another one to the compiler, which counts graphs by code object."""
+
+    def run(*args: Any, **options: Any) -> Any:
+        return call(*args, **options)
+
+    run.__code__ = run.__code__.replace()
+    return run

@@ -69,6 +69,19 @@ class Rows:
         return replace(self, **{name: getattr(self, name)[at] for name in names})
 
 
+class Totals:
+    """Sums of the gradients of tensors that are not shares of rows, one for each tensor."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self.sums = sums_for(tensors)
+        self._left = {id(x): total for x, total in self.sums}
+
+    def take(self, x: Tensor) -> Tensor | None:
+        """The gradient of a tensor, in its type: all of it where it is first asked for, then nothing."""
+        total = self._left.pop(id(x), None)
+        return None if total is None else total.to(x.dtype)
+
+
 def sums_for(tensors: Iterable[Tensor]) -> Sums:
     """Each tensor once, with zeros to sum its gradient in."""
     once = {id(x): x for x in tensors}.values()

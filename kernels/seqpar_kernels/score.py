@@ -166,6 +166,11 @@ def finished_gradients(
     }
 
 
+def tables(score: Score, wanted: Collection[str]) -> dict[str, Tensor]:
+    """Those tensors of a score whose gradients are sums of their shape, by name."""
+    return {name: x for name, x in score.tensors.items() if name in wanted and name in TABLES}
+
+
 def sum_rows(x: Float[Tensor, "b i hq"]) -> Float[Tensor, "hq"]:
     """The sum of every head's rows, the same bits whatever heads are with it."""
     sums = [

@@ -31,14 +31,14 @@ def way_of(
         from seqpar_kernels import triton_attention
 
         return triton_attention
-    if name == "flex" and watcher() is None:  # lazily: it brings the compiler
+    if name == "aten" and q.device.type != "cuda":
+        return aten
+    if watcher() is not None and name in (*ADAPTERS, "flex"):
+        return Unlaunched()
+    if name == "flex":  # lazily: it brings the compiler
         from seqpar_kernels import flex
 
         return flex
-    if name == "aten" and q.device.type != "cuda":
-        return aten
-    if watcher() is not None and (name in ADAPTERS or name == "flex"):
-        return Unlaunched()
     return ADAPTERS.get(name, reference)
 
 

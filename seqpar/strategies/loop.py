@@ -18,13 +18,13 @@ from seqpar.comm import GatherSchedule, Piece, gather_pass, once
 from seqpar.strategies.plan import Plan, Spans
 from seqpar_kernels import (
     BY_BLOCKS,
-    TABLES,
     Begins,
     Block,
     Implementation,
     Partial,
     Rows,
     Score,
+    Totals,
     accumulation_dtype,
     attend,
     attend_backward,
@@ -35,7 +35,7 @@ from seqpar_kernels import (
     first_touches,
     may_hold_poison,
     sum_rows,
-    sums_for,
+    tables,
 )
 from seqpar_kernels.terms.modifiers import check_held, held_by
 from seqpar_kernels.transfer import on_device
@@ -198,9 +198,8 @@ class _Loop(torch.autograd.Function):
         tensors = tensors[: len(call.names)]
         score = call.scored(tuple(tensors))
         wanted = [n for n, w in zip(call.names, ctx.needs_input_grad[4:], strict=False) if w]
-        tables = {n: x for n, x in score.tensors.items() if n in wanted and n in TABLES}
-        held = call.score.captured
-        sums = sums_for((*tables.values(), *held))
+        of_tables, held = tables(score, wanted), call.score.captured
+        totals = Totals((*of_tables.values(), *held))
         dout = torch.zeros_like(out) if dout is None else dout
         mine = Rows.of(q, out, dout, lse, dlse, implementation=plan.implementation)
         by_row = {name: torch.zeros_like(lse) for name in wanted if name in BY_BLOCKS}
@@ -219,23 +218,17 @@ class _Loop(torch.autograd.Function):
                         met.rows[batch, rows], met.k[batch, cols], met.v[batch, cols], block,
                         into=(_some(dq, rows), _some(dk, cols), _some(dv, cols)),
                         learned={name: x[batch, rows] for name, x in met.learned.items()},
-                        sums=sums,
+                        sums=totals.sums,
                         implementation=plan.implementation, finite=finite, begins=(of_q, of_kv),
                     )  # fmt: skip
 
         gradients = call.route.backward(mine, k, v, by_row, differentiate)
         shares = {**gradients.learned, **finished_gradients(score, lse, mine.delta, wanted)}
-        found = {name: _own_gradient(x, plan) for name, x in shares.items()}
-        # A tensor that a score has in two places has its whole gradient in the first.
-        totals = {id(x): total for x, total in sums}
-        found |= {name: totals.pop(id(x)) for name, x in tables.items()}
-        learned = [
-            found[name].to(x.dtype) if name in wanted else None
-            for name, x in zip(call.names, tensors, strict=True)
-        ]
-        learned += [
-            None if (total := totals.pop(id(x), None)) is None else total.to(x.dtype) for x in held
-        ]
+        found: dict[str, Tensor | None] = {
+            name: _own_gradient(x, plan).to(score.tensors[name].dtype) for name, x in shares.items()
+        }
+        found |= {name: totals.take(x) for name, x in of_tables.items()}
+        learned = [*(found.get(name) for name in call.names), *map(totals.take, held)]
         return None, *(x.to(q.dtype) for x in (gradients.dq, gradients.dk, gradients.dv)), *learned
 
 

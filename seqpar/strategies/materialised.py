@@ -18,13 +18,13 @@ from seqpar.strategies.plan import Plan
 from seqpar.strategies.stored_scores import ByColumns, ByDepth, ByRows, Sharding
 from seqpar.strategies.strategy import Strategy
 from seqpar_kernels import (
-    TABLES,
     Place,
+    Totals,
     dense,
     finished_gradients,
     first_only,
     sum_rows,
-    sums_for,
+    tables,
 )
 from seqpar_kernels.row_softmax import add_dot_, add_sums_, join_, score_gradient, weights
 from seqpar_kernels.terms.modifiers import check_held, held_by
@@ -130,32 +130,27 @@ class _Materialised(torch.autograd.Function):
         }
         for name, x in finished_gradients(plan.score, lse, delta, wanted).items():
             learned[name] = sum_rows(x)
-        tables = {n: x for n, x in plan.score.tensors.items() if n in wanted and n in TABLES}
-        held = plan.score.captured
-        sums = sums_for((*tables.values(), *held))
-        if sums:
+        of_tables, held = tables(plan.score, wanted), plan.score.captured
+        totals = Totals((*of_tables.values(), *held))
+        if totals.sums:
             # Rows that other ranks have too are counted once.
             place = replace(cells.place, row=sharding.share(cells.place.row))
             own = sharding.share(ds.mT).mT
             given = None if before is None else sharding.share(before.mT).mT
             for term in cells.acting:
                 if term.has_sums:
-                    term.add_gradients_(own, given, place, sums)
-        totals = {id(x): total for x, total in sums}
-        learned |= {name: totals.pop(id(x)) for name, x in tables.items()}
+                    term.add_gradients_(own, given, place, totals.sums)
+        found: dict[str, Tensor | None] = {
+            name: x.to(plan.score.tensors[name].dtype) for name, x in learned.items()
+        }
+        found |= {name: totals.take(x) for name, x in of_tables.items()}
         dx = dense.product_gradient_(ds, bend, cells)
         dq = sharding.for_keys().times(dx, k_x, ctx.shapes[0], cells)
         dk = sharding.transposed_times(dx, q_x, ctx.shapes[1], cells)
         # Dropped weights for dv are a matrix too, so that of dq and dk goes first.
         del ds, dx
         dv = sharding.transposed_times(dense.dropped(p, cells), dout_x, ctx.shapes[2], cells)
-        shares = [
-            learned[name].to(x.dtype) if name in wanted else None
-            for name, x in zip(ctx.names, tensors, strict=True)
-        ]
-        shares += [
-            None if (total := totals.pop(id(x), None)) is None else total.to(x.dtype) for x in held
-        ]
+        shares = [*(found.get(name) for name in ctx.names), *map(totals.take, held)]
         return None, None, *(x.to(out.dtype) for x in (dq, dk, dv)), *shares
 
 

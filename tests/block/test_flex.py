@@ -225,7 +225,7 @@ def test_what_learns_is_differentiated_on_a_gpu(score, monkeypatch):
         return make_boxed_func(graph.forward)
 
     compiled, backend = torch.compile, aot_autograd(fw_compiler=check, bw_compiler=check)
-    call = flex._apart(lambda *args, **options: theirs.flex_attention(*args, **options))
+    call = flex._with_own_graphs(theirs.flex_attention)
     attend = compiled(call, backend=backend, fullgraph=True)
     monkeypatch.setattr(flex, "_flex", lambda _: attend)
     score = {n: x if callable(x) else numbers(*x).requires_grad_() for n, x in score.items()}

@@ -26,7 +26,7 @@ class Bias(Table):
     @staticmethod
     def checked(value: Any) -> Tensor:
         """The numbers. Raises TypeError or ValueError if they are no floating point tensor of 1 to 4 dims."""
-        return check_numbers("bias", value, f"{FORM} or what broadcasts to it", 4)
+        return check_numbers("bias", value, f"{FORM} or what broadcasts to it", Bias.dims)
 
     def check_fits(self, shape: Sequence[int], lengths: tuple[int, int]) -> None:
         """Raises ValueError where it does not broadcast to the scores of a call."""

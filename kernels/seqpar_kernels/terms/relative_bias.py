@@ -26,28 +26,24 @@ class RelativeBias(Table):
     value: Float[Tensor, "*w"]
 
     name, words = "relative_bias", "relative bias"
+    dims = 3
     compares_positions = True
 
     @staticmethod
     def checked(value: Any) -> Tensor:
         """The numbers. Raises TypeError or ValueError if they are no tensor of an odd number of distances."""
         form = f"{FORM}, or without batch entries or heads"
-        check_numbers("relative_bias", value, form, 3)
+        check_numbers("relative_bias", value, form, RelativeBias.dims)
         if value.shape[-1] % 2 == 0:
             raise ValueError(
                 f"relative_bias must be {form}, got an even number of distances, {tuple(value.shape)}"
             )
         return value
 
-    @staticmethod
-    def four(x: Float[Tensor, "*w"]) -> Float[Tensor, "_b _h 1 distances"]:
+    @classmethod
+    def four(cls, x: Float[Tensor, "*w"]) -> Float[Tensor, "_b _h 1 distances"]:
         """The numbers by batch entry and head."""
-        return Table.four(x.unsqueeze(-2))
-
-    def of_heads(self, heads: slice) -> Tensor:
-        """Those of some heads, if heads differ."""
-        whole = self.value[(None,) * (3 - self.value.ndim)] if self.value.ndim < 3 else self.value
-        return whole if whole.shape[1] == 1 else whole[:, heads]
+        return cls.by_heads(x).unsqueeze(2)
 
     def check_fits(self, shape: Sequence[int], lengths: tuple[int, int]) -> None:  # noqa: ARG002
         """Raises ValueError where it does not broadcast to the heads of a call."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -17,17 +17,27 @@ class Table(ScoreTerm):
     """The numbers, whole on every rank, which may learn.
 
     `four` gives them as `[b hq _ _]`, where batch entries or heads may be 1: all then have the same.
+
+    Args:
+        dims: how many there are with batch entries and heads, which may be left out.
     """
+
+    dims: ClassVar[int] = 4
 
     # docs/design.md: a bias is whole on every rank
     value: Float[Tensor, "*w"]
 
     has_sums = needs_positions = changes_scores = True
 
-    @staticmethod
-    def four(x: Float[Tensor, "*w"]) -> Float[Tensor, "_b _h _i _j"]:
+    @classmethod
+    def by_heads(cls, x: Float[Tensor, "*w"]) -> Float[Tensor, "_b _h *w"]:
+        """The numbers, or a sum of as many, with all dims."""
+        return x if x.ndim == cls.dims else x[(None,) * (cls.dims - x.ndim)]
+
+    @classmethod
+    def four(cls, x: Float[Tensor, "*w"]) -> Float[Tensor, "_b _h _i _j"]:
         """The numbers, or a sum of as many, by batch entry and head."""
-        return x if x.ndim == 4 else x[(None,) * (4 - x.ndim)]
+        return cls.by_heads(x)
 
     def looked_up(
         self, of: Float[Tensor, "_b _h _i _j"], place: Place
@@ -50,7 +60,7 @@ class Table(ScoreTerm):
 
     def of_heads(self, heads: slice) -> Tensor:
         """Those of some heads, if heads differ."""
-        whole = self.four(self.value)
+        whole = self.by_heads(self.value)
         return whole if whole.shape[1] == 1 else whole[:, heads]
 
     def scores_(self, s: Float[Tensor, "b hq i j"], place: Place) -> None:
