@@ -50,7 +50,7 @@ class _Call:
 
         Args:
             group: that of a name.
-            content: whether tensors have any. Otherwise the plan has no layouts, and another mask.
+            content: whether tensors have any. Otherwise the plan has neither layouts nor a mask.
         """
         q, k, v, *rest = args
         tensors = dict(zip(TENSORS, rest, strict=False))

@@ -14,7 +14,6 @@ from typing import Any
 from torch import Tensor
 
 from seqpar.calls.invariance import is_invariant
-from seqpar.comm import Group
 from seqpar.layout import Layout, Mask, Span
 from seqpar.strategies import STRATEGIES, Plan
 from seqpar_kernels import TABLES, Request
@@ -35,16 +34,19 @@ def lengths_of(plan: Plan) -> list[int]:
         return [0, 0, 0, 0]  # shapes of own rows say all
     found = []
     for layout in (plan.layout, plan.keys):
-        at_hand = layout.length
-        if plan.grid is not None:
-            # A loop, not a generator, which the compiler does not trace everywhere.
-            at_hand = 0
-            for ranks in plan.grid.members:
-                if plan.group.rank in ranks:
-                    for rank in ranks:
-                        at_hand += layout.rows[rank]
-        found += [layout.length, at_hand]
+        rows = [layout.rows[rank] for rank in _inner(plan)]
+        found += [layout.length, layout.length if len(rows) == plan.group.size else sum(rows)]
     return found
+
+
+def _inner(plan: Plan) -> tuple[int, ...]:
+    """The ranks that this one exchanges heads with, itself included."""
+    if not STRATEGIES[plan.strategy].exchanges_heads:
+        return (plan.group.rank,)
+    if plan.grid is None:
+        return tuple(range(plan.group.size))
+    row, _ = plan.grid.index_of(plan.group.rank)
+    return tuple(plan.grid.members[row])
 
 
 @dataclass(frozen=True)
@@ -71,12 +73,6 @@ class Outline:
             lengths: as `lengths_of` gives them.
             in_order: as `is_in_order` gives it.
         """
-        group, inner = plan.group, [plan.group.rank]
-        if plan.grid is not None:
-            row, _ = plan.grid.index_of(group.rank)
-            inner = list(plan.grid.members[row])
-        elif STRATEGIES[plan.strategy].exchanges_heads:
-            inner = list(range(group.size))
         symbols: list[tuple[int, Any]] = [(_BATCH, q.shape[0])]
         for n, x in enumerate((q, k)):
             whole, at_hand = lengths[2 * n : 2 * n + 2]
@@ -85,7 +81,7 @@ class Outline:
             (_BATCH, _OWN[min(n, 1)], int(x.shape[2]), int(x.shape[3]))
             for n, x in enumerate((q, k, v))
         )
-        layout, keys = (_stand_in(group, inner, n, in_order=in_order) for n in range(2))
+        layout, keys = (_stand_in(plan, n, in_order=in_order) for n in range(2))
         # Biases are as long as the call, and change no shape.
         score = plan.score.resolve(shapes[0][3]).with_tensors(dict.fromkeys(TABLES))
         plan = replace(plan, layout=layout, kv_layout=keys, score=score, mask=Mask())
@@ -115,12 +111,13 @@ def is_in_order(plan: Plan) -> bool:
     return plan.group.size > 1 or (plan.layout.is_in_order and plan.keys.is_in_order)
 
 
-def _stand_in(group: Group, inner: Sequence[int], n: int, *, in_order: bool) -> Layout:
+def _stand_in(plan: Plan, n: int, *, in_order: bool) -> Layout:
     """A layout in which this rank, it and the inner ranks, and all ranks have rows that stand for theirs.
 
     Args:
         n: 0 for queries, 1 for keys.
     """
+    group, inner = plan.group, _inner(plan)
     rows = [0] * group.size
     rows[group.rank], at_hand = _OWN[n], _OWN[n]
     # Where nobody is between, the rows of one stand for those of the other.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from seqpar.comm import Grid, Group
 from seqpar.layout import Layout, Mask
-from seqpar.layout.written import read_layout, read_masks
+from seqpar.layout.written import read_masks
 from seqpar.strategies.plan import Plan
 from seqpar_kernels import TABLES, TENSORS, TERMS, Score, Term
 from seqpar_kernels.terms.modifiers import captured, described
@@ -82,12 +82,12 @@ def _code(value: Any) -> tuple[str | None]:
     return (None if value is None else value.code,)
 
 
-def _layout(layout: Layout | None) -> tuple[Tensor | None, str | None]:
-    return (None, None) if layout is None else (layout.numbers, layout.kind)
+def _layout(layout: Layout | None) -> tuple[Tensor | None]:
+    return (None if layout is None else layout.code_bytes,)
 
 
-def _read_layout(_: Group, numbers: Tensor | None, kind: str) -> Layout | None:
-    return None if numbers is None else read_layout(numbers, kind)
+def _read_layout(_: Group, written: Tensor | None) -> Layout | None:
+    return None if written is None else Layout.decoded(bytes(written.tolist()).decode())
 
 
 def _grid(group: Group, code: str | None) -> Grid | None:
@@ -135,8 +135,8 @@ def _score(_: Group, *numbers: float | None) -> Score:
 
 # By the annotation of a field. What the compiler may hold as a symbol is an argument that may be one.
 _KINDS = {
-    "Layout": _Kind(("Tensor", "str"), _layout, _read_layout),
-    "Layout | None": _Kind(("Tensor?", "str?"), _layout, _read_layout),
+    "Layout": _Kind(("Tensor",), _layout, _read_layout),
+    "Layout | None": _Kind(("Tensor?",), _layout, _read_layout),
     "Grid | None": _Kind(("str?",), _code, _grid),
     "Mask | tuple[Mask, ...]": _Kind(("Tensor", "bool"), _masks, _read_masks),
     "Score": _Kind(("float?",) * len(_NUMBERS), _numbers, _score),
@@ -154,8 +154,6 @@ for _term in (kind for kind in TERMS if not kind.asks_each):
 # The type of a field is text, because annotations in plan.py are not evaluated.
 _OPTIONS = tuple((f.name, _KINDS[str(f.type)]) for f in fields(Plan) if f.name != "group")
 _NAMES = tuple(name for name, _ in _OPTIONS)
-
-_UNTOLD: dict[str, Any] = {"mask": Mask()}
 
 # The arguments of an op that takes a plan, but for its tensors: torch's schema.
 SCHEMA = ", ".join(
@@ -181,5 +179,5 @@ def read(group: Group, values: Iterator[Any], *, content: bool = True) -> Plan:
     for name, kind in _OPTIONS:
         given = [next(values) for _ in kind.arguments]
         says = content or not any(isinstance(x, Tensor) for x in given)
-        options[name] = kind.read(group, *given) if says else _UNTOLD.get(name)
+        options[name] = kind.read(group, *given) if says else None
     return Plan(group, **options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -122,7 +121,7 @@ def _explain(everyone: list[tuple[dict[str, str], str | None]]) -> str:
     if len(differences) > SHOWN:
         differences[SHOWN:] = [f"and {len(differences) - SHOWN} more"]
     here = everyone[0][0].get("operation") if len(operations) == 1 else None
-    where = "" if here is None else f" in {ast.literal_eval(here)}"
+    where = "" if here is None else f" in {here[1:-1]}"  # without the quotes of its `repr`
     return f"ranks disagree{where}: {'; '.join(differences)}. Give every rank the same call"
 
 

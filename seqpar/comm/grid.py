@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ast
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,11 +39,11 @@ class Grid:
     members: tuple[tuple[int, ...], ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_code", repr(self.members))
+        object.__setattr__(self, "_code", str([[*row] for row in self.members]))
 
     @property
     def code(self) -> str:
-        """The members as text, for compiled code, whose ops take no objects; no field, as in `Layout`."""
+        """The members as JSON, for compiled code, whose ops take no objects; no field, as in `Layout`."""
         return self._code  # type: ignore[attr-defined]
 
     @staticmethod
@@ -73,7 +73,7 @@ class Grid:
     @staticmethod
     def decoded(code: str, group: Group) -> Grid:
         """The grid of a `code`, of the ranks of a group."""
-        return Grid(group, ast.literal_eval(code))
+        return Grid(group, tuple(map(tuple, json.loads(code))))
 
     def index_of(self, rank: int) -> tuple[int, int]:
         """The ring index and the ulysses index of a rank of the group."""

@@ -9,19 +9,20 @@ Source: zigzag, Zhu 2024, ring-flash-attention; striped, Brandon et al. 2023 (ar
 
 from __future__ import annotations
 
-import ast
+import json
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Protocol
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from seqpar.layout.spans import Span, joined
-from seqpar.layout.written import written_layout
 from seqpar_kernels.integers import is_integer
+
+LEAST = 256  # letters
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,11 @@ class Layout:
     def __post_init__(self) -> None:
         kept = tuple(tuple(span for span in s if span.length != 0) for s in self.spans)
         object.__setattr__(self, "spans", kept)
-        spans = [[(span.start, span.length, span.step) for span in s] for s in self.spans]
-        object.__setattr__(self, "_code", repr((self.kind, self.length, self.size, spans)))
+        spans = [[[span.start, span.length, span.step] for span in s] for s in self.spans]
+        object.__setattr__(self, "_code", f"{self.kind}|{[self.length, self.size, spans]}")
         object.__setattr__(self, "_rows", tuple(sum(n for _, n, _ in s) for s in spans))
         object.__setattr__(self, "_hash", hash(self.spans))
-        object.__setattr__(self, "_in_order", _are_in_order(self.spans))
-        object.__setattr__(self, "_numbers", written_layout(self.length, spans))
+        object.__setattr__(self, "_bytes", _bytes_of(self.code))
         if len(self.spans) != self.size:
             raise ValueError(f"a layout for {self.size} ranks needs as many lists of spans")
         for span in (span for s in self.spans for span in s):
@@ -72,19 +72,21 @@ class Layout:
     # docs/design.md: what a model is called with is no dataclass of ours
     @property
     def code(self) -> str:
-        """All of it as text, for compiled code, whose ops take no objects."""
+        """All of it as text: its kind, and numbers as JSON."""
         return self._code  # type: ignore[attr-defined]
 
     @property
-    def numbers(self) -> Int[Tensor, "n"]:
-        """Its lengths and spans as a tensor, for ops that take no objects; see `written`."""
-        return self._numbers  # type: ignore[attr-defined]
+    def code_bytes(self) -> UInt8[Tensor, "n"]:
+        """Its `code` as a tensor, for compiled code: an input, so that other layouts compile nothing anew."""
+        return self._bytes  # type: ignore[attr-defined]
 
     @staticmethod
     @lru_cache(maxsize=256)
     def decoded(code: str) -> Layout:
         """The layout of a `code`."""
-        kind, length, size, spans = ast.literal_eval(code)
+        kind, _, numbers = code.rpartition("|")
+        # Not `ast.literal_eval`, which fails now and then where threads, such as ranks, call it at once.
+        length, size, spans = json.loads(numbers)
         return Layout(kind, length, size, tuple(tuple(Span(*x) for x in s) for s in spans))
 
     @property
@@ -140,7 +142,9 @@ class Layout:
     @property
     def is_in_order(self) -> bool:
         """Whether each rank holds one run of consecutive positions, or none, in the order of ranks."""
-        return self._in_order  # type: ignore[attr-defined]
+        spans = [s for s in self.spans if s]
+        starts = [s[0].start for s in spans]
+        return starts == sorted(starts) and all(len(s) == 1 and s[0].step == 1 for s in spans)
 
     def permutation(self) -> Int[Tensor, "s"]:
         """The positions of rank 0, then of rank 1, ...: `x[permutation]` is x as the ranks hold it."""
@@ -154,10 +158,13 @@ class Layout:
         return inverse
 
 
-def _are_in_order(spans: tuple[tuple[Span, ...], ...]) -> bool:
-    held = [s for s in spans if s]
-    starts = [s[0].start for s in held]
-    return starts == sorted(starts) and all(len(s) == 1 and s[0].step == 1 for s in held)
+def _bytes_of(code: str) -> UInt8[Tensor, "n"]:
+    """A text as a tensor, with blanks up to a power of two, so that compilers see few shapes."""
+    text = code.ljust(max(LEAST, 1 << (len(code) - 1).bit_length())).encode()
+    if torch.compiler.is_compiling():
+        return torch.tensor([*text], dtype=torch.uint8, device="cpu")
+    # No memory of torch's, which is counted in dry runs and by profilers: it is no activation.
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
 def contiguous(length: int, size: int, *, multiple_of: int = 1) -> Layout:

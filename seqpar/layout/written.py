@@ -1,13 +1,11 @@
-"""Masks and layouts as tensors of integers, for ops that take no objects.
+"""Masks as tensors of integers, for ops that take no objects.
 
-So they are inputs of a compiled graph: another one compiles nothing anew, while as many numbers say it.
+So they are inputs of a compiled graph: another mask compiles nothing anew, while its length is the same.
 """
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -17,12 +15,10 @@ from torch import Tensor
 
 from seqpar.layout.mask_arguments import ALIGNS
 from seqpar.layout.regions import Layers
-from seqpar.layout.spans import Span
 from seqpar_kernels import Region
 
 if TYPE_CHECKING:
     from seqpar.layout.mask import Mask
-    from seqpar.layout.shards import Layout
 
 LEAST = 64
 _SIDES = len(Region._fields)
@@ -42,50 +38,10 @@ def written_mask(mask: Mask) -> Int[Tensor, "n"]:
     numbers = [0, -1 if mask.regions is None else len(mask.regions)]
     for part in parts:
         numbers += [len(part), *part]
-    return _filled(numbers)
-
-
-def written_layout(
-    length: int, spans: Sequence[Sequence[tuple[int, int, int]]]
-) -> Int[Tensor, "n"]:
-    """A layout as integers, as `written_mask` has it.
-
-    Args:
-        spans: of each rank, (start, length, step).
-    """
-    numbers = [0, length, len(spans)]
-    for each in spans:
-        numbers += [len(each), *chain.from_iterable(each)]
-    return _filled(numbers)
-
-
-def read_layout(numbers: Int[Tensor, "n"], kind: str) -> Layout:
-    """The layout that was `written_layout`."""
-    return _layout_of(tuple(numbers.tolist()), kind)
-
-
-@lru_cache(maxsize=256)
-def _layout_of(numbers: tuple[int, ...], kind: str) -> Layout:
-    from seqpar.layout.shards import Layout  # it is written when it is made
-
-    _, length, size, *rest = numbers
-    one = iter(rest)
-    spans = [
-        tuple(Span(next(one), next(one), next(one)) for _ in range(next(one))) for _ in range(size)
-    ]
-    return Layout(kind, length, size, tuple(spans))
-
-
-def _filled(numbers: list[int]) -> Int[Tensor, "n"]:
-    """The numbers, of which the first becomes how many there are, with zeros up to a power of two."""
     # Few lengths, so that compilers see few shapes.
     numbers[0] = max(LEAST, 1 << (len(numbers) - 1).bit_length())
-    numbers = numbers + [0] * (numbers[0] - len(numbers))
     # On the CPU wherever the user has tensors made.
-    if torch.compiler.is_compiling():
-        return torch.tensor(numbers, device="cpu")
-    # No memory of torch's, which is counted in dry runs and by profilers: it is no activation.
-    return torch.frombuffer(array("q", numbers), dtype=torch.int64)
+    return torch.tensor(numbers + [0] * (numbers[0] - len(numbers)), device="cpu")
 
 
 def read_masks(numbers: Int[Tensor, "n"]) -> Iterator[Mask]:

@@ -1,14 +1,18 @@
 """torch.compile: one graph without a break for every strategy, and what it gives is what eager gives."""
 
+from itertools import product
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import seqpar
 from seqpar import Mask, masks, simulate
 from seqpar.calls.options import written
 from seqpar.compiled_shapes import is_in_order, lengths_of
+from seqpar.testing.case import unsorted
 from seqpar_kernels import TENSORS
 
 CAUSAL = Mask(causal=True, window=9)
@@ -398,6 +402,44 @@ def test_the_op_gives_back_neither_an_argument_nor_a_tensor_twice(name, length):
         return len(places) == len({id(place) for place in places})
 
     assert all(simulate(2, fn))
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("name", MODULES)
+def test_what_compilers_expect_is_what_comes(name, size):
+    """Shapes, strides and types of all that the op gives, which they make room for before it runs."""
+    lengths = (13, 9), (3, 3), (1, 6)
+
+    def fn(group):
+        if group.size == 1 and name in ("mesh", "hybrid"):
+            return
+        kinds = [seqpar.zigzag, seqpar.contiguous] + [unsorted] * (name == "ulysses")
+        for make, (n, m), causal in product(kinds, lengths, (False, True)):
+            layout, keys = make(n, group.size), make(m, group.size)
+            q = torch.randn(3, layout.rows[group.rank], 6, 4)
+            k, v = (torch.randn(3, keys.rows[group.rank], 2, w) for w in (4, 5))
+            attend = MODULES[name](group)
+            attend.mask = Mask(causal, align="bottom-right" if causal else None)
+            plan = attend.plan(layout, keys)
+            inputs = q, k, v, *(None for _ in TENSORS)
+            for learning, with_lse in product((False, True), (False, True)):
+                arguments = group.name, *told(plan), [learning] * 3 + NONE, with_lse
+                real = torch.ops.seqpar.sharded_attention(*inputs, *arguments)
+                with FakeTensorMode() as mode:
+                    fakes = [
+                        mode.from_tensor(x) if torch.is_tensor(x) else x
+                        for x in (*inputs, *arguments)
+                    ]
+                    fake = torch.ops.seqpar.sharded_attention(*fakes)
+                assert [laid_out(x) for x in real] == [laid_out(x) for x in fake], (make, n, m)
+
+    simulate(size, fn)
+
+
+def laid_out(x):
+    """Where there is one place, or none, strides do not matter."""
+    strides = [stride for n, stride in zip(x.shape, x.stride(), strict=True) if n > 1]
+    return x.shape, strides * (x.numel() > 0), x.dtype
 
 
 def test_calls_that_do_not_depend_on_each_other_keep_their_order():
