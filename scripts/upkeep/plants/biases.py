@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from plants.plant import Plant
 
-TERMS, STRATEGIES = "kernels/seqpar_kernels/terms", "seqpar/strategies"
+KERNELS, TERMS = "kernels/seqpar_kernels", "kernels/seqpar_kernels/terms"
+OPS, COMPILE = "tests/block/test_custom_ops.py", "tests/strategies/test_compile.py"
 EQUIVALENCE, BIASES = "tests/strategies/test_equivalence.py", "tests/strategies/test_biases.py"
-FLEX, FLEX_TEST = "kernels/seqpar_kernels/flex.py", "tests/block/test_flex.py"
+FLEX, FLEX_TEST = f"{KERNELS}/flex.py", "tests/block/test_flex.py"
 BAD_INPUT, T5 = "tests/strategies/test_bad_input.py", "tests/integrations/test_biases.py"
 BIAS_PLANTS = [
     Plant("a bias of the first batch entries for all", f"{TERMS}/table.py",
@@ -36,14 +37,10 @@ BIAS_PLANTS = [
     Plant("biases before the softcap", f"{TERMS}/__init__.py",
           "    Softcap, ScoreMod, Bias, RelativeBias,", "    Bias, RelativeBias, Softcap, ScoreMod,",
           EQUIVALENCE),
-    Plant("a tensor in two places has its gradient twice", f"{STRATEGIES}/loop.py",
-          "found |= {name: totals.pop(id(x)) for", "found |= {name: totals[id(x)] for", BIASES),
-    Plant("a tensor in two places has its gradient twice: stored scores", f"{STRATEGIES}/materialised.py",
-          "learned |= {name: totals.pop(id(x)) for", "learned |= {name: totals[id(x)] for", BIASES),
-    Plant("one rank alone: the gradient of a bias begins anew", "kernels/seqpar_kernels/custom_ops.py",
-          "sums = [pair for x in tables.values() for pair in sums_for([x])]",
-          "sums = [pair for x in tables.values() for pair in sums_for([x[:0]])]",
-          "tests/block/test_custom_ops.py"),
+    Plant("a tensor in two places has its gradient twice", f"{KERNELS}/rows.py",
+          "self._left.pop(id(x), None)", "self._left.get(id(x))", BIASES),
+    Plant("one rank alone: a bias gets what another one should", f"{KERNELS}/custom_ops.py",
+          "zip(of_tables, sums, strict=True)}", "zip(of_tables, reversed(sums), strict=True)}", OPS),
     Plant("ranks do not compare how a bias broadcasts", "seqpar/calls/options.py",
           "return (x.dtype, tuple(x.shape)) if name in TABLES else x.dtype", "return x.dtype", BIASES),
     Plant("invariant bits of biases that learn", "seqpar/calls/check_tensors.py",
@@ -75,4 +72,19 @@ BIAS_PLANTS = [
     Plant("flex: scores without their scale", FLEX, "s * at.scale", "s", FLEX_TEST),
     Plant("flex: one function of all batch entries", "kernels/seqpar_kernels/terms/table.py",
           "x if n > 1 else x * 0 for", "x if 1 < n < 3 else x * 0 for", FLEX_TEST),
+    Plant("compiled: a hybrid has all rows between its exchanges", "seqpar/compiled_shapes.py",
+          "layout.length if len(rows) == plan.group.size else sum(rows)", "layout.length", COMPILE),
+    Plant("compiled: a rank alone is in order", "seqpar/compiled_shapes.py",
+          "return plan.group.size > 1 or (plan.layout.is_in_order and plan.keys.is_in_order)", "return True",
+          COMPILE),
+    Plant("compiled: strides of the stand-ins", "seqpar/compiled_shapes.py",
+          "return x.new_empty_strided(shape, stride)", "return x.new_empty(shape)", COMPILE),
+    Plant("compiled: keys as long as queries", "seqpar/compiled_shapes.py",
+          "for layout in (plan.layout, plan.keys):", "for layout in (plan.layout, plan.layout):", COMPILE),
+    Plant("compiled: another length is a constant", "seqpar/compiled.py",
+          "*lengths_of(plan),", "*(int(str(n)) for n in lengths_of(plan)),", COMPILE),
+    Plant("flex: inside of ops", "seqpar/strategies/ring.py",
+          'if plan.implementation == "flex" or any', "if any", FLEX_TEST),
+    Plant("flex: a view before what is looked up", f"{TERMS}/table.py",
+          "return self.value[tuple(x", "return self.value[None][tuple([0] * 0) or 0][tuple(x", FLEX_TEST),
 ]  # fmt: skip
