@@ -24,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-RANGED = ("torch", "triton", "transformers", "peft", "einops", "jaxtyping", "numpy")
+RANGED = (
+    "torch", "triton", "transformers", "accelerate", "peft", "einops", "jaxtyping", "numpy",
+)  # fmt: skip
 SETS = ("oldest", "newest", "oldest-transformers")
 # What touches the insides of others: kernels, ops, compilation, checkpointing, models, tensor parallel.
 TESTS = (

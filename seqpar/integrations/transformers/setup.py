@@ -97,6 +97,24 @@ class SequenceParallel:
             claim["findings"] = self.findings
         Guard(self.group, self.tp).watch(self.inner)
 
+    @classmethod
+    def from_accelerator(
+        cls, model: nn.Module, accelerator: Any, attend: Attention | Callable[[Group], Attention]
+    ) -> SequenceParallel:
+        """Makes one for the processes that share sequences under accelerate. Before `accelerator.prepare`.
+
+        Args:
+            accelerator: an `accelerate.Accelerator`; it then deals out batches to processes that share
+                sequences together, see `seqpar.integrations.accelerate.share_sequences`.
+            attend: how they share them: a module, or what makes one of a group, such as `RingAttention`.
+
+        Raises:
+            As `SequenceParallel` and `share_sequences`.
+        """
+        from seqpar.integrations.accelerate import share_sequences  # which needs accelerate
+
+        return cls(model, share_sequences(accelerator, attend)[0])
+
     def shard(
         self,
         batch: Mapping[str, Any],
@@ -170,19 +188,50 @@ class SequenceParallel:
             NotImplementedError: the model's own loss is not cross entropy of a token; and as `shard`.
         """
         with agreed(*self._axes, operation="loss") as claim:
-            self._check_loss(batch)
+            self._check_loss(batch.get("labels"), f"the batch, got {sorted(batch)}")
             model = self.model
             claim["the model that is called"] = type(model).__name__
         inputs = self.shard(batch, **options)
-        logits = model(**inputs, return_dict=True).logits.flatten(0, 1)
-        assert inputs.labels is not None, "they are in the batch"
-        labels = inputs.labels.flatten().to(logits.device)
+        return self.loss_of(
+            model(**inputs, return_dict=True).logits,
+            inputs,
+            everyone=everyone,
+            gradients=gradients,
+            num_tokens=num_tokens,
+            token_losses=token_losses,
+        )
+
+    def loss_of(
+        self,
+        logits: Tensor,
+        inputs: Inputs,
+        *,
+        everyone: Group | None = None,
+        gradients: Reduction = "sum",
+        num_tokens: Tensor | int | None = None,
+        token_losses: TokenLosses | None = None,
+    ) -> Tensor:
+        """The loss of logits that the model gave for what `shard` made of a batch. All ranks must call.
+
+        For loops that call the model themselves; `loss` does all of it.
+
+        Args:
+            logits: `[b sl classes]`.
+            inputs: of `shard`, with labels.
+            everyone, gradients, num_tokens, token_losses: as in `loss`.
+
+        Raises:
+            ValueError, NotImplementedError: as `loss`.
+        """
         everyone = everyone or self.group
         # A label out of range is one rank's alone, along either axis.
         with agreed(self.tp, everyone, operation="loss: tokens"):
+            self._check_loss(inputs.labels, "the batch that was sharded")
+            assert inputs.labels is not None, "it was looked at"
+            labels = inputs.labels.flatten().to(logits.device)
             if token_losses is None:
                 self._check_classes(logits)
-            losses = (token_losses or _cross_entropy)(logits, labels)
+            losses = (token_losses or _cross_entropy)(logits.flatten(0, 1), labels)
         return mean_loss(
             losses, everyone, valid=labels != IGNORE, num_tokens=num_tokens, gradients=gradients
         )
@@ -197,9 +246,9 @@ class SequenceParallel:
         """The ranks that share heads with this one, and those that share the sequence."""
         return self.tp, self.group
 
-    def _check_loss(self, batch: Mapping[str, Any]) -> None:
-        if batch.get("labels") is None:
-            raise ValueError(f"loss needs labels in the batch, got {sorted(batch)}")
+    def _check_loss(self, labels: Tensor | None, where: str) -> None:
+        if labels is None:
+            raise ValueError(f"loss needs labels in {where}")
         if self.findings.labels is None or hasattr(self.inner, "_loss_function"):
             raise NotImplementedError(
                 f"the loss of {type(self.inner).__name__} is not the cross entropy of each token, as a trial "
