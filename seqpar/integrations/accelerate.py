@@ -2,7 +2,7 @@
 
 accelerate deals batches out to processes. Those that share a sequence need one batch together, so batches are
 dealt out to replicas here: groups of processes, each of which shares its sequences. Two parts of an Accelerator
-are used that are not documented: `_dataloaders`, which prepared loaders join, and `_prepare_cp`.
+that are used are not documented: `_dataloaders`, which prepared loaders join, and `_prepare_cp`.
 """
 
 from __future__ import annotations

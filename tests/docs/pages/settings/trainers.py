@@ -1,0 +1,49 @@
+"""What the blocks of docs/trainers.md need."""
+
+from contextlib import contextmanager
+from tempfile import TemporaryDirectory
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments
+
+from pages.models import saved
+from seqpar.integrations.trainer import SequenceParallelTrainer
+from seqpar.testing.models.tiny import FAMILIES, batch_of
+
+
+@contextmanager
+def what_a_script_has():
+    """A model on disk, sequences, and a folder to write to."""
+    whole = batch_of(8, 13)
+    dataset = [{name: x[n] for name, x in whole.items()} for n in range(8)]
+    with saved(FAMILIES["llama"].make(torch.float32)) as path, TemporaryDirectory() as folder:
+        yield {"path": path, "dataset": dataset, "output_dir": folder}
+
+
+def trainer():
+    with what_a_script_has() as names:
+        yield names
+    assert names["trainer"].state.global_step == 3
+
+
+def replicas():
+    with what_a_script_has() as names:
+        arguments = TrainingArguments(
+            names["output_dir"], max_steps=1, use_cpu=True, ddp_backend="gloo"
+        )
+        names |= {"arguments": arguments, "model": FAMILIES["llama"].make()}
+        names["Trainer"] = SequenceParallelTrainer
+        yield names
+        names["trainer"].train()
+        assert len(names["trainer"].replicas.members) == 2
+
+
+def accelerate():
+    model = FAMILIES["llama"].make()
+    whole = batch_of(4, 13)
+    dataset = [{name: x[n] for name, x in whole.items()} for n in range(4)]
+    names = {"model": model, "loader": DataLoader(dataset, batch_size=2)}
+    names["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1)
+    yield names
+    assert names["loss"].isfinite()
