@@ -1,8 +1,8 @@
 """accelerate where processes share sequences: they are given the same batches, and gather what one holds.
 
 accelerate deals batches out to processes. Those that share a sequence need one batch together, so batches are
-dealt out to replicas here: groups of processes, each of which shares its sequences. Two parts of an Accelerator
-that are used are not documented: `_dataloaders`, which prepared loaders join, and `_prepare_cp`.
+dealt out to replicas here: groups of processes, each of which shares its sequences. Two parts of Accelerator
+that are used here are not documented: `_dataloaders`, which prepared loaders join, and `_prepare_cp`.
 """
 
 from __future__ import annotations
