@@ -73,9 +73,9 @@ class Replicas:
 def share_sequences(accelerator: Accelerator, attend: Attend) -> tuple[Attention, Replicas]:
     """Has an Accelerator treat processes that share sequences as one. Before its `prepare`; all must call.
 
-    Loaders then give those processes the same batches, and `gather` and `gather_for_metrics` take what one of
-    them holds. Where its mesh has a dimension "cp", models are left as they are: accelerate would take the
-    masks from their layers, for torch's own context parallelism.
+    Loaders then give those processes the same batches, and `gather_for_metrics` takes what one of them holds;
+    `gather` takes what every process holds, as ever. Where the mesh has a dimension "cp", models are left as
+    they are: accelerate would take the masks from their layers, for torch's own context parallelism.
 
     Args:
         attend: an attention module, whose group says which processes share sequences. Or what makes one of a
@@ -105,7 +105,7 @@ def share_sequences(accelerator: Accelerator, attend: Attend) -> tuple[Attention
             )
     if replicas.size > 1:
         accelerator.prepare_data_loader = partial(_dealt, accelerator, replicas)
-        accelerator.gather = partial(_gathered, accelerator.gather, replicas)
+        accelerator.gather_for_metrics = partial(_gathered_once, accelerator, replicas)
         accelerator._prepare_cp = _unchanged
     return attend, replicas
 
@@ -158,11 +158,21 @@ def _unchanged(*prepared: Any) -> tuple[Any, ...]:
     return prepared
 
 
-def _gathered(gather: Any, replicas: Replicas, tensor: Any) -> Any:
-    """What all processes gather, without that of all but the first of each replica."""
+def _gathered_once(
+    accelerator: Accelerator, replicas: Replicas, input_data: Any, use_gather_object: bool = False
+) -> Any:
+    """What `Accelerator.gather_for_metrics` gives, with the rows of one process of each replica."""
+    if use_gather_object:
+        raise NotImplementedError(
+            "objects are not gathered where processes share sequences; leave use_gather_object out"
+        )
+    firsts = [ranks[0] for ranks in replicas.members]
+    state = accelerator.gradient_state
+    # As there: the last batches may repeat sequences, so that every replica has one.
+    end = state.remainder if state.end_of_dataloader and state.remainder > 0 else None
 
     def once(x: Tensor) -> Tensor:
         by_process = x.unflatten(0, (replicas.everyone.size, -1))
-        return by_process[[ranks[0] for ranks in replicas.members]].flatten(0, 1)
+        return by_process[firsts].flatten(0, 1)[:end]
 
-    return recursively_apply(once, gather(tensor))
+    return recursively_apply(once, accelerator.gather(input_data), error_on_other_type=True)

@@ -91,8 +91,10 @@ def dealt(group, neighbours):
         batches = [batch["input_ids"] for batch in loader]
         everything = [accelerator.gather_for_metrics(x) for x in batches]
         found[kind] = torch.cat(batches), torch.cat(everything)
-    one = accelerator.gather(torch.tensor(group.rank))
-    return replicas.index, found, one.tolist()
+    with pytest.raises(NotImplementedError, match="objects are not gathered"):
+        accelerator.gather_for_metrics(["a"], use_gather_object=True)
+    one = accelerator.gather_for_metrics({"rank": torch.tensor(group.rank)})
+    return replicas.index, found, one["rank"].tolist()
 
 
 @pytest.mark.parametrize("neighbours", [True, False])

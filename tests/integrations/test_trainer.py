@@ -313,7 +313,7 @@ def dropping(group, run, resume):
         model, run.arguments(group.size), attend=run.strategy, **data_of(run)
     )
     made.train(resume_from_checkpoint=resume)
-    with made._drawn_apart(model.train()):
+    with made.drawn_apart(model.train()):
         inside = torch.rand(3).tolist()
     return {n: p.detach() for n, p in model.named_parameters()}, inside, torch.rand(3).tolist()
 
@@ -355,7 +355,7 @@ def refused(group, run, make, options, keywords):
 
 
 REFUSED = {
-    "their own loss": (Mixed, {}, {}, "Theirs has a compute_loss of its own"),
+    "their own loss": (Mixed, {}, {}, "Theirs beside .* own compute_loss"),
     "a function of losses": (None, {}, {"compute_loss_func": wide_loss}, "compute_loss_func"),
     "noise": (None, {"neftune_noise_alpha": 5.0}, {}, "neftune_noise_alpha"),
     "balanced batches": (None, {"train_sampling_strategy": "batch_rebalance"}, {}, "batch_rebalance"),
