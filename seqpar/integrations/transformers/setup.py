@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -88,6 +89,7 @@ class SequenceParallel:
             same_weights(self.inner, self.group)  # ranks of tp hold other shards
         with agreed(*self._axes, operation="SequenceParallel: trying out") as claim:
             before = attention_name(self.inner.config)
+            self._before = "sdpa" if before == NAME else before
             try:
                 self.findings = try_out(self.inner)
             except BaseException:
@@ -240,6 +242,20 @@ class SequenceParallel:
     def model(self) -> nn.Module:
         """The model that it was given, or DDP, FSDP or torch.compile around it if that came later."""
         return self._outermost()
+
+    @contextmanager
+    def on_one_device(self) -> Iterator[None]:
+        """Has the model attend as it did before, inside of a `with`: for generation, by each rank alone."""
+        self.inner.set_attn_implementation(self._before)
+        try:
+            yield
+        finally:
+            self.inner.set_attn_implementation(NAME)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the model attends over ranks, and was not switched back to one device."""
+        return attention_name(self.inner.config) == NAME
 
     @property
     def _axes(self) -> tuple[Group, Group]:
