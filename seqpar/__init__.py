@@ -53,7 +53,7 @@ from seqpar.module import (
     UlyssesAttention,
 )
 from seqpar.multihead import MultiheadAttention
-from seqpar.packing import packed_documents
+from seqpar.packing import packed_documents, padded_documents
 from seqpar.replicas import same_weights
 from seqpar.strategies import Plan
 from seqpar.version import VERSION
@@ -92,6 +92,7 @@ __all__ = [
     "mean_loss",
     "merge",
     "packed_documents",
+    "padded_documents",
     "same_weights",
     "shard_batch",
     "shard_sequence",

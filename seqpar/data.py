@@ -10,16 +10,16 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from seqpar.ahead import ends_of_documents, tokens_ahead
+from seqpar.batches import padded, sequences_of
 from seqpar.calls.options import told
 from seqpar.comm import Group, agreed, agreed_backward, all_gather
 from seqpar.layout import LAYOUTS, Layout, Mask, balanced, check_mark, check_rows, check_size, mark
+from seqpar_kernels.integers import is_integer
 from seqpar_kernels.transfer import on_device
 
 Labels = Literal["next", "next_in_document", "own"]
 IGNORE = -100  # the label that losses skip, as in torch and transformers
-SEQUENCES = (
-    "input_ids", "inputs_embeds", "labels", "attention_mask", "position_ids", "token_type_ids",
-)  # fmt: skip
 
 
 def shard_sequence(x: Tensor, layout: Layout, rank: int, dim: int = 1) -> Tensor:
@@ -77,6 +77,9 @@ def shard_batch(
     pad_token_id: int | None = None,
     whole: Iterable[str] = (),
     labels: Labels = "next",
+    labels_ahead: int | None = None,
+    sequences: Iterable[str] = (),
+    shifted: Iterable[str] = (),
 ) -> tuple[dict[str, Any], Layout]:
     """This rank's rows of a batch that every rank holds whole, and the layout. All ranks must call.
 
@@ -86,7 +89,7 @@ def shard_batch(
     unless asked; padded rows come last and have label -100.
 
     Args:
-        batch: tensors `[b s ...]` under the names in `seqpar.data.SEQUENCES`; what is not a tensor, under
+        batch: tensors `[b s ...]` under the names in `seqpar.batches.SEQUENCES`; what is not a tensor, under
             other names, is passed on as it is.
         kind: "contiguous", "zigzag", "striped", or "balanced", which needs `mask`.
         multiple_of: shards are cut at multiples of this many positions.
@@ -98,37 +101,59 @@ def shard_batch(
             predicts the first token of the next one. "next_in_document" gives it -100 instead; the
             documents are those of `mask`. "own" where a row predicts its own token, as in masked
             language models; those are not shifted.
+        labels_ahead: of how many tokens ahead there are labels, k. `labels` stay those of the next token, for
+            the main head. `labels_ahead` `[k-1 b sl]` are added, those of the tokens 2 ... k ahead, and
+            `input_ids_ahead` `[k-1 b sl]` (or `inputs_embeds_ahead`), the tokens 1 ... k - 1 ahead: so a
+            `zip` of both gives each block of multi-token prediction what it takes and what it predicts.
+            Where there is no such token, in the document if labels are "next_in_document", the label is -100
+            and the id 0. Such a row has no label, and no row that has one sees it under a causal mask.
+        sequences: names of more tensors `[b s ...]` to shard. They are NOT shifted, integers neither: entry i
+            stays with row i, which predicts token i + 1. Padded rows have 0, or False.
+        shifted: names of more tensors `[b s ...]` that belong to the token that is predicted, such as
+            `loss_mask` or `advantages` per token. They are shifted as labels are, and then sharded: row i
+            gets the entry of position i + 1. Where there is no such token, and in padded rows, they have 0, or
+            False.
 
     Raises:
         ValueError: no sequence in the batch, sequences of different lengths, a tensor of unknown name,
             an unknown kind or labels, "balanced" without a mask, "next_in_document" without documents, no
-            positive multiple_of, documents that do not end where the (padded) sequence does, or padding
-            without a pad token.
+            positive multiple_of or labels_ahead, documents that do not end where the (padded) sequence does,
+            padding without a pad token, `labels_ahead` without labels, `labels_ahead` or `shifted` of
+            "own" labels, or names in `sequences` and `shifted` that are not in the batch, or elsewhere too.
         TypeError: what bears the name of a sequence is no tensor.
         NotImplementedError: `attention_mask` hides some token: attention takes no padding mask.
         DesyncError: ranks differ in their batch or options, or another rank raised one of the above.
     """
-    whole = tuple(whole)
     with agreed(group, operation="shard_batch") as claim:
-        if labels not in get_args(Labels):
-            raise ValueError(f"labels must be one of {get_args(Labels)}, got {labels!r}")
+        # Sorted, since sets of names have another order in each process.
+        whole, sequences, shifted = map(sorted, (whole, sequences, shifted))
         claim |= {"kind": kind, "multiple_of": multiple_of, "mask": mask, "whole": whole}
-        claim["labels"] = labels
+        claim |= {"labels": labels, "labels_ahead": labels_ahead}
+        claim |= {"sequences": sequences, "shifted": shifted}
         claim |= {"pad": (pad_to_multiple_of, pad_token_id)}
-        sequences = _sequences(batch, kind, whole)
+        _check_options(kind, labels, labels_ahead, shifted)
+        tensors = sequences_of(batch, whole, [*sequences, *shifted])
         # docs/design.md: `shard_batch` compares the ranks' batches
-        claim |= {f"batch[{name!r}]": fingerprint(x) for name, x in sequences.items()}
-        sequences = sequences if labels == "own" else _shift(sequences)
-        sequences = _pad(sequences, pad_to_multiple_of, pad_token_id)
-        first = next(iter(sequences.values()))
+        claim |= {f"batch[{name!r}]": fingerprint(x) for name, x in tensors.items()}
+        if pad_to_multiple_of is not None:
+            tensors = _pad(tensors, pad_to_multiple_of, pad_token_id)
+        first = next(iter(tensors.values()))
+        num, length = first.shape[:2]
+        ends = torch.tensor([[length]])
         if labels == "next_in_document":
-            _ignore_borders(sequences, mask)
-        layout = _layout(kind, first.shape[1], group.size, multiple_of, mask)
+            ends = ends_of_documents(mask, length, num)
+        further = {} if labels_ahead is None else _further(batch, tensors, labels_ahead, ends)
+        if labels != "own":
+            for name in tensors.keys() & {"labels", *shifted}:
+                fill = IGNORE if name == "labels" else 0
+                (tensors[name],) = tokens_ahead(tensors[name], range(1, 2), ends, fill)
+        layout = _layout(kind, length, group.size, multiple_of, mask)
 
-    shards = {name: shard_sequence(x, layout, group.rank) for name, x in sequences.items()}
+    shards = {name: shard_sequence(x, layout, group.rank) for name, x in tensors.items()}
+    shards |= {name: shard_sequence(x, layout, group.rank, dim=2) for name, x in further.items()}
     if "position_ids" not in shards:
         positions = on_device(layout.positions(group.rank), first.device)
-        shards["position_ids"] = positions.expand(first.shape[0], -1)
+        shards["position_ids"] = positions.expand(num, -1)
     return dict(batch) | shards, layout
 
 
@@ -141,35 +166,34 @@ def _check_shard(x: Tensor, layout: Layout, group: Group, dim: int) -> None:
         check_mark(x, layout, "x")
 
 
-def _sequences(batch: Mapping[str, Any], kind: str, whole: tuple[str, ...]) -> dict[str, Tensor]:
+def _check_options(
+    kind: str, labels: str, labels_ahead: int | None, shifted: Sequence[str]
+) -> None:
     if kind not in (*LAYOUTS, "balanced"):
         raise ValueError(f"kind must be one of {(*LAYOUTS, 'balanced')}, got {kind!r}")
-    tensors = {n: x for n, x in batch.items() if isinstance(x, Tensor) and n not in whole}
-    others = [n for n in SEQUENCES if n not in tensors and n not in whole]
-    wrong = {n: type(batch[n]).__name__ for n in others if batch.get(n) is not None}
-    if wrong:
-        raise TypeError(f"sequences must be tensors [b s ...] to be sharded, got {wrong}")
-    unknown = [n for n in tensors if n not in SEQUENCES]
-    if unknown:
+    if labels not in get_args(Labels):
+        raise ValueError(f"labels must be one of {get_args(Labels)}, got {labels!r}")
+    if labels_ahead is not None and not (is_integer(labels_ahead) and labels_ahead > 0):
+        raise ValueError(f"labels_ahead must be a positive integer, got {labels_ahead!r}")
+    if labels == "own" and (labels_ahead is not None or shifted):
         raise ValueError(
-            f"is {unknown} a sequence? Rename it to one of {SEQUENCES} to shard it, or pass it in whole="
+            "with labels='own' a row predicts its own token: nothing is ahead or shifted, got "
+            f"{labels_ahead=} {shifted=}; name tensors in sequences="
         )
-    lengths = {n: tuple(x.shape[:2]) for n, x in tensors.items()}
-    if not tensors or len(set(lengths.values())) != 1 or len(next(iter(lengths.values()))) < 2:
-        raise ValueError(f"a batch needs sequences that are all [b s ...], got {lengths}")
-    mask = tensors.get("attention_mask")
-    if mask is not None and not bool(mask.all()):
-        raise NotImplementedError(
-            "attention_mask hides tokens and would be ignored; pad on the right with label -100 under "
-            "a causal mask, and leave attention_mask out"
+
+
+def _pad(tensors: dict[str, Tensor], multiple: int, pad_token_id: int | None) -> dict[str, Tensor]:
+    if multiple < 1 or pad_token_id is None:
+        raise ValueError(
+            f"padding needs a positive multiple and a pad_token_id, got {multiple=} {pad_token_id=}"
         )
-    return tensors
+    fills = {"input_ids": pad_token_id, "labels": IGNORE, "attention_mask": 1}
+    return padded(tensors, multiple, fills)
 
 
-Masks = Mask | Sequence[Mask] | None
-
-
-def _layout(kind: str, length: int, size: int, multiple_of: int, mask: Masks) -> Layout:
+def _layout(
+    kind: str, length: int, size: int, multiple_of: int, mask: Mask | Sequence[Mask] | None
+) -> Layout:
     if kind != "balanced":
         return LAYOUTS[kind](length, size, multiple_of=multiple_of)
     if mask is None:
@@ -177,46 +201,20 @@ def _layout(kind: str, length: int, size: int, multiple_of: int, mask: Masks) ->
     return balanced(length, size, mask, multiple_of=multiple_of)
 
 
-def _shift(sequences: dict[str, Tensor]) -> dict[str, Tensor]:
-    if "labels" not in sequences:
-        return sequences
-    labels = sequences["labels"]
-    shifted = torch.full_like(labels, IGNORE)
-    shifted[:, :-1] = labels[:, 1:]
-    return sequences | {"labels": shifted}
-
-
-def _ignore_borders(sequences: dict[str, Tensor], mask: Masks) -> None:
-    """Takes the label from the last row of every document, in place: `_shift` has made it a copy."""
-    if not isinstance(mask, Mask) or mask.documents is None or mask.pair is not None:
-        raise ValueError(
-            "labels='next_in_document' asks for the documents, in mask=seqpar.Mask(documents=...)"
-        )
-    length = next(iter(sequences.values())).shape[1]
-    if mask.bounds[-1] != length:
-        raise ValueError(f"documents must end where the sequence does, at {length}, got {mask}")
-    if "labels" in sequences:
-        sequences["labels"][:, [end - 1 for end in mask.bounds if end]] = IGNORE
-
-
-def _pad(
-    sequences: dict[str, Tensor], multiple: int | None, pad_token_id: int | None
+def _further(
+    batch: Mapping[str, Any], tensors: dict[str, Tensor], num: int, ends: Tensor
 ) -> dict[str, Tensor]:
-    if multiple is None:
-        return sequences
-    if multiple < 1 or pad_token_id is None:
-        raise ValueError(
-            f"padding needs a positive multiple and a pad_token_id, got {multiple=} {pad_token_id=}"
-        )
-    fills = {"input_ids": pad_token_id, "labels": IGNORE, "attention_mask": 1}
-    padded = {}
-    for name, x in sequences.items():
-        missing = -x.shape[1] % multiple
-        fill = x.new_full((x.shape[0], missing, *x.shape[2:]), fills.get(name, 0))
-        if name == "position_ids":
-            fill += torch.arange(x.shape[1], x.shape[1] + missing, device=x.device)
-        padded[name] = torch.cat([x, fill], dim=1)
-    return padded
+    """The labels of the tokens 2 ... num ahead, and the tokens before these: `[num-1 b s ...]`."""
+    if "labels" not in tensors:
+        raise ValueError(f"labels_ahead needs labels in the batch, got {list(batch)}")
+    found = {"labels_ahead": tokens_ahead(tensors["labels"], range(2, num + 1), ends, IGNORE)}
+    for name in ("input_ids", "inputs_embeds"):
+        if name in tensors:
+            found[f"{name}_ahead"] = tokens_ahead(tensors[name], range(1, num), ends, 0)
+    taken = [name for name in found if name in batch]
+    if taken:
+        raise ValueError(f"the batch has {taken} already, which labels_ahead= makes; rename them")
+    return found
 
 
 def fingerprint(x: Tensor) -> str:

@@ -23,8 +23,8 @@ class ShardedLoader:
     Args:
         loader: a `torch.utils.data.DataLoader`, or any iterable of dictionaries.
         group: the ranks that share each sequence.
-        kind, multiple_of, mask, pad_to_multiple_of, pad_token_id, whole, labels: as in
-            `seqpar.shard_batch`.
+        kind, multiple_of, mask, pad_to_multiple_of, pad_token_id, whole, labels, labels_ahead, sequences,
+            shifted: as in `seqpar.shard_batch`.
         everyone: the ranks of all replicas. With it, replicas whose batches end at different steps are
             an error on every rank; without it they leave each other waiting in the next reduction.
 
@@ -45,12 +45,17 @@ class ShardedLoader:
         pad_token_id: int | None = None,
         whole: Iterable[str] = (),
         labels: Labels = "next",
+        labels_ahead: int | None = None,
+        sequences: Iterable[str] = (),
+        shifted: Iterable[str] = (),
         everyone: Group | None = None,
     ) -> None:
         self.loader, self.group, self.kind, self.mask = loader, group, kind, mask
         self.everyone = group if everyone is None else everyone
         self.multiple_of, self.labels, self.whole = multiple_of, labels, tuple(whole)
         self.pad_to_multiple_of, self.pad_token_id = pad_to_multiple_of, pad_token_id
+        self.labels_ahead = labels_ahead
+        self.sequences, self.shifted = tuple(sequences), tuple(shifted)
 
     def __iter__(self) -> Iterator[tuple[dict[str, Any], Layout]]:
         batches = iter(self.loader)
@@ -79,6 +84,9 @@ class ShardedLoader:
             pad_token_id=self.pad_token_id,
             whole=self.whole,
             labels=self.labels,
+            labels_ahead=self.labels_ahead,
+            sequences=self.sequences,
+            shifted=self.shifted,
         )
 
     def __len__(self) -> int:

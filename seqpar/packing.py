@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
+
+from seqpar.layout import Mask
 
 
 def packed_documents(position_ids: Int[Tensor, "*b s"]) -> tuple[int, ...]:
@@ -36,6 +40,27 @@ def packed_documents(position_ids: Int[Tensor, "*b s"]) -> tuple[int, ...]:
             f"or attend one at a time, got position_ids {tuple(position_ids.shape)}"
         )
     return (0, *by_row[0], length)
+
+
+def padded_documents(cu_seqlens: Sequence[int] | Int[Tensor, "n"], length: int) -> tuple[int, ...]:
+    """The boundaries of documents in a row that goes on behind the last one, as where it is padded.
+
+    For `seqpar.Mask(documents=...)`. What is behind becomes a document of its own, so that no document sees it.
+    If nothing is behind they are the boundaries as given.
+
+    Args:
+        cu_seqlens: the cumulative lengths of the documents, as flash-attn has them. Equal ones are empty
+            documents, as where a list of fixed size repeats the last one.
+        length: of the whole row, padding included.
+
+    Raises:
+        ValueError: cu_seqlens do not go up from 0 to at most `length`, or are of queries and of keys.
+        TypeError: they are not integers.
+    """
+    mask = Mask(documents=cu_seqlens)
+    if mask.pair is not None or mask.bounds[-1] > length:
+        raise ValueError(f"cu_seqlens must go up from 0 to at most {length}, got {mask.documents}")
+    return mask.bounds if mask.bounds[-1] == length else (*mask.bounds, length)
 
 
 def breaks(positions: Int[Tensor, "s"]) -> list[int]:
