@@ -101,18 +101,17 @@ def shard_batch(
             predicts the first token of the next one. "next_in_document" gives it -100 instead; the
             documents are those of `mask`. "own" where a row predicts its own token, as in masked
             language models; those are not shifted.
-        labels_ahead: of how many tokens ahead there are labels, k. `labels` stay those of the next token, for
-            the main head. `labels_ahead` `[k-1 b sl]` are added, those of the tokens 2 ... k ahead, and
-            `input_ids_ahead` `[k-1 b sl]` (or `inputs_embeds_ahead`), the tokens 1 ... k - 1 ahead: so a
-            `zip` of both gives each block of multi-token prediction what it takes and what it predicts.
-            Where there is no such token, in the document if labels are "next_in_document", the label is -100
-            and the id 0. Such a row has no label, and no row that has one sees it under a causal mask.
-        sequences: names of more tensors `[b s ...]` to shard. They are NOT shifted, integers neither: entry i
-            stays with row i, which predicts token i + 1. Padded rows have 0, or False.
-        shifted: names of more tensors `[b s ...]` that belong to the token that is predicted, such as
-            `loss_mask` or `advantages` per token. They are shifted as labels are, and then sharded: row i
-            gets the entry of position i + 1. Where there is no such token, and in padded rows, they have 0, or
-            False.
+        labels_ahead: of how many tokens ahead there are labels, k. `labels` stay those of the next token,
+            for the main head. Added are `labels_ahead` `[k-1 b sl]`, of the tokens 2 ... k ahead, and
+            `input_ids_ahead` `[k-1 b sl]` (or `inputs_embeds_ahead`), the tokens 1 ... k - 1 ahead: a `zip`
+            of both gives each block of multi-token prediction what it takes and what it predicts. Where
+            there is no such token, with "next_in_document" in the same document, the label is -100 and the
+            id 0. Such a row has no label, and under a causal mask no row that has one sees it.
+        sequences: names of more tensors `[b s ...]` to shard. They are NOT shifted, nor are integers: entry
+            i stays with row i, whose label is that of token i + 1. Padded rows have 0, or False.
+        shifted: names of more tensors `[b s ...]` whose entry i belongs to token i, and is wanted where that
+            is predicted, such as `loss_mask` or `advantages` of tokens. They are shifted as labels are: row
+            i gets entry i + 1, and 0, or False, where there is no such token. Padded rows have the same.
 
     Raises:
         ValueError: no sequence in the batch, sequences of different lengths, a tensor of unknown name,

@@ -45,8 +45,8 @@ def packed_documents(position_ids: Int[Tensor, "*b s"]) -> tuple[int, ...]:
 def padded_documents(cu_seqlens: Sequence[int] | Int[Tensor, "n"], length: int) -> tuple[int, ...]:
     """The boundaries of documents in a row that goes on behind the last one, as where it is padded.
 
-    For `seqpar.Mask(documents=...)`. What is behind becomes a document of its own, so that no document sees it.
-    If nothing is behind they are the boundaries as given.
+    For `seqpar.Mask(documents=...)`. What is behind becomes a document of its own, so that no other one
+    sees it. If nothing is behind they are the boundaries as given.
 
     Args:
         cu_seqlens: the cumulative lengths of the documents, as flash-attn has them. Equal ones are empty

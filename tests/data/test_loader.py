@@ -99,6 +99,50 @@ def test_options_reach_shard_batch():
     simulate(2, fn)
 
 
+def test_what_is_ahead_and_beside_reaches_shard_batch():
+    ids = torch.arange(10)[None]
+    beside = {"advantages": ids / 8, "logprobs": ids / 4}
+    mask = seqpar.Mask(causal=True, documents=(0, 4, 10))
+    options = {"mask": mask, "labels": "next_in_document", "labels_ahead": 3}
+    options |= {"sequences": ["logprobs"], "shifted": ["advantages"]}
+
+    def fn(group):
+        batches = [{"input_ids": ids, "labels": ids} | beside] * 2
+        names = {n: iter(x) if n in ("sequences", "shifted") else x for n, x in options.items()}
+        got = [batch for batch, _ in seqpar.ShardedLoader(batches, group, "balanced", **names)]
+        expected, _ = seqpar.shard_batch(batches[0], group, "balanced", **options)
+        assert len(got) == 2
+        for batch in got:
+            assert batch.keys() == expected.keys()
+            assert all(torch.equal(batch[n], x) for n, x in expected.items())
+
+    simulate(2, fn)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("labels_ahead", (2, 3)),
+        ("labels_ahead", (None, 2)),
+        ("sequences", ((), ("more",))),
+        ("shifted", ((), ("more",))),
+    ],
+)
+def test_a_loader_with_other_options_is_told_on_every_rank(name, values):
+    ids = torch.arange(10)[None]
+
+    def fn(group):
+        batch = {"input_ids": ids, "labels": ids, "more": ids}
+        value = values[group.rank == 1]
+        whole = () if value == ("more",) else ("more",)
+        loader = seqpar.ShardedLoader([batch], group, whole=whole, **{name: value})
+        with pytest.raises(DesyncError, match=f"{name} is .* on ranks 0, 2.* on rank 1"):
+            list(loader)
+        return True
+
+    assert simulate(3, fn) == [True] * 3
+
+
 def test_processes_that_are_sampled_as_replicas_are_found():
     def fn(group):
         sampler = DistributedSampler(Sentences(8), num_replicas=group.size, rank=group.rank)

@@ -75,7 +75,7 @@ def test_labels_within_documents_need_documents_that_fit():
 
     raises("asks for the documents", None)
     raises("asks for the documents", seqpar.Mask(causal=True))
-    raises("end where the sequence does, at 6", seqpar.Mask(documents=(0, 4)))
+    raises("end where the sequence does, at 6.*padded_documents", seqpar.Mask(documents=(0, 4)))
 
 
 def test_attention_to_packed_documents_is_that_of_each_alone():
@@ -94,3 +94,60 @@ def test_attention_to_packed_documents_is_that_of_each_alone():
         one = [x[:, a:b].transpose(1, 2) for x in (q, k, v)]
         alone = torch.nn.functional.scaled_dot_product_attention(*one, is_causal=True)
         torch.testing.assert_close(whole[:, a:b], alone.transpose(1, 2), rtol=1e-11, atol=1e-11)
+
+
+@given(LENGTHS, st.integers(0, 5), st.integers(0, 3))
+def test_what_is_behind_the_last_document_is_one_of_its_own(lengths, behind, repeats):
+    _, bounds = packed(lengths)
+    length = bounds[-1] + behind
+    want = (*bounds, length) if behind else bounds
+    assert seqpar.padded_documents(bounds, length) == want
+    assert seqpar.padded_documents(torch.tensor(bounds, dtype=torch.int32), length) == want
+    repeated = seqpar.padded_documents([*bounds, *[bounds[-1]] * repeats], length)
+    assert tuple(sorted(set(repeated))) == want
+    seen = seqpar.Mask(causal=True, documents=repeated).draw(length).splitlines()
+    assert all("x" not in row[bounds[-1] :] for row in seen[: bounds[-1]])
+    assert all("x" not in row[: bounds[-1]] for row in seen[bounds[-1] :])
+
+
+def test_a_row_that_is_all_padding_is_one_document():
+    assert seqpar.padded_documents([0], 4) == (0, 4)
+    assert seqpar.padded_documents([0], 0) == (0,)
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "error", "message"),
+    [
+        ([0, 3, 6], ValueError, r"from 0 to at most 5, got \(0, 3, 6\)"),
+        ([1, 3], ValueError, "boundaries from 0"),
+        ([0, 3, 2], ValueError, "documents"),
+        ([], ValueError, "documents"),
+        ([0.0, 2.5], TypeError, "documents"),
+        (([0, 1], [0, 2]), ValueError, "at most 5"),
+    ],
+)
+def test_bounds_that_do_not_fit_the_row_are_refused(cu_seqlens, error, message):
+    with pytest.raises(error, match=message):
+        seqpar.padded_documents(cu_seqlens, 5)
+
+
+def test_attention_beside_padding_is_that_of_the_documents_alone():
+    """With cu_seqlens that end before the padded row does, in every layout."""
+    bounds, length = (0, 3, 8, 9), 16
+    q, k, v = torch.randn(3, 1, length, 2, 4, dtype=torch.float64)
+    mask = seqpar.Mask(causal=True, documents=seqpar.padded_documents(bounds, length))
+
+    def fn(group, kind):
+        batch = {"input_ids": torch.ones(1, 9)}
+        options = {"pad_to_multiple_of": 8, "pad_token_id": 0, "mask": mask}
+        _, layout = seqpar.shard_batch(batch, group, kind, labels="next_in_document", **options)
+        mine = (seqpar.shard_sequence(x, layout, group.rank) for x in (q, k, v))
+        out = seqpar.RingAttention(group, mask=mask)(*mine, layout)
+        return seqpar.unshard_sequence(out, layout, group)
+
+    for kind in ("zigzag", "striped", "contiguous", "balanced"):
+        whole = simulate(3, fn, kind)[0]
+        for a, b in zip(bounds, bounds[1:], strict=False):
+            one = [x[:, a:b].transpose(1, 2) for x in (q, k, v)]
+            alone = torch.nn.functional.scaled_dot_product_attention(*one, is_causal=True)
+            torch.testing.assert_close(whole[:, a:b], alone.transpose(1, 2), rtol=1e-11, atol=1e-11)

@@ -53,6 +53,26 @@ def test_positions_that_start_anew_are_documents():
     assert documents_of(batch, (1, 5), causal=False) == [(0, 2, 5)]
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"attention_mask": mask_of("1111111")},
+        {"attention_mask": mask_of("1111100")},
+        {"position_ids": torch.tensor([[0, 1, 0, 1, 2, 0, 0]])},
+        {"position_ids": torch.tensor([[0, 1, 0, 1, 2, 3, 4]])},
+        {"labels": torch.tensor([[1, 2, 3, 4, 5, -100, -100]])},
+    ],
+)
+@pytest.mark.parametrize("causal", [True, False])
+def test_what_is_behind_cu_seq_lens_is_a_document_of_its_own(more, causal):
+    """Whatever positions padding has, and whether an attention_mask hides it or says nothing of it."""
+    packed = {"cu_seq_lens_q": torch.tensor([0, 2, 5]), "cu_seq_lens_k": torch.tensor([0, 2, 5])}
+    assert documents_of(packed | more, (1, 7), causal=causal) == [(0, 2, 5, 7)]
+    repeats = {"cu_seq_lens_q": torch.tensor([0, 2, 5, 5, 5])}
+    assert documents_of(repeats | more, (1, 7), causal=causal) == [(0, 2, 5, 5, 5, 7)]
+
+
 def test_rows_that_are_alike_have_one_mask():
     causal, packed = Mask(True), Mask(True, documents=(0, 3))
     assert masked(causal, (None, None), 3) == causal
@@ -96,7 +116,9 @@ def test_chunks_begin_behind_padding_whatever_they_do_in_packed_texts(moves, mon
         ),
         ({"position_ids": torch.tensor([[0, 1, 0, 1, 2]])}, False, NotImplementedError, "cu_seq_lens_q"),
         ({"position_ids": torch.tensor([[0, 1, 0]])}, True, ValueError, "position_ids must be"),
-        ({"cu_seq_lens_q": [0, 2, 4]}, True, ValueError, "go up from 0 to 5"),
+        ({"cu_seq_lens_q": [0, 2, 6]}, True, ValueError, r"go up from 0 to 5, or less .* got \(0, 2, 6\)"),
+        ({"cu_seq_lens_q": [0, 3, 2]}, True, ValueError, "go up from 0 to 5"),
+        ({"cu_seq_lens_q": [1, 5]}, True, ValueError, "go up from 0 to 5"),
         ({"cu_seq_lens_q": [0, 5], "cu_seq_lens_k": [0, 3, 5]}, True, ValueError, "must be the same"),
         (
             {"cu_seq_lens_q": [0, 5], "position_ids": torch.tensor([[0, 1, 0, 1, 2]])},
@@ -105,6 +127,18 @@ def test_chunks_begin_behind_padding_whatever_they_do_in_packed_texts(moves, mon
         (
             {"cu_seq_lens_q": [0, 5], "attention_mask": mask_of("11110")},
             True, ValueError, "contradict",
+        ),
+        (
+            {"cu_seq_lens_q": [0, 3], "attention_mask": mask_of("11011")},
+            True, ValueError, "contradict",
+        ),
+        (
+            {"cu_seq_lens_q": [0, 4], "position_ids": torch.tensor([[0, 1, 0, 1, 0]])},
+            True, ValueError, r"start anew at \[2\], where cu_seq_lens_q has no document",
+        ),
+        (
+            {"cu_seq_lens_q": [0, 4], "labels": torch.tensor([[1, 2, 3, 4, 5]])},
+            True, ValueError, "ends at 4, so what follows is padding, and its labels must be -100",
         ),
     ],
 )  # fmt: skip

@@ -106,6 +106,21 @@ def test_cu_seq_lens_say_the_same_as_positions():
     check("llama", batch, flattened(), strategies=["ring"])
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral", "llama4"])
+@pytest.mark.parametrize("hides", [True, False])
+def test_packed_texts_that_end_before_the_row_does_equal_one_device(name, hides):
+    """Padding of 5 tokens that cu_seq_lens leaves out; one device finds it by positions that start anew."""
+    batch = flattened(return_flash_attn_kwargs=True)
+    after = {"input_ids": 7, "labels": -100, "position_ids": torch.arange(5)[None]}
+    for key, fill in after.items():
+        rest = fill if torch.is_tensor(fill) else torch.full((1, 5), fill)
+        batch[key] = torch.cat([batch[key], rest], 1)
+    want = {key: batch[key] for key in after}
+    if hides:
+        batch["attention_mask"] = (torch.arange(LENGTH + 5) < LENGTH).long()[None]
+    check(name, batch, want)
+
+
 def test_encoders_take_packed_texts_by_cu_seq_lens():
     """On one device as a batch of padded texts."""
     family = FAMILIES["modernbert"]

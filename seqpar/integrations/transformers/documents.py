@@ -13,11 +13,12 @@ from typing import Any
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from seqpar.data import IGNORE
 from seqpar.integrations.transformers.internals import chunks_begin_with_documents
 from seqpar.layout import Mask
 from seqpar.layout.dense import runs_of
 from seqpar.masks import key_runs
-from seqpar.packing import breaks
+from seqpar.packing import breaks, padded_documents
 
 Bounds = tuple[int, ...]
 CU_SEQ_LENS = ("cu_seq_lens_q", "cu_seq_lens_k")
@@ -77,20 +78,21 @@ def documents_of(
 ) -> list[Row]:
     """What the tokens of every row of a batch may meet.
 
-    As transformers does: `cu_seq_lens_q` says them; positions that do not go up by one start a new one
-    where there is no attention_mask; and what an attention_mask hides is a document of its own, so that
-    hidden and seen tokens do not meet. Under a causal mask what is hidden at the end needs none. Tokens that
-    it hides between others are hidden from all.
+    As transformers does: `cu_seq_lens_q` says them, and what is behind the last is padding, a document of its
+    own; positions that do not go up by one start a new one where there is no attention_mask; and what an
+    attention_mask hides is a document of its own, so that hidden and seen tokens do not meet. Under a
+    causal mask what is hidden at the end needs none. Tokens that it hides between others are hidden from all.
 
     Args:
-        batch: with the tensors of the whole batch, if any: attention_mask and position_ids `[b s]`,
+        batch: with the tensors of the whole batch, if any: attention_mask, position_ids and labels `[b s]`,
             cu_seq_lens_q and cu_seq_lens_k `[documents + 1]`.
         shape: of the batch, (b, s).
         causal: whether the model's layers are.
         packs: whether the model takes positions that start anew for documents.
 
     Raises:
-        ValueError: they contradict each other, or do not fit the shape.
+        ValueError: they contradict each other, or do not fit the shape, or padding behind cu_seq_lens_q has
+            labels.
         NotImplementedError: the mask is not `[b s]`, or positions start anew in a model that is not causal or
             does not look at them.
     """
@@ -98,16 +100,18 @@ def documents_of(
     breaks = _position_breaks(batch.get("position_ids"), shape)
     packed = _packed_bounds(batch, shape)
     if packed is not None:
-        if mask is not None and not bool(mask.all()):
+        end = packed[-1]
+        if mask is not None and not bool(mask[:, :end].all()):
             raise ValueError(
-                "cu_seq_lens_q and an attention_mask that hides tokens contradict each other"
+                "cu_seq_lens_q and an attention_mask that hides tokens of its documents contradict each other"
             )
-        extra = sorted({b for row in breaks for b in row} - set(packed))
+        extra = sorted({b for row in breaks for b in row if b < end} - set(packed))
         if extra:
             raise ValueError(
                 f"position_ids start anew at {extra}, where cu_seq_lens_q has no document"
             )
-        return [packed] * shape[0]
+        _check_no_label(batch.get("labels"), end)
+        return [padded_documents(packed, shape[1])] * shape[0]
     if mask is not None:
         return [
             _padded_row(row, seen, breaks[row], causal=causal)
@@ -185,9 +189,19 @@ def _packed_bounds(batch: Mapping[str, Any], shape: tuple[int, int]) -> Bounds |
             f"cu_seq_lens_q and cu_seq_lens_k must be the same, of a batch of 1, got {bounds} for {shape}"
         )
     (packed,) = set(bounds.values())
-    if packed[0] != 0 or packed[-1] != shape[1] or any(a > b for a, b in pairwise(packed)):
-        raise ValueError(f"cu_seq_lens_q must go up from 0 to {shape[1]}, got {packed}")
+    if packed[0] != 0 or packed[-1] > shape[1] or any(a > b for a, b in pairwise(packed)):
+        raise ValueError(
+            f"cu_seq_lens_q must go up from 0 to {shape[1]}, or less where padding follows, got {packed}"
+        )
     return packed
+
+
+def _check_no_label(labels: Any, end: int) -> None:
+    """Refuses labels that count behind the last document: what they are there is padding."""
+    if isinstance(labels, Tensor) and labels.ndim > 1 and bool((labels[:, end:] != IGNORE).any()):
+        raise ValueError(
+            f"cu_seq_lens_q ends at {end}, so what follows is padding, and its labels must be {IGNORE}"
+        )
 
 
 def _integers(bounds: Int[Tensor, "n"]) -> Bounds:

@@ -126,6 +126,8 @@ class SequenceParallel:
         labels: Labels | None = None,
         seed: int | None = None,
         whole: Iterable[str] = (),
+        sequences: Iterable[str] = (),
+        shifted: Iterable[str] = (),
     ) -> Inputs:
         """This rank's keyword arguments for the model, from a batch that every rank holds whole.
 
@@ -140,6 +142,8 @@ class SequenceParallel:
                 found to do when this was made.
             seed: of attention dropout, another for every step; needed only where the model drops weights.
             whole: names of tensors to pass on unsharded.
+            sequences, shifted: names of more tensors `[b s ...]`, as in `seqpar.shard_batch`. The model does
+                not get them: they are in `beside` of what is returned.
 
         Raises:
             ValueError: the batch contradicts itself, or has fewer tokens than there are ranks, or labels
@@ -150,8 +154,17 @@ class SequenceParallel:
         """
         sharding = Sharding(self.attend, self.inner, self.findings)
         with agreed(self.tp, operation="shard, over tp") as claim:
+            sequences, shifted = sorted(sequences), sorted(shifted)
+            claim |= {"sequences": sequences, "shifted": shifted}
             inputs = sharding.shard(
-                batch, kind=kind, multiple_of=multiple_of, labels=labels, seed=seed, whole=whole
+                batch,
+                kind=kind,
+                multiple_of=multiple_of,
+                labels=labels,
+                seed=seed,
+                whole=whole,
+                sequences=sequences,
+                shifted=shifted,
             )
             claim["layout"] = inputs.layout
             tensors = {name: x for name, x in batch.items() if isinstance(x, Tensor)}

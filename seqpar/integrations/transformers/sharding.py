@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,8 +47,10 @@ class Sharding:
         labels: Labels | None,
         seed: int | None,
         whole: Iterable[str],
+        sequences: Sequence[str],
+        shifted: Sequence[str],
     ) -> Inputs:
-        """Gives this rank's arguments, labels and layout. All ranks must call."""
+        """Gives this rank's arguments, labels, layout and what is beside. All ranks must call."""
         batch = {name: x for name, x in batch.items() if x is not None}
         group, causal = self.attend.group, self.findings.causal
         with agreed(group, operation="shard") as claim:
@@ -75,6 +77,8 @@ class Sharding:
             mask=masked(Mask(causal), rows, shape[1]),
             whole=whole,
             labels=labels or "own",
+            sequences=sequences,
+            shifted=shifted,
         )
         with agreed(group, operation="shard: positions"):
             if not all(layout.rows):
@@ -90,8 +94,9 @@ class Sharding:
         for each in self.findings.masks:
             call.mask(*each)
         own = arguments.pop("labels", None)
+        beside = {name: arguments.pop(name) for name in (*sequences, *shifted)}
         arguments |= common_arguments(self.model, attention_mask=mask, seqpar=call)
-        return Inputs(arguments, own, layout)
+        return Inputs(arguments, own, layout, beside)
 
     def _shape(self, batch: Mapping[str, Any]) -> tuple[int, int]:
         tokens = next((batch[name] for name in TOKENS if isinstance(batch.get(name), Tensor)), None)
