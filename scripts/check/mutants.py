@@ -34,6 +34,8 @@ PARTS = {
     "reference": "kernels/seqpar_kernels/reference.py",
     "loss": "seqpar/loss.py",
     "data": "seqpar/data.py",
+    "ahead": "seqpar/ahead.py",
+    "batches": "seqpar/batches.py",
 }
 ROUNDS = (8.0, 60.0)  # seconds of tests: few first, and many where these notice nothing
 CONTROL = (2.0,)  # seconds of tests of a file without a change

@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 from plants.attention import ATTENTION
+from plants.batches import BATCHES
 from plants.biases import BIAS_PLANTS
 from plants.cut_weights import POLICIES
 from plants.fused_weights import TENSOR_PARALLEL
@@ -31,8 +32,12 @@ from seqpar.commands import progress
 ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 300
 NOT_CHECKED = {
+    "seqpar/ahead.py",
+    "seqpar/batches.py",
     "seqpar/data.py",
+    "seqpar/loader.py",
     "seqpar/loss.py",
+    "seqpar/packing.py",
     "seqpar/compiled.py",
     "seqpar/checkpointing.py",
     "seqpar/functional.py",
@@ -49,6 +54,7 @@ PLANTS = [
     *ATTENTION,
     *MASK_PLANTS,
     *BIAS_PLANTS,
+    *BATCHES,
     *LIBRARIES,
     *TENSOR_PARALLEL,
     *POLICIES,

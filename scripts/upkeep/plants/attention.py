@@ -98,8 +98,6 @@ ATTENTION = [
     Plant("rows restored in rank order", "seqpar/data.py",
           "return gathered.index_select(dim, on_device(layout.inverse(), x.device))", "return gathered",
           "tests/data"),
-    Plant("labels sharded before they are shifted", "seqpar/data.py",
-          "shifted[:, :-1] = labels[:, 1:]", "shifted[:, :-1] = labels[:, :-1]", "tests/data"),
     Plant("mean of means", "seqpar/loss.py",
           "        all_reduce_(count, group)\n", "        count = count * group.size\n", "tests/data"),
     Plant("agreement ignores the mask", "seqpar/calls/options.py",
