@@ -45,8 +45,8 @@ def _ends(mask: Mask | None, length: int) -> Int[Tensor, "s"]:
         )
     if mask.bounds[-1] != length:
         raise ValueError(
-            f"documents must end where the sequence does, at {length}, got {mask}; what is behind the last "
-            "one, such as padding, is a document too: seqpar.padded_documents adds it"
+            f"documents must end where the sequence does, at {length}, got {mask}; "
+            "seqpar.padded_documents makes a document of padding behind them"
         )
     bounds = torch.tensor(mask.bounds)
     return bounds[1:].repeat_interleave(bounds.diff())

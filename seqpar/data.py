@@ -137,10 +137,10 @@ def shard_batch(
         if pad_to_multiple_of is not None:
             tensors = _pad(tensors, pad_to_multiple_of, pad_token_id)
         first = next(iter(tensors.values()))
-        num, length = first.shape[:2]
+        num_sequences, length = first.shape[:2]
         ends = torch.tensor([[length]])
         if labels == "next_in_document":
-            ends = ends_of_documents(mask, length, num)
+            ends = ends_of_documents(mask, length, num_sequences)
         further = {} if labels_ahead is None else _further(batch, tensors, labels_ahead, ends)
         if labels != "own":
             for name in tensors.keys() & {"labels", *shifted}:
@@ -152,7 +152,7 @@ def shard_batch(
     shards |= {name: shard_sequence(x, layout, group.rank, dim=2) for name, x in further.items()}
     if "position_ids" not in shards:
         positions = on_device(layout.positions(group.rank), first.device)
-        shards["position_ids"] = positions.expand(num, -1)
+        shards["position_ids"] = positions.expand(num_sequences, -1)
     return dict(batch) | shards, layout
 
 

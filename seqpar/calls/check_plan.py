@@ -63,7 +63,8 @@ def _check_lengths(mask: Mask, num_rows: int, num_cols: int) -> None:
     for end, length, what in ends:
         if end != length:
             raise ValueError(
-                f"a dense mask or documents must end where the {what}, at {length}, got {end}"
+                f"a dense mask or documents must end where the {what}, at {length}, got {end}; "
+                "seqpar.padded_documents makes a document of padding behind them"
             )
 
 

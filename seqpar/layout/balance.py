@@ -57,7 +57,8 @@ def balanced(
             )
         if each.lengths is not None and each.lengths[0] != length:
             raise ValueError(
-                f"documents must end where the sequence does, at {length}, got {each.lengths[0]}"
+                f"documents must end where the sequence does, at {length}, got {each.lengths[0]}; "
+                "seqpar.padded_documents makes a document of padding behind them"
             )
     if length == 0 or causal or all(each.layers == FULL for each in masks):
         return replace(layout, kind="balanced")

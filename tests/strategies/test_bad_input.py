@@ -125,7 +125,7 @@ ONE_RANK = {  # what rank 1 alone does -> what every message must say
     ),
     "documents of another length": (
         {"mask": Mask(causal=True, documents=(0, 5, 11))},
-        r"documents must end where the sequence does, at 12, got 11",
+        r"documents must end where the sequence does, at 12, got 11; seqpar\.padded_documents",
     ),
     "joined documents of another length": (
         {"mask": Mask(causal=True) | Mask(documents=(0, 5, 11))},
