@@ -42,6 +42,7 @@ from seqpar.decode import KVCache
 from seqpar.functional import attention, attention_with_lse, merge
 from seqpar.layout import Layout, Mask, balanced, contiguous, striped, zigzag
 from seqpar.loader import ShardedLoader
+from seqpar.logprobs import token_logprobs
 from seqpar.loss import count_tokens, mean_loss, sum_gradients
 from seqpar.module import (
     AllGatherAttention,
@@ -99,6 +100,7 @@ __all__ = [
     "simulate",
     "striped",
     "sum_gradients",
+    "token_logprobs",
     "unshard_sequence",
     "warm_up",
     "zigzag",

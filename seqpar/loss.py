@@ -76,7 +76,7 @@ def mean_loss(
     total = all_reduce(counted.sum(dtype=wide), group)
     mean = total / count.clamp(min=1).to(wide)
     # docs/design.md: `mean_loss` sums gradients, not averages
-    return mean if gradients == "sum" else _GradientTimes.apply(mean, group.size)
+    return mean if gradients == "sum" else gradient_times(mean, group.size)
 
 
 def count_tokens(
@@ -197,11 +197,16 @@ def _placed(grad: Any, p: Any) -> Any:
     return grad.redistribute(placements=p.placements)
 
 
+def gradient_times(x: Tensor, factor: float) -> Tensor:
+    """Gives x, and its gradient times a factor."""
+    return _GradientTimes.apply(x, factor)
+
+
 class _GradientTimes(torch.autograd.Function):
     """x -> y = x.    backward  dx = factor dy."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
         ctx.factor = factor
         return x.view_as(x)
 

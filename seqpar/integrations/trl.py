@@ -124,9 +124,10 @@ class GRPOTrainer(Shared, trl.GRPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # TRL counts the prompts of all processes, and has each draw apart.
-        self.args = copy.copy(self.args)
-        self.args.generation_batch_size //= self.replicas.size
-        set_seed(self.args.seed + self.replicas.index)
+        options: Any = copy.copy(self.args)
+        options.generation_batch_size //= self.replicas.size
+        self.args = options
+        set_seed(options.seed + self.replicas.index)
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         """Generates on one device."""
@@ -134,7 +135,8 @@ class GRPOTrainer(Shared, trl.GRPOTrainer):
             return super()._generate_single_turn(*args, **kwargs)
 
     def _unsupported(self) -> dict[str, bool]:
-        args, shared = self.args, self.replicas.size > 1
+        args: Any = self.args
+        shared = self.replicas.size > 1
         rows = args.per_device_train_batch_size * args.steps_per_generation
         return super()._unsupported() | {
             "use_vllm, which samples for each process apart": shared and args.use_vllm,
