@@ -26,6 +26,7 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import recursively_apply
 
 Attend = Attention | Callable[[Group], Attention]
+MARK = "seqpar_replicas"  # of an Accelerator that shares sequences
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,11 +72,12 @@ class Replicas:
 
 
 def share_sequences(accelerator: Accelerator, attend: Attend) -> tuple[Attention, Replicas]:
-    """Has an Accelerator treat processes that share sequences as one. Before its `prepare`; all must call.
+    """Has an Accelerator deal out batches to processes that share sequences together. Before its `prepare`.
 
     Loaders then give those processes the same batches, and `gather_for_metrics` takes what one of them holds;
-    `gather` takes what every process holds, as ever. Where the mesh has a dimension "cp", models are left as
-    they are: accelerate would take the masks from their layers, for torch's own context parallelism.
+    `gather` and `reduce` take what every process holds, as ever. Every process reads a stream by itself.
+    Where the mesh has a dimension "cp", models are left as they are: accelerate would take the masks from
+    their layers, for torch's own context parallelism. All must call; calling again changes nothing.
 
     Args:
         attend: an attention module, whose group says which processes share sequences. Or what makes one of a
@@ -87,14 +89,20 @@ def share_sequences(accelerator: Accelerator, attend: Attend) -> tuple[Attention
 
     Raises:
         NotImplementedError: the mesh has a dimension for tensor parallelism.
-        ValueError: as `Replicas.of`; or loaders have been prepared, or dispatch_batches is asked for.
+        ValueError: as `Replicas.of`; or loaders have been prepared, or dispatch_batches is asked for, or the
+            Accelerator shares sequences otherwise already.
         DesyncError: another process raised one of the above.
     """
-    if not isinstance(attend, Attention):
-        attend = attend(_group_of(accelerator))
-    replicas = Replicas.of(attend.group, accelerator.num_processes)
-    with agreed(replicas.everyone, operation="share_sequences"):
-        if accelerator._dataloaders:
+    everyone = Group.of() if accelerator.num_processes > 1 else Group.alone()
+    before: Replicas | None = getattr(accelerator, MARK, None)
+    with agreed(everyone, operation="share_sequences"):
+        mesh = accelerator.torch_device_mesh
+        if mesh is not None and "tp" in mesh.mesh_dim_names:
+            raise NotImplementedError(
+                "accelerate's tensor parallelism is not supported beside shared sequences; see "
+                "seqpar.integrations.transformers.replace_attention"
+            )
+        if before is None and accelerator._dataloaders:
             raise ValueError(
                 "share sequences before accelerator.prepare(...) is given a data loader"
             )
@@ -103,8 +111,19 @@ def share_sequences(accelerator: Accelerator, attend: Attend) -> tuple[Attention
                 "dispatch_batches=True has process 0 cut each batch for all processes, some of which share "
                 "sequences; leave it out"
             )
+        if not isinstance(attend, Attention):
+            attend = attend(_group_of(accelerator))
+    replicas = Replicas.of(attend.group, accelerator.num_processes)
+    if before is not None:
+        if before.members != replicas.members:
+            raise ValueError(
+                f"this Accelerator shares sequences among {before.members} already, not {replicas.members}"
+            )
+        return attend, before
+    setattr(accelerator, MARK, replicas)
     if replicas.size > 1:
         accelerator.prepare_data_loader = partial(_dealt, accelerator, replicas)
+        accelerator.prepare_scheduler = _no_scheduler
         accelerator.gather_for_metrics = partial(_gathered_once, accelerator, replicas)
         accelerator._prepare_cp = _unchanged
     return attend, replicas
@@ -112,13 +131,7 @@ def share_sequences(accelerator: Accelerator, attend: Attend) -> tuple[Attention
 
 def _group_of(accelerator: Accelerator) -> Group:
     mesh = accelerator.torch_device_mesh
-    names = () if mesh is None else tuple(mesh.mesh_dim_names)
-    if "tp" in names:
-        raise NotImplementedError(
-            "accelerate's tensor parallelism is not supported beside shared sequences; see "
-            "seqpar.integrations.transformers.replace_attention"
-        )
-    if "cp" in names:
+    if mesh is not None and "cp" in mesh.mesh_dim_names:
         return Group.of(mesh["cp"])
     if mesh is not None or accelerator.num_processes == 1:
         return Group.alone()
@@ -133,8 +146,15 @@ def _dealt(
     slice_fn_for_dispatch: object = None,  # noqa: ARG001 - nothing is dispatched
 ) -> DataLoader[Any]:
     """What `Accelerator.prepare_data_loader` does, for replicas instead of processes."""
+    if loader in accelerator._dataloaders:
+        return loader
     if device_placement is None:
         device_placement = accelerator.device_placement
+    init = loader.worker_init_fn
+    if (
+        isinstance(init, partial) and "rank" in init.keywords
+    ):  # Trainer's, which seeds workers by process
+        loader.worker_init_fn = partial(init, rank=replicas.index)
     dealt = prepare_data_loader(
         loader,
         accelerator.device,
@@ -152,6 +172,14 @@ def _dealt(
     )
     accelerator._dataloaders.append(dealt)
     return dealt
+
+
+def _no_scheduler(scheduler: object) -> None:
+    """Refuses schedulers: accelerate steps a prepared one as often as there are processes."""
+    raise NotImplementedError(
+        f"{type(scheduler).__name__} must not be given to accelerator.prepare where processes share "
+        "sequences: it would take a step for each process; step it yourself, once a step"
+    )
 
 
 def _unchanged(*prepared: Any) -> tuple[Any, ...]:

@@ -9,10 +9,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import IterableDataset
 
 from seqpar.comm import agreed
 from seqpar.integrations.accelerate import Attend, share_sequences
@@ -24,7 +28,9 @@ from transformers import Trainer  # isort: skip - that it is there was seen abov
 # What processes must have alike.
 COMPARED = (
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_steps",
-    "num_train_epochs", "seed", "data_seed", "label_smoothing_factor",
+    "num_train_epochs", "seed", "data_seed", "label_smoothing_factor", "learning_rate", "weight_decay",
+    "lr_scheduler_type", "max_grad_norm", "logging_steps", "logging_strategy", "eval_steps", "eval_strategy",
+    "save_steps", "save_strategy", "fp16", "bf16", "gradient_checkpointing",
 )  # fmt: skip
 
 
@@ -44,7 +50,7 @@ class OnReplicas(Trainer):
         )  # the step, and which micro-batch of it is the last that was called with
         super().__init__(*args, **kwargs)
         with agreed(self.replicas.everyone, operation=type(self).__name__) as claim:
-            claim |= {name: getattr(self.args, name) for name in COMPARED}
+            claim |= {name: str(getattr(self.args, name)) for name in COMPARED}
             refused = [what for what, is_there in self._unsupported().items() if is_there]
             if refused:
                 raise NotImplementedError(
@@ -67,6 +73,57 @@ class OnReplicas(Trainer):
         super().create_accelerator_and_postprocess()
         self.attend, self.replicas = share_sequences(self.accelerator, self._attend)
         self.gather_function = self.accelerator.gather_for_metrics  # as it is now
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Prepares for training, also where an evaluation came before."""
+        if not self.is_fsdp_enabled:
+            _ = self.sp  # before autocast is put round the model, in which outputs differ
+        if self.model_wrapped is self.model and self.model is not None:
+            # An evaluation has accelerate take the bare model for prepared, which DDP would then never wrap.
+            vars(self.model).pop("_is_accelerate_prepared", None)
+        return super()._prepare_for_training(*args, **kwargs)
+
+    def fetched(self, epoch_iterator: Iterator[Any], num_batches: int) -> list[Any]:
+        """The micro-batches of a step: as many in every process, or an error in all.
+
+        Raises:
+            RuntimeError: nothing averages gradients over the processes.
+            DesyncError: processes have other numbers of batches, or another one raised.
+        """
+        everyone = self.replicas.everyone
+        with agreed(everyone, operation="the batches of a step") as claim:
+            if everyone.size > 1 and self.model_wrapped is self.model and not self.is_fsdp_enabled:
+                raise RuntimeError(
+                    f"{type(self.model).__name__} is wrapped neither in DDP nor in FSDP, so gradients of the "
+                    "ranks would not be added"
+                )
+            batches = list(islice(epoch_iterator, num_batches))
+            claim["micro-batches"] = len(batches)
+        return batches
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        """Evaluates on a data set whose length is known: else some sequences would count twice.
+
+        Raises:
+            NotImplementedError: the data set is a stream.
+        """
+        if self.replicas.size > 1 and isinstance(dataloader.dataset, IterableDataset):
+            raise NotImplementedError(
+                "evaluation on shared sequences needs a data set with a length; make a list of the stream"
+            )
+        return super().evaluation_loop(dataloader, *args, **kwargs)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Has the ranks of a replica go on from one state, as they draw alike."""
+        leader = self.replicas.members[self.replicas.index][0]
+        if checkpoint is None or self.replicas.size == 1:
+            return super()._load_rng_state(checkpoint)
+        saved = Path(checkpoint).resolve() / f"rng_state_{leader}.pth"
+        if not saved.exists():
+            return None
+        with TemporaryDirectory() as folder:
+            Path(folder, f"rng_state_{self.args.process_index}.pth").symlink_to(saved)
+            return super()._load_rng_state(folder)
 
     def get_total_train_batch_size(self, args: Any) -> int:
         """How many sequences a step takes: those of all replicas."""
@@ -115,8 +172,13 @@ class OnReplicas(Trainer):
         return {
             "DeepSpeed": self.is_deepspeed_enabled,
             "torch.nn.DataParallel (start one process for each GPU with torchrun)": args.n_gpu > 1,
-            "compute_loss_func, which takes logits of whole sequences": self.compute_loss_func
-            is not None,
+            # TRL gives text here to old releases of transformers.
+            "compute_loss_func, which takes logits of whole sequences": callable(
+                self.compute_loss_func
+            ),
+            "label_names other than 'labels'": args.label_names not in (None, ["labels"]),
+            "torch_compile (compile layers: `for layer in model.model.layers: layer.compile()`)": shared
+            and args.torch_compile,
             "neftune_noise_alpha, whose noise is scaled by the length of a shard": shared
             and self.neftune_noise_alpha is not None,
             "train_sampling_strategy='batch_rebalance', which deals out to processes": shared

@@ -19,15 +19,16 @@ from seqpar.loss import count_tokens
 from transformers import Trainer  # isort: skip - that it is there was seen above
 
 # Methods that a class beside this one may not have, since its own would never be called.
-OWN = ("compute_loss", "prediction_step")
+OWN = ("compute_loss", "prediction_step", "get_batch_samples")
 
 
 class SequenceParallelTrainer(OnReplicas):
     """A Trainer of transformers that spreads each sequence over ranks. All processes make one.
 
     Losses, gradient norms, clipping, schedules, metrics and checkpoints are those of one process for each
-    replica. It takes what Trainer takes, and `attend`. With another subclass of Trainer that computes no loss
-    of its own: `class Mine(SequenceParallelTrainer, Theirs)`.
+    replica; the evaluation loss is the mean over batches, each the mean over its tokens. It takes `attend`
+    and what Trainer takes. With another subclass of Trainer that computes no loss of its own:
+    `class Mine(SequenceParallelTrainer, Theirs)`.
 
     Args:
         attend: how ranks share a sequence, such as `seqpar.RingAttention(group)`. Or what makes that of a
@@ -50,15 +51,14 @@ class SequenceParallelTrainer(OnReplicas):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
         """The micro-batches of a step, and how many of their tokens count, over all replicas."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = self.fetched(epoch_iterator, num_batches)
+        if not batches:
+            return batches, None
         everyone, shifts = self.replicas.everyone, self.sp.findings.labels == "next"
-        with agreed(everyone, operation="get_batch_samples") as claim:
-            claim["micro-batches"] = len(batches)
+        with agreed(everyone, operation="get_batch_samples"):
             missing = [sorted(batch) for batch in batches if batch.get("labels") is None]
             if missing:
                 raise ValueError(f"a batch to train on needs labels, got {missing[0]}")
-        if not batches:
-            return batches, None
         labels = [batch["labels"].to(device) for batch in batches]
         valid = [(x[..., 1:] if shifts else x) != IGNORE for x in labels]
         return batches, count_tokens(valid, everyone) // self.replicas.size
@@ -72,27 +72,26 @@ class SequenceParallelTrainer(OnReplicas):
     ) -> Any:
         """The loss of a whole batch that all ranks of a replica are given; outputs are of whole sequences.
 
-        A loss that is computed from those outputs on every rank, and added, has its right gradient: they are
-        summed over the ranks of a replica, and averaged over all.
+        In training the mean is over all replicas, in evaluation over this one. A loss that is computed from
+        those outputs on every rank, and added, has its right gradient: gradients are summed over the ranks of
+        a replica, and averaged over all.
 
         Args:
             num_items_in_batch: what sums over tokens are divided by, as `get_batch_samples` counts it.
         """
-        group = self.replicas.everyone
+        everyone = self.replicas.everyone if model.training else self.attend.group
         with self.drawn_apart(model) as seed:
             shard = self.sp.shard(inputs, seed=seed)
             outputs = model(**shard, return_dict=True)
             loss = self.sp.loss_of(
                 outputs.logits,
                 shard,
-                everyone=group,
+                everyone=everyone,
                 gradients="mean",
                 num_tokens=num_items_in_batch,
                 token_losses=self._token_losses,
             )
-        if not return_outputs:
-            return loss
-        return loss, type(outputs)(**{name: self._whole(x, shard) for name, x in outputs.items()})
+        return (loss, self._whole(outputs, shard)) if return_outputs else loss
 
     def prediction_step(
         self,
@@ -103,18 +102,19 @@ class SequenceParallelTrainer(OnReplicas):
     ) -> tuple[Tensor | None, Any, Any]:
         """The loss of a replica's batch, its outputs for whole sequences, in order, and its labels."""
         inputs = self._prepare_inputs(inputs)
-        labels = inputs.get("labels")
+        labels, loss = inputs.get("labels"), None
         if ignore_keys is None:
             ignore_keys = getattr(self.sp.inner.config, "keys_to_ignore_at_inference", ["cache"])
         with torch.no_grad(), self.compute_loss_context_manager():
-            shard = self.sp.shard(inputs)
-            outputs = model(**shard, return_dict=True)
-            loss = None
-            if labels is not None:
-                loss = self.sp.loss_of(outputs.logits, shard, token_losses=self._token_losses)
-            if prediction_loss_only:
-                return loss, None, None
-            found = tuple(self._whole(x, shard) for n, x in outputs.items() if n not in ignore_keys)
+            if labels is None:
+                shard = self.sp.shard(inputs)
+                outputs = self._whole(model(**shard, return_dict=True), shard)
+            elif prediction_loss_only:
+                return self.compute_loss(model, inputs).detach(), None, None
+            else:
+                loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+                loss = loss.detach()
+        found = tuple(x for name, x in outputs.items() if name not in ignore_keys)
         return loss, found[0] if len(found) == 1 else found, labels
 
     @property
@@ -122,11 +122,13 @@ class SequenceParallelTrainer(OnReplicas):
         smoothing = self.args.label_smoothing_factor
         return partial(_smoothed, smoothing=smoothing) if smoothing else None
 
-    def _whole(self, x: Any, shard: Inputs) -> Any:
-        """What ranks hold of a tensor, or of several, put together in the order of the sequence."""
-        if isinstance(x, Tensor):
-            return unshard_sequence(x, shard.layout, self.attend.group)
-        return tuple(self._whole(each, shard) for each in x)
+    def _whole(self, outputs: Any, shard: Inputs) -> Any:
+        """What ranks hold of a tensor, of several or of all outputs, in the order of the sequence."""
+        if isinstance(outputs, Tensor):
+            return unshard_sequence(outputs, shard.layout, self.attend.group)
+        if isinstance(outputs, Mapping):
+            return type(outputs)(**{n: self._whole(x, shard) for n, x in outputs.items()})
+        return tuple(self._whole(x, shard) for x in outputs)
 
     def _unsupported(self) -> dict[str, bool]:
         order = type(self).__mro__

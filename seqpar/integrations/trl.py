@@ -84,7 +84,8 @@ class Shared(OnReplicas):
 
         A process that shares sequences counts them as its own: TRL multiplies by the number of processes.
         """
-        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = self.fetched(epoch_iterator, num_batches)
+        count = self._get_num_items_in_batch(batches, device)
         divided_by = self.get_cp_size() * self.get_sp_size()
         return batches, None if count is None else count * divided_by
 

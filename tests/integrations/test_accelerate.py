@@ -1,6 +1,7 @@
 """accelerate's own loop on shared sequences: batches, gathered metrics and steps are those of one device."""
 
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -84,10 +85,21 @@ def dealt(group, neighbours):
     pairs = [[0, 1], [2, 3]] if neighbours else [[0, 2], [1, 3]]
     mine, _ = torch.distributed.new_subgroups_by_enumeration(pairs)
     accelerator = accelerator_of(group)
-    _, replicas = share_sequences(accelerator, seqpar.RingAttention(seqpar.Group.of(mine)))
+    attend = seqpar.RingAttention(seqpar.Group.of(mine))
+    _, replicas = share_sequences(accelerator, attend)
+    assert share_sequences(accelerator, attend)[1] is replicas  # as for a second model
+    with pytest.raises(ValueError, match=r"shares sequences among .* already"):
+        share_sequences(accelerator, seqpar.RingAttention(seqpar.Group.of()))
+    scheduler = torch.optim.lr_scheduler.ConstantLR(torch.optim.SGD([torch.zeros(1)]))
+    with pytest.raises(NotImplementedError, match="ConstantLR must not be given"):
+        accelerator.prepare(scheduler)
     found = {}
     for kind, data in (("map", sequences(8)), ("stream", Stream())):
-        loader = accelerator.prepare(DataLoader(data, batch_size=2, collate_fn=as_batch))
+        init = partial(print, rank=group.rank)  # as Trainer has workers seeded
+        loader = DataLoader(data, batch_size=2, collate_fn=as_batch, worker_init_fn=init)
+        loader = accelerator.prepare(loader)
+        assert loader.worker_init_fn.keywords == {"rank": replicas.index}
+        assert accelerator.prepare(loader) is loader
         batches = [batch["input_ids"] for batch in loader]
         everything = [accelerator.gather_for_metrics(x) for x in batches]
         found[kind] = torch.cat(batches), torch.cat(everything)

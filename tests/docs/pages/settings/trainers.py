@@ -4,8 +4,11 @@ from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch.utils.data import DataLoader
-from transformers import TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 
 from pages.models import saved
 from seqpar.integrations.trainer import SequenceParallelTrainer
@@ -37,6 +40,26 @@ def replicas():
         yield names
         names["trainer"].train()
         assert len(names["trainer"].replicas.members) == 2
+
+
+def trl():
+    from datasets import Dataset
+    from trl import DPOConfig
+
+    words = Tokenizer(WordLevel({"yes": 0, "no": 1, "why": 2, "end": 3}, unk_token="end"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="end", eos_token="end")
+    pairs = [{"prompt": "why why", "chosen": " yes yes no", "rejected": " no"}] * 4
+    with TemporaryDirectory() as folder:
+        arguments = DPOConfig(
+            folder, max_steps=2, use_cpu=True, bf16=False, ddp_backend="gloo", report_to=[],
+            per_device_train_batch_size=2, gradient_checkpointing=False,
+        )  # fmt: skip
+        names = {"arguments": arguments, "pairs": Dataset.from_list(pairs), "tokenizer": tokenizer}
+        with saved(FAMILIES["llama"].make(torch.float32)) as path:
+            names["model"] = AutoModelForCausalLM.from_pretrained(path)
+            yield names
+    assert names["trainer"].state.global_step == 2
 
 
 def accelerate():

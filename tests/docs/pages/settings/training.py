@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 import seqpar
 from pages.models import AttentionModel
+from seqpar.integrations.transformers import SequenceParallel
+from seqpar.testing.models.tiny import FAMILIES, VOCABULARY
 
 
 def one_rule():
@@ -132,3 +134,22 @@ def tensors_beside():
     gains = torch.minimum(ratio * gain, ratio.clamp(0.8, 1.2) * gain)
     want = -gains[names["completion_mask"][:, 1:]].mean()
     torch.testing.assert_close(names["loss"], want)
+
+
+def losses_that_compare():
+    """The gradient of an embedding is that of one device."""
+    model, group = FAMILIES["llama"].make(), seqpar.Group.of()
+    alone = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(VOCABULARY, (4, 13), generator=generator)
+    is_answer = torch.zeros_like(ids, dtype=torch.bool)
+    for row, end in enumerate((9, 13, 7, 12)):
+        is_answer[row, 4:end] = True
+    sp = SequenceParallel(model, seqpar.RingAttention(group))
+    given = {"sp": sp, "ids": ids, "is_answer": is_answer, "group": group, "model": model}
+    yield given | {"beta": 0.1}
+    logprobs = alone(ids).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+    of_answers = (logprobs * is_answer[:, 1:]).sum(1) / is_answer.sum(1)
+    chosen, rejected = of_answers.chunk(2)
+    (-F.logsigmoid(0.1 * (chosen - rejected)).mean()).backward()
+    torch.testing.assert_close(model.lm_head.weight.grad, alone.lm_head.weight.grad)
