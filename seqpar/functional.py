@@ -11,7 +11,7 @@ from torch import Tensor
 from seqpar import compiled
 from seqpar.calls import agree_on_call, resolve
 from seqpar.calls.options import told_of
-from seqpar.comm import agreed_backward, current_replay
+from seqpar.comm import WayBack, agreed_backward, current_replay
 from seqpar.strategies import STRATEGIES, Plan
 
 
@@ -42,8 +42,10 @@ def attention(
     if compiled.is_traced():
         return compiled.attention(q, k, v, plan)[0]
     plan = _agreed(q, k, v, plan)
-    out, _ = STRATEGIES[plan.strategy].attend(q, k, v, plan)
-    return _watched(plan, out)[0]
+    way = WayBack()
+    with way.opened():
+        out, _ = STRATEGIES[plan.strategy].attend(q, k, v, plan)
+    return _watched(plan, way, out)[0]
 
 
 def attention_with_lse(
@@ -63,9 +65,11 @@ def attention_with_lse(
         assert lse is not None, "it was asked for"
         return out, lse
     plan = _agreed(q, k, v, plan, with_lse=True)
-    out, lse = STRATEGIES[plan.strategy].attend(q, k, v, plan, with_lse=True)
+    way = WayBack()
+    with way.opened():
+        out, lse = STRATEGIES[plan.strategy].attend(q, k, v, plan, with_lse=True)
     assert lse is not None, "it was asked for"
-    out, lse = _watched(plan, out, lse)
+    out, lse = _watched(plan, way, out, lse)
     return out, lse
 
 
@@ -94,11 +98,11 @@ def _agreed(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, with_lse: bool = Fal
     return agreed
 
 
-def _watched(plan: Plan, *results: Tensor) -> tuple[Tensor, ...]:
+def _watched(plan: Plan, way: WayBack, *results: Tensor) -> tuple[Tensor, ...]:
     """The results, with agreement on their backward unless the plan is trusted."""
     if plan.agree == "plan":
         return results
-    return agreed_backward(results, plan.group, operation="attention")
+    return agreed_backward(results, plan.group, operation="attention", way=way)
 
 
 def _call(plan: Plan, with_lse: bool) -> object:

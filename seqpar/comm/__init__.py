@@ -12,7 +12,13 @@ from seqpar.comm.all_to_all import (
     start_to_rows,
 )
 from seqpar.comm.async_exchange import AsyncExchange
-from seqpar.comm.backward import agree_on_backward, agreed_backward, backward_number
+from seqpar.comm.backward import (
+    WayBack,
+    agree_on_backward,
+    agreed_backward,
+    arrival,
+    backward_number,
+)
 from seqpar.comm.combine import combine, combine_elements
 from seqpar.comm.gather import all_gather, reduce_scatter
 from seqpar.comm.gather_pass import GatherSchedule, HomeSum, Piece, gather_pass, send_home
@@ -49,6 +55,7 @@ __all__ = [
     "RingSchedule",
     "RingSum",
     "Traffic",
+    "WayBack",
     "agree",
     "agree_on_backward",
     "agreed",
@@ -56,6 +63,7 @@ __all__ = [
     "all_gather",
     "all_reduce",
     "all_reduce_",
+    "arrival",
     "backward_number",
     "combine",
     "combine_elements",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from itertools import count
 from typing import Any
 
 import torch
@@ -14,7 +17,45 @@ from seqpar.comm.replay import plays
 from seqpar_kernels import any_order
 
 
-def agreed_backward(xs: Sequence[Tensor], group: Group, *, operation: str) -> tuple[Tensor, ...]:
+class WayBack:
+    """The way back of one operation, which passes the node on which ranks agree, or begins behind it."""
+
+    def __init__(self) -> None:
+        self.num_agreed = 0
+        self.agree: Callable[[], None] | None = None  # where ranks do on the way back
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Nodes that are made inside, on this thread, are on this way."""
+        token = _OPENED.set(self)
+        try:
+            yield
+        finally:
+            _OPENED.reset(token)
+
+
+_OPENED: ContextVar[WayBack | None] = ContextVar("seqpar_way_back", default=None)
+
+
+def arrival() -> Callable[[], None]:
+    """What a node with parameters calls whenever backward comes to it, before it sends.
+
+    Backward may begin right at it: a pipeline's schedule that takes gradients of inputs first comes back later
+    for those of weights. Ranks agree then, as they do where backward passes all of the operation.
+    """
+    way, visits = _OPENED.get(), count(1)
+
+    def arrive() -> None:
+        # docs/design.md: backward is agreed on
+        if way is not None and way.agree is not None and next(visits) > way.num_agreed:
+            way.agree()
+
+    return arrive
+
+
+def agreed_backward(
+    xs: Sequence[Tensor], group: Group, *, operation: str, way: WayBack | None = None
+) -> tuple[Tensor, ...]:
     """The results of an operation, whose gradients are let through once all ranks are there with theirs.
 
     So ranks that go backward in another order, twice, or not at all, meet in an error and not in each other's
@@ -23,10 +64,13 @@ def agreed_backward(xs: Sequence[Tensor], group: Group, *, operation: str) -> tu
     Args:
         xs: the results; they share their memory with what is returned.
         operation: what gave them.
+        way: the way back of the operation, where nodes on it have parameters.
     """
     if group.size == 1 or plays() or not any(x.requires_grad for x in xs):
         return tuple(xs)
-    return _AgreedBackward.apply(group, operation, backward_number(group), *xs)
+    number, way = backward_number(group), way or WayBack()
+    way.agree = lambda: agree_on_backward(group, f"the parameters of {operation}", number, ())
+    return _AgreedBackward.apply(group, operation, number, way, *xs)
 
 
 def backward_number(group: Group) -> int:
@@ -55,9 +99,9 @@ class _AgreedBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, group: Group, operation: str, number: int, *xs: Tensor
+        ctx: Any, group: Group, operation: str, number: int, way: WayBack, *xs: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.call = group, operation, number
+        ctx.call, ctx.way = (group, operation, number), way
         ctx.set_materialize_grads(False)
         # Aliases, because what is returned as it came may not be written to in place.
         return tuple(x.detach() for x in xs)
@@ -68,4 +112,5 @@ class _AgreedBackward(torch.autograd.Function):
         # docs/design.md: backward is agreed on
         group, operation, number = ctx.call
         agree_on_backward(group, operation, number, grads)
-        return None, None, None, *grads
+        ctx.way.num_agreed += 1
+        return None, None, None, None, *grads

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from seqpar.comm.group import Calls, Group
+from seqpar.comm.group import Group
 from seqpar.comm.objects import gather_objects, gather_tensors, largest
 from seqpar.comm.transport import NO_OPERATION, Message, Operation, Pending, ReduceOp, Transport
 from seqpar_kernels.integers import is_integer
@@ -126,7 +126,8 @@ def grid(group: Group, *, ulysses: int | None = None, ring: int | None = None) -
 
 def _view(group: Group, members: Sequence[int]) -> Group:
     # docs/design.md: a `Grid` is two views of one group
-    return Group(_View(group.transport, tuple(members)), group.traffic, Calls(of=group.calls))
+    view = _View(group.transport, tuple(members))
+    return Group(view, group.traffic, group.calls.among(tuple(members)))
 
 
 class _View:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any, ClassVar
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ class Calls:
         with_backward: the number of those that agree once more on their way back.
         trusted: calls that were compared once and are not compared again.
         of: those of the whole group, of which this one is a view.
+        views: those of the views of this group, by their members.
     """
 
     number: int = 0
@@ -51,6 +52,17 @@ class Calls:
     with_backward: int = 0
     trusted: set[str] = field(default_factory=set)
     of: Calls | None = None
+    views: dict[tuple[int, ...], Calls] = field(default_factory=dict)
+
+    @staticmethod
+    def over(process_group: ProcessGroup) -> Calls:
+        """Those over a process group: one count, however many groups are made of it."""
+        # docs/design.md: messages are counted by the wire
+        return _CALLS.setdefault(process_group, Calls())
+
+    def among(self, members: tuple[int, ...]) -> Calls:
+        """Those among some of the ranks: one count, however many views are made of them."""
+        return self.views.setdefault(members, Calls(of=self))
 
     @property
     def operation(self) -> Operation:
@@ -122,7 +134,8 @@ class Group:
                 no positive number.
             TypeError: `ranks` is neither a process group nor a device mesh.
         """
-        return Group(ProcessTransport.of(ranks, patience))
+        transport = ProcessTransport.of(ranks, patience)
+        return Group(transport, calls=Calls.over(transport.process_group))
 
     @staticmethod
     def alone() -> Group:
@@ -190,6 +203,8 @@ class Group:
         return f"Group(rank={self.rank}, size={self.size})"
 
 
+# What ranks have agreed on over each process group; keeps none of them alive.
+_CALLS: WeakKeyDictionary[ProcessGroup, Calls] = WeakKeyDictionary()
 # Groups that are alive, by name; keeps none of them alive.
 _LIVE: WeakValueDictionary[str, Group] = WeakValueDictionary()
 

@@ -92,7 +92,8 @@ class ProcessTransport:
         return ProcessTransport(ranks, patience)
 
     @property
-    def _group(self) -> dist.ProcessGroup:
+    def process_group(self) -> dist.ProcessGroup:
+        """The process group, while it is not destroyed."""
         group = self._reference()
         if group is None:
             raise RuntimeError("the process group of this seqpar.Group has been destroyed")
@@ -138,7 +139,7 @@ class ProcessTransport:
         operation: Operation = NO_OPERATION,
     ) -> _ProcessPending:
         """Starts a batch of isend and irecv."""
-        group, peers, tag = self._group, self._peers, _tag(primitive, operation)
+        group, peers, tag = self.process_group, self._peers, _tag(primitive, operation)
         # docs/design.md: receives are posted before sends
         ops = [dist.P2POp(dist.irecv, x, peers[peer], group, tag) for peer, x in receives]
         ops += [dist.P2POp(dist.isend, x, peers[peer], group, tag) for peer, x in sends]
@@ -176,7 +177,7 @@ class ProcessTransport:
         operation: Operation = NO_OPERATION,
     ) -> None:
         with self._waiting(self._others, primitive, operation):
-            dist.all_reduce(x, op, group=self._group)
+            dist.all_reduce(x, op, group=self.process_group)
 
     def _waiting(self, peers: Sequence[int], primitive: str, operation: Operation) -> _Waiting:
         what = f"{primitive} of {operation.name}" if operation.name else primitive
@@ -186,7 +187,7 @@ class ProcessTransport:
 
     def _wake(self) -> None:
         """Ends the waits of this process in an error: nothing can be sent in this group any more."""
-        group = self._group
+        group = self.process_group
         if not self._has_tags:
             group.abort()
             return

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from seqpar.comm import GatherSchedule, Piece, gather_pass, once
+from seqpar.comm import GatherSchedule, Piece, arrival, gather_pass, once
 from seqpar.strategies.plan import Plan, Spans
 from seqpar_kernels import (
     BY_BLOCKS,
@@ -182,7 +182,7 @@ class _Loop(torch.autograd.Function):
         tensors = held[: len(call.names)]
         # docs/design.md: a replay keeps what must not be done twice
         out, lse = once(lambda: _forward(call, q, k, v, tensors), 2, lambda: like_results(q, v))
-        ctx.call = call
+        ctx.call, ctx.arrive = call, arrival()
         # An lse that nobody differentiates must come as `None`: zeros would look like a gradient.
         ctx.set_materialize_grads(False)
         ctx.held = held_by(call.plan.functions)
@@ -192,6 +192,7 @@ class _Loop(torch.autograd.Function):
     @staticmethod
     @first_only
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.arrive()
         (dout, dlse), call, plan = grad_outputs, ctx.call, ctx.call.plan
         q, k, v, out, lse, *tensors = ctx.saved_tensors  # raises where one was written since
         check_held(ctx.held, plan.functions)

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from seqpar.comm import once
+from seqpar.comm import arrival, once
 from seqpar.strategies.plan import Plan
 from seqpar.strategies.stored_scores import ByColumns, ByDepth, ByRows, Sharding
 from seqpar.strategies.strategy import Strategy
@@ -96,6 +96,7 @@ class _Materialised(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         # A `score_mod` holds the others itself; here they are only so that gradients reach them.
         tensors = held[: len(names)]
+        ctx.arrive = arrival()
         ctx.plan, ctx.names, ctx.shapes = plan, names, (q.shape, k.shape, v.shape)
         scored = _scored(plan, names, tensors)
         q_x, k_x, v_x, p, out, lse, *rest = once(
@@ -110,6 +111,7 @@ class _Materialised(torch.autograd.Function):
     @staticmethod
     @first_only
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.arrive()
         dout, dlse = grad_outputs
         q_x, k_x, v_x, out, lse, p, bend, before, *tensors = ctx.saved_tensors
         check_held(ctx.held, ctx.plan.functions)

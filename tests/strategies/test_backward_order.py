@@ -1,7 +1,10 @@
 """Backward is agreed on: ranks that do not go back together are told, all of them, and can go on."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch.autograd.graph import GradientEdge
 
 import seqpar
 from seqpar import simulate
@@ -118,6 +121,73 @@ def test_every_rank_is_told_and_the_next_step_is_right(act, strategy, options):
 @pytest.mark.parametrize("strategy", ["ring", "ulysses"])
 def test_over_processes(worlds, act, strategy):
     check(worlds.run(3, out_of_step, act, strategy, {}))
+
+
+def groups_of_the_same(group):
+    """Two groups over the same wire, made as where each layer makes its own."""
+    of = group.transport.process_group
+    return seqpar.Group.of(of), seqpar.Group.of(of)
+
+
+def views_of_the_same(group):
+    return group.grid(ring=2).ring, group.grid(ring=2).ring
+
+
+def another_order_in_groups_of_their_own(group, make):
+    layers = [Layers(own, "ring") for own in make(group)]
+    losses = [layer.loss(0) for layer in layers]
+    with pytest.raises(DesyncError, match="backward of attention number"):
+        for n in (1, 0) if layers[0].is_odd else (0, 1):
+            losses[n].backward()
+    return True
+
+
+def test_groups_over_the_same_processes_count_together(worlds):
+    assert all(worlds.run(3, another_order_in_groups_of_their_own, groups_of_the_same))
+
+
+def test_views_of_the_same_ranks_count_together():
+    assert all(simulate(4, another_order_in_groups_of_their_own, views_of_the_same))
+
+
+def split_backward(group, strategy, ends):
+    """Goes back to q, k, v in one order, and later to slopes, from attention itself, in that of `ends`."""
+    layers = Layers(group, strategy)
+    slopes = [torch.ones(4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    nodes, inner, wanted = [], {}, []
+    for n in range(2):
+        layers.plan = replace(layers.plan, score=seqpar.Score(alibi_slopes=slopes[n]))
+        wanted.append(torch.autograd.grad(layers.loss(n), slopes[n])[0])
+        loss = layers.loss(n)
+        node = loss.grad_fn
+        while not node.name().startswith(("_Loop", "_Materialised")):
+            node = node.next_functions[0][0]
+        handle = node.register_prehook(lambda grads, n=n: inner.update({n: grads}))
+        torch.autograd.grad(loss, layers.mine[n], retain_graph=True)
+        handle.remove()
+        nodes.append(node)
+    found = {}
+    for n in ends[group.rank == ODD]:
+        edges = [GradientEdge(nodes[n], i) for i, g in enumerate(inner[n]) if g is not None]
+        given = [g for g in inner[n] if g is not None]
+        (found[n],) = torch.autograd.grad(edges, slopes[n], given)
+    assert all(torch.equal(found[n], wanted[n]) for n in range(2))
+    return True
+
+
+BY_BLOCKS = ["ring", "allgather", "mesh", "hybrid", "materialised_columns"]
+
+
+@pytest.mark.parametrize("strategy", BY_BLOCKS)
+def test_backward_may_begin_at_attention(strategy):
+    """As in a pipeline that takes gradients of inputs first, and those of weights later."""
+    assert all(simulate(4, split_backward, strategy, [(1, 0), (1, 0)]))
+
+
+@pytest.mark.parametrize("strategy", BY_BLOCKS)
+def test_backward_that_begins_at_attention_is_agreed_on(strategy):
+    with pytest.raises(DesyncError, match="backward of the parameters of attention number"):
+        simulate(4, split_backward, strategy, [(0, 1), (1, 0)])
 
 
 @pytest.mark.parametrize("act", [another_order, a_backward_twice])
