@@ -15,12 +15,15 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from seqpar.comm import Group, agreed, all_reduce, all_reduce_
+from seqpar.replicas import content_hash
 from seqpar_kernels import accumulation_dtype, any_order
 from seqpar_kernels.torch_internals import version
 
 Reduction = Literal["sum", "mean"]
 # By gradient that `sum_gradients` has written: its version then, and the ranks that it was summed over.
 _SUMMED = WeakIdKeyDictionary()
+# By parameter: the sets of ranks whose copies of it have been compared.
+_COMPARED = WeakIdKeyDictionary()
 
 
 def mean_loss(
@@ -115,15 +118,18 @@ def sum_gradients(parameters: Iterable[Tensor], group: Group) -> None:
     ranks that saw no token need no care; one that no rank has a gradient for keeps none. Gradients of
     16 bits are added in float32.
 
-    Of parameters that are sharded over *other* ranks (DTensors of tensor parallelism), shards are added.
+    Of parameters that are sharded over *other* ranks (DTensors of tensor parallelism), shards are added. At
+    the first sum of a parameter its copies are compared, to the bit: what ranks do not hold alike, such as
+    experts of a mixture, is no copy, and its gradient would become that of all of them.
 
     Args:
-        group: all ranks that train the model, as in `seqpar.mean_loss`; with tensor parallelism those that
-            hold the same shards.
+        group: the ranks that hold the same parameters: all that train the model, as in `seqpar.mean_loss`; of
+            shards, experts and stages of a pipeline those that hold the same ones.
 
     Raises:
         ValueError: there is no parameter, or gradients are as they were summed before.
-        DesyncError: ranks differ in the shapes or dtypes of their parameters, or another rank raised.
+        DesyncError: ranks differ in the shapes, dtypes or first content of their parameters, or another rank
+            raised.
         NotImplementedError: a gradient is sparse, wants gradients itself, or is of a DTensor that is sharded
             over ranks of the group, which its wrapper reduces.
     """
@@ -155,13 +161,19 @@ def sum_gradients(parameters: Iterable[Tensor], group: Group) -> None:
                 "a sum in place has no derivative, but a gradient was made with create_graph=True; detach it "
                 "first, or sum what torch.autograd.grad gives with seqpar.comm.all_reduce"
             )
+        # docs/design.md: only copies are summed
+        for n, p in enumerate(params):
+            if group.size > 1 and ranks not in _COMPARED.get(p, ()):
+                claim[f"the copy of parameter {n} {tuple(p.shape)}"] = content_hash(_local(p))
+    for p in params:
+        _COMPARED.setdefault(p, set()).add(ranks)
     has = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
     all_reduce_(has, group)
     for p, num_ranks in zip(params, has.tolist(), strict=True):
         if num_ranks:
             over = _summed_over(p)
             grad = _placed(torch.zeros_like(p) if p.grad is None else p.grad, p)
-            here = grad.to_local() if hasattr(grad, "to_local") else grad
+            here = _local(grad)
             wide = here.to(accumulation_dtype(p.dtype)).contiguous()
             all_reduce_(wide, group)
             if here is grad:
@@ -171,6 +183,11 @@ def sum_gradients(parameters: Iterable[Tensor], group: Group) -> None:
                 p.grad = grad
             assert p.grad is not None, "it was set"
             _SUMMED[p.grad] = version(p.grad), over | {ranks}
+
+
+def _local(x: Any) -> Tensor:
+    """What this rank holds of a tensor, which may be a DTensor."""
+    return x.to_local() if hasattr(x, "to_local") else x
 
 
 def _summed_over(p: Tensor) -> frozenset[tuple[int, ...]]:

@@ -33,7 +33,7 @@ def same_weights(module: nn.Module, group: Group, *, broadcast: bool = False) ->
         return
     with agreed(group, operation="same_weights") as claim:
         for name, p in shared.items() if group.size > 1 else ():
-            claim[f"the hash of {name}"] = _hash(p)
+            claim[f"the hash of {name}"] = content_hash(p)
 
 
 def _shared(module: nn.Module) -> dict[str, Tensor]:
@@ -52,8 +52,8 @@ def _shared(module: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _hash(x: Tensor) -> str:
-    """A sum of the words of a tensor, each times an odd number that tells its place, modulo 2^64."""
+def content_hash(x: Tensor) -> str:
+    """A hash of what a tensor holds, to the bit: a sum of the words of a tensor, each times an odd number that tells its place, modulo 2^64."""
     raw = x.detach().contiguous().reshape(-1).view(torch.uint8)
     if raw.numel() % 8:  # else it would be copied
         raw = F.pad(raw, (0, -raw.numel() % 8))

@@ -130,6 +130,8 @@ def test_gradients_are_summed_once_and_of_parameters_that_are_there():
 
     def fn(group):
         model = torch.nn.Linear(2, 2)
+        torch.nn.init.eye_(model.weight)
+        torch.nn.init.zeros_(model.bias)
         parameters = model.parameters()
         assert len(list(parameters)) == 2
         with pytest.raises(ValueError, match="used up by its first use"):
@@ -143,3 +145,25 @@ def test_gradients_are_summed_once_and_of_parameters_that_are_there():
         return model.weight.grad
 
     assert all(torch.equal(grad, torch.zeros(2, 2)) for grad in simulate(2, fn))
+
+
+def test_what_ranks_do_not_hold_alike_is_not_summed():
+    """Experts look like copies of each other; only at the first sum are weights compared."""
+
+    def fn(group):
+        shared, expert = torch.ones(3, requires_grad=True), torch.ones(2, 3, requires_grad=True)
+        with torch.no_grad():
+            expert[1] += 1e-7 * group.rank
+        (shared.sum() + expert.sum()).backward()
+        with pytest.raises(DesyncError, match=r"the copy of parameter 1 \(2, 3\) is"):
+            seqpar.sum_gradients([shared, expert], group)
+        assert torch.equal(expert.grad, torch.ones(2, 3)), "nothing was summed"
+        seqpar.sum_gradients([shared], group)
+        seqpar.sum_gradients([expert], seqpar.Group.alone())
+        with torch.no_grad():  # as steps of the ranks might round
+            shared += 1e-7 * group.rank
+        shared.grad = torch.ones(3)
+        seqpar.sum_gradients([shared], group)
+        return shared.grad
+
+    assert all(torch.equal(grad, torch.full((3,), 2.0)) for grad in simulate(2, fn))
