@@ -40,9 +40,9 @@ POLICIES = {"megatron": megatron, "contracted": contracted}
 
 def line(group):
     """The mesh of a group that exists."""
-    ranks = dist.get_process_group_ranks(group.transport._group)
+    ranks = dist.get_process_group_ranks(group.transport.process_group)
     return DeviceMesh.from_group(
-        group.transport._group, "cpu", torch.tensor(ranks), mesh_dim_names=("tp",)
+        group.transport.process_group, "cpu", torch.tensor(ranks), mesh_dim_names=("tp",)
     )
 
 

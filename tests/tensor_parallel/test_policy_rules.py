@@ -76,9 +76,9 @@ def test_models_that_are_not_known_are_refused_by_name():
 def refusal(group, make, kind, message):
     """What this rank raises, and whether its model is as it was."""
     model, policy = make(group.rank)
-    ranks = dist.get_process_group_ranks(group.transport._group)
+    ranks = dist.get_process_group_ranks(group.transport.process_group)
     mesh = DeviceMesh.from_group(
-        group.transport._group, "cpu", torch.tensor(ranks), mesh_dim_names=("tp",)
+        group.transport.process_group, "cpu", torch.tensor(ranks), mesh_dim_names=("tp",)
     )
     before = parameters_of(model)
     with pytest.raises(kind, match=message):
@@ -204,9 +204,9 @@ def test_what_one_rank_refuses_all_refuse(worlds):
 
 def cut_twice(group):
     block, policy = other_weights(0)
-    ranks = dist.get_process_group_ranks(group.transport._group)
+    ranks = dist.get_process_group_ranks(group.transport.process_group)
     mesh = DeviceMesh.from_group(
-        group.transport._group, "cpu", torch.tensor(ranks), mesh_dim_names=("tp",)
+        group.transport.process_group, "cpu", torch.tensor(ranks), mesh_dim_names=("tp",)
     )
     apply_policy(block, policy, mesh)
     with pytest.raises(ValueError, match="sharded already"):

@@ -27,9 +27,9 @@ SCALED = {"hidden_size": 36, "head_dim": 4, "intermediate_size": 288, "num_key_v
 
 
 def line(group):
-    ranks = dist.get_process_group_ranks(group.transport._group)
+    ranks = dist.get_process_group_ranks(group.transport.process_group)
     return DeviceMesh.from_group(
-        group.transport._group, "cpu", torch.tensor(ranks), mesh_dim_names=("tp",)
+        group.transport.process_group, "cpu", torch.tensor(ranks), mesh_dim_names=("tp",)
     )
 
 
