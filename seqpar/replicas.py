@@ -53,7 +53,7 @@ def _shared(module: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def content_hash(x: Tensor) -> str:
-    """A hash of what a tensor holds, to the bit: a sum of the words of a tensor, each times an odd number that tells its place, modulo 2^64."""
+    """What a tensor holds, in short: a sum of its words, each times an odd number that tells its place."""
     raw = x.detach().contiguous().reshape(-1).view(torch.uint8)
     if raw.numel() % 8:  # else it would be copied
         raw = F.pad(raw, (0, -raw.numel() % 8))

@@ -24,6 +24,7 @@ from plants.cut_weights import POLICIES
 from plants.fused_weights import TENSOR_PARALLEL
 from plants.libraries import LIBRARIES
 from plants.masks import MASK_PLANTS
+from plants.parallelisms import PARALLELISMS
 from plants.plant import Plant
 from plants.replaced_attention import REPLACED
 
@@ -53,6 +54,7 @@ NOT_CHECKED = {
 PLANTS = [
     *ATTENTION,
     *MASK_PLANTS,
+    *PARALLELISMS,
     *BIAS_PLANTS,
     *BATCHES,
     *LIBRARIES,

@@ -40,8 +40,8 @@ _OPENED: ContextVar[WayBack | None] = ContextVar("seqpar_way_back", default=None
 def arrival() -> Callable[[], None]:
     """What a node with parameters calls whenever backward comes to it, before it sends.
 
-    Backward may begin right at it: a pipeline's schedule that takes gradients of inputs first comes back later
-    for those of weights. Ranks agree then, as they do where backward passes all of the operation.
+    Backward may begin right at it: a pipeline's schedule that takes gradients of inputs first comes back
+    later for those of weights. Ranks agree then, as where backward passes all of the operation.
     """
     way, visits = _OPENED.get(), count(1)
 

@@ -4,7 +4,8 @@ from functools import partial
 
 import pytest
 import torch.nn.functional as F
-from tiny_decoder import DEPTH, IGNORE, Decoder, Experts, Training, one_device, packed
+from spread_experts import Experts
+from tiny_decoder import DEPTH, IGNORE, Decoder, Training, one_device, packed
 from torch.distributed.device_mesh import init_device_mesh
 
 import seqpar

@@ -4,7 +4,8 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from tiny_decoder import DEPTH, LENGTH, Decoder, Experts, dense, packed
+from spread_experts import Experts
+from tiny_decoder import DEPTH, LENGTH, Decoder, dense, packed
 from torch.distributed.device_mesh import init_device_mesh
 
 import seqpar
