@@ -57,9 +57,8 @@ def batch_of(step, replica, sharers):
         shards.append(seqpar.shard_batch(whole, sharers, mask=mask, labels="next_in_document")[0])
         # As long as the longest: what is added are empty documents.
         documents.append(sequence.documents + (LENGTH,) * (5 - len(sequence.documents)))
-    return {name: torch.cat([x[name] for x in shards]) for name in shards[0]}, torch.tensor(
-        documents
-    )
+    rows = {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
+    return rows, torch.tensor(documents)
 
 
 def as_it_is(stage, _):
