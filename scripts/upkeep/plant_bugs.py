@@ -27,6 +27,7 @@ from plants.masks import MASK_PLANTS
 from plants.parallelisms import PARALLELISMS
 from plants.plant import Plant
 from plants.replaced_attention import REPLACED
+from plants.trainers import TRAINERS
 
 from seqpar.commands import progress
 
@@ -37,6 +38,7 @@ NOT_CHECKED = {
     "seqpar/batches.py",
     "seqpar/data.py",
     "seqpar/loader.py",
+    "seqpar/logprobs.py",
     "seqpar/loss.py",
     "seqpar/packing.py",
     "seqpar/compiled.py",
@@ -61,6 +63,7 @@ PLANTS = [
     *TENSOR_PARALLEL,
     *POLICIES,
     *REPLACED,
+    *TRAINERS,
 ]
 
 
