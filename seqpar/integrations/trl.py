@@ -53,6 +53,7 @@ class WholeCalls:
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
     ) -> Any:
         """Puts what belongs to tokens together, in the order of the sequence."""
+        # docs/design.md: each rank of a replica computes the whole loss
         call = kwargs.get("seqpar")
         if args or call is None or not self.sp.is_on:
             return None
