@@ -49,13 +49,11 @@ class WholeCalls:
         inputs = self.sp.shard(batch, seed=self.seed)
         return args, inputs | of_head | {"shift_labels": inputs.labels}
 
-    def join(
-        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
-    ) -> Any:
+    def join(self, _: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
         """Puts what belongs to tokens together, in the order of the sequence."""
         # docs/design.md: each rank of a replica computes the whole loss
         call = kwargs.get("seqpar")
-        if args or call is None or not self.sp.is_on:
+        if call is None or "shift_labels" not in kwargs:  # not sharded here
             return None
         # TRL's outputs have no column for the last row, which predicts nothing.
         end = -1 if kwargs["shift_labels"] is not None else None

@@ -4,6 +4,7 @@ import copy
 import os
 from dataclasses import dataclass, field
 
+import peft
 import pytest
 import torch
 import trl
@@ -78,6 +79,7 @@ class Run:
     replicas: int = 1
     batch: int = 4
     accumulate: int = 2
+    lora: bool = False
     options: dict = field(default_factory=dict)
 
 
@@ -109,7 +111,9 @@ def given(group, run):
         "model": model, "args": getattr(trl, f"{run.kind}Config")(**options),
         "train_dataset": Dataset.from_list(list(examples(run.kind))), "processing_class": tokenizer(),
     }  # fmt: skip
-    if run.kind == "DPO":
+    if run.lora:
+        keywords["peft_config"] = peft.LoraConfig(r=2, target_modules=["query_key_value"])
+    elif run.kind == "DPO":
         keywords["ref_model"] = copy.deepcopy(model)
     if run.kind == "GRPO":
         model.config._name_or_path = run.path
@@ -172,10 +176,13 @@ def assert_alike(got, want):
         )
 
 
-@pytest.mark.parametrize("kind", ["SFT", "DPO", "GRPO"])
-def test_steps_equal_one_device(train, kind):
-    want = train(1, by_trl, kind=kind)
-    assert_alike(train(2, shared, kind=kind), want)
+@pytest.mark.parametrize(
+    ("kind", "lora"), [("SFT", False), ("DPO", False), ("DPO", True), ("GRPO", False)]
+)
+def test_steps_equal_one_device(train, kind, lora):
+    """Without its adapter a model is its own reference."""
+    want = train(1, by_trl, kind=kind, lora=lora)
+    assert_alike(train(2, shared, kind=kind, lora=lora), want)
 
 
 def test_replicas_that_sample_equal_those_of_trl(train):
