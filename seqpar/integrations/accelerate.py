@@ -44,17 +44,15 @@ class Replicas:
     index: int
 
     @staticmethod
-    def of(group: Group, num_processes: int) -> Replicas:
+    def of(group: Group, everyone: Group) -> Replicas:
         """The replicas that arise where every process names the group that it shares sequences with.
 
         All processes must call.
 
         Raises:
             ValueError: groups overlap without being the same, or have several sizes.
-            RuntimeError: torch.distributed is not initialised, and there are several processes.
         """
         mine = [int(rank) for rank in group.transport.global_ranks]
-        everyone = group if group.size == num_processes else Group.of()
         table = cast("list[list[int]]", everyone.transport.gather_objects(mine))
         if any(table[member] != theirs for theirs in table for member in theirs):
             raise ValueError(
@@ -113,7 +111,7 @@ def share_sequences(accelerator: Accelerator, attend: Attend) -> tuple[Attention
             )
         if not isinstance(attend, Attention):
             attend = attend(_group_of(accelerator))
-    replicas = Replicas.of(attend.group, accelerator.num_processes)
+    replicas = Replicas.of(attend.group, everyone)
     if before is not None:
         if before.members != replicas.members:
             raise ValueError(
@@ -151,9 +149,8 @@ def _dealt(
     if device_placement is None:
         device_placement = accelerator.device_placement
     init = loader.worker_init_fn
-    if (
-        isinstance(init, partial) and "rank" in init.keywords
-    ):  # Trainer's, which seeds workers by process
+    # Trainer's seeds workers by process.
+    if isinstance(init, partial) and "rank" in init.keywords:
         loader.worker_init_fn = partial(init, rank=replicas.index)
     dealt = prepare_data_loader(
         loader,

@@ -44,10 +44,8 @@ class OnReplicas(Trainer):
     def __init__(self, *args: Any, attend: Attend, **kwargs: Any) -> None:
         self._attend = attend
         self._sp: SequenceParallel | None = None
-        self._calls = (
-            -1,
-            0,
-        )  # the step, and which micro-batch of it is the last that was called with
+        # The step, and which micro-batch of it came last.
+        self._calls = (-1, 0)
         super().__init__(*args, **kwargs)
         with agreed(self.replicas.everyone, operation=type(self).__name__) as claim:
             claim |= {name: str(getattr(self.args, name)) for name in COMPARED}

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from seqpar.comm import agreed
 from seqpar.data import IGNORE, unshard_sequence
 from seqpar.integrations.replicas import OnReplicas
 from seqpar.integrations.transformers import Inputs
+from seqpar.integrations.transformers.setup import cross_entropy
 from seqpar.loss import count_tokens
 
 from transformers import Trainer  # isort: skip - that it is there was seen above
@@ -80,6 +80,9 @@ class SequenceParallelTrainer(OnReplicas):
             num_items_in_batch: what sums over tokens are divided by, as `get_batch_samples` counts it.
         """
         everyone = self.replicas.everyone if model.training else self.attend.group
+        smoothing, token_losses = self.args.label_smoothing_factor, None
+        if smoothing:
+            token_losses = partial(cross_entropy, label_smoothing=smoothing)
         with self.drawn_apart(model) as seed:
             shard = self.sp.shard(inputs, seed=seed)
             outputs = model(**shard, return_dict=True)
@@ -89,7 +92,7 @@ class SequenceParallelTrainer(OnReplicas):
                 everyone=everyone,
                 gradients="mean",
                 num_tokens=num_items_in_batch,
-                token_losses=self._token_losses,
+                token_losses=token_losses,
             )
         return (loss, self._whole(outputs, shard)) if return_outputs else loss
 
@@ -117,11 +120,6 @@ class SequenceParallelTrainer(OnReplicas):
         found = tuple(x for name, x in outputs.items() if name not in ignore_keys)
         return loss, found[0] if len(found) == 1 else found, labels
 
-    @property
-    def _token_losses(self) -> Callable[[Tensor, Tensor], Tensor] | None:
-        smoothing = self.args.label_smoothing_factor
-        return partial(_smoothed, smoothing=smoothing) if smoothing else None
-
     def _whole(self, outputs: Any, shard: Inputs) -> Any:
         """What ranks hold of a tensor, of several or of all outputs, in the order of the sequence."""
         if isinstance(outputs, Tensor):
@@ -140,14 +138,3 @@ class SequenceParallelTrainer(OnReplicas):
             )
             for name, owner in owners.items()
         }
-
-
-def _smoothed(logits: Tensor, labels: Tensor, *, smoothing: float) -> Tensor:
-    """Cross entropy with the labels smoothed, as `transformers.trainer_pt_utils.LabelSmoother` has it."""
-    return F.cross_entropy(
-        logits.float() if logits.element_size() < 4 else logits,
-        labels,
-        reduction="none",
-        ignore_index=IGNORE,
-        label_smoothing=smoothing,
-    )

@@ -246,7 +246,7 @@ class SequenceParallel:
             labels = inputs.labels.flatten().to(logits.device)
             if token_losses is None:
                 self._check_classes(logits)
-            losses = (token_losses or _cross_entropy)(logits.flatten(0, 1), labels)
+            losses = (token_losses or cross_entropy)(logits.flatten(0, 1), labels)
         return mean_loss(
             losses, everyone, valid=labels != IGNORE, num_tokens=num_tokens, gradients=gradients
         )
@@ -294,9 +294,12 @@ class SequenceParallel:
             )
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    """The loss of each row `[rows, classes]`, 0 where its label is -100, in float32 or wider."""
     wide = logits.to(accumulation_dtype(logits.dtype))
-    return F.cross_entropy(wide, labels, reduction="none", ignore_index=IGNORE)
+    return F.cross_entropy(
+        wide, labels, reduction="none", ignore_index=IGNORE, label_smoothing=label_smoothing
+    )
 
 
 def _check_attend(attend: Attention) -> None:
