@@ -1,14 +1,13 @@
 """accelerate's own loop on shared sequences: batches, gathered metrics and steps are those of one device."""
 
-import os
 from functools import partial
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration
 from torch.utils.data import DataLoader, IterableDataset
+from under_torchrun import as_torchrun_has_it
 
 import seqpar
 from seqpar.integrations.accelerate import Replicas, share_sequences
@@ -19,10 +18,7 @@ from seqpar.testing.models.tiny import VOCABULARY
 
 def accelerator_of(group, **options):
     """As a script under torchrun gets it."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-    rank, size = str(group.rank), str(group.size)
-    os.environ |= dict(zip(names, (rank, rank, size, size), strict=True))
+    as_torchrun_has_it(group)
     return Accelerator(cpu=True, **options)
 
 
@@ -128,7 +124,7 @@ def refused(group):
         groups = {str(ranks): torch.distributed.new_group(ranks) for ranks in named}
         mine = seqpar.Group.of(groups[str(named[group.rank])])
         with pytest.raises(ValueError, match="process") as caught:
-            Replicas.of(mine, group.size)
+            Replicas.of(mine, seqpar.Group.of())
         found.append(str(caught.value))
     accelerator = accelerator_of(group)
     accelerator.prepare(DataLoader(sequences(), batch_size=2))

@@ -1,18 +1,16 @@
 """SFT, DPO and GRPO of TRL on shared sequences take the steps that they take on one device."""
 
 import copy
-import os
 from dataclasses import dataclass, field
 
 import peft
 import pytest
 import torch
 import trl
-from accelerate.state import AcceleratorState
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedTokenizerFast
+from under_torchrun import among_neighbours, as_torchrun_has_it
 
 import seqpar
 import seqpar.integrations.trl as ours
@@ -93,7 +91,7 @@ def model_of():
 
 def given(group, run):
     """What a trainer is made of, where torchrun started so many processes."""
-    AcceleratorState._reset_state(reset_partial_state=True)
+    as_torchrun_has_it(group)
     options = SPECIAL[run.kind] | {
         "output_dir": run.folder, "per_device_train_batch_size": run.batch, "logging_steps": 1,
         "gradient_accumulation_steps": run.accumulate, "max_steps": 4, "learning_rate": 1e-2, "report_to": [],
@@ -102,9 +100,6 @@ def given(group, run):
         "dataloader_pin_memory": False, "ddp_find_unused_parameters": False,
     } | run.options  # fmt: skip
     if group.size > 1:
-        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-        rank, size = str(group.rank), str(group.size)
-        os.environ |= dict(zip(names, (rank, rank, size, size), strict=True))
         options["ddp_backend"] = "gloo"
     model = model_of()
     keywords = {
@@ -142,11 +137,8 @@ def by_trl(group, run):
 
 
 def shared(group, run):
-    keywords, attend = given(group, run), seqpar.RingAttention
-    if run.replicas > 1:
-        shape = run.replicas, group.size // run.replicas
-        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "sp"))
-        attend = attend(seqpar.Group.of(mesh["sp"]))
+    keywords = given(group, run)
+    attend = among_neighbours(seqpar.RingAttention, group, run.replicas)
     return report(getattr(ours, f"{run.kind}Trainer")(attend=attend, **keywords))
 
 

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from spread_experts import WIDTH, Experts
 from torch import Tensor, nn
 
+from seqpar.testing import oracle
+
 VOCABULARY, LENGTH, HEADS, DEPTH = 11, 13, 3, 4
 IGNORE = -100
 # Bounds of the documents that are packed into one sequence; a document may be one token.
@@ -114,15 +116,9 @@ def packed(step: int, replica: int, micro: int) -> Packed:
 
 def dense(documents: Sequence[int]) -> Attend:
     """Attention on one device, every row of a document over those up to it."""
-    rows = torch.arange(LENGTH)
-    document = torch.bucketize(rows, torch.tensor(documents), right=True)
-    seen = (rows[:, None] >= rows) & (document[:, None] == document)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        scores = torch.einsum("bihd,bjhd->bhij", q, k) / q.shape[-1] ** 0.5
-        return torch.einsum("bhij,bjhd->bihd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
-
-    return attend
+    seen = oracle.visible(LENGTH, True, None, documents)
+    terms = oracle.Terms((WIDTH // HEADS) ** -0.5)
+    return lambda q, k, v: oracle.attention(q, k, v, seen, terms)
 
 
 class Trained(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from plants.plant import Plant
 
 TRAINER = "tests/integrations/test_trainer.py"
+REFUSALS = "tests/integrations/test_trainer_refusals.py"
 ACCELERATE = "tests/integrations/test_accelerate.py"
 TRL = "tests/integrations/test_trl.py"
 TRAINERS = [
@@ -14,17 +15,17 @@ TRAINERS = [
     Plant("gradients are told to be summed", "seqpar/integrations/trainer.py",
           'gradients="mean",', 'gradients="sum",', TRAINER),
     Plant("labels are not smoothed", "seqpar/integrations/trainer.py",
-          "label_smoothing=smoothing,", "label_smoothing=0.0,",
+          "label_smoothing=smoothing)", "label_smoothing=0.0)",
           TRAINER),
     Plant("the model stays bare after an evaluation", "seqpar/integrations/replicas.py",
           'vars(self.model).pop("_is_accelerate_prepared", None)', "pass",
           TRAINER),
     Plant("bare models are trained", "seqpar/integrations/replicas.py",
           "if everyone.size > 1 and self.model_wrapped is self.model", "if False",
-          TRAINER),
+          REFUSALS),
     Plant("ranks of a replica go on from their own states", "seqpar/integrations/replicas.py",
           "if checkpoint is None or self.replicas.size == 1:", "if True:",
-          TRAINER),
+          REFUSALS),
     Plant("operations count once for each rank", "seqpar/integrations/replicas.py",
           "super().floating_point_ops(inputs) // self.replicas.size", "super().floating_point_ops(inputs)",
           TRAINER),
@@ -46,7 +47,7 @@ TRAINERS = [
           TRAINER),
     Plant("a class beside may compute its own loss", "seqpar/integrations/trainer.py",
           "                owner is not Trainer\n", "                False\n",
-          TRAINER),
+          REFUSALS),
     Plant("batches are dealt out to processes", "seqpar/integrations/accelerate.py",
           "        process_index=replicas.index,\n", "        process_index=accelerator.process_index,\n",
           ACCELERATE),
