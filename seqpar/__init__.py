@@ -40,10 +40,11 @@ from seqpar.comm import DesyncError, Grid, Group, simulate
 from seqpar.data import shard_batch, shard_sequence, unshard_sequence
 from seqpar.decode import KVCache
 from seqpar.functional import attention, attention_with_lse, merge
+from seqpar.gradients import backward, sum_gradients, summed_gradients
 from seqpar.layout import Layout, Mask, balanced, contiguous, striped, zigzag
 from seqpar.loader import ShardedLoader
 from seqpar.logprobs import token_logprobs
-from seqpar.loss import count_tokens, mean_loss, sum_gradients
+from seqpar.loss import count_tokens, mean_loss
 from seqpar.module import (
     AllGatherAttention,
     Attention,
@@ -84,6 +85,7 @@ __all__ = [
     "UlyssesAttention",
     "attention",
     "attention_with_lse",
+    "backward",
     "balanced",
     "biases",
     "contiguous",
@@ -100,6 +102,7 @@ __all__ = [
     "simulate",
     "striped",
     "sum_gradients",
+    "summed_gradients",
     "token_logprobs",
     "unshard_sequence",
     "warm_up",

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seqpar.layout import check_whole
+
 SEQUENCES = (
     "input_ids", "inputs_embeds", "labels", "attention_mask", "position_ids", "token_type_ids",
 )  # fmt: skip
@@ -39,6 +41,8 @@ def sequences_of(
     wrong = {n: type(batch[n]).__name__ for n in others if batch.get(n) is not None}
     if wrong:
         raise TypeError(f"sequences must be tensors [b s ...] to be sharded, got {wrong}")
+    for name, x in tensors.items():
+        check_whole(x, name)
     unknown = [n for n in tensors if n not in SEQUENCES and n not in named]
     if unknown:
         raise ValueError(

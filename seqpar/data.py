@@ -14,7 +14,19 @@ from seqpar.ahead import ends_of_documents, tokens_ahead
 from seqpar.batches import padded, sequences_of
 from seqpar.calls.options import told
 from seqpar.comm import Group, agreed, agreed_backward, all_gather
-from seqpar.layout import LAYOUTS, Layout, Mask, balanced, check_mark, check_rows, check_size, mark
+from seqpar.layout import (
+    Layout,
+    LayoutKind,
+    Mask,
+    check_kind,
+    check_local,
+    check_mark,
+    check_rows,
+    check_size,
+    check_whole,
+    layout_of,
+    mark,
+)
 from seqpar_kernels.integers import is_integer
 from seqpar_kernels.transfer import on_device
 
@@ -29,7 +41,9 @@ def shard_sequence(x: Tensor, layout: Layout, rank: int, dim: int = 1) -> Tensor
 
     Raises:
         ValueError: x is not `layout.length` long along `dim`, or the layout has no such rank.
+        TypeError: x is a DTensor.
     """
+    check_whole(x, "x", dim)
     if x.shape[dim] != layout.length:
         raise ValueError(
             f"x must be {layout.length} long along dim {dim} for {layout}, got {tuple(x.shape)}"
@@ -48,6 +62,7 @@ def unshard_sequence(x: Tensor, layout: Layout, group: Group, dim: int = 1) -> T
 
     Raises:
         ValueError: x does not hold this rank's rows, or the layout is for another number of ranks.
+        TypeError: x is a DTensor.
         DesyncError: ranks differ in layout, dtype or the other dimensions.
     """
     with agreed(group, operation="unshard_sequence") as claim:
@@ -69,7 +84,7 @@ def unshard_sequence(x: Tensor, layout: Layout, group: Group, dim: int = 1) -> T
 def shard_batch(
     batch: Mapping[str, Any],
     group: Group,
-    kind: str = "zigzag",
+    kind: LayoutKind = "zigzag",
     *,
     multiple_of: int = 1,
     mask: Mask | Sequence[Mask] | None = None,
@@ -91,7 +106,8 @@ def shard_batch(
     Args:
         batch: tensors `[b s ...]` under the names in `seqpar.batches.SEQUENCES`; what is not a tensor, under
             other names, is passed on as it is.
-        kind: "contiguous", "zigzag", "striped", or "balanced", which needs `mask`.
+        kind: "contiguous", "zigzag", "striped", or "balanced", which needs `mask`; or a function that makes
+            layouts as `seqpar.zigzag` does; or a `seqpar.Layout` of sequences of just this (padded) length.
         multiple_of: shards are cut at multiples of this many positions.
         mask: what is attended under, or for each batch entry: "balanced" evens out the work that it makes.
         pad_to_multiple_of: pad the sequence to a multiple of this; needs `pad_token_id`.
@@ -115,18 +131,19 @@ def shard_batch(
 
     Raises:
         ValueError: no sequence in the batch, sequences of different lengths, a tensor of unknown name,
-            an unknown kind or labels, "balanced" without a mask, "next_in_document" without documents, no
-            positive multiple_of or labels_ahead, documents that do not end where the (padded) sequence does,
-            padding without a pad token, `labels_ahead` without labels, `labels_ahead` or `shifted` of
-            "own" labels, or names in `sequences` and `shifted` that are not in the batch, or elsewhere too.
-        TypeError: what bears the name of a sequence is no tensor.
+            an unknown kind or labels, a layout that does not fit, "balanced" without a mask,
+            "next_in_document" without documents, no positive multiple_of or labels_ahead, documents that do
+            not end where the (padded) sequence does, padding without a pad token, `labels_ahead` without
+            labels, `labels_ahead` or `shifted` of "own" labels, or names in `sequences` and `shifted` that
+            are not in the batch, or elsewhere too.
+        TypeError: what bears the name of a sequence is no tensor or a DTensor, or kind says no layout.
         NotImplementedError: `attention_mask` hides some token: attention takes no padding mask.
         DesyncError: ranks differ in their batch or options, or another rank raised one of the above.
     """
     with agreed(group, operation="shard_batch") as claim:
         # Sorted, since sets of names have another order in each process.
         whole, sequences, shifted = map(sorted, (whole, sequences, shifted))
-        claim |= {"kind": kind, "multiple_of": multiple_of, "mask": mask, "whole": whole}
+        claim |= {"multiple_of": multiple_of, "mask": mask, "whole": whole}
         claim |= {"labels": labels, "labels_ahead": labels_ahead}
         claim |= {"sequences": sequences, "shifted": shifted}
         claim |= {"pad": (pad_to_multiple_of, pad_token_id)}
@@ -146,7 +163,8 @@ def shard_batch(
             for name in tensors.keys() & {"labels", *shifted}:
                 fill = IGNORE if name == "labels" else 0
                 (tensors[name],) = tokens_ahead(tensors[name], range(1, 2), ends, fill)
-        layout = _layout(kind, length, group.size, multiple_of, mask)
+        layout = layout_of(kind, length, group.size, multiple_of=multiple_of, mask=mask)
+        claim |= told(layout=layout)
 
     shards = {name: shard_sequence(x, layout, group.rank) for name, x in tensors.items()}
     shards |= {name: shard_sequence(x, layout, group.rank, dim=2) for name, x in further.items()}
@@ -157,6 +175,7 @@ def shard_batch(
 
 
 def _check_shard(x: Tensor, layout: Layout, group: Group, dim: int) -> None:
+    check_local(x, "x", dim)
     check_size(layout, group.size)
     if not -x.ndim <= dim < x.ndim:
         raise ValueError(f"x has no dim {dim}, got {tuple(x.shape)}")
@@ -166,10 +185,9 @@ def _check_shard(x: Tensor, layout: Layout, group: Group, dim: int) -> None:
 
 
 def _check_options(
-    kind: str, labels: str, labels_ahead: int | None, shifted: Sequence[str]
+    kind: LayoutKind, labels: str, labels_ahead: int | None, shifted: Sequence[str]
 ) -> None:
-    if kind not in (*LAYOUTS, "balanced"):
-        raise ValueError(f"kind must be one of {(*LAYOUTS, 'balanced')}, got {kind!r}")
+    check_kind(kind)
     if labels not in get_args(Labels):
         raise ValueError(f"labels must be one of {get_args(Labels)}, got {labels!r}")
     if labels_ahead is not None and not (is_integer(labels_ahead) and labels_ahead > 0):
@@ -188,16 +206,6 @@ def _pad(tensors: dict[str, Tensor], multiple: int, pad_token_id: int | None) ->
         )
     fills = {"input_ids": pad_token_id, "labels": IGNORE, "attention_mask": 1}
     return padded(tensors, multiple, fills)
-
-
-def _layout(
-    kind: str, length: int, size: int, multiple_of: int, mask: Mask | Sequence[Mask] | None
-) -> Layout:
-    if kind != "balanced":
-        return LAYOUTS[kind](length, size, multiple_of=multiple_of)
-    if mask is None:
-        raise ValueError("kind 'balanced' evens out the work under a mask; pass it as mask=")
-    return balanced(length, size, mask, multiple_of=multiple_of)
 
 
 def _further(

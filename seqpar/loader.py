@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from seqpar.comm import Group, agreed
+from seqpar.comm import Ranks, agreed, group_of
 from seqpar.data import Labels, shard_batch
-from seqpar.layout import Layout, Mask
+from seqpar.layout import Layout, LayoutKind, Mask, check_kind
 
 
 class ShardedLoader:
@@ -22,13 +22,16 @@ class ShardedLoader:
 
     Args:
         loader: a `torch.utils.data.DataLoader`, or any iterable of dictionaries.
-        group: the ranks that share each sequence.
+        group: the ranks that share each sequence: a `seqpar.Group`, a process group or a mesh dimension.
         kind, multiple_of, mask, pad_to_multiple_of, pad_token_id, whole, labels, labels_ahead, sequences,
             shifted: as in `seqpar.shard_batch`.
-        everyone: the ranks of all replicas. With it, replicas whose batches end at different steps are
-            an error on every rank; without it they leave each other waiting in the next reduction.
+        everyone: the ranks of all replicas, given as `group` is. With it, replicas whose batches end at
+            different steps are an error on every rank; without it they leave each other waiting in the next
+            reduction.
 
     Raises:
+        ValueError: kind is a name of no layout; and of a mesh or process group what `Attention` raises.
+        TypeError: kind or group is of the wrong kind.
         DesyncError: while iterating: ranks differ in their batches, some have no more, or another rank
             raised. Errors of the loader and of `shard_batch` are raised where they happen.
     """
@@ -36,8 +39,8 @@ class ShardedLoader:
     def __init__(
         self,
         loader: Iterable[Mapping[str, Any]],
-        group: Group,
-        kind: str = "zigzag",
+        group: Ranks,
+        kind: LayoutKind = "zigzag",
         *,
         multiple_of: int = 1,
         mask: Mask | Sequence[Mask] | None = None,
@@ -48,10 +51,11 @@ class ShardedLoader:
         labels_ahead: int | None = None,
         sequences: Iterable[str] = (),
         shifted: Iterable[str] = (),
-        everyone: Group | None = None,
+        everyone: Ranks | None = None,
     ) -> None:
-        self.loader, self.group, self.kind, self.mask = loader, group, kind, mask
-        self.everyone = group if everyone is None else everyone
+        check_kind(kind)
+        self.loader, self.group, self.kind, self.mask = loader, group_of(group), kind, mask
+        self.everyone = self.group if everyone is None else group_of(everyone)
         self.multiple_of, self.labels, self.whole = multiple_of, labels, tuple(whole)
         self.pad_to_multiple_of, self.pad_token_id = pad_to_multiple_of, pad_token_id
         self.labels_ahead = labels_ahead

@@ -1,4 +1,4 @@
-"""Losses and gradients over ranks that hold other tokens: P ranks get what one device would have.
+"""Losses over ranks that hold other tokens: P ranks get what one device would have.
 
 The mean is over the tokens of all ranks that train one model: those that share a sequence, and those of
 every data-parallel replica. docs/training.md derives what is summed, and what is divided by what.
@@ -6,7 +6,9 @@ every data-parallel replica. docs/training.md derives what is summed, and what i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,15 +17,13 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from seqpar.comm import Group, agreed, all_reduce, all_reduce_
-from seqpar.replicas import content_hash
 from seqpar_kernels import accumulation_dtype, any_order
-from seqpar_kernels.torch_internals import version
 
 Reduction = Literal["sum", "mean"]
-# By gradient that `sum_gradients` has written: its version then, and the ranks that it was summed over.
-_SUMMED = WeakIdKeyDictionary()
-# By parameter: the sets of ranks whose copies of it have been compared.
-_COMPARED = WeakIdKeyDictionary()
+# By loss: the group over which it is the mean, and how gradients become one.
+_REDUCED = WeakIdKeyDictionary()
+# The groups over which gradients will be summed: of the blocks that are open.
+_SUMMING: ContextVar[tuple[Group, ...]] = ContextVar("summing", default=())
 
 
 def mean_loss(
@@ -55,7 +55,8 @@ def mean_loss(
 
     Raises:
         ValueError: token_losses is one number, valid has another shape than token_losses, num_tokens is
-            negative or no single number, or gradients is neither "sum" nor "mean".
+            negative or no single number, or gradients is neither "sum" nor "mean"; or in a block of
+            `seqpar.summed_gradients` it is "mean", or the group has other ranks.
         TypeError: valid is not bool.
         DesyncError: ranks differ in dtype or options, or another rank raised.
     """
@@ -69,6 +70,8 @@ def mean_loss(
             )
         _check_valid(valid, token_losses)
         _check_options(num_tokens, gradients)
+        if token_losses.requires_grad and torch.is_grad_enabled():
+            _check_sum(group, gradients)
     wide = accumulation_dtype(token_losses.dtype)
     counted = token_losses if valid is None else token_losses.masked_fill(~valid, 0.0)
     if num_tokens is None:
@@ -79,7 +82,47 @@ def mean_loss(
     total = all_reduce(counted.sum(dtype=wide), group)
     mean = total / count.clamp(min=1).to(wide)
     # docs/design.md: `mean_loss` sums gradients, not averages
-    return mean if gradients == "sum" else gradient_times(mean, group.size)
+    loss = mean if gradients == "sum" else gradient_times(mean, group.size)
+    _REDUCED[loss] = group, gradients
+    return loss
+
+
+@contextmanager
+def summing_over(group: Group) -> Iterator[None]:
+    """A block after which gradients are summed over a group; losses that are not meant so are refused."""
+    token = _SUMMING.set((*_SUMMING.get(), group))
+    try:
+        yield
+    finally:
+        _SUMMING.reset(token)
+
+
+def check_reduction(loss: Tensor) -> None:
+    """Refuses a result of `mean_loss` whose gradients are not meant to be summed as they will be.
+
+    Raises:
+        ValueError: it is the mean over other ranks, or was made for wrappers that average.
+    """
+    if loss in _REDUCED:
+        group, gradients = _REDUCED[loss]
+        _check_sum(group, gradients)
+
+
+def _check_sum(group: Group, gradients: Reduction) -> None:
+    summed = [sorted(x.transport.global_ranks) for x in _SUMMING.get()]
+    ranks = sorted(group.transport.global_ranks)
+    if summed and ranks not in summed:
+        over = " and over ".join(map(str, summed))
+        raise ValueError(
+            f"the loss is the mean over the tokens of ranks {ranks}, but gradients are summed over {over}: "
+            "give both the group of all ranks that train the model; of what fewer ranks hold alike, such as "
+            "experts, open another block in that block"
+        )
+    if summed and gradients == "mean" and group.size > 1:
+        raise ValueError(
+            "gradients='mean' is for wrappers that average, such as DDP; gradients that are summed would be "
+            f"{group.size} times too large"
+        )
 
 
 def count_tokens(
@@ -109,109 +152,6 @@ def count_tokens(
     count = _count(batches, batches[0].device)
     all_reduce_(count, group)
     return count
-
-
-def sum_gradients(parameters: Iterable[Tensor], group: Group) -> None:
-    """Replaces the gradients of replicated parameters by their sum over ranks, in place. All call.
-
-    Once per step, after the last micro-batch. A parameter without a gradient here counts as zero, so
-    ranks that saw no token need no care; one that no rank has a gradient for keeps none. Gradients of
-    16 bits are added in float32.
-
-    Of parameters that are sharded over *other* ranks (DTensors of tensor parallelism), shards are added. At
-    the first sum of a parameter its copies are compared, to the bit: what ranks do not hold alike, such as
-    experts of a mixture, is no copy, and its gradient would become that of all of them.
-
-    Args:
-        group: the ranks that hold the same parameters: all that train the model, as in `seqpar.mean_loss`; of
-            shards, experts and stages of a pipeline those that hold the same ones.
-
-    Raises:
-        ValueError: there is no parameter, or gradients are as they were summed before.
-        DesyncError: ranks differ in the shapes, dtypes or first content of their parameters, or another rank
-            raised.
-        NotImplementedError: a gradient is sparse, wants gradients itself, or is of a DTensor that is sharded
-            over ranks of the group, which its wrapper reduces.
-    """
-    params = list(dict.fromkeys(p for p in parameters if p.requires_grad))
-    with agreed(group, operation="sum_gradients") as claim:
-        claim["parameters"] = [(tuple(p.shape), p.dtype) for p in params]
-        if not params:
-            raise ValueError(
-                "sum_gradients got no parameter that wants a gradient; model.parameters() is used up by its "
-                "first use, so call it anew"
-            )
-        ranks = tuple(group.transport.global_ranks)
-        if group.size > 1 and any(ranks in _summed_over(p) for p in params):
-            raise ValueError(
-                "gradients are as sum_gradients left them: call it once a step, after the last backward, and "
-                "zero_grad() before the next step"
-            )
-        if any(_is_sharded_over(p, group) for p in params):
-            raise NotImplementedError(
-                "parameters sharded (DTensor) over ranks of the group are reduced in backward by what has "
-                "sharded them, such as FSDP; leave sum_gradients out and see mean_loss(gradients=...)"
-            )
-        if any(p.grad is not None and p.grad.layout != torch.strided for p in params):
-            raise NotImplementedError(
-                "sparse gradients are not summed; use nn.Embedding(sparse=False)"
-            )
-        if any(p.grad is not None and p.grad.requires_grad for p in params):
-            raise NotImplementedError(
-                "a sum in place has no derivative, but a gradient was made with create_graph=True; detach it "
-                "first, or sum what torch.autograd.grad gives with seqpar.comm.all_reduce"
-            )
-        # docs/design.md: only copies are summed
-        for n, p in enumerate(params):
-            if group.size > 1 and ranks not in _COMPARED.get(p, ()):
-                claim[f"the copy of parameter {n} {tuple(p.shape)}"] = content_hash(_local(p))
-    for p in params:
-        _COMPARED.setdefault(p, set()).add(ranks)
-    has = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
-    all_reduce_(has, group)
-    for p, num_ranks in zip(params, has.tolist(), strict=True):
-        if num_ranks:
-            over = _summed_over(p)
-            grad = _placed(torch.zeros_like(p) if p.grad is None else p.grad, p)
-            here = _local(grad)
-            wide = here.to(accumulation_dtype(p.dtype)).contiguous()
-            all_reduce_(wide, group)
-            if here is grad:
-                p.grad = wide.to(p.dtype)
-            else:  # a DTensor, whose shard is written
-                here.copy_(wide)
-                p.grad = grad
-            assert p.grad is not None, "it was set"
-            _SUMMED[p.grad] = version(p.grad), over | {ranks}
-
-
-def _local(x: Any) -> Tensor:
-    """What this rank holds of a tensor, which may be a DTensor."""
-    return x.to_local() if hasattr(x, "to_local") else x
-
-
-def _summed_over(p: Tensor) -> frozenset[tuple[int, ...]]:
-    """Over which ranks a gradient has been summed since it was last added to."""
-    if p.grad is None:
-        return frozenset()
-    count, over = _SUMMED.get(p.grad, (-1, frozenset()))
-    return over if count == version(p.grad) else frozenset()
-
-
-def _is_sharded_over(p: Any, group: Group) -> bool:
-    """Whether a parameter is a DTensor of a mesh that has other ranks of the group."""
-    if not hasattr(p, "full_tensor") or group.size == 1:
-        return False
-    ranks = group.transport.global_ranks
-    others = {rank for rank in ranks if rank != ranks[group.rank]}
-    return not others.isdisjoint(p.device_mesh.mesh.flatten().tolist())
-
-
-def _placed(grad: Any, p: Any) -> Any:
-    """The gradient, sharded as its parameter; ranks of its mesh may still have parts to add."""
-    if not hasattr(grad, "full_tensor") or grad.placements == p.placements:
-        return grad
-    return grad.redistribute(placements=p.placements)
 
 
 def gradient_times(x: Tensor, factor: float) -> Tensor:

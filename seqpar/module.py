@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, Unpack, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from seqpar.calls import agree_on_call
-from seqpar.comm import Grid, Group
+from seqpar.comm import Grid, Ranks, RanksOfGrid, grid_of, group_of
 from seqpar.functional import attention
 from seqpar.layout import Layout, Mask
 from seqpar.strategies import Plan, attention_weights
@@ -17,6 +17,18 @@ from seqpar.strategies.plan import Agree
 from seqpar_kernels import Dropout, Implementation, Score
 
 Shard = Literal["rows", "columns", "depth"]
+Masks = Mask | tuple[Mask, ...] | list[Mask]
+
+
+class Options(TypedDict, total=False):
+    """The options that all attention modules take, as `Attention` has them."""
+
+    mask: Masks
+    score: Score
+    implementation: Implementation | None
+    dropout: Dropout | None
+    invariant: bool | None
+    agree: Agree
 
 
 class Attention(nn.Module):
@@ -25,7 +37,8 @@ class Attention(nn.Module):
     This is the type of all attention modules here, such as `RingAttention`; make one of those.
 
     Args:
-        group: the ranks that share the sequence.
+        group: the ranks that share the sequence: a `seqpar.Group`, a process group of torch, or one dimension
+            of a device mesh. Modules that are given one process group have one `.group`.
         mask: what a position may see; by default everything.
         score: what happens to q.k before the softmax; by default the scale 1/sqrt(d). Where its tensors
             learn, assign to `.score` in every forward, see `seqpar.Score`.
@@ -34,6 +47,11 @@ class Attention(nn.Module):
             `.dropout` to give every step a seed of its own.
         invariant: whether results must be the same bits for any number of ranks; see `seqpar.Plan`.
         agree: whether ranks compare every "call", or each kind of call of a "plan" once; see `seqpar.Plan`.
+
+    Raises:
+        TypeError: group is none of these, or there is no such option.
+        ValueError: the mesh has more than one dimension, or this process is not a member.
+        RuntimeError: torch.distributed is not initialised.
     """
 
     strategy: str
@@ -43,9 +61,9 @@ class Attention(nn.Module):
 
     def __init__(
         self,
-        group: Group,
+        group: Ranks,
         *,
-        mask: Mask | tuple[Mask, ...] | list[Mask] = Mask(),  # noqa: B008 - frozen
+        mask: Masks = Mask(),  # noqa: B008 - frozen
         score: Score = Score(),  # noqa: B008 - frozen
         implementation: Implementation | None = None,
         dropout: Dropout | None = None,
@@ -53,7 +71,7 @@ class Attention(nn.Module):
         agree: Agree = "call",
     ) -> None:
         super().__init__()
-        self.group, self.score = group, score
+        self.group, self.score = group_of(group), score
         self.mask = tuple(mask) if isinstance(mask, list) else mask
         self.implementation, self.dropout, self.invariant = implementation, dropout, invariant
         self.agree = agree
@@ -91,6 +109,8 @@ class Attention(nn.Module):
             head_chunks=self.head_chunks,
             agree=self.agree,
         )
+        if not isinstance(plan.score, Score):
+            return plan  # to be refused on all ranks
         if torch.compiler.is_compiling() or plan.score.tensors:
             return plan  # tensors made in a forward must not live on
         last = self._last  # once: threads may share a module
@@ -122,7 +142,7 @@ class UlyssesAttention(Attention):
 
     strategy = "ulysses"
 
-    def __init__(self, group: Group, *, head_chunks: int = 1, **options: Any) -> None:
+    def __init__(self, group: Ranks, *, head_chunks: int = 1, **options: Unpack[Options]) -> None:
         super().__init__(group, **options)
         self.head_chunks = head_chunks
 
@@ -137,14 +157,12 @@ class _GridAttention(Attention):
     """Attention over the ranks of a `Grid`.
 
     Args:
-        grid: the ranks that share the sequence, in two dimensions; `layout` counts the ranks of `grid.group`.
+        grid: the ranks that share the sequence, in two dimensions: a `seqpar.Grid`, or a 2-D device mesh of
+            all processes, see `seqpar.Grid.of`. `layout` counts the ranks of `.group`.
     """
 
-    def __init__(self, grid: Grid, **options: Any) -> None:
-        if not isinstance(grid, Grid):
-            raise TypeError(
-                f"{type(self).__name__} takes a seqpar.Grid, such as group.grid(ulysses=2), got {grid!r}"
-            )
+    def __init__(self, grid: RanksOfGrid, **options: Unpack[Options]) -> None:
+        grid = grid_of(grid)
         super().__init__(grid.group, **options)
         self.grid = grid
 
@@ -168,7 +186,9 @@ class HybridAttention(_GridAttention):
 
     strategy = "hybrid"
 
-    def __init__(self, grid: Grid, *, head_chunks: int = 1, **options: Any) -> None:
+    def __init__(
+        self, grid: RanksOfGrid, *, head_chunks: int = 1, **options: Unpack[Options]
+    ) -> None:
         super().__init__(grid, **options)
         self.head_chunks = head_chunks
 
@@ -180,7 +200,7 @@ class MaterialisedAttention(Attention):
         shard: by query `rows`, by key `columns`, or by `depth`, the width of heads.
     """
 
-    def __init__(self, group: Group, *, shard: Shard = "rows", **options: Any) -> None:
+    def __init__(self, group: Ranks, *, shard: Shard = "rows", **options: Unpack[Options]) -> None:
         if shard not in get_args(Shard):
             raise ValueError(f"shard must be one of {get_args(Shard)}, got {shard!r}")
         super().__init__(group, **options)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from seqpar.calls import agree_on_call
 from seqpar.comm import Group, agreed
 from seqpar.functional import attention as attend
-from seqpar.layout import Layout, check_mark, check_size
+from seqpar.layout import Layout, check_local, check_mark, check_size
 from seqpar.multihead_masks import TorchMasks
 from seqpar.strategies.materialised import attention_weights
 from seqpar.strategies.plan import Plan
@@ -257,6 +257,7 @@ class MultiheadAttention(nn.Module):
         for name, (x, width) in named.items():
             if not isinstance(x, Tensor):
                 raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+            check_local(x, name)
             if x.ndim != 3 or x.shape[2] != width:
                 raise ValueError(f"{name} must be [b sl {width}], got {tuple(x.shape)}")
             if x.device != like.device:

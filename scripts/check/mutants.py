@@ -33,6 +33,7 @@ PARTS = {
     "comm": "seqpar/comm/*.py",
     "reference": "kernels/seqpar_kernels/reference.py",
     "loss": "seqpar/loss.py",
+    "gradients": "seqpar/gradients.py",
     "data": "seqpar/data.py",
     "ahead": "seqpar/ahead.py",
     "batches": "seqpar/batches.py",

@@ -119,8 +119,7 @@ def training_step(group: Group, subject: str, text: Tensor, length: int) -> dict
         batch, layout = seqpar.shard_batch(batch_at(text, recipe, 0), group, recipe.layout)
         losses = model(batch["input_ids"], batch["labels"], batch["position_ids"], layout)
         loss = seqpar.mean_loss(losses, group, valid=batch["labels"].flatten() != IGNORE)
-        loss.backward()
-        seqpar.sum_gradients(model.parameters(), group)
+        seqpar.backward(loss, model, group)
     norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     return {"peak_bytes": peak.bytes, "loss": loss.item(), "gradient_norm": norm.item()}
 

@@ -109,8 +109,7 @@ def train(
             batch = batch_at(text, recipe, step)
             mine = {name: x.chunk(args.dp)[mesh.replica] for name, x in batch.items()}
             loss = sp.loss(mine, everyone=mesh.everyone)
-            loss.backward()
-            seqpar.sum_gradients(model.parameters(), mesh.everyone)
+            sp.backward(loss, everyone=mesh.everyone)
             norms.append(clip_gradients(model, mesh.tp, args.clip))
             optimizer.step()
             optimizer.zero_grad()

@@ -24,6 +24,7 @@ from plants.cut_weights import POLICIES
 from plants.fused_weights import TENSOR_PARALLEL
 from plants.libraries import LIBRARIES
 from plants.masks import MASK_PLANTS
+from plants.own_loops import OWN_LOOPS
 from plants.parallelisms import PARALLELISMS
 from plants.plant import Plant
 from plants.replaced_attention import REPLACED
@@ -40,6 +41,11 @@ NOT_CHECKED = {
     "seqpar/loader.py",
     "seqpar/logprobs.py",
     "seqpar/loss.py",
+    "seqpar/gradients.py",
+    "seqpar/comm/agree.py",
+    "seqpar/comm/ranks.py",
+    "seqpar/layout/fits.py",
+    "seqpar/layout/kinds.py",
     "seqpar/packing.py",
     "seqpar/compiled.py",
     "seqpar/checkpointing.py",
@@ -63,6 +69,7 @@ PLANTS = [
     *TENSOR_PARALLEL,
     *POLICIES,
     *REPLACED,
+    *OWN_LOOPS,
     *TRAINERS,
 ]
 

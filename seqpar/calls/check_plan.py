@@ -25,7 +25,8 @@ def check_plan(plan: Plan) -> None:
     for name, value, kind in named:
         if not isinstance(value, kind):
             name = name.replace("keys", "kv_layout")
-            raise TypeError(f"{name} must be a seqpar.{kind.__name__}, got {value!r}")
+            made = "; make one with seqpar.zigzag(length, group.size)" if kind is Layout else ""
+            raise TypeError(f"{name} must be a seqpar.{kind.__name__}, got {value!r}{made}")
     if plan.dropout is not None and not isinstance(plan.dropout, Dropout):
         raise TypeError(f"dropout must be a seqpar.Dropout or None, got {plan.dropout!r}")
     if plan.invariant is not None and not isinstance(plan.invariant, bool):

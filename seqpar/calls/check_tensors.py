@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seqpar.layout import check_rows
+from seqpar.layout import check_local, check_rows
 from seqpar.strategies.plan import Plan
 from seqpar_kernels import TABLES, TENSORS, Score, accumulation_dtype
 from seqpar_kernels.derivatives import has_tangent
@@ -19,6 +19,7 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in named.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        check_local(x, name)
         if x.ndim != 4:
             raise ValueError(f"{name} must be 4-D, [b sl h d], got {tuple(x.shape)}")
         if not x.is_floating_point():

@@ -26,6 +26,7 @@ from seqpar.comm.grid import Grid
 from seqpar.comm.group import Group
 from seqpar.comm.kept import Kept
 from seqpar.comm.packed_message import PackedMessage
+from seqpar.comm.ranks import Ranks, RanksOfGrid, grid_of, group_of
 from seqpar.comm.reduce import all_reduce, all_reduce_, replicate
 from seqpar.comm.replay import Replay, current_replay, once, plays
 from seqpar.comm.ring_pass import RingSum, ring_pass
@@ -51,6 +52,8 @@ __all__ = [
     "Piece",
     "Places",
     "Ranges",
+    "Ranks",
+    "RanksOfGrid",
     "Replay",
     "RingSchedule",
     "RingSum",
@@ -69,6 +72,8 @@ __all__ = [
     "combine_elements",
     "current_replay",
     "gather_pass",
+    "grid_of",
+    "group_of",
     "heads_to_rows",
     "once",
     "plays",

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 SHOWN = 8  # differences between claims, in a message
 _REFUSED = 0  # the digest of a rank that has an error of its own
+_HEARD = (
+    "seqpar_heard_by"  # of an error: the ranks, of each group, that all left what they did with it
+)
 
 
 class DesyncError(RuntimeError):
@@ -26,7 +29,8 @@ def agreed(*axes: Group, operation: str) -> Iterator[dict[str, object]]:
     """A block of checks after which all ranks go on, or none does. All ranks must enter.
 
     What the block puts into the dict that it is given must be the same on all ranks, compared by
-    `repr`. If the block raises, the error is raised here, and quoted by a DesyncError elsewhere.
+    `repr`. If the block raises, the error is raised here, and quoted by a DesyncError elsewhere. Blocks may
+    hold others: an error that all ranks of an axis have heard already is not told along it again.
 
     Args:
         axes: the groups of this rank, one for each axis of a mesh. The ranks agree along each in turn:
@@ -35,13 +39,23 @@ def agreed(*axes: Group, operation: str) -> Iterator[dict[str, object]]:
 
     Raises:
         DesyncError: ranks differ, or another rank raised. Raised on every rank that did not.
+        TypeError: an axis is no group.
     """
+    for axis in axes:
+        if not hasattr(axis, "transport"):  # there is nobody to agree with
+            raise TypeError(
+                f"{operation} takes a seqpar.Group, such as attend.group or seqpar.Group.of(mesh['sp']), "
+                f"got {axis!r}"
+            )
     claim: dict[str, object] = {"operation": operation}
     try:
         yield claim
     except Exception as error:
         # docs/design.md: `agreed` is a `with` block
-        _agree_along(axes, claim, f"{type(error).__name__}: {error}")
+        try:
+            _tell(axes, claim, error)
+        except DesyncError as lost:  # there is nobody to hear it, or no wire
+            error.add_note(f"the other ranks could not be told: {lost}")
         raise
     _agree_along(axes, claim)
 
@@ -55,8 +69,25 @@ def _agree_along(
             agree(axis, claim, refusal)
         except DesyncError as error:
             # The others wait along the axes that are left. Each is told, and this error is raised.
-            _agree_along(axes[place + 1 :], claim, f"{type(error).__name__}: {error}")
+            _tell(axes[place + 1 :], claim, error)
             raise
+
+
+def _tell(axes: Sequence[Group], claim: Mapping[str, object], error: Exception) -> None:
+    """Tells ranks of an error along each axis, but for those whose ranks have all heard it."""
+    cause: BaseException | None = error
+    while cause is not None and not hasattr(cause, _HEARD):
+        cause = cause.__cause__
+    if cause is None and isinstance(error, DesyncError):
+        return  # the wire's, on which nothing more can be sent
+    heard = getattr(cause, _HEARD, ())
+    deaf = [axis for axis in axes if not any(_ranks(axis) <= ranks for ranks in heard)]
+    _agree_along(deaf, claim, f"{type(error).__name__}: {error}")
+    setattr(error, _HEARD, [*heard, *map(_ranks, deaf)])
+
+
+def _ranks(axis: Group) -> frozenset[int]:
+    return frozenset(axis.transport.global_ranks)
 
 
 def agree(group: Group, claim: Mapping[str, object], refusal: str | None = None) -> None:
@@ -83,7 +114,9 @@ def agree(group: Group, claim: Mapping[str, object], refusal: str | None = None)
     everyone = group.transport.gather_objects((text, refusal))
     # A rank that refused takes part so that the others can quote it; its caller raises its own error.
     if refusal is None:
-        raise DesyncError(_explain(cast("list[tuple[dict[str, str], str | None]]", everyone)))
+        error = DesyncError(_explain(cast("list[tuple[dict[str, str], str | None]]", everyone)))
+        setattr(error, _HEARD, [_ranks(group)])
+        raise error
 
 
 def _digest(text: Mapping[str, str]) -> int:

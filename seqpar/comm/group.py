@@ -118,10 +118,11 @@ class Group:
 
     @staticmethod
     def of(ranks: ProcessGroup | DeviceMesh | None = None, *, patience: float = 60.0) -> Group:
-        """The group of a process group or of a 1-D device mesh; by default of all processes.
+        """A group of a process group or of a 1-D device mesh, by default of all processes; another each time.
 
-        Creates no process group and communicates nothing. From then on a thread of this process tells the
-        others, through the store of torch.distributed, that it lives and what it waits for.
+        Creates no process group and communicates nothing. Modules that are given the process group itself
+        share one group. From then on a thread of this process tells the others, through the store of
+        torch.distributed, that it lives and what it waits for.
 
         Args:
             patience: for how many seconds a rank may be waited for that says nothing, or that waits in

@@ -71,25 +71,7 @@ class ProcessTransport:
         """The transport of a process group or of a 1-D mesh, see `Group.of`."""
         if not patience > 0:
             raise ValueError(f"patience is a number of seconds above 0, got {patience!r}")
-        if not (dist.is_available() and dist.is_initialized()):
-            raise RuntimeError(
-                "torch.distributed is not initialised: launch with torchrun and call "
-                "torch.distributed.init_process_group() first, or use seqpar.simulate or Group.alone()"
-            )
-        if ranks is None:
-            ranks = dist.group.WORLD
-        elif not isinstance(ranks, dist.ProcessGroup) and hasattr(ranks, "get_group"):
-            if ranks.ndim != 1:
-                names = ranks.mesh_dim_names
-                raise ValueError(
-                    f"one mesh dimension makes a group, got {names}; pass mesh['name']"
-                )
-            ranks = ranks.get_group()
-        if ranks is dist.GroupMember.NON_GROUP_MEMBER:  # type: ignore[comparison-overlap]
-            raise ValueError(f"rank {dist.get_rank()} is not a member of this process group")
-        if not isinstance(ranks, dist.ProcessGroup):
-            raise TypeError(f"expected a ProcessGroup, a DeviceMesh or None, got {type(ranks)}")
-        return ProcessTransport(ranks, patience)
+        return ProcessTransport(process_group_of(ranks), patience)
 
     @property
     def process_group(self) -> dist.ProcessGroup:
@@ -197,6 +179,31 @@ class ProcessTransport:
                 never = dist.irecv(torch.zeros(1), peer, group, tag=_NOTHING)
                 assert never is not None, "this rank is in the group"
                 never.wait(timedelta(milliseconds=1))
+
+
+def process_group_of(ranks: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup:
+    """The process group that is given, or that of a 1-D mesh; by default that of all processes.
+
+    Raises:
+        RuntimeError, ValueError, TypeError: as `Group.of`.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            "torch.distributed is not initialised: launch with torchrun and call "
+            "torch.distributed.init_process_group() first, or use seqpar.simulate or Group.alone()"
+        )
+    if ranks is None:
+        ranks = dist.group.WORLD
+    elif not isinstance(ranks, dist.ProcessGroup) and hasattr(ranks, "get_group"):
+        if ranks.ndim != 1:
+            names = ranks.mesh_dim_names
+            raise ValueError(f"one mesh dimension makes a group, got {names}; pass mesh['name']")
+        ranks = ranks.get_group()
+    if ranks is dist.GroupMember.NON_GROUP_MEMBER:  # type: ignore[comparison-overlap]
+        raise ValueError(f"rank {dist.get_rank()} is not a member of this process group")
+    if not isinstance(ranks, dist.ProcessGroup):
+        raise TypeError(f"expected a ProcessGroup, a DeviceMesh or None, got {type(ranks)}")
+    return ranks
 
 
 def unserved(backends: str, device: torch.device, current: int | None) -> str | None:

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from seqpar.calls.options import told
-from seqpar.comm import Group, agreed, combine
+from seqpar.comm import Ranks, agreed, combine, group_of
 from seqpar.decode.check import check_new, check_prefill, check_queries
 from seqpar.decode.parts import merged, part_of
 from seqpar.decode.rows import Grown, Held, deal
@@ -35,7 +35,7 @@ class KVCache:
     and one wait; `step` does the work of two for the price of one.
 
     Args:
-        group: the ranks that share the sequence.
+        group: the ranks that share the sequence: a `seqpar.Group`, a process group or a mesh dimension.
         layout: which of them holds which positions of the prefill: any, as attention left it. A `length`
             of 0 starts an empty cache.
         k, v: this rank's rows of the prefill. They are kept, not copied: do not write to them.
@@ -54,7 +54,7 @@ class KVCache:
 
     def __init__(
         self,
-        group: Group,
+        group: Ranks,
         layout: Layout,
         k: Float[Tensor, "b sl hkv d"],
         v: Float[Tensor, "b sl hkv vd"],
@@ -63,6 +63,7 @@ class KVCache:
         score: Score = Score(),  # noqa: B008 - frozen
         implementation: Implementation | None = None,
     ) -> None:
+        group = group_of(group)
         with agreed(group, operation="KVCache") as claim:
             check_prefill(group, layout, k, v, mask, score)
             group.transport.check_device(k.device)

@@ -8,7 +8,7 @@ from torch import Tensor
 from seqpar.calls.check_tensors import check_tensors_of
 from seqpar.comm import Group
 from seqpar.decode.rows import Held
-from seqpar.layout import Layout, Mask, check_rows, check_size
+from seqpar.layout import Layout, Mask, check_local, check_rows, check_size
 from seqpar_kernels import Score
 
 
@@ -82,6 +82,7 @@ def _check_tensors(named: dict[str, Tensor], score: Score) -> None:
     for name, x in named.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        check_local(x, name)
         if x.ndim != 4:
             raise ValueError(f"{name} must be 4-D, [b t h d], got {tuple(x.shape)}")
         if not x.is_floating_point():

@@ -5,8 +5,9 @@ rectangle of scores whose visibility is one `Band`. Kernels and strategies never
 """
 
 from seqpar.layout.balance import balanced
-from seqpar.layout.fits import check_rows, check_size
+from seqpar.layout.fits import check_local, check_rows, check_size, check_whole
 from seqpar.layout.heads import HeadSegment, HeadSplit, split_heads
+from seqpar.layout.kinds import LayoutKind, check_kind, layout_of
 from seqpar.layout.marks import check_mark, mark
 from seqpar.layout.mask import CAUSAL, Mask
 from seqpar.layout.shards import LAYOUTS, Layout, contiguous, striped, whole, zigzag
@@ -20,17 +21,22 @@ __all__ = [
     "HeadSegment",
     "HeadSplit",
     "Layout",
+    "LayoutKind",
     "Mask",
     "Span",
     "Tile",
     "balanced",
+    "check_kind",
+    "check_local",
     "check_mark",
     "check_rows",
     "check_size",
+    "check_whole",
     "contiguous",
     "held",
     "joined",
     "joined_tiles",
+    "layout_of",
     "mark",
     "meets",
     "part",

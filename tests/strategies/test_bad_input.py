@@ -3,6 +3,8 @@
 After the refusal the same world does a correct call, so nothing was left on the wire.
 """
 
+import inspect
+
 import pytest
 import torch
 
@@ -22,6 +24,7 @@ from seqpar import (
     simulate,
 )
 from seqpar.layout import Layout, Span, contiguous, striped, zigzag
+from seqpar.module import Options
 from seqpar.testing.refusals import check_refused, check_told, refusal, told
 
 LENGTH = 12
@@ -245,6 +248,11 @@ ALL_RANKS = {  # what every rank does -> what every message must say
     "integers": ({"dtype": torch.int64}, "floating point, got torch.int64"),
     "float8": ({"dtype": torch.float8_e4m3fn}, "float8"),
     "layout not a layout": ({"layout": 12}, "layout must be a seqpar.Layout, got 12"),
+    "the name of a layout": (
+        {"layout": "zigzag"},
+        r"layout must be a seqpar.Layout, got 'zigzag'; make one with seqpar.zigzag\(length, group.size\)",
+    ),
+    "a score that is none": ({"score": 3}, "score must be a seqpar.Score, got 3"),
     "slopes of other heads": (
         {"score": Score(alibi_slopes=torch.ones(3))},
         r"alibi_slopes must have one entry for each of the 4 query heads",
@@ -327,10 +335,31 @@ def test_grids_that_do_not_fit_are_refused(degrees, error):
 
 
 def test_modules_take_what_they_are_made_for():
-    with pytest.raises(TypeError, match=r"MeshAttention takes a seqpar.Grid, such as group.grid"):
+    with pytest.raises(
+        TypeError, match=r"a seqpar.Grid, such as group.grid\(ulysses=2\), or a 2-D"
+    ):
         MeshAttention(Group.alone())
     with pytest.raises(ValueError, match=r"shard must be one of \('rows', 'columns', 'depth'\)"):
         MaterialisedAttention(Group.alone(), shard="heads")
+
+
+@pytest.mark.parametrize(
+    "module", [RingAttention, UlyssesAttention, MeshAttention, HybridAttention]
+)
+def test_options_that_there_are_not_are_refused_where_a_module_is_made(module):
+    over = Group.alone()
+    over = over.grid(ulysses=1) if module in (MeshAttention, HybridAttention) else over
+    with pytest.raises(TypeError, match="unexpected keyword argument 'bogus'"):
+        module(over, bogus=3)
+
+
+def test_the_options_of_modules_are_said_as_attention_has_them():
+    """What type checkers know of a module's options, and what it takes, are two lists."""
+    takes = inspect.signature(seqpar.Attention.__init__).parameters.values()
+    takes = {p.name: p.annotation for p in takes if p.kind is p.KEYWORD_ONLY}
+    assert Options.__annotations__.keys() == takes.keys()
+    for name, annotation in Options.__annotations__.items():
+        assert annotation.__forward_arg__ == takes[name], name
 
 
 def other_grid(group):

@@ -111,21 +111,21 @@ def _step(
     num_tokens = seqpar.count_tokens(valid, ranks.everyone)
     optimizer.zero_grad()
     loss = 0.0
-    for (shard, layout), counts in zip(shards, valid, strict=True):
-        with _autocast(device, recipe.autocast):
-            losses = model(shard["input_ids"], shard["labels"], shard["position_ids"], layout)
-        mean = seqpar.mean_loss(
-            losses,
-            ranks.everyone,
-            valid=counts,
-            num_tokens=num_tokens,
-            gradients=gradients.combined,
-        )
-        loss += mean.item()
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"a loss is {loss}; try a lower lr")
-        mean.backward()
-    gradients.finish(model)
+    with gradients.step(model):
+        for (shard, layout), counts in zip(shards, valid, strict=True):
+            with _autocast(device, recipe.autocast):
+                losses = model(shard["input_ids"], shard["labels"], shard["position_ids"], layout)
+            mean = seqpar.mean_loss(
+                losses,
+                ranks.everyone,
+                valid=counts,
+                num_tokens=num_tokens,
+                gradients=gradients.combined,
+            )
+            loss += mean.item()
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"a loss is {loss}; try a lower lr")
+            mean.backward()
     params: list[Any] = [p for p in model.parameters() if p.grad is not None]
     norm: Any = nn.utils.clip_grad_norm_(params, recipe.clip or math.inf)
     size = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)

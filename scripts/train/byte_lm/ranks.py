@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -106,7 +107,8 @@ class Gradients:
                 fully_shard(block, mesh=self.mesh)
             fully_shard(model, mesh=self.mesh)
 
-    def finish(self, model: nn.Module) -> None:
-        """To be called after the last backward of a step, on all ranks."""
-        if self.mesh is None:
-            seqpar.sum_gradients(model.parameters(), self.ranks.everyone)
+    def step(self, model: nn.Module) -> AbstractContextManager[None]:
+        """A block for all backwards of a step, on all ranks."""
+        if self.mesh is not None:
+            return nullcontext()
+        return seqpar.summed_gradients(model, self.ranks.everyone, axes=(self.ranks.sharers,))

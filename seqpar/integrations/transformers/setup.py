@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from seqpar.comm import Group, agreed
 from seqpar.data import IGNORE, Labels, fingerprint
+from seqpar.gradients import summed_gradients
 from seqpar.integrations.transformers.attention.guard import Guard
 from seqpar.integrations.transformers.attention.registration import NAME, register
 from seqpar.integrations.transformers.attention.replacement import Replacement, handover_of
@@ -24,7 +25,8 @@ from seqpar.integrations.transformers.probe.config import (
 from seqpar.integrations.transformers.probe.trial import try_out
 from seqpar.integrations.transformers.sharding import Sharding
 from seqpar.integrations.transformers.wrappers import Outermost
-from seqpar.loss import Reduction, mean_loss
+from seqpar.layout import LayoutKind
+from seqpar.loss import Reduction, check_reduction, mean_loss
 from seqpar.module import Attention
 from seqpar.replicas import same_weights
 from seqpar_kernels import accumulation_dtype
@@ -121,7 +123,7 @@ class SequenceParallel:
         self,
         batch: Mapping[str, Any],
         *,
-        kind: str | None = None,
+        kind: LayoutKind | None = None,
         multiple_of: int = 1,
         labels: Labels | None = None,
         seed: int | None = None,
@@ -136,7 +138,8 @@ class SequenceParallel:
 
         Args:
             batch: what the model takes on one device, labels included, see `seqpar.shard_batch`.
-            kind: of layout; by default "zigzag" for causal models, else "contiguous".
+            kind: of layout, as in `seqpar.shard_batch`; by default "zigzag" for causal models, else
+                "contiguous".
             multiple_of: shards are cut at multiples of this many positions.
             labels: "next" or "own", as in `seqpar.shard_batch`; by default what the model's own loss was
                 found to do when this was made.
@@ -250,6 +253,35 @@ class SequenceParallel:
         return mean_loss(
             losses, everyone, valid=labels != IGNORE, num_tokens=num_tokens, gradients=gradients
         )
+
+    def backward(self, loss: Tensor, *, everyone: Group | None = None) -> None:
+        """Goes backward, and makes the gradients of the model's parameters those of one device: their sum.
+
+        All ranks must call, once a step. Several micro-batches go in one block of `summed_gradients`, with
+        `loss.backward()` for each. Raises what `seqpar.summed_gradients` does.
+
+        Args:
+            loss: that of `loss`, or this rank's share of another.
+            everyone: as in `loss`.
+        """
+        with self.summed_gradients(everyone=everyone):
+            check_reduction(loss)
+            loss.backward()
+
+    @contextmanager
+    def summed_gradients(self, *, everyone: Group | None = None) -> Iterator[None]:
+        """A block of backwards, after which gradients are summed over ranks: one step. All ranks must enter.
+
+        It is `seqpar.summed_gradients` of the model, and raises what that does.
+
+        Args:
+            everyone: as in `loss`.
+        """
+        with agreed(*self._axes, operation="summed_gradients: the model"):
+            model = self.model
+        axes = self._axes if everyone else (self.tp,)
+        with summed_gradients(model, everyone or self.group, axes=axes):
+            yield
 
     @property
     def model(self) -> nn.Module:

@@ -24,7 +24,7 @@ from seqpar.integrations.transformers.inputs import Inputs
 from seqpar.integrations.transformers.probe.findings import Findings
 from seqpar.integrations.transformers.probe.tokens import common_arguments
 from seqpar.integrations.transformers.scaling import check_scaling
-from seqpar.layout import Layout, Mask
+from seqpar.layout import Layout, LayoutKind, Mask
 from seqpar.module import Attention
 
 TOKENS = ("input_ids", "inputs_embeds")
@@ -42,7 +42,7 @@ class Sharding:
         self,
         batch: Mapping[str, Any],
         *,
-        kind: str | None,
+        kind: LayoutKind | None,
         multiple_of: int,
         labels: Labels | None,
         seed: int | None,
@@ -72,7 +72,7 @@ class Sharding:
         arguments, layout = shard_batch(
             rest,
             group,
-            kind or ("zigzag" if causal else "contiguous"),
+            ("zigzag" if causal else "contiguous") if kind is None else kind,
             multiple_of=multiple_of,
             mask=masked(Mask(causal), rows, shape[1]),
             whole=whole,

@@ -14,9 +14,10 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from seqpar.gradients import REDUCES
+
 # What calls the model inside with the arguments that it is given: by name, to import none of them.
-AVERAGES = {"DistributedDataParallel", "FullyShardedDataParallel"}
-PASS_ON = AVERAGES | {"OptimizedModule"}
+PASS_ON = REDUCES | {"OptimizedModule"}
 
 _ALL: weakref.WeakSet[Outermost] = weakref.WeakSet()
 _LOCK = threading.RLock()  # ranks may be threads
@@ -49,14 +50,14 @@ class Outermost:
             if type(module).__name__ in PASS_ON:
                 if any(child in callable_ for child in module.children()):
                     callable_.append(module)
-                elif type(module).__name__ in AVERAGES:
+                elif type(module).__name__ in REDUCES:
                     wrapper, inside = (type(m).__name__ for m in (module, next(module.children())))
                     raise RuntimeError(
                         f"{wrapper} is round a {inside} that holds the model, so calling the model would go "
                         f"round it: make SequenceParallel of the {wrapper}, or call it with sp.shard(batch)"
                     )
         outer = [m for m in callable_ if not any(m in list(o.children()) for o in callable_)]
-        averaging = [m for m in outer if type(m).__name__ in AVERAGES]
+        averaging = [m for m in outer if type(m).__name__ in REDUCES]
         found = averaging or outer
         if len(found) > 1:
             raise RuntimeError(
