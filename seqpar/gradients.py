@@ -60,7 +60,7 @@ def summed_gradients(
     ):
         given = parameters if isinstance(parameters, nn.Module) else list(parameters)
         params = _learning(given)
-        _check(params, group)
+        claim |= _check(params, group) | _copies(params, group)
         if any(_is_summed(p, group) for p in params):
             raise ValueError(
                 "gradients of an earlier step are there and would be summed once more: zero_grad() before "
@@ -120,7 +120,7 @@ def sum_gradients(parameters: Parameters, group: Group) -> None:
     """
     with agreed(group, operation="sum_gradients") as claim:
         params = _learning(parameters)
-        claim |= _check(params, group)
+        claim |= _check(params, group) | _copies(params, group)
         _check_gradients(params, group)
     _sum(params, group)
 
@@ -154,13 +154,18 @@ def _check(params: list[Tensor], group: Group) -> dict[str, object]:
             "parameters sharded (DTensor) over ranks of the group are reduced in backward by what has "
             "sharded them, such as FSDP; leave the sum out and see mean_loss(gradients=...)"
         )
-    claim: dict[str, object] = {"parameters": [(tuple(p.shape), p.dtype) for p in params]}
+    return {"parameters": [(tuple(p.shape), p.dtype) for p in params]}
+
+
+def _copies(params: list[Tensor], group: Group) -> dict[str, object]:
+    """The claim of what parameters hold that are summed over these ranks for the first time."""
     # docs/design.md: only copies are summed
     ranks = tuple(group.transport.global_ranks)
-    for n, p in enumerate(params):
-        if group.size > 1 and ranks not in _COMPARED.get(p, ()):
-            claim[f"the copy of parameter {n} {tuple(p.shape)}"] = content_hash(_local(p))
-    return claim
+    return {
+        f"the copy of parameter {n} {tuple(p.shape)}": content_hash(_local(p))
+        for n, p in enumerate(params)
+        if group.size > 1 and ranks not in _COMPARED.get(p, ())
+    }
 
 
 def _check_gradients(params: list[Tensor], group: Group) -> None:

@@ -17,7 +17,7 @@ PARALLELISMS = [
     Plant("a backward is agreed on twice", "seqpar/comm/backward.py",
           "        ctx.way.num_agreed += 1\n", "", ORDER),
     Plant("what is no copy is summed", "seqpar/gradients.py",
-          "if group.size > 1 and ranks not in _COMPARED.get(p, ()):", "if False:",
+          "        if group.size > 1 and ranks not in _COMPARED.get(p, ())\n", "        if False\n",
           "tests/training/test_experts.py"),
     Plant("copies are compared at every sum", "seqpar/gradients.py",
           "        _COMPARED.setdefault(p, set()).add(ranks)\n", "        pass\n",
