@@ -15,9 +15,8 @@ if TYPE_CHECKING:
 
 SHOWN = 8  # differences between claims, in a message
 _REFUSED = 0  # the digest of a rank that has an error of its own
-_HEARD = (
-    "seqpar_heard_by"  # of an error: the ranks, of each group, that all left what they did with it
-)
+# Of an error: the ranks, of each group, that all left what they did with it.
+_HEARD = "seqpar_heard_by"
 
 
 class DesyncError(RuntimeError):

@@ -10,7 +10,8 @@ SETUP = "seqpar/integrations/transformers/setup.py"
 NESTED, OF_RANKS = "tests/comm/test_nested_blocks.py", "tests/comm/test_ranks.py"
 OF_KINDS, DTENSORS = "tests/layout/test_kinds.py", "tests/data/test_dtensors.py"
 TYPING = "tests/packaging/test_typing.py"
-BLOCKS, BACKWARD = "tests/data/test_summed_gradients.py", "tests/integrations/test_backward.py"
+BLOCKS, REFUSED = "tests/data/test_summed_gradients.py", "tests/data/test_refused_steps.py"
+BACKWARD = "tests/integrations/test_backward.py"
 OWN_LOOPS = [
     Plant("an error is told to ranks that have gone", AGREE,
           "not any(_ranks(axis) <= ranks for ranks in heard)", "True", NESTED),
@@ -56,19 +57,19 @@ OWN_LOOPS = [
           '        agreed(*axes, operation="summed_gradients"),\n',
           '        agreed(operation="summed_gradients"),\n', BLOCKS),
     Plant("gradients of an earlier step are summed again", GRADIENTS,
-          "        if any(_is_summed(p, group) for p in params):\n", "        if False:\n", BLOCKS),
+          "        if any(_is_summed(p, group) for p in params):\n", "        if False:\n", REFUSED),
     Plant("FSDP: parameters as they are before backward", GRADIENTS,
           "        params = _learning(given)\n        claim |= _check(params, group)\n",
-          "        claim |= _check(params, group)\n", BLOCKS),
+          "        claim |= _check(params, group)\n", REFUSED),
     Plant("a step without a gradient", GRADIENTS,
-          "    if not _sum(params, group):\n", "    _sum(params, group)\n    if False:\n", BLOCKS),
-    Plant("DDP is not looked for", GRADIENTS, "sorted(names & REDUCES)", "sorted(set())", BLOCKS),
+          "    if not _sum(params, group):\n", "    _sum(params, group)\n    if False:\n", REFUSED),
+    Plant("DDP is not looked for", GRADIENTS, "sorted(names & REDUCES)", "sorted(set())", REFUSED),
     Plant("a loss that was made before its step", GRADIENTS,
-          "        check_reduction(loss)\n", "", BLOCKS),
+          "        check_reduction(loss)\n", "", REFUSED),
     Plant("losses for wrappers are summed", LOSS,
-          '    if summed and gradients == "mean" and group.size > 1:\n', "    if False:\n", BLOCKS),
+          '    if summed and gradients == "mean" and group.size > 1:\n', "    if False:\n", REFUSED),
     Plant("losses over other ranks are summed", LOSS,
-          "    if summed and ranks not in summed:\n", "    if False:\n", BLOCKS),
+          "    if summed and ranks not in summed:\n", "    if False:\n", REFUSED),
     Plant("a block in a block forgets the outer one", LOSS,
           "_SUMMING.set((*_SUMMING.get(), group))", "_SUMMING.set((group,))", BLOCKS),
     Plant("a model's step is of the ranks of a sequence", SETUP,
