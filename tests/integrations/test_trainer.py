@@ -52,6 +52,7 @@ def test_twenty_steps_equal_one_device(train):
     """The last batch of an epoch has one sequence, and its last step one batch; labels are smoothed."""
     problem = {
         "sequences": 23,
+        "steps": 20,
         "options": {"label_smoothing_factor": 0.1},
         "evaluated": 7,
         "evaluate_first": True,
@@ -63,15 +64,15 @@ def test_twenty_steps_equal_one_device(train):
 
 def test_replicas_of_ranks_equal_one_device(train):
     """Two replicas of two ranks with two micro-batches a step take what one process takes in four."""
-    want = train(1, on_one_device, accumulate=4)
-    assert_alike(train(4, shared, replicas=2, strategy=seqpar.UlyssesAttention), want)
+    want = train(1, on_one_device, accumulate=4, steps=20)
+    assert_alike(train(4, shared, replicas=2, strategy=seqpar.UlyssesAttention, steps=20), want)
 
 
 def test_a_run_is_resumed_with_other_ranks(train, tmp_path):
     want = train(1, on_one_device, accumulate=4)
-    saving = {"save_strategy": "steps", "save_steps": 10}
+    saving = {"save_strategy": "steps", "save_steps": 3}
     train(2, shared, folder=str(tmp_path / "saved"), accumulate=4, options=saving)
-    place = str(tmp_path / "saved" / "checkpoint-10")
+    place = str(tmp_path / "saved" / "checkpoint-3")
     resumed = [(1, {"accumulate": 4})]
     if RELEASE >= (5, 24):  # older ones cannot load an optimizer in several processes on CPUs
         resumed.append((4, {"replicas": 2}))
@@ -172,14 +173,14 @@ def dropping(group, run, resume):
 
 
 def test_dropout_is_the_same_for_any_ranks_and_resumed(unused_processes, tmp_path):
-    saving = {"save_strategy": "steps", "save_steps": 10}
+    saving = {"save_strategy": "steps", "save_steps": 3}
     run = Run(folder=str(tmp_path), options=saving)
     pair = unused_processes(2)
     (want, first, after), (_, second, after_too) = pair.run(dropping, run, None)
     assert first != second, "rows of two ranks drop alike"
     assert after == after_too
     alone = unused_processes(1)
-    for place in (None, str(tmp_path / "checkpoint-10")):
+    for place in (None, str(tmp_path / "checkpoint-3")):
         ((got, _, _),) = alone.run(dropping, run, place)
         for name, weight in want.items():
             torch.testing.assert_close(got[name], weight, rtol=1e-4, atol=1e-6)

@@ -1,6 +1,7 @@
 """The scripts as their users start them, small."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -84,9 +85,13 @@ ELSEWHERE = {  # script: the test that runs it, small, and looks at what it writ
 
 
 def start(name, *options, ranks=None):
+    """Runs a script without the shape check, as its users do."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command = [sys.executable, *(torchrun if ranks else []), PATHS[name], *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    environment = os.environ | {"SEQPAR_CHECK_SHAPES": "0", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=300, env=environment
+    )
 
 
 def test_check_equivalence_passes_under_torchrun(tmp_path):
@@ -156,10 +161,8 @@ def test_every_script_explains_itself():
 
 
 @pytest.mark.parametrize("name", SMALLEST)
-def test_runs_at_its_smallest_size(monkeypatch, name):
+def test_runs_at_its_smallest_size(name):
     options, ranks, printed = SMALLEST[name]
-    monkeypatch.setenv("SEQPAR_CHECK_SHAPES", "0")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     done = start(name, *options, ranks=ranks)
     assert done.returncode == 0, done.stdout + done.stderr
     assert printed in done.stdout

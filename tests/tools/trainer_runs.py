@@ -16,7 +16,7 @@ from seqpar.testing.models.fused import FUSED
 from seqpar.testing.models.tiny import FAMILIES, VOCABULARY
 
 PADDING = 0
-SEQUENCES, STEPS = 24, 20
+SEQUENCES, STEPS = 24, 6
 
 
 def examples(count=SEQUENCES):
@@ -90,15 +90,16 @@ class Run:
     evaluated: int = 8
     evaluate_first: bool = False
     resume: str | None = None
+    steps: int = STEPS
     options: dict = field(default_factory=dict)
 
     def arguments(self, ranks):
         """Those of Trainer."""
         settings = {
             "output_dir": self.folder, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2,
-            "gradient_accumulation_steps": self.accumulate, "max_steps": STEPS, "logging_steps": 1,
+            "gradient_accumulation_steps": self.accumulate, "max_steps": self.steps, "logging_steps": 1,
             "learning_rate": 3e-3, "max_grad_norm": 0.5, "lr_scheduler_type": "linear", "report_to": [],
-            "eval_strategy": "steps", "eval_steps": 10, "save_strategy": "no", "seed": 3,
+            "eval_strategy": "steps", "eval_steps": self.steps // 2, "save_strategy": "no", "seed": 3,
             "adam_epsilon": 1e-4,  # gradients that are 0 but for rounding make no steps
             "include_num_input_tokens_seen": "non_padding", "use_cpu": True, "disable_tqdm": True,
             "ddp_find_unused_parameters": False, "dataloader_pin_memory": False,
