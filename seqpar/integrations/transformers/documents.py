@@ -5,7 +5,7 @@ Decided from the whole batch, before it is sharded, by the rules that transforme
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -41,23 +41,31 @@ Row = Bounds | Shown | None
 
 
 def masked(
-    mask: Mask, rows: tuple[Row, ...], length: int, chunk: int | None = None
+    mask: Mask,
+    rows: tuple[Row, ...],
+    length: int,
+    chunk: int | None = None,
+    blocks: Sequence[Mask | None] = (),
 ) -> Mask | tuple[Mask, ...]:
     """A mask with what tokens of a row may meet besides: one, or one for each row of the batch.
 
     Args:
         length: of the rows.
         chunk: of how many tokens chunks are, where tokens meet those of their own only.
+        blocks: what tokens of each row of the batch see beside the mask, in their document.
     """
-    made = {row: _masked(mask, row, length, chunk) for row in dict.fromkeys(rows)}
-    return made[rows[0]] if len(made) == 1 else tuple(made[row] for row in rows)
+    num_rows = len(blocks) or len(rows)
+    each = tuple(zip(rows if len(rows) == num_rows else rows * num_rows, blocks or (None,) * num_rows))
+    made = {row: _masked(mask, *row, length, chunk) for row in dict.fromkeys(each)}
+    return made[each[0]] if len(made) == 1 else tuple(made[row] for row in each)
 
 
-def _masked(mask: Mask, row: Row, length: int, chunk: int | None) -> Mask:
-    bounds = row if isinstance(row, tuple) else None
-    if chunk is not None:
-        bounds = _chunks(row, length, chunk)
+def _masked(mask: Mask, row: Row, block: Mask | None, length: int, chunk: int | None) -> Mask:
+    document = row if isinstance(row, tuple) else None
+    bounds = document if chunk is None else _chunks(row, length, chunk)
     mask = mask if bounds is None else replace(mask, documents=bounds)
+    if block is not None:
+        mask |= block if document is None else block & Mask(documents=document)
     return mask & key_runs(row.runs) if isinstance(row, Shown) else mask
 
 

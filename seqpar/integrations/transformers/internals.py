@@ -64,6 +64,25 @@ def mask_forms(
     }
 
 
+def block_forms(
+    function: Any, ids: Any, window: Any
+) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """Finds the functions of masks in which tokens see all of their own block besides.
+
+    Args:
+        function: of the mask beside them, ids: of the blocks of tokens, window: of both: or what stands for
+            them.
+
+    Returns:
+        That of a mask with blocks beside it, and the same in a window; `None`: this release has none.
+    """
+    make = masking_utils
+    if not hasattr(make, "blockwise_overlay"):
+        return None
+    beside = make.or_masks(function, make.blockwise_overlay(ids))
+    return beside, make.and_masks(beside, make.sliding_window_overlay(window))
+
+
 def chunks_begin_with_documents() -> bool:
     """Whether this release counts chunks of packed texts from where each text begins, and not the first."""
     return hasattr(masking_utils, "remap_positions_for_packed_sequence")

@@ -24,6 +24,7 @@ from seqpar.integrations.transformers.probe.config import (
 )
 from seqpar.integrations.transformers.probe.trial import try_out
 from seqpar.integrations.transformers.sharding import Sharding
+from seqpar.integrations.transformers.text_stack import Boundary, text_stack
 from seqpar.integrations.transformers.wrappers import Outermost
 from seqpar.layout import LayoutKind
 from seqpar.loss import Reduction, check_reduction, mean_loss
@@ -75,6 +76,7 @@ class SequenceParallel:
                     f"{self.tp.transport.global_ranks}"
                 )
             self.inner = inner_model(model)
+            self.stack = text_stack(self.inner)
             claim |= {"model": type(self.inner).__name__, "strategy": attend.strategy}
             shared = {
                 p
@@ -85,21 +87,23 @@ class SequenceParallel:
             claim["parameters"] = sum(p.numel() for p in self.inner.parameters() if p not in shared)
             _check_attend(attend)
             check_config(model, self.inner)
-            check_own_config(self.inner)
+            check_own_config(self.stack)
             register()
+            if self.stack is not self.inner:
+                Boundary().watch(self.stack)
         with agreed(*self._axes, operation="SequenceParallel: weights"):
             same_weights(self.inner, self.group)  # ranks of tp hold other shards
         with agreed(*self._axes, operation="SequenceParallel: trying out") as claim:
-            before = attention_name(self.inner.config)
+            before = attention_name(self.stack.config)
             self._before = "sdpa" if before == NAME else before
             try:
-                self.findings = try_out(self.inner)
+                self.findings = try_out(self.inner, self.stack)
             except BaseException:
                 if handover is None:
-                    self.inner.set_attn_implementation("eager" if before == NAME else before)
+                    self.stack.set_attn_implementation("eager" if before == NAME else before)
                 raise
             claim["findings"] = self.findings
-        Guard(self.group, self.tp).watch(self.inner)
+        Guard(self.group, self.tp, self.stack).watch(self.inner)
 
     @classmethod
     def from_accelerator(
@@ -155,7 +159,7 @@ class SequenceParallel:
                 rank holds instead of the whole.
             DesyncError: ranks differ in their batch or options, or another rank raised one of the above.
         """
-        sharding = Sharding(self.attend, self.inner, self.findings)
+        sharding = Sharding(self.attend, self.inner, self.stack, self.findings)
         with agreed(self.tp, operation="shard, over tp") as claim:
             sequences, shifted = sorted(sequences), sorted(shifted)
             claim |= {"sequences": sequences, "shifted": shifted}
@@ -291,16 +295,16 @@ class SequenceParallel:
     @contextmanager
     def on_one_device(self) -> Iterator[None]:
         """Has the model attend as it did before, inside of a `with`: for generation, by each rank alone."""
-        self.inner.set_attn_implementation(self._before)
+        self.stack.set_attn_implementation(self._before)
         try:
             yield
         finally:
-            self.inner.set_attn_implementation(NAME)
+            self.stack.set_attn_implementation(NAME)
 
     @property
     def is_on(self) -> bool:
         """Whether the model attends over ranks, and was not switched back to one device."""
-        return attention_name(self.inner.config) == NAME
+        return attention_name(self.stack.config) == NAME
 
     @property
     def _axes(self) -> tuple[Group, Group]:

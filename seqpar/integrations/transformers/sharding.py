@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from seqpar.comm import agreed
-from seqpar.data import IGNORE, Labels, shard_batch, shard_sequence
+from seqpar.data import IGNORE, Labels, fingerprint, shard_batch, shard_sequence
 from seqpar.integrations.transformers.attention.call import Call
 from seqpar.integrations.transformers.attention.patterns import as_bytes
 from seqpar.integrations.transformers.documents import (
@@ -22,7 +22,7 @@ from seqpar.integrations.transformers.documents import (
 )
 from seqpar.integrations.transformers.inputs import Inputs
 from seqpar.integrations.transformers.probe.findings import Findings
-from seqpar.integrations.transformers.probe.tokens import common_arguments
+from seqpar.integrations.transformers.probe.tokens import common_arguments, padding_token
 from seqpar.integrations.transformers.scaling import check_scaling
 from seqpar.layout import Layout, LayoutKind, Mask
 from seqpar.module import Attention
@@ -36,6 +36,7 @@ class Sharding:
 
     attend: Attention
     model: PreTrainedModel
+    stack: PreTrainedModel
     findings: Findings
 
     def shard(
@@ -51,10 +52,15 @@ class Sharding:
         shifted: Sequence[str],
     ) -> Inputs:
         """Gives this rank's arguments, labels, layout and what is beside. All ranks must call."""
-        batch = {name: x for name, x in batch.items() if x is not None}
+        given = {name: x for name, x in batch.items() if x is not None}
         group, causal = self.attend.group, self.findings.causal
         with agreed(group, operation="shard") as claim:
-            shape = self._shape(batch)
+            shape = self._shape(given)
+            batch = given
+            if self.is_sharded_inside:
+                batch = text_of(given, shape, named=(*sequences, *shifted))
+                others = {n: x for n, x in given.items() if n not in batch and isinstance(x, Tensor)}
+                claim |= {f"batch[{name!r}]": fingerprint(x) for name, x in others.items()}
             documents = documents_of(batch, shape, causal=causal, packs=self.findings.packs)
             seen = seen_tokens(batch.get("attention_mask"), shape)
             labels = self._labels(batch, labels)
@@ -87,16 +93,26 @@ class Sharding:
                     f"{layout} gives {layout.rows}"
                 )
             self._check_table(rest.get("position_ids"), layout.length)
-            check_scaling(self.model.config, rest.get("position_ids"), layout)
+            check_scaling(self.stack.config, rest.get("position_ids"), layout)
         mask = self._mask(arguments, seen, layout)
         plan = self.attend.plan(layout)
-        call = Call(plan, rows, as_bytes(mask), seed, self.findings.numbers)
+        all_hidden = None if seen is None else as_bytes(seen)
+        call = Call(plan, rows, as_bytes(mask), seed, self.findings.numbers, all_hidden)
         for each in self.findings.masks:
             call.mask(*each)
         own = arguments.pop("labels", None)
         beside = {name: arguments.pop(name) for name in (*sequences, *shifted)}
+        if self.is_sharded_inside:
+            shown = arguments["position_ids"].new_ones(shape)
+            mask = given.get("attention_mask", shown)
+            arguments = {n: x for n, x in given.items() if n not in (*beside, *PACKED, "labels")}
         arguments |= common_arguments(self.model, attention_mask=mask, seqpar=call)
         return Inputs(arguments, own, layout, beside)
+
+    @property
+    def is_sharded_inside(self) -> bool:
+        """Whether the model is given whole sequences, which it shards where its text layers begin."""
+        return self.stack is not self.model
 
     def _shape(self, batch: Mapping[str, Any]) -> tuple[int, int]:
         tokens = next((batch[name] for name in TOKENS if isinstance(batch.get(name), Tensor)), None)
@@ -114,19 +130,22 @@ class Sharding:
     def _check_tokens(self, tokens: Tensor | None) -> None:
         """Refuses tokens without an embedding: one rank alone would fail, and leave the others waiting."""
         try:
-            size = getattr(self.model.get_input_embeddings(), "num_embeddings", None)
+            size = getattr(self.stack.get_input_embeddings(), "num_embeddings", None)
         except NotImplementedError:  # the model does not say which they are
             return
         if size is None or tokens is None or tokens.numel() == 0:
             return
+        if self.is_sharded_inside:  # images are put in the place of these, which need no embedding
+            stands_for = [x for n, x in vars(self.model.config).items() if n.endswith(("_token_id", "_token_index"))]
+            tokens = tokens[~torch.isin(tokens, torch.tensor([x for x in stands_for if isinstance(x, int)]))]
         least, most = tokens.min().item(), tokens.max().item()
         if least < 0 or most >= size:
             raise ValueError(f"input_ids must be 0 ... {size - 1}, got {least} ... {most}")
 
     def _check_table(self, positions: Tensor | None, length: int) -> None:
         """Refuses positions that a table of the model does not have, as `_check_tokens` does tokens."""
-        size = getattr(self.model.config, "max_position_embeddings", None)
-        if size is None or not _has_table(self.model, size):
+        size = getattr(self.stack.config, "max_position_embeddings", None)
+        if size is None or not _has_table(self.stack, size):
             return
         most = length - 1 if positions is None else int(positions.max())
         if most >= size:
@@ -150,7 +169,7 @@ class Sharding:
             return {}
         shown = torch.ones(self._shape(batch), dtype=torch.bool) if seen is None else seen.cpu()
         is_padding = (
-            tokens.cpu() == self.model.config.pad_token_id
+            tokens.cpu() == padding_token(self.model)
             if tokens is not None and first
             else ~shown
         )
@@ -180,6 +199,25 @@ class Sharding:
             return torch.ones_like(positions)
         rank = self.attend.group.rank
         return shard_sequence(seen.to(positions), layout, rank)
+
+
+def text_of(
+    batch: Mapping[str, Any], shape: tuple[int, int], *, named: Iterable[str]
+) -> dict[str, Any]:
+    """What a batch of a model of several parts says of its text: tokens, mask, labels, and what is named.
+
+    Its positions may be `[3 b s]`, those of time, height and width, or `[4 b s]`, of which those of the text
+    come first.
+    """
+    names = (*TOKENS, "attention_mask", "labels", *PACKED, *named)
+    text = {name: batch[name] for name in names if name in batch}
+    positions = batch.get("position_ids")
+    if isinstance(positions, Tensor):
+        if tuple(positions.shape) == (4, *shape):
+            text["position_ids"] = positions[0]
+        elif tuple(positions.shape) != (3, *shape):
+            text["position_ids"] = positions
+    return text
 
 
 def _has_table(model: PreTrainedModel, size: int) -> bool:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from seqpar.calls.options import told_of
 from seqpar.comm import Group, agreed
 from seqpar.functional import attention
+from seqpar.integrations.transformers.attention.blocks import Blocks
+from seqpar.integrations.transformers.attention.patterns import Pattern
 from seqpar.integrations.transformers.attention.temperature import tempered
 from seqpar.integrations.transformers.attention.terms import Layer, Terms, dropout_of
 from seqpar.integrations.transformers.documents import Row, masked
@@ -26,6 +28,7 @@ class Call:
         plan: group, layout, strategy and implementation.
         rows: what tokens may meet, of each row of the batch, or of all where they are alike.
         hidden: the padding mask of this rank's rows, as bytes; `None` if it hides nothing.
+        all_hidden: that of the whole rows.
         seed: of the dropout of this call; `None`: there may be none.
         numbers: of the modules that attend, for their dropout.
     """
@@ -38,20 +41,27 @@ class Call:
         hidden: bytes | None = None,
         seed: int | None = None,
         numbers: Mapping[nn.Module, int] = MappingProxyType({}),
+        all_hidden: bytes | None = None,
     ) -> None:
         self.plan, self.rows, self.hidden, self.seed = plan, rows, hidden, seed
         self.numbers = numbers
-        self._masks: dict[tuple[bool, object, int | None], Mask | tuple[Mask, ...]] = {}
+        self.all_hidden = hidden if plan.group.size == 1 else all_hidden
+        # The mask that the model handed to layers that make their own, where that is the case.
+        self.handed: Pattern | None = None
+        self._masks: dict[tuple[object, ...], Mask | tuple[Mask, ...]] = {}
 
-    def mask(self, own: Mask, chunk: int | None = None) -> Mask | tuple[Mask, ...]:
+    def mask(
+        self, own: Mask, chunk: int | None = None, blocks: Blocks | None = None
+    ) -> Mask | tuple[Mask, ...]:
         """The mask of a layer for this batch. Made outside of compiled code it is no constant there.
 
         Args:
-            chunk: see `Pattern`.
+            chunk, blocks: see `Pattern`.
         """
-        key = own.causal, own.window, chunk
+        key = own.causal, own.window, chunk, blocks
         if key not in self._masks:
-            self._masks[key] = masked(own, self.rows, self.plan.layout.length, chunk)
+            seen = () if blocks is None else blocks.masks()
+            self._masks[key] = masked(own, self.rows, self.plan.layout.length, chunk, seen)
         return self._masks[key]
 
     @property
@@ -60,24 +70,40 @@ class Call:
         plan = self.plan
         return told_of(plan), plan.group.rank, self.rows, self.hidden, self.seed
 
-    def attend(self, layer: Layer) -> Tensor:
+    def attend(self, layer: Layer, terms: Terms | None = None) -> Tensor:
         """The rows `[b sl hq vd]` of a layer's attention. All ranks must call.
+
+        Args:
+            terms: of the layer, if they are known.
 
         Raises:
             NotImplementedError, ValueError: a layer asks for what `Terms.of` refuses.
             DesyncError: another rank raised; and what `seqpar.attention` does.
         """
         try:
-            plan = self._plan(layer)
+            plan = self._plan(layer, terms)
         except (ValueError, TypeError, NotImplementedError) as error:
             refuse(self.plan.group, type(error)(f"{layer.name}: {error}"), error)
         q, k, v = layer.rows_first()
         return attention(tempered(layer.module, q, plan), k, v, plan)
 
-    def _plan(self, layer: Layer) -> Plan:
+    def _plan(self, layer: Layer, terms: Terms | None) -> Plan:
         """Makes the plan of a layer."""
-        terms = Terms.of(layer)
-        if getattr(layer.mask, "hidden", None) != self.hidden:
+        # Without blocks, on one device, attention may go by what the layer says and not by the mask.
+        has_blocks = self.handed is not None and self.handed.blocks is not None
+        terms = terms or Terms.of(layer, says_its_form=not has_blocks)
+        pattern = layer.mask
+        if self.handed is not None and self.handed.form != pattern.form:
+            raise NotImplementedError(
+                f"the model hands it a mask that is {self.handed}, and it makes one that is {pattern}"
+            )
+        pattern = self.handed or pattern
+        is_whole = pattern.length == self.plan.layout.length
+        if pattern.blocks is not None and not is_whole:
+            raise NotImplementedError(
+                "its mask has blocks of a shard's tokens, and those of the whole are not known"
+            )
+        if pattern.hidden != (self.all_hidden if is_whole else self.hidden):
             raise ValueError(
                 "the model was given another attention_mask than its plan; give shard(batch) the mask and "
                 "call the model with what it returns"
@@ -85,7 +111,7 @@ class Call:
         number = self.numbers.get(layer.module)
         return replace(
             self.plan,
-            mask=self.mask(terms.mask, terms.chunk),
+            mask=self.mask(terms.mask, terms.chunk, pattern.blocks),
             score=terms.score,
             dropout=dropout_of(terms.dropout, self.seed, number),
             first_head=terms.first_head,

@@ -28,8 +28,8 @@ REFUSED = (  # arguments that mean something else for a shard than for the whole
 class Guard:
     """Looks at the arguments of every call of a model, before it runs; refuses on all ranks."""
 
-    def __init__(self, group: Group, tp: Group) -> None:
-        self.group, self.tp = group, tp
+    def __init__(self, group: Group, tp: Group, stack: PreTrainedModel) -> None:
+        self.group, self.tp, self.stack = group, tp, stack
         self.random: Tensor | None = None  # torch's state before the call, where it may draw
 
     def watch(self, model: nn.Module) -> None:
@@ -43,7 +43,7 @@ class Guard:
     def __call__(self, model: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> None:
         """Looks at a call before it runs, as a forward pre-hook. All ranks of group and tp must call."""
         self.random = None
-        if attention_name(model.config) != NAME:
+        if attention_name(self.stack.config) != NAME:
             return  # switched back, to run on one device
         try:
             with agreed(self.tp, operation="a call, over tp") as claim:

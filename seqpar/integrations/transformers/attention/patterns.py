@@ -9,16 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any
 
 from torch import Tensor
 
+from seqpar.integrations.transformers.attention.blocks import Blocks, without_blocks
+from seqpar.integrations.transformers.attention.forms import A_TENSOR, filled, names_of
 from seqpar.integrations.transformers.internals import mask_forms
-
-ANY = (
-    object()
-)  # in place of a tensor that says nothing of the form, such as the padding of these rows
 
 
 @dataclass(frozen=True)
@@ -32,6 +29,9 @@ class Pattern:
             nothing. It is compared with the plan, which knows that of the whole batch.
         unknown: what the mask is, in words, where it has no such form.
         chunk: of how many tokens chunks are, where a row sees its own only: from the first that is shown on.
+        blocks: in which tokens see each other besides.
+        length: how many rows it was made for: those of this rank, or of the whole where the model makes its
+            masks before it is sharded.
     """
 
     causal: bool = False
@@ -39,8 +39,15 @@ class Pattern:
     hidden: bytes | None = None
     unknown: str | None = None
     chunk: int | None = None
+    blocks: Blocks | None = None
+    length: int | None = None
 
     ndim = 0  # it is no tensor: Falcon asks before it adds something to its mask
+
+    @property
+    def form(self) -> tuple[bool, int | None, int | None]:
+        """What it is beside blocks and padding."""
+        return self.causal, self.window, self.chunk
 
     def to(self, *_: object) -> Pattern:
         """Returns itself, since MPT casts its mask."""
@@ -51,6 +58,7 @@ class Pattern:
             return self.unknown
         form = "causal" if self.causal else "bidirectional"
         form += "" if self.chunk is None else f" in chunks of {self.chunk}"
+        form += "" if self.blocks is None else " with blocks"
         return form if self.window is None else f"{form} with a window of {self.window}"
 
 
@@ -75,10 +83,15 @@ def pattern_mask(
             shape = tuple(attention_mask.shape)
             return Pattern(unknown=f"an attention_mask {shape} for {q_length} rows")
         hidden = as_bytes(attention_mask)
-    for (causal, window, chunk), form in mask_forms(local_size, ANY).items():
-        if _same(mask_function, form):
-            return Pattern(causal, window, hidden, chunk=chunk)
-    names = _names(mask_function)
+    function, blocks, window_of_both = without_blocks(mask_function)
+    for (causal, window, chunk), form in mask_forms(local_size, A_TENSOR).items():
+        if filled(function, form) is None:
+            continue
+        if window_of_both is None:
+            return Pattern(causal, window, hidden, None, chunk, blocks, q_length)
+        if causal and window is chunk is None:
+            return Pattern(causal, window_of_both, hidden, None, chunk, blocks, q_length)
+    names = names_of(mask_function)
     packed = " for texts that position_ids pack" if "packed_sequence_mask" in names else ""
     return Pattern(unknown=f"made of {names}{packed}")
 
@@ -87,34 +100,3 @@ def as_bytes(attention_mask: Tensor) -> bytes | None:
     """A padding mask as something to compare; `None` if it hides nothing."""
     seen = attention_mask.bool()
     return None if bool(seen.all()) else bytes(seen.cpu().flatten().tolist())
-
-
-def _same(one: object, other: object) -> bool:
-    """Whether two functions have the same code and closed over the same values."""
-    if isinstance(one, FunctionType) and isinstance(other, FunctionType):
-        return one.__code__ is other.__code__ and _same(_closed_over(one), _closed_over(other))
-    if other is ANY:
-        return isinstance(one, Tensor)
-    if isinstance(one, tuple) and isinstance(other, tuple):
-        return len(one) == len(other) and all(map(_same, one, other))
-    return type(one) is type(other) and isinstance(one, int) and one == other
-
-
-def _closed_over(function: FunctionType) -> tuple[object, ...]:
-    return tuple(cell.cell_contents for cell in function.__closure__ or ())
-
-
-def _names(function: object) -> str:
-    """The functions that a mask function is made of, by name."""
-    if isinstance(function, tuple):
-        return " and ".join(_names(f) for f in function)
-    if not isinstance(function, FunctionType):
-        return repr(function)
-    inner = [
-        f
-        for value in _closed_over(function)
-        for f in (value if isinstance(value, tuple) else (value,))
-        if isinstance(f, FunctionType)
-    ]
-    name = function.__qualname__.split(".")[0]
-    return f"{name}({', '.join(map(_names, inner))})" if inner else name

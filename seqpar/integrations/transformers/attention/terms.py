@@ -62,8 +62,12 @@ class Terms:
     chunk: int | None = None
 
     @staticmethod
-    def of(layer: Layer) -> Terms:
+    def of(layer: Layer, *, says_its_form: bool = True) -> Terms:
         """Reads what a layer asks for.
+
+        Args:
+            says_its_form: whether the module's own `is_causal` is to be that of its mask: it is what attention
+                goes by on one device, unless it is given the mask.
 
         Raises:
             NotImplementedError: its mask has no pattern, or it asks for something that is not known.
@@ -76,7 +80,8 @@ class Terms:
         window = terms.pop("sliding_window", pattern.window)
         if window != pattern.window:
             raise ValueError(f"the layer says sliding_window={window}, its mask is {pattern}")
-        causal = terms.pop("is_causal", getattr(layer.module, "is_causal", pattern.causal))
+        own = getattr(layer.module, "is_causal", pattern.causal) if says_its_form else pattern.causal
+        causal = terms.pop("is_causal", own)
         if causal != pattern.causal:
             raise ValueError(f"the layer says is_causal={causal}, its mask is {pattern}")
         score = Score(

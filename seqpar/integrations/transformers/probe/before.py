@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from seqpar.data import Labels
-from seqpar.integrations.transformers.internals import attention_name
 from seqpar.integrations.transformers.probe.compare import Rows, difference, rows_of
 from seqpar.integrations.transformers.probe.own_loss import own_labels
-from seqpar.integrations.transformers.probe.tokens import Tokens
+from seqpar.integrations.transformers.probe.tokens import Tokens, padding_token
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,11 @@ class Before:
     labels: Labels | None
 
 
-def run_before(inner: PreTrainedModel) -> Before:
+def run_before(inner: PreTrainedModel, attention: str) -> Before:
     """Runs a model as it is, without a mask. All ranks that its weights are sharded over must call.
+
+    Args:
+        attention: the name of the attention that it has, as transformers knows it.
 
     Raises:
         NotImplementedError: it takes no positions, or returns what is not one row per token.
@@ -56,11 +58,11 @@ def run_before(inner: PreTrainedModel) -> Before:
         labels = own_labels(inner, given.plain, plain)
         numbered = inner(**given.numbered)
         if difference(outputs, rows_of(numbered, 0)) is not None:
-            after_padding = (getattr(inner.config, "pad_token_id", None) or 0) + 1
+            after_padding = (padding_token(inner) or 0) + 1
             moved = inner(**tokens.runs(inner, first=after_padding).numbered)
             if difference(outputs, rows_of(moved, 0)) is None:
                 first, numbered = after_padding, moved
-    return Before(attention_name(inner.config), outputs, first, rows_of(numbered, 1), labels)
+    return Before(attention, outputs, first, rows_of(numbered, 1), labels)
 
 
 @contextmanager

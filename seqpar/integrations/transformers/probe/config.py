@@ -66,11 +66,6 @@ def check_config(model: nn.Module, inner: PreTrainedModel) -> None:
         raise NotImplementedError(
             f"{name} has cross attention; only one stack of self attention is sharded"
         )
-    if config.get_text_config() is not config:
-        raise NotImplementedError(
-            f"{name} is made of {sorted(config.sub_configs)}; take the text model out of it, such as "
-            "Gemma3ForCausalLM"
-        )
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise NotImplementedError(
             "a prefix or prompt that is learned makes the sequence longer than its layout; take an adapter "

@@ -57,10 +57,11 @@ class Tokens:
     @staticmethod
     def of(inner: PreTrainedModel) -> Tokens:
         """Draws those of a model."""
-        num_rows = min(NUM_ROWS, getattr(inner.config, "max_position_embeddings", None) or NUM_ROWS)
+        config = inner.config.get_text_config()
+        num_rows = min(NUM_ROWS, getattr(config, "max_position_embeddings", None) or NUM_ROWS)
         places = list(range(1, num_rows, 2))
         kept = [2 * i for i in reversed(range(len(places)))]
-        drawn = (5 + torch.arange(2 * num_rows)) % inner.config.vocab_size
+        drawn = (5 + torch.arange(2 * num_rows)) % config.vocab_size
         tokens, others = (x.clone() for x in drawn.chunk(2))
         new, special = others[0::2], _special_tokens(inner)
         new[: len(special)] = torch.tensor(special[: len(new)], dtype=others.dtype)
@@ -94,9 +95,16 @@ def common_arguments(inner: PreTrainedModel, **arguments: Any) -> dict[str, Any]
     return arguments | ({"use_cache": False} if takes_cache else {})
 
 
+def padding_token(inner: PreTrainedModel) -> int | None:
+    """The token that a model takes for padding, if it has one."""
+    padding = getattr(inner.config.get_text_config(), "pad_token_id", None)
+    return padding if isinstance(padding, int) else None
+
+
 def _special_tokens(inner: PreTrainedModel) -> list[int]:
     """Tokens that may change what a model does with others, such as the mask token of ESM."""
-    pairs = sorted(inner.config.to_dict().items())
+    config = inner.config.get_text_config()
+    pairs = sorted(config.to_dict().items())
     ids = {x for n, x in pairs if n.endswith("_token_id") and isinstance(x, int)}
-    padding = getattr(inner.config, "pad_token_id", None)
-    return sorted(i for i in ids if i != padding and 0 <= i < inner.config.vocab_size)
+    padding = padding_token(inner)
+    return sorted(i for i in ids if i != padding and 0 <= i < config.vocab_size)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from seqpar.integrations.transformers.attention.call import Call
+from seqpar.integrations.transformers.attention.patterns import Pattern
 from seqpar.integrations.transformers.attention.temperature import untempered
 from seqpar.integrations.transformers.attention.terms import Layer, Terms
 from seqpar.integrations.transformers.probe.compare import same_rows
@@ -37,6 +38,7 @@ class Trace:
         self.tokens, self.call, self.num_alone = tokens, call, num_alone
         self.attending: list[nn.Module] = []
         self.terms: list[Terms] = []
+        self.handed: Pattern | None = None  # see `Call`, which then looks at what it has in each call
         self.culprits: list[str] = []
         self._attended: dict[nn.Module, list[Tensor]] = {}
         self._names = {module: name for name, module in model.named_modules()}
@@ -45,9 +47,10 @@ class Trace:
     def attend(self, layer: Layer) -> Tensor:
         """The rows `[b sl hq vd]` of a layer's attention; of a row that sees itself alone, its value."""
         try:
-            self.terms.append(Terms.of(layer))
+            terms = Terms.of(layer, says_its_form=self.handed is None)
         except (ValueError, TypeError, NotImplementedError) as error:
             raise type(error)(f"{self._title(layer.module)}: {error}") from error
+        self.terms.append(terms)
         self.attending.append(layer.module)
         q, k, v = layer.rows_first()
         # Not as the layer has scaled them by its own count of rows, which the call makes good.
@@ -55,7 +58,7 @@ class Trace:
         n = self.num_alone
         alone = v[:n].repeat_interleave(q.shape[2] // v.shape[2], dim=2)
         others = replace(layer, q=layer.q[n:], k=layer.k[n:], v=layer.v[n:])
-        return torch.cat([alone, self.call.attend(others)])
+        return torch.cat([alone, self.call.attend(others, terms)])
 
     @contextmanager
     def watching(self) -> Iterator[None]:

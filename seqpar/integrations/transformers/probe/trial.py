@@ -64,23 +64,26 @@ from seqpar.strategies import Plan
 LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
-def try_out(inner: PreTrainedModel) -> Findings:
+def try_out(inner: PreTrainedModel, stack: PreTrainedModel) -> Findings:
     """Tries a model, here alone, and switches its attention. Restores nothing where it raises.
 
     All ranks that its weights are sharded over must call.
+
+    Args:
+        stack: the part of it that attends over ranks, see `text_stack`.
 
     Raises:
         NotImplementedError: transformers cannot switch its attention; and as `run_before` and `run_after`.
     """
     handover = handover_of(inner)
-    switch(inner, handover)
+    switch(stack, handover)
     known: Before | Findings | None
     if handover is not None:
         known, across = handover.findings, handover.group
     else:
-        inner.set_attn_implementation("eager")
-        known, across = run_before(inner), Group.alone()
-        inner.set_attn_implementation(NAME)
+        stack.set_attn_implementation("eager")
+        known, across = run_before(inner, attention_name(stack.config)), Group.alone()
+        stack.set_attn_implementation(NAME)
     assert known is not None, "a model whose attention was replaced was tried then"
     return run_after(inner, known, across=across)
 
@@ -187,7 +190,8 @@ def _check_rows(inner: PreTrainedModel, trace: Trace, again: Trace) -> None:
             f"no layer of {type(inner).__name__} calls the attention function"
         )
     # Few tokens may not reveal that a layer attends to a choice of what its mask shows.
-    for number, kind in enumerate(getattr(inner.config, "layer_types", None) or ()):
+    kinds = getattr(inner.config.get_text_config(), "layer_types", None)
+    for number, kind in enumerate(kinds or ()):
         if kind not in LAYER_TYPES:
             raise NotImplementedError(
                 f"layer {number} of {type(inner).__name__} is {kind!r}; known are {sorted(LAYER_TYPES)}"

@@ -69,7 +69,7 @@ def replace_attention(model: nn.Module, tp: Group | None = None) -> ReplacedMode
         register()
     with agreed(tp, operation="replace_attention: as it was") as claim:
         with _noted([original.module for original in originals], sequence=0) as own:
-            before = run_before(inner)
+            before = run_before(inner, attention_name(inner.config))
         claim |= {n: (tuple(x.shape), x.dtype) for n, x in before.outputs.items()}
     _check_ranks(tp, inner, before)
     replaced = ReplacedModel(model, inner, handover, originals, attention=before.attention)
