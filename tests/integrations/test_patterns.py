@@ -60,7 +60,6 @@ def test_shows_what_the_mask_of_one_device_shows(maker, window):
     [
         ({"or_mask_function": masks.sliding_window_overlay(3)}, "or_masks.*sliding_window_overlay"),
         ({"and_mask_function": masks.sliding_window_overlay(3)}, "and_masks"),
-        ({"block_sequence_ids": torch.zeros(1, 12)}, "blockwise_overlay"),
         ({"attention_mask": torch.ones(1, 15)}, r"15 keys|\(1, 15\)"),
         (
             {"attention_mask": None, "position_ids": torch.tensor([[*range(6), *range(6)]])},

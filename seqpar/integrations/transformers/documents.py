@@ -55,7 +55,8 @@ def masked(
         blocks: what tokens of each row of the batch see beside the mask, in their document.
     """
     num_rows = len(blocks) or len(rows)
-    each = tuple(zip(rows if len(rows) == num_rows else rows * num_rows, blocks or (None,) * num_rows))
+    rows = rows if len(rows) == num_rows else rows * num_rows
+    each = tuple(zip(rows, blocks or [None] * num_rows, strict=True))
     made = {row: _masked(mask, *row, length, chunk) for row in dict.fromkeys(each)}
     return made[each[0]] if len(made) == 1 else tuple(made[row] for row in each)
 

@@ -15,16 +15,17 @@ from seqpar.gradients import summed_gradients
 from seqpar.integrations.transformers.attention.guard import Guard
 from seqpar.integrations.transformers.attention.registration import NAME, register
 from seqpar.integrations.transformers.attention.replacement import Replacement, handover_of
+from seqpar.integrations.transformers.boundary import Boundary
 from seqpar.integrations.transformers.inputs import Inputs
 from seqpar.integrations.transformers.internals import attention_name
 from seqpar.integrations.transformers.probe.config import (
     check_config,
     check_own_config,
     inner_model,
+    text_stack,
 )
 from seqpar.integrations.transformers.probe.trial import try_out
 from seqpar.integrations.transformers.sharding import Sharding
-from seqpar.integrations.transformers.text_stack import Boundary, text_stack
 from seqpar.integrations.transformers.wrappers import Outermost
 from seqpar.layout import LayoutKind
 from seqpar.loss import Reduction, check_reduction, mean_loss
@@ -76,7 +77,6 @@ class SequenceParallel:
                     f"{self.tp.transport.global_ranks}"
                 )
             self.inner = inner_model(model)
-            self.stack = text_stack(self.inner)
             claim |= {"model": type(self.inner).__name__, "strategy": attend.strategy}
             shared = {
                 p
@@ -87,6 +87,7 @@ class SequenceParallel:
             claim["parameters"] = sum(p.numel() for p in self.inner.parameters() if p not in shared)
             _check_attend(attend)
             check_config(model, self.inner)
+            self.stack = text_stack(self.inner)
             check_own_config(self.stack)
             register()
             if self.stack is not self.inner:

@@ -59,7 +59,9 @@ class Sharding:
             batch = given
             if self.is_sharded_inside:
                 batch = text_of(given, shape, named=(*sequences, *shifted))
-                others = {n: x for n, x in given.items() if n not in batch and isinstance(x, Tensor)}
+                others = {
+                    n: x for n, x in given.items() if n not in batch and isinstance(x, Tensor)
+                }
                 claim |= {f"batch[{name!r}]": fingerprint(x) for name, x in others.items()}
             documents = documents_of(batch, shape, causal=causal, packs=self.findings.packs)
             seen = seen_tokens(batch.get("attention_mask"), shape)
@@ -136,8 +138,14 @@ class Sharding:
         if size is None or tokens is None or tokens.numel() == 0:
             return
         if self.is_sharded_inside:  # images are put in the place of these, which need no embedding
-            stands_for = [x for n, x in vars(self.model.config).items() if n.endswith(("_token_id", "_token_index"))]
-            tokens = tokens[~torch.isin(tokens, torch.tensor([x for x in stands_for if isinstance(x, int)]))]
+            stands_for = [
+                x
+                for n, x in vars(self.model.config).items()
+                if n.endswith(("_token_id", "_token_index"))
+            ]
+            tokens = tokens[
+                ~torch.isin(tokens, torch.tensor([x for x in stands_for if isinstance(x, int)]))
+            ]
         least, most = tokens.min().item(), tokens.max().item()
         if least < 0 or most >= size:
             raise ValueError(f"input_ids must be 0 ... {size - 1}, got {least} ... {most}")
@@ -169,9 +177,7 @@ class Sharding:
             return {}
         shown = torch.ones(self._shape(batch), dtype=torch.bool) if seen is None else seen.cpu()
         is_padding = (
-            tokens.cpu() == padding_token(self.model)
-            if tokens is not None and first
-            else ~shown
+            tokens.cpu() == padding_token(self.model) if tokens is not None and first else ~shown
         )
         if (
             (tokens is None and first)

@@ -49,7 +49,7 @@ class Family:
         model, config: names of the classes in transformers.
         options: of the config.
         labels: what a row of it predicts.
-        float32: how parameters end whose gradients the model itself adds in float32.
+        float32: parts of the names of parameters whose gradients the model itself adds in float32.
         since: the first release of transformers that computes its attention through the interface.
     """
 

@@ -46,8 +46,8 @@ class Call:
         self.plan, self.rows, self.hidden, self.seed = plan, rows, hidden, seed
         self.numbers = numbers
         self.all_hidden = hidden if plan.group.size == 1 else all_hidden
-        # The mask that the model handed to layers that make their own, where that is the case.
-        self.handed: Pattern | None = None
+        # Where a model makes the masks of its text layers: one, of which they make theirs, or by their type.
+        self.handed: Pattern | Mapping[str, Pattern] | None = None
         self._masks: dict[tuple[object, ...], Mask | tuple[Mask, ...]] = {}
 
     def mask(
@@ -89,15 +89,14 @@ class Call:
 
     def _plan(self, layer: Layer, terms: Terms | None) -> Plan:
         """Makes the plan of a layer."""
-        # Without blocks, on one device, attention may go by what the layer says and not by the mask.
-        has_blocks = self.handed is not None and self.handed.blocks is not None
-        terms = terms or Terms.of(layer, says_its_form=not has_blocks)
-        pattern = layer.mask
-        if self.handed is not None and self.handed.form != pattern.form:
+        pattern = self.handed if isinstance(self.handed, Pattern) else layer.mask
+        # Where there are blocks, transformers never leaves out the mask and goes by what the layer says.
+        is_given = self.handed is not None and getattr(pattern, "blocks", None) is not None
+        terms = terms or Terms.of(layer, says_its_form=not is_given)
+        if pattern.form != layer.mask.form:
             raise NotImplementedError(
-                f"the model hands it a mask that is {self.handed}, and it makes one that is {pattern}"
+                f"the model hands it a mask that is {pattern}, and it makes one that is {layer.mask}"
             )
-        pattern = self.handed or pattern
         is_whole = pattern.length == self.plan.layout.length
         if pattern.blocks is not None and not is_whole:
             raise NotImplementedError(

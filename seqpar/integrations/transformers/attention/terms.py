@@ -66,8 +66,8 @@ class Terms:
         """Reads what a layer asks for.
 
         Args:
-            says_its_form: whether the module's own `is_causal` is to be that of its mask: it is what attention
-                goes by on one device, unless it is given the mask.
+            says_its_form: whether the module's own `is_causal` is to be that of its mask, as attention on one
+                device goes by it where no mask is made.
 
         Raises:
             NotImplementedError: its mask has no pattern, or it asks for something that is not known.
@@ -80,10 +80,11 @@ class Terms:
         window = terms.pop("sliding_window", pattern.window)
         if window != pattern.window:
             raise ValueError(f"the layer says sliding_window={window}, its mask is {pattern}")
-        own = getattr(layer.module, "is_causal", pattern.causal) if says_its_form else pattern.causal
-        causal = terms.pop("is_causal", own)
-        if causal != pattern.causal:
-            raise ValueError(f"the layer says is_causal={causal}, its mask is {pattern}")
+        says = terms.pop("is_causal", None)
+        if says is None and says_its_form:
+            says = getattr(layer.module, "is_causal", None)
+        if says not in (None, pattern.causal):
+            raise ValueError(f"the layer says is_causal={says}, its mask is {pattern}")
         score = Score(
             scale=terms.pop("scaling", None),
             softcap=terms.pop("softcap", None),

@@ -33,6 +33,28 @@ def inner_model(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
+def text_stack(inner: PreTrainedModel) -> PreTrainedModel:
+    """The part of a model that has its text layers: the model itself, unless it is made of several parts.
+
+    Raises:
+        NotImplementedError: no part, or more than one, has the config of the text.
+    """
+    config = inner.config.get_text_config()
+    if config is inner.config:
+        return inner
+    found: list[PreTrainedModel] = []
+    for module in inner.modules():
+        is_inside = any(module in set(other.modules()) for other in found)
+        if isinstance(module, PreTrainedModel) and module.config is config and not is_inside:
+            found.append(module)
+    if len(found) != 1:
+        raise NotImplementedError(
+            f"{type(inner).__name__} is made of {sorted(inner.config.sub_configs)}, and "
+            f"{len(found)} parts of it have the config of the text; set up its text model by itself"
+        )
+    return found[0]
+
+
 def check_own_config(inner: PreTrainedModel) -> None:
     """Refuses a config that the model of another rank shares, where ranks are threads of one process.
 

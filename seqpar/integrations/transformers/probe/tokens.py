@@ -11,6 +11,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from seqpar.integrations.transformers.probe.config import text_stack
+
 NUM_ROWS = 11  # prime, so that hardly a tensor has this size in another dimension
 PACKED_AT = 3  # where a second document starts, and up to where tokens are hidden
 
@@ -90,8 +92,9 @@ class Tokens:
 
 
 def common_arguments(inner: PreTrainedModel, **arguments: Any) -> dict[str, Any]:
-    """Arguments for every call: no cache is kept, where the model could."""
-    takes_cache = "use_cache" in inspect.signature(inner.forward).parameters
+    """Arguments for every call: no cache is kept, where the model or its text layers could."""
+    signatures = (inspect.signature(m.forward).parameters for m in (inner, text_stack(inner)))
+    takes_cache = any("use_cache" in parameters for parameters in signatures)
     return arguments | ({"use_cache": False} if takes_cache else {})
 
 

@@ -38,7 +38,9 @@ class Trace:
         self.tokens, self.call, self.num_alone = tokens, call, num_alone
         self.attending: list[nn.Module] = []
         self.terms: list[Terms] = []
-        self.handed: Pattern | None = None  # see `Call`, which then looks at what it has in each call
+        self.handed: Pattern | None = (
+            None  # see `Call`, which then looks at what it has in each call
+        )
         self.culprits: list[str] = []
         self._attended: dict[nn.Module, list[Tensor]] = {}
         self._names = {module: name for name, module in model.named_modules()}

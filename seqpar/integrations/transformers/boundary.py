@@ -1,4 +1,4 @@
-"""The text layers of a model of several parts, such as a vision tower beside them, and how they are sharded.
+"""`Boundary`: where a model that has other parts, such as a vision tower, hands sequences to its text layers.
 
 Images are merged into the tokens of a whole sequence, on every rank. What the model then hands to its text
 layers is sharded there, and their outputs stay so: heads work row by row. Gradients flow back through each
@@ -23,29 +23,13 @@ from seqpar.layout import Layout
 from seqpar_kernels.torch_internals import forward_hooks
 
 # What text layers are handed of a whole sequence: `[b s ...]`, but positions may be `[n b s]`.
-SEQUENCES = ("input_ids", "inputs_embeds", "visual_pos_masks", "token_type_ids", "mm_token_type_ids")
-
-
-def text_stack(inner: PreTrainedModel) -> PreTrainedModel:
-    """The part of a model that has its text layers: the model itself, unless it is made of several parts.
-
-    Raises:
-        NotImplementedError: no part, or more than one, has the config of the text.
-    """
-    config = inner.config.get_text_config()
-    if config is inner.config:
-        return inner
-    found: list[PreTrainedModel] = []
-    for module in inner.modules():
-        if isinstance(module, PreTrainedModel) and module.config is config:
-            if not any(module in set(other.modules()) for other in found):
-                found.append(module)
-    if len(found) != 1:
-        raise NotImplementedError(
-            f"{type(inner).__name__} is made of {sorted(inner.config.sub_configs)}, and "
-            f"{len(found)} parts of it have the config of the text; set up its text model by itself"
-        )
-    return found[0]
+SEQUENCES = (
+    "input_ids",
+    "inputs_embeds",
+    "visual_pos_masks",
+    "token_type_ids",
+    "mm_token_type_ids",
+)
 
 
 class Boundary:
@@ -69,7 +53,7 @@ class Boundary:
         given = arguments(stack, args, kwargs)
         tokens = next(given[n] for n in ("inputs_embeds", "input_ids") if given.get(n) is not None)
         mask = given.get("attention_mask")
-        call.handed = mask if isinstance(mask, Pattern) else None
+        call.handed = mask if isinstance(mask, (Pattern, dict)) else None
         if not isinstance(call, Call):  # a trial, alone and without images
             return (), given | {"attention_mask": _handed(mask, tokens)}
         with agreed(call.plan.group, operation="the text layers") as claim:
@@ -79,9 +63,7 @@ class Boundary:
             return (), common_arguments(stack, **sharded)
 
 
-def _sharded(
-    given: dict[str, Any], tokens: Tensor, layout: Layout, rank: int
-) -> dict[str, Any]:
+def _sharded(given: dict[str, Any], tokens: Tensor, layout: Layout, rank: int) -> dict[str, Any]:
     """This rank's part of what text layers are given.
 
     Raises:
@@ -96,17 +78,21 @@ def _sharded(
         positions = torch.arange(layout.length, device=tokens.device).expand(len(tokens), -1)
     sharded["position_ids"] = shard_sequence(positions, layout, rank, dim=positions.ndim - 1)
     mask = given["attention_mask"]  # patterns are of the whole already
-    sharded["attention_mask"] = mask if isinstance(mask, dict) else shard_sequence(mask, layout, rank)
+    sharded["attention_mask"] = (
+        mask if isinstance(mask, dict) else shard_sequence(mask, layout, rank)
+    )
     if given.get("deepstack_visual_embeds") is not None:
         seen = given["visual_pos_masks"]
         number = (seen.flatten().cumsum(0) - 1).view_as(seen)
         here = shard_sequence(number, layout, rank)[shard_sequence(seen, layout, rank)]
         sharded["deepstack_visual_embeds"] = [x[here] for x in given["deepstack_visual_embeds"]]
     known = {*SEQUENCES, "position_ids", "attention_mask", "deepstack_visual_embeds"}
-    unknown = [n for n, x in given.items() if n not in known and isinstance(x, (Tensor, list, dict))]
+    unknown = [
+        n for n, x in given.items() if n not in known and isinstance(x, (Tensor, list, dict))
+    ]
     if unknown:
         raise NotImplementedError(
-            f"text layers are handed {sorted(unknown)}, of which it is not known where the sequence is in them"
+            f"text layers are handed {sorted(unknown)}, and it is not known where the sequence is in them"
         )
     return sharded
 
@@ -116,7 +102,15 @@ def _handed(mask: Any, tokens: Tensor) -> Any:
     if isinstance(mask, Pattern):
         if mask.unknown is not None:
             raise NotImplementedError(f"text layers are handed a mask that is {mask}")
-        mask = None if mask.hidden is None else torch.frombuffer(bytearray(mask.hidden), dtype=torch.int8)
+        mask = (
+            None
+            if mask.hidden is None
+            else torch.frombuffer(bytearray(mask.hidden), dtype=torch.int8)
+        )
     if mask is None:  # without one, jumps of positions would be taken for borders of packed texts
         return torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
-    return mask if isinstance(mask, dict) else mask.view(tokens.shape[:2]).to(tokens.device, torch.long)
+    return (
+        mask
+        if isinstance(mask, dict)
+        else mask.view(tokens.shape[:2]).to(tokens.device, torch.long)
+    )
