@@ -1,6 +1,6 @@
 """Checks, over real processes, that models of transformers on sharded sequences equal one device.
 
-Eight families x strategy, tiny models in float64: logits, loss and the gradient of every parameter against
+Families x strategy, tiny models in float64: logits, loss and the gradient of every parameter against
 the model on one device under its own masks. Prints a table and exits with 1 when anything is off.
 
 Example: torchrun --nproc-per-node 3 scripts/check/hugging_face.py --json transformers.json
@@ -20,9 +20,11 @@ from rich.table import Table
 from seqpar import Group
 from seqpar.commands import progress
 from seqpar.commands.arguments import parser_of
+from seqpar.testing.models.seeing import SEEING, Seeing
 from seqpar.testing.models.tiny import SERVED, batch_of
 from seqpar.testing.models.training_step import differences, on_rank, one_device
 
+ALL = SERVED | SEEING
 STRATEGIES = ("ring", "ulysses", "hybrid", "allgather", "mesh")
 ALLOWED = {"logits": 1e-10, "loss": 1e-10, "gradients": 1e-10, "float32": 1e-6}
 
@@ -33,8 +35,10 @@ def check(
     """One record for each family and strategy: the largest differences of any rank."""
     records = []
     for name in progress.track(names, "families", name=str, shown=group.rank == 0):
-        family = SERVED[name]
+        family = ALL[name]
         model, batch = family.make(), batch_of(2, length)
+        if isinstance(family, Seeing):
+            batch = family.seen(batch)
         want = one_device(model, batch, family.labels)
         for strategy in strategies:
             got = on_rank(group, model, batch, strategy)
@@ -62,7 +66,7 @@ def show(records: list[dict[str, Any]], size: int) -> None:
 def main() -> None:
     """Parses arguments, checks on all ranks, prints on rank 0."""
     parser = parser_of(__doc__)
-    parser.add_argument("--families", nargs="+", choices=SERVED, default=list(SERVED))
+    parser.add_argument("--families", nargs="+", choices=ALL, default=list(ALL))
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
     parser.add_argument("--length", type=int, default=37, help="tokens of a sequence")
     parser.add_argument("--json", type=Path, help="rank 0 writes the records here")

@@ -32,6 +32,7 @@ SEQUENCES = (
 )
 
 
+# docs/design.md: a model that sees is sharded inside
 class Boundary:
     """Shards what a model hands to its text layers, as a forward pre-hook of those."""
 

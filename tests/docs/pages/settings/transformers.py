@@ -5,9 +5,11 @@ from tempfile import TemporaryDirectory
 import torch
 from transformers import AutoModelForCausalLM
 
+import seqpar
 from pages.models import saved
 from seqpar.integrations.transformers import SequenceParallel
 from seqpar.testing.models.fused import FUSED
+from seqpar.testing.models.seeing import SEEING
 from seqpar.testing.models.tiny import FAMILIES, batch_of
 
 
@@ -17,6 +19,18 @@ def use():
         names = {"path": path, "batch": batch_of(2, 13)}
         yield names
     assert names["loss"].isfinite()
+
+
+def models_that_see():
+    """A processor's answer, without its tokenizer."""
+    family = SEEING["gemma3"]
+    batch = family.seen(batch_of(2, 23))
+    labels = batch.pop("labels")
+    group = seqpar.Group.of()
+    names = {"model": family.make(torch.float32), "labels": labels, "images": [], "texts": []}
+    names.update(processor=lambda **_: batch, SequenceParallel=SequenceParallel, group=group)
+    yield names
+    assert all(p.grad.any() for p in names["model"].model.vision_tower.encoder.parameters())
 
 
 def replaced_attention():
