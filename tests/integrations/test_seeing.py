@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import seqpar
+from seqpar.integrations.transformers import SequenceParallel
 from seqpar.testing.models.seeing import SEEING
 from seqpar.testing.models.tiny import batch_of
 from seqpar.testing.models.training_step import (
@@ -17,6 +18,7 @@ from seqpar.testing.models.training_step import (
     on_rank,
     one_device,
 )
+from seqpar.testing.refusals import check_told, told
 
 EXACT = {"logits": 1e-10, "loss": 1e-10, "gradients": 1e-10, "float32": 1e-6}
 LENGTH = 37
@@ -64,7 +66,10 @@ def test_what_judges_is_what_transformers_computes(name):
     )
 
 
-@pytest.mark.parametrize("name", [name for name in SEEING if not SEEING[name].prefix])
+# Without images PaliGemma is ambiguous on one device, and Mllama skips whole layers.
+@pytest.mark.parametrize(
+    "name", [n for n in SEEING if n not in ("paligemma", "paligemma2", "mllama")]
+)
 def test_text_alone_equals_one_device(name):
     """No parameter of the tower has a gradient, on one device and here."""
     batch = batch_of(2, LENGTH)
@@ -150,3 +155,47 @@ def test_equals_one_device_over_processes(worlds, name):
     for got in worlds.run(3, step_of, name):
         found = differences(got, want, SEEING[name].float32)
         assert all(found[key] <= EXACT[key] for key in EXACT), found
+
+
+def refused(name, batch, message, change=None):
+    """Refused on every rank, and the next step is right."""
+
+    def step(group):
+        model = copy.deepcopy(model_of(name))
+        sp = SequenceParallel(model, seqpar.RingAttention(group))
+        text = told(lambda: (change or SequenceParallel.loss)(sp, batch))
+        return text, sp.loss(case(name)[0]).item()
+
+    for text, loss in seqpar.simulate(3, step):
+        check_told([text], message)
+        assert loss == pytest.approx(float(case(name)[1].loss))
+
+
+def test_what_is_not_known_to_be_along_the_sequence_is_refused():
+    def handed(sp, batch):
+        layers = sp.inner.model.language_model
+        hook = layers.register_forward_pre_hook(
+            lambda _, args, given: (args, given | {"per_token": torch.zeros(2, LENGTH)}),
+            with_kwargs=True,
+            prepend=True,
+        )
+        try:
+            return sp.loss(batch)
+        finally:
+            hook.remove()
+
+    refused("llava", case("llava")[0], r"are handed \['per_token'\], and it is not known", handed)
+
+
+def test_a_prefix_that_is_not_told_is_refused():
+    """Transformers attends causally or to everything then, depending on the implementation."""
+    batch = {key: x for key, x in case("paligemma")[0].items() if key != "token_type_ids"}
+    refused("paligemma", batch, "the layer says is_causal=False, its mask is causal")
+
+
+def test_images_that_differ_between_ranks_are_refused():
+    def loss(sp, batch):
+        pixels = batch["pixel_values"] + sp.group.rank
+        return sp.loss(batch | {"pixel_values": pixels})
+
+    refused("gemma3", case("gemma3")[0], r"DesyncError: .*batch\['pixel_values'\]", loss)

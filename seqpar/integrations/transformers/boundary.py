@@ -22,14 +22,13 @@ from seqpar.integrations.transformers.probe.tokens import common_arguments
 from seqpar.layout import Layout
 from seqpar_kernels.torch_internals import forward_hooks
 
-# What text layers are handed of a whole sequence: `[b s ...]`, but positions may be `[n b s]`.
-SEQUENCES = (
-    "input_ids",
-    "inputs_embeds",
-    "visual_pos_masks",
-    "token_type_ids",
-    "mm_token_type_ids",
-)
+# What text layers are handed of a whole sequence, and along which dimension; positions may be `[n b s]`.
+SEQUENCES = {
+    "input_ids": 1, "inputs_embeds": 1, "visual_pos_masks": 1, "token_type_ids": 1, "mm_token_type_ids": 1,
+    "cross_attention_mask": 2, "full_text_row_masked_out_mask": 2,
+}  # fmt: skip
+# What they are handed of images, which no rank has a share of; its mask goes with it.
+IMAGES, OF_IMAGES = "cross_attention_states", "cross_attention_mask"
 
 
 # docs/design.md: a model that sees is sharded inside
@@ -61,6 +60,7 @@ class Boundary:
             claim["arguments"] = sorted(n for n, x in given.items() if x is not None)
             given["attention_mask"] = _handed(mask, tokens)
             sharded = _sharded(given, tokens, call.plan.layout, call.plan.group.rank)
+            call.image_mask = None if given.get(IMAGES) is None else sharded.get(OF_IMAGES)
             return (), common_arguments(stack, **sharded)
 
 
@@ -71,9 +71,9 @@ def _sharded(given: dict[str, Any], tokens: Tensor, layout: Layout, rank: int) -
         NotImplementedError: a tensor among it has no known place in the sequence.
     """
     sharded = dict(given)
-    for key in SEQUENCES:
+    for key, dim in SEQUENCES.items():
         if given.get(key) is not None:
-            sharded[key] = shard_sequence(given[key], layout, rank)
+            sharded[key] = shard_sequence(given[key], layout, rank, dim)
     positions = given.get("position_ids")
     if positions is None:  # the layers would count what they are given
         positions = torch.arange(layout.length, device=tokens.device).expand(len(tokens), -1)
@@ -87,10 +87,9 @@ def _sharded(given: dict[str, Any], tokens: Tensor, layout: Layout, rank: int) -
         number = (seen.flatten().cumsum(0) - 1).view_as(seen)
         here = shard_sequence(number, layout, rank)[shard_sequence(seen, layout, rank)]
         sharded["deepstack_visual_embeds"] = [x[here] for x in given["deepstack_visual_embeds"]]
-    known = {*SEQUENCES, "position_ids", "attention_mask", "deepstack_visual_embeds"}
-    unknown = [
-        n for n, x in given.items() if n not in known and isinstance(x, (Tensor, list, dict))
-    ]
+    known = {*SEQUENCES, IMAGES, "position_ids", "attention_mask", "deepstack_visual_embeds"}
+    others = {n: x for n, x in given.items() if n not in known}
+    unknown = [n for n, x in others.items() if isinstance(x, (Tensor, list, tuple, dict))]
     if unknown:
         raise NotImplementedError(
             f"text layers are handed {sorted(unknown)}, and it is not known where the sequence is in them"
@@ -103,15 +102,9 @@ def _handed(mask: Any, tokens: Tensor) -> Any:
     if isinstance(mask, Pattern):
         if mask.unknown is not None:
             raise NotImplementedError(f"text layers are handed a mask that is {mask}")
-        mask = (
-            None
-            if mask.hidden is None
-            else torch.frombuffer(bytearray(mask.hidden), dtype=torch.int8)
-        )
+        seen = None if mask.hidden is None else list(mask.hidden)
+        mask = None if seen is None else tokens.new_tensor(seen, dtype=torch.long)
+        mask = mask if mask is None else mask.view(tokens.shape[:2])
     if mask is None:  # without one, jumps of positions would be taken for borders of packed texts
-        return torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
-    return (
-        mask
-        if isinstance(mask, dict)
-        else mask.view(tokens.shape[:2]).to(tokens.device, torch.long)
-    )
+        mask = tokens.new_ones(tokens.shape[:2], dtype=torch.long)
+    return mask

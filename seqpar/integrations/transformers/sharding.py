@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from seqpar.comm import agreed
-from seqpar.data import IGNORE, Labels, fingerprint, shard_batch, shard_sequence
+from seqpar.data import IGNORE, Labels, shard_batch, shard_sequence
 from seqpar.integrations.transformers.attention.call import Call
 from seqpar.integrations.transformers.attention.patterns import as_bytes
 from seqpar.integrations.transformers.documents import (
@@ -26,6 +26,7 @@ from seqpar.integrations.transformers.probe.tokens import common_arguments, padd
 from seqpar.integrations.transformers.scaling import check_scaling
 from seqpar.layout import Layout, LayoutKind, Mask
 from seqpar.module import Attention
+from seqpar.replicas import content_hash
 
 TOKENS = ("input_ids", "inputs_embeds")
 
@@ -62,7 +63,10 @@ class Sharding:
                 others = {
                     n: x for n, x in given.items() if n not in batch and isinstance(x, Tensor)
                 }
-                claim |= {f"batch[{name!r}]": fingerprint(x) for name, x in others.items()}
+                # Pixels that were augmented apart would be other features on each rank.
+                claim |= {
+                    f"batch[{n!r}]": (tuple(x.shape), content_hash(x)) for n, x in others.items()
+                }
             documents = documents_of(batch, shape, causal=causal, packs=self.findings.packs)
             seen = seen_tokens(batch.get("attention_mask"), shape)
             labels = self._labels(batch, labels)

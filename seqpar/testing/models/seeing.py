@@ -90,8 +90,17 @@ class Seeing(Family):
             marks = (
                 (torch.arange(ids.shape[1]) >= ends[-1] + self.features + 2).long().expand_as(ids)
             )
+        if self.types == "cross_attention_mask":  # `[b s n 1]`: a token sees the images before it
+            marks = (is_image.long().cumsum(1)[..., None] > torch.arange(images)).long()[..., None]
         told = {} if self.types is None else {self.types: marks}
         return batch | {"input_ids": ids, "labels": labels} | told | self.pixels(len(ids), images)
+
+
+def tiles(batch: int, images: int) -> dict[str, Tensor]:
+    """Pixels `[b n 1 3 8 8]` of images of one tile."""
+    ones = torch.ones(batch, images, dtype=torch.long)
+    pixels = _drawn(batch, images, 1, 3, 8, 8)
+    return {"pixel_values": pixels, "aspect_ratio_ids": ones, "aspect_ratio_mask": ones[..., None]}
 
 
 TOWERS = ("visual.", "vision_tower.", "vision_model.")
@@ -185,5 +194,25 @@ SEEING = {
         image=70,
         types="token_type_ids",
         prefix=True,
+    ),
+    "mllama": Seeing(
+        "MllamaForConditionalGeneration",
+        "MllamaConfig",
+        {
+            "text_config": TEXT | {
+                "num_hidden_layers": 3, "cross_attention_layers": [1], "tie_word_embeddings": False,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+            },
+            "vision_config": {
+                "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_global_layers": 1,
+                "attention_heads": 2, "image_size": 8, "patch_size": 4, "vision_output_dim": 64,
+                "max_num_tiles": 1, "intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1]],
+            },
+            "image_token_index": IMAGE,
+        },
+        float32=("vision_model.", "multi_modal_projector", "cross_attn.k_"),
+        pixels=tiles,
+        features=1,
+        types="cross_attention_mask",
     ),
 }  # fmt: skip

@@ -53,6 +53,8 @@ def dense_attention(
     if attention_mask is None:  # of a tower, whose images see all of themselves
         assert not module.is_causal
         attention_mask = scores.new_ones((), dtype=torch.bool)
+    elif attention_mask.is_floating_point():  # what models that make their own add to scores
+        scores, attention_mask = scores + attention_mask, scores.new_ones((), dtype=torch.bool)
     seen = attention_mask.expand_as(scores)
     scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
     if s_aux is not None:
@@ -149,7 +151,8 @@ def gradients_of(model: nn.Module) -> dict[str, Tensor]:
 
 def _may_be_unused(name: str) -> bool:
     """Whether it is in a tower, of which some models leave the last layers out, or text has none."""
-    return "vision" in name or "visual" in name or "projector" in name or "connector" in name
+    parts = ("vision", "visual", "projector", "connector", "cross_attn")
+    return any(part in name for part in parts)
 
 
 def differences(

@@ -8,14 +8,15 @@ from types import MappingProxyType
 from typing import NoReturn
 
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from seqpar.calls.options import told_of
 from seqpar.comm import Group, agreed
-from seqpar.functional import attention
+from seqpar.functional import attention, cast_by_autocast
 from seqpar.integrations.transformers.attention.blocks import Blocks
 from seqpar.integrations.transformers.attention.patterns import Pattern
 from seqpar.integrations.transformers.attention.temperature import tempered
-from seqpar.integrations.transformers.attention.terms import Layer, Terms, dropout_of
+from seqpar.integrations.transformers.attention.terms import IGNORED, Layer, Terms, dropout_of
 from seqpar.integrations.transformers.documents import Row, masked
 from seqpar.layout import Mask
 from seqpar.strategies import Plan
@@ -48,6 +49,8 @@ class Call:
         self.all_hidden = hidden if plan.group.size == 1 else all_hidden
         # Where a model makes the masks of its text layers: one, of which they make theirs, or by their type.
         self.handed: Pattern | Mapping[str, Pattern] | None = None
+        # The mask of images that layers attend to beside the sequence: `[b 1 sl j]`, added to scores.
+        self.image_mask: Tensor | None = None
         self._masks: dict[tuple[object, ...], Mask | tuple[Mask, ...]] = {}
 
     def mask(
@@ -81,6 +84,8 @@ class Call:
             DesyncError: another rank raised; and what `seqpar.attention` does.
         """
         try:
+            if self.image_mask is not None and layer.mask is self.image_mask:
+                return attend_to_images(layer)
             plan = self._plan(layer, terms)
         except (ValueError, TypeError, NotImplementedError) as error:
             refuse(self.plan.group, type(error)(f"{layer.name}: {error}"), error)
@@ -122,3 +127,21 @@ def refuse(group: Group, error: Exception, cause: Exception | None = None) -> No
     with agreed(group, operation="attention"):
         raise error from cause
     raise AssertionError("agreed lets errors through")
+
+
+def attend_to_images(layer: Layer) -> Tensor:
+    """The rows `[b sl hq vd]` of cross attention to images, whose keys every rank has: nothing is sent.
+
+    Raises:
+        NotImplementedError: the layer drops weights, or asks for more than a scale.
+    """
+    terms = {name: x for name, x in layer.terms.items() if x is not None and name not in IGNORED}
+    scale, dropout = terms.pop("scaling", None), terms.pop("dropout", 0.0)
+    if dropout or terms:
+        raise NotImplementedError(
+            f"in cross attention to images {sorted(terms) or 'dropout'} is not known; set dropout to 0"
+        )
+    q, k, v = cast_by_autocast(layer.q, layer.k, layer.v)
+    mask = layer.mask.to(q.dtype)
+    rows = scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
+    return rows.transpose(1, 2)
