@@ -28,6 +28,7 @@ from plants.own_loops import OWN_LOOPS
 from plants.parallelisms import PARALLELISMS
 from plants.plant import Plant
 from plants.replaced_attention import REPLACED
+from plants.seeing import SEES
 from plants.trainers import TRAINERS
 
 from seqpar.commands import progress
@@ -69,6 +70,7 @@ PLANTS = [
     *TENSOR_PARALLEL,
     *POLICIES,
     *REPLACED,
+    *SEES,
     *OWN_LOOPS,
     *TRAINERS,
 ]

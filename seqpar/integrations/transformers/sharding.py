@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from seqpar.comm import agreed
@@ -24,6 +24,7 @@ from seqpar.integrations.transformers.inputs import Inputs
 from seqpar.integrations.transformers.probe.findings import Findings
 from seqpar.integrations.transformers.probe.tokens import common_arguments, padding_token
 from seqpar.integrations.transformers.scaling import check_scaling
+from seqpar.integrations.transformers.tables import check_positions, check_tokens
 from seqpar.layout import Layout, LayoutKind, Mask
 from seqpar.module import Attention
 from seqpar.replicas import content_hash
@@ -76,7 +77,7 @@ class Sharding:
             if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
                 raise TypeError(f"seed must be an integer or None, got {seed!r}")
 
-            self._check_tokens(batch.get("input_ids"))
+            check_tokens(self.model, self.stack, batch.get("input_ids"))
             positions = self._positions(batch, seen)
 
         rows = tuple(documents) if len(set(documents)) > 1 else (documents[0],)
@@ -98,7 +99,7 @@ class Sharding:
                     "every rank needs a token, since layers of transformers do not take empty sequences; "
                     f"{layout} gives {layout.rows}"
                 )
-            self._check_table(rest.get("position_ids"), layout.length)
+            check_positions(self.stack, rest.get("position_ids"), layout.length)
             check_scaling(self.stack.config, rest.get("position_ids"), layout)
         mask = self._mask(arguments, seen, layout)
         plan = self.attend.plan(layout)
@@ -132,38 +133,6 @@ class Sharding:
                 f"{tokens.shape[1]} for {self.attend.group.size} ranks"
             )
         return int(tokens.shape[0]), int(tokens.shape[1])
-
-    def _check_tokens(self, tokens: Tensor | None) -> None:
-        """Refuses tokens without an embedding: one rank alone would fail, and leave the others waiting."""
-        try:
-            size = getattr(self.stack.get_input_embeddings(), "num_embeddings", None)
-        except NotImplementedError:  # the model does not say which they are
-            return
-        if size is None or tokens is None or tokens.numel() == 0:
-            return
-        if self.is_sharded_inside:  # images are put in the place of these, which need no embedding
-            stands_for = [
-                x
-                for n, x in vars(self.model.config).items()
-                if n.endswith(("_token_id", "_token_index"))
-            ]
-            tokens = tokens[
-                ~torch.isin(tokens, torch.tensor([x for x in stands_for if isinstance(x, int)]))
-            ]
-        least, most = tokens.min().item(), tokens.max().item()
-        if least < 0 or most >= size:
-            raise ValueError(f"input_ids must be 0 ... {size - 1}, got {least} ... {most}")
-
-    def _check_table(self, positions: Tensor | None, length: int) -> None:
-        """Refuses positions that a table of the model does not have, as `_check_tokens` does tokens."""
-        size = getattr(self.stack.config, "max_position_embeddings", None)
-        if size is None or not _has_table(self.stack, size):
-            return
-        most = length - 1 if positions is None else int(positions.max())
-        if most >= size:
-            raise ValueError(
-                f"{type(self.model).__name__} has a table of {size} positions, got position {most}"
-            )
 
     def _labels(self, batch: Mapping[str, Any], labels: Labels | None) -> Labels | None:
         chosen = labels or self.findings.labels
@@ -228,23 +197,6 @@ def text_of(
         elif tuple(positions.shape) != (3, *shape):
             text["position_ids"] = positions
     return text
-
-
-def _has_table(model: PreTrainedModel, size: int) -> bool:
-    """Whether positions are looked up in a table, of their number and at most two rows (OPT's) more."""
-    try:
-        tokens = model.get_input_embeddings()
-    except NotImplementedError:
-        tokens = None
-    for module in model.modules():
-        table = getattr(module, "embed_positions", None)  # CodeGen's is a tensor
-        if isinstance(table, Tensor) and len(table) == size:
-            return True
-        if module is tokens or not isinstance(module, nn.Embedding):
-            continue
-        if 0 <= module.num_embeddings - size <= 2:
-            return True
-    return False
 
 
 def _check_hidden_labels(
