@@ -45,10 +45,13 @@ def case(name):
     return batch, one_device(model_of(name), batch, "next")
 
 
-@pytest.mark.parametrize(
-    ("size", "strategy"), [(1, "ring"), (2, "ulysses"), (3, "ring"), (4, "hybrid")]
-)
-@pytest.mark.parametrize("name", SEEING)
+EVERYWHERE = [(name, *way) for name in SEEING for way in ((2, "ulysses"), (3, "ring"))]
+ELSEWHERE = [
+    (name, *way) for name in ("gemma3", "qwen3_vl") for way in ((1, "ring"), (4, "hybrid"))
+]
+
+
+@pytest.mark.parametrize(("name", "size", "strategy"), EVERYWHERE + ELSEWHERE)
 def test_equals_one_device(name, size, strategy):
     batch, want = case(name)
     assert any(want.gradients[n].any() for n in want.gradients if "vis" in n), (

@@ -1,4 +1,4 @@
-"""Tokens and positions that are looked up in tables, where one rank alone would fail at those there are not."""
+"""Tokens and positions that are looked up in tables: a rank alone would fail at those there are not."""
 
 from __future__ import annotations
 
