@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import seqpar
-from seqpar.integrations.transformers import SequenceParallel
+from seqpar.integrations.transformers import SequenceParallel, replace_attention
 from seqpar.testing.models.seeing import SEEING
 from seqpar.testing.models.tiny import batch_of
 from seqpar.testing.models.training_step import (
@@ -202,3 +202,24 @@ def test_images_that_differ_between_ranks_are_refused():
         return sp.loss(batch | {"pixel_values": pixels})
 
     refused("gemma3", case("gemma3")[0], r"DesyncError: .*batch\['pixel_values'\]", loss)
+
+
+@pytest.mark.parametrize(
+    ("set_up", "message"),
+    [
+        (lambda m, g: SequenceParallel(m, seqpar.RingAttention(g)), "adds a loss over its routers"),
+        (
+            lambda m, g: replace_attention(m, tp=g),
+            r"is made of \['text_config', 'vision_config'\]; repl",
+        ),
+    ],
+)
+def test_what_the_text_layers_do_or_are_is_refused(set_up, message):
+    """A config of the text that adds a loss of each rank's rows; attention to be replaced inside."""
+
+    def fn(group):
+        model = copy.deepcopy(model_of("llava"))
+        model.config.text_config.output_router_logits = "routers" in message
+        return told(lambda: set_up(model, group))
+
+    check_told(seqpar.simulate(2, fn), message)

@@ -99,12 +99,13 @@ def check_config(model: nn.Module, inner: PreTrainedModel) -> None:
             "an activated adapter (alora_invocation_tokens) looks for its tokens in what a rank holds; take "
             "plain LoRA"
         )
-    if getattr(config, "output_router_logits", False):
+    parts = config, config.get_text_config()
+    if any(getattr(part, "output_router_logits", False) for part in parts):
         raise NotImplementedError(
             f"{name} adds a loss over its routers (output_router_logits), which is no mean over tokens; set "
             "config.output_router_logits = False"
         )
-    if config.output_attentions:
+    if any(part.output_attentions for part in parts):
         raise NotImplementedError(
             f"{name} returns attention weights; set config.output_attentions = False"
         )

@@ -16,7 +16,7 @@ from seqpar.integrations.transformers.attention.replacement import Handover, han
 from seqpar.integrations.transformers.internals import attention_name
 from seqpar.integrations.transformers.probe.before import Before, run_before
 from seqpar.integrations.transformers.probe.compare import same_rows
-from seqpar.integrations.transformers.probe.config import check_config, inner_model
+from seqpar.integrations.transformers.probe.config import check_config, inner_model, text_stack
 from seqpar.integrations.transformers.probe.tokens import WHOLE
 from seqpar.integrations.transformers.probe.trial import run_after, switch
 from seqpar.integrations.transformers.replace.original import Original, layouts, originals_of
@@ -56,6 +56,11 @@ def replace_attention(model: nn.Module, tp: Group | None = None) -> ReplacedMode
     with agreed(tp, operation="replace_attention") as claim:
         inner = inner_model(model)
         check_config(model, inner)
+        if text_stack(inner) is not inner:
+            raise NotImplementedError(
+                f"{type(inner).__name__} is made of {sorted(inner.config.sub_configs)}; replace the attention of "
+                "its text model, set up by itself"
+            )
         if handover_of(model) is not None or attention_name(inner.config) == NAME:
             raise RuntimeError(
                 f"{type(inner).__name__} attends over ranks already; restore() or switch it back first"
