@@ -57,9 +57,10 @@ def replace_attention(model: nn.Module, tp: Group | None = None) -> ReplacedMode
         inner = inner_model(model)
         check_config(model, inner)
         if text_stack(inner) is not inner:
+            parts = sorted(inner.config.sub_configs)
             raise NotImplementedError(
-                f"{type(inner).__name__} is made of {sorted(inner.config.sub_configs)}; replace the attention "
-                "of its text model, set up by itself"
+                f"{type(inner).__name__} is made of {parts}; replace the attention of its text model, set up "
+                "by itself"
             )
         if handover_of(model) is not None or attention_name(inner.config) == NAME:
             raise RuntimeError(
