@@ -41,6 +41,8 @@ from seqpar.data import shard_batch, shard_sequence, unshard_sequence
 from seqpar.decode import KVCache
 from seqpar.functional import attention, attention_with_lse, merge
 from seqpar.gradients import backward, sum_gradients, summed_gradients
+from seqpar.head_loss import tiled_loss
+from seqpar.host_memory import saved_on_host
 from seqpar.layout import Layout, Mask, balanced, contiguous, striped, zigzag
 from seqpar.loader import ShardedLoader
 from seqpar.logprobs import token_logprobs
@@ -58,6 +60,7 @@ from seqpar.multihead import MultiheadAttention
 from seqpar.packing import packed_documents, padded_documents
 from seqpar.replicas import same_weights
 from seqpar.strategies import Plan
+from seqpar.tiled_modules import tiled, tiled_mlps
 from seqpar.version import VERSION
 from seqpar.warm import warm_up
 from seqpar_kernels import Dropout, Score
@@ -97,12 +100,16 @@ __all__ = [
     "packed_documents",
     "padded_documents",
     "same_weights",
+    "saved_on_host",
     "shard_batch",
     "shard_sequence",
     "simulate",
     "striped",
     "sum_gradients",
     "summed_gradients",
+    "tiled",
+    "tiled_loss",
+    "tiled_mlps",
     "token_logprobs",
     "unshard_sequence",
     "warm_up",

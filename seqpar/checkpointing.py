@@ -8,6 +8,7 @@ import torch
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from seqpar.comm import Replay
+from seqpar.host_memory import current_host_memory
 from seqpar_kernels.torch_internals import is_traced_here
 
 
@@ -17,11 +18,13 @@ def keep_attention() -> tuple[AbstractContextManager[object], AbstractContextMan
     For `checkpoint(block, x, use_reentrant=False, context_fn=seqpar.keep_attention)`, and under that name
     wherever a library hands arguments on to it. Kept is (out, lse) of every attention inside; in Ulysses and
     the hybrid also q, k and v as they were exchanged, so that nothing is sent a second time. Serves every
-    strategy, in `torch.compile` too. What attention gave must not be written to in place.
+    strategy, in `torch.compile` too. What attention gave must not be written to in place. In a block of
+    `seqpar.saved_on_host` the host keeps it.
     """
     if is_traced_here():
         return create_selective_checkpoint_contexts([torch.ops.seqpar.sharded_attention.default])
-    replay = Replay()
+    host = current_host_memory()
+    replay = Replay() if host is None else Replay(pack=host.pack, unpack=host.unpack)
     return replay.record(), _Again(replay)
 
 

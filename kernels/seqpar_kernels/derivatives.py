@@ -26,9 +26,10 @@ def first_only(backward: Backward) -> Backward:
         # docs/design.md: second derivatives are right or refused
         if torch.is_grad_enabled():
             raise NotImplementedError(
-                "attention over ranks, its exchanges and its kernels give first derivatives only, but "
-                "backward ran with create_graph=True; leave that out, or attend with torch's own attention "
-                "where second derivatives (a gradient penalty, a Hessian) are wanted"
+                "attention over ranks, its exchanges, its kernels and what is computed in tiles give first "
+                "derivatives only, but backward ran with create_graph=True; leave that out, or attend with "
+                "torch's own attention, and without tiles, where second derivatives (a gradient penalty, a "
+                "Hessian) are wanted"
             )
         return backward(*args)
 

@@ -2,7 +2,7 @@
 
 Every use lists the parts that it needs. Where torch lacks one, that use is refused in a sentence when it is
 asked for; `import seqpar` never fails for it. What every torch has had for years is only listed, so that the
-tests look for it: VERSIONS, HOOKS, BUFFERS and RELOADING.
+tests look for it: VERSIONS, VIEWS, HOOKS, BUFFERS and RELOADING.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ COLLECTIVES = "counting the collectives of others"
 ALLOCATIONS = "measuring what an op allocates"
 DRY_RUNS = "a dry run"
 VERSIONS = "keeping what attention gave"
+VIEWS = "telling parameters from what is computed"
 HOOKS = "looking at the hooks of a module"
 BUFFERS = "telling which buffers are saved"
 RELOADING = "defining an op anew"
@@ -66,6 +67,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     ALLOCATIONS: ("_C._profiler._EventType.Allocation",),
     DRY_RUNS: ("utils._python_dispatch.TorchDispatchMode",),
     VERSIONS: ("Tensor._version",),
+    VIEWS: ("Tensor._base",),
     HOOKS: tuple(f"nn.Module.{name}" for name in _HOOKS),
     BUFFERS: ("nn.Module._non_persistent_buffers_set",),
     RELOADING: ("library.Library._destroy", "_disable_dynamo"),
@@ -225,6 +227,11 @@ DispatchMode: Any = _found("utils._python_dispatch.TorchDispatchMode") or object
 def version(x: Tensor) -> int:
     """How often a tensor was written to; 0 in inference mode, where nobody counts."""
     return 0 if x.is_inference() else x._version
+
+
+def viewed(x: Tensor) -> Tensor:
+    """The tensor that this one is a view of, or itself."""
+    return x if x._base is None else x._base
 
 
 def forward_hooks(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:

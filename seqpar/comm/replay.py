@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -33,11 +33,19 @@ class Replay:
 
     Args:
         tensors: what has been recorded elsewhere, to be played.
+        pack: what is kept in place of a tensor, as with torch's hooks of saved tensors; by default itself.
+        unpack: the tensor again.
     """
 
-    def __init__(self, tensors: Sequence[Tensor] = ()) -> None:
-        self._tensors = list(tensors)
+    def __init__(
+        self,
+        tensors: Sequence[Tensor] = (),
+        pack: Callable[[Tensor], Any] = lambda x: x,
+        unpack: Callable[[Any], Tensor] = lambda x: x,
+    ) -> None:
+        self._tensors: list[Any] = list(tensors)
         self._versions = [version(x) for x in tensors]
+        self._pack, self._unpack = pack, unpack
         self._counts: list[int] = []  # by step
         self._calls: list[object] = []
         self._next = self._step = self._call = 0
@@ -89,7 +97,7 @@ class Replay:
         """Keeps the results of a step."""
         kept = [x.detach() for x in results]  # shares the version, not the graph
         self._counts.append(len(kept))
-        self._tensors += kept
+        self._tensors += [self._pack(x) for x in kept]
         self._versions += [version(x) for x in kept]
 
     def take(self, num: int | None = None) -> Results:
@@ -117,6 +125,8 @@ class Replay:
     def _one(self) -> Tensor:
         x, before = self._tensors[self._next], self._versions[self._next]
         self._next += 1
+        if not isinstance(x, Tensor):  # a copy, which nobody writes to
+            return self._unpack(x)
         if version(x) != before:
             raise RuntimeError(
                 "what attention gave has been written to in place, so it cannot be kept for backward; "
