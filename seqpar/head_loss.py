@@ -27,7 +27,7 @@ def tiled_loss(
     softcap: float | None = None,
     label_smoothing: float = 0.0,
 ) -> Float[Tensor, "*rows"]:
-    """The cross entropy of each row, as of `head(hidden)` and labels, with logits of a tile of rows at a time.
+    """The cross entropy of each row, of `head(hidden)` and labels, with logits of a tile of rows at a time.
 
     For `seqpar.mean_loss(losses, everyone, valid=labels != -100)`. Losses are in float32 or wider, and 0
     where a label is -100. Backward computes logits again: four products in place of three. Products are in
@@ -50,8 +50,7 @@ def tiled_loss(
     _check_shapes(hidden, weight, labels, bias)
     _check_options(labels, weight.shape[0], softcap, label_smoothing)
     head = _Head(tile, softcap, label_smoothing, _product_dtype(hidden, weight))
-    losses = _TiledLoss.apply(head, hidden.flatten(0, -2), weight, bias, labels.flatten())
-    return losses.view(labels.shape)
+    return _TiledLoss.apply(head, hidden.flatten(0, -2), weight, bias, labels)
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class _Head:
 
 
 class _TiledLoss(torch.autograd.Function):
-    """hidden [n e], weight [classes e], bias [classes], labels [n] -> losses [n].
+    """hidden [n e], weight [classes e], bias [classes], labels [...] of n -> losses [...].
 
     With z the logits of a row, y its label, s the smoothing and p = softmax(z):
 
@@ -99,7 +98,10 @@ class _TiledLoss(torch.autograd.Function):
     ) -> Tensor:
         # docs/design.md: a loss in tiles computes logits twice
         low, low_bias = weight.to(head.dtype), None if bias is None else bias.to(head.dtype)
-        lse, losses = hidden.new_empty((2, len(hidden)), dtype=head.wide)
+        lse = hidden.new_empty(len(hidden), dtype=head.wide)
+        # Returned as it is made: FSDP warns of a view.
+        whole, labels = hidden.new_empty(labels.shape, dtype=head.wide), labels.flatten()
+        losses = whole.view(-1)
         with without_autocast(hidden.device):
             for rows in head.tiles(hidden):
                 z = head.logits(hidden[rows], low, low_bias)
@@ -111,7 +113,8 @@ class _TiledLoss(torch.autograd.Function):
                 del z  # or those of two tiles would be there at once
         ctx.head = head
         ctx.save_for_backward(hidden, weight, bias, labels, lse)
-        return losses.masked_fill_(labels == IGNORE, 0.0)
+        losses.masked_fill_(labels == IGNORE, 0.0)
+        return whole
 
     @staticmethod
     @first_only
@@ -119,7 +122,7 @@ class _TiledLoss(torch.autograd.Function):
         (dloss,), head = grad_outputs, ctx.head
         hidden, weight, bias, labels, lse = ctx.saved_tensors
         low, low_bias = weight.to(head.dtype), None if bias is None else bias.to(head.dtype)
-        dloss = dloss.masked_fill(labels == IGNORE, 0.0).unsqueeze(1)
+        dloss = dloss.flatten().masked_fill(labels == IGNORE, 0.0).unsqueeze(1)
         _, needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
         dhidden = torch.empty_like(hidden) if needs_hidden else None
         dweight = torch.zeros_like(weight, dtype=head.wide) if needs_weight else None

@@ -72,6 +72,7 @@ def tiled_mlps(model: nn.Module, *, tile: int, name: str = "mlp") -> Iterator[li
 
     `with seqpar.tiled_mlps(model, tile=1024): train(model)`. Gives the names of the modules. Parameters,
     their names, hooks and wrappers stay. A model may be wrapped before or in the block; a copy stays tiled.
+    Backward of checkpointed blocks belongs in it too: what they recompute must be what they computed.
 
     Args:
         name: the last part of the names of its MLPs; "feed_forward" in some models.
