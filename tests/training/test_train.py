@@ -34,7 +34,8 @@ def one_device():
     [
         (3, {"strategy": "ring", "layout": "striped", "loss_tile": 7}),
         (5, {"strategy": "ulysses", "layout": "contiguous", "checkpointing": "full"}),
-        (2, {"strategy": "allgather", "loss_tile": 100, "checkpointing": "full"}),
+        (2, {"strategy": "allgather", "loss_tile": 100, "mlp_tile": 9, "checkpointing": "full"}),
+        (2, {"checkpointing": "keep-attention", "saved_on": "host"}),
         (4, {"strategy": "mesh", "layout": "striped"}),
         (4, {"strategy": "hybrid", "dp": 2, "ulysses": 2}),
         (4, {"strategy": "ring", "dp": 2, "accumulate": 2, "batch": 4}),

@@ -107,7 +107,7 @@ def _step(
     ranks, device = gradients.ranks, batch["labels"].device
     parts = micro_batches(batch, recipe, ranks.replica)
     shards = [seqpar.shard_batch(part, ranks.sharers, recipe.layout) for part in parts]
-    valid = [shard["labels"].flatten() != IGNORE for shard, _ in shards]
+    valid = [shard["labels"] != IGNORE for shard, _ in shards]
     num_tokens = seqpar.count_tokens(valid, ranks.everyone)
     optimizer.zero_grad()
     loss = 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -31,7 +32,7 @@ class Block(nn.Module):
         self.attention = attention
         up, down = nn.Linear(e, 4 * e, bias=False), nn.Linear(4 * e, e, bias=False)
         self.mlp = nn.Sequential(nn.RMSNorm(e, eps=1e-5), up, nn.GELU(), down)
-        self.checkpointing = recipe.checkpointing
+        self.checkpointing, self.mlp_tile = recipe.checkpointing, recipe.mlp_tile
 
     def forward(
         self, x: Float[Tensor, "b sl e"], position_ids: Int[Tensor, "b sl"], layout: Layout
@@ -50,6 +51,8 @@ class Block(nn.Module):
         q, k, v = (f(y).unflatten(2, (-1, self.head_width)) for f in (self.q, self.k, self.v))
         q, k = rotate(q, position_ids), rotate(k, position_ids)
         x = x + self.out(self.attention(q, k, v, layout).flatten(2))
+        if self.mlp_tile:
+            return x + seqpar.tiled(self.mlp, x, tile=self.mlp_tile)
         after: Tensor = x + self.mlp(x)
         return after
 
@@ -78,7 +81,7 @@ class ByteLM(nn.Module):
         self.blocks = nn.ModuleList(Block(recipe, make_attention()) for _ in range(recipe.layers))
         self.norm = nn.RMSNorm(recipe.dim, eps=1e-5)
         self.head = nn.Linear(recipe.dim, VOCABULARY, bias=False)
-        self.loss_tile = recipe.loss_tile
+        self.loss_tile, self.saved_on = recipe.loss_tile, recipe.saved_on
         # A generator of its own: simulated ranks are threads, which share torch's global one.
         generator = torch.Generator().manual_seed(recipe.seed)
         # Attention counts from the first step, so that wrong attention shows in the first losses.
@@ -94,8 +97,8 @@ class ByteLM(nn.Module):
         labels: Int[Tensor, "b sl"],
         position_ids: Int[Tensor, "b sl"],
         layout: Layout,
-    ) -> Float[Tensor, "rows"]:
-        """The loss of each of the b * sl rows here, 0 where the label is -100. All ranks must call.
+    ) -> Float[Tensor, "b sl"]:
+        """The loss of each row here, 0 where the label is -100. All ranks must call.
 
         Losses are computed in here and not from logits outside, because FSDP has the weight of the head
         at hand in here only.
@@ -112,8 +115,9 @@ class ByteLM(nn.Module):
 
     def _hidden(self, input_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
         x = self.embedding(input_ids)
-        for block in self.blocks:
-            x = block(x, position_ids, layout)
+        with seqpar.saved_on_host() if self.saved_on == "host" else nullcontext():
+            for block in self.blocks:
+                x = block(x, position_ids, layout)
         normed: Tensor = self.norm(x)
         return normed
 
@@ -124,20 +128,15 @@ def token_losses(
     labels: Int[Tensor, "b sl"],
     *,
     tile: int,
-) -> Float[Tensor, "rows"]:
+) -> Float[Tensor, "b sl"]:
     """Cross entropy of hidden @ weight.T with labels, row by row, in float32 or wider.
 
     Args:
-        tile: how many rows have logits at a time, forward and backward (which computes them again), so
-            that their memory does not grow with sl; 0: all rows, kept for backward. Tiles are computed in
-            the type of `hidden`, also under autocast.
+        tile: how many rows have logits at a time, so that their memory does not grow with sl; 0: all rows,
+            kept for backward.
     """
-    rows, targets = hidden.flatten(0, 1), labels.flatten()
-    if tile == 0:
-        logits = F.linear(rows, weight)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
-    options = nn.LinearCrossEntropyOptions(batch_chunk_size=tile, chunking_method=None)
-    return F.linear_cross_entropy(
-        rows, weight, targets, ignore_index=IGNORE, reduction="none", options=options
-    )
+    if tile:
+        return seqpar.tiled_loss(hidden, weight, labels, tile=tile)
+    logits = F.linear(hidden, weight)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits.mT, labels, ignore_index=IGNORE, reduction="none")

@@ -51,6 +51,8 @@ class Recipe:
     accumulate: int = _free(1, "micro-batches of a step")
     checkpointing: str = _free("none", "what blocks recompute in backward", CHECKPOINTINGS)
     loss_tile: int = _free(0, "rows whose logits exist at once; 0: all", least=0)
+    mlp_tile: int = _free(0, "rows of a sequence that an MLP computes at once; 0: all", least=0)
+    saved_on: str = _free("device", "where what blocks save for backward waits", ("device", "host"))
     dtype: str = _option("float32", "of parameters and activations", ("float32", "float64"))
     autocast: str = _option("none", "type of products in forward", ("none", "bfloat16"))
     steps: int = _free(50, "in all, those before --resume included")
