@@ -86,7 +86,7 @@ class _Tiled(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, run: _Run, *tensors: Tensor) -> Tensor:
-        # docs/design.md: rows in tiles
+        # docs/design.md: rows in tiles are one node of the graph
         ctx.run, ctx.again = run, _same_draws(tensors[0].device) if run.learns else None
         ctx.save_for_backward(*tensors)
         whole = None
@@ -187,7 +187,7 @@ def _same_casts(device: torch.device) -> Callable[[], AbstractContextManager[obj
     kind = device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return lambda: without_autocast(device)
-    # Its cache would hold what was cast without a graph, for those who want one afterwards.
+    # Its cache would hold what each tile casts of its aliases, until the block ends.
     return partial(torch.autocast, kind, torch.get_autocast_dtype(kind), cache_enabled=False)
 
 

@@ -24,6 +24,7 @@ from plants.cut_weights import POLICIES
 from plants.fused_weights import TENSOR_PARALLEL
 from plants.libraries import LIBRARIES
 from plants.masks import MASK_PLANTS
+from plants.memory import MEMORY
 from plants.own_loops import OWN_LOOPS
 from plants.parallelisms import PARALLELISMS
 from plants.plant import Plant
@@ -43,6 +44,10 @@ NOT_CHECKED = {
     "seqpar/logprobs.py",
     "seqpar/loss.py",
     "seqpar/gradients.py",
+    "seqpar/head_loss.py",
+    "seqpar/host_memory.py",
+    "seqpar/row_tiles.py",
+    "seqpar/tiled_modules.py",
     "seqpar/comm/agree.py",
     "seqpar/comm/ranks.py",
     "seqpar/layout/fits.py",
@@ -73,6 +78,7 @@ PLANTS = [
     *SEES,
     *OWN_LOOPS,
     *TRAINERS,
+    *MEMORY,
 ]
 
 

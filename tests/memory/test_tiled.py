@@ -121,7 +121,7 @@ def test_a_parameter_that_is_not_used_keeps_no_gradient():
     torch.testing.assert_close(module[1].bias.grad[:8], rows().sum((0, 1)).detach(), **EXACT)
 
 
-def test_autocast_is_that_of_forward_and_leaves_no_cast_without_a_graph():
+def test_autocast_is_that_of_forward_and_others_in_its_block_learn():
     module, x = mlp(torch.float32), rows(torch.float32)
 
     def run(way):

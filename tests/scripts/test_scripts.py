@@ -45,6 +45,10 @@ SMALLEST = {  # script: options, ranks under torchrun, what it prints
         ["--length", 64, "--layers", 1, "--dim", 32, "--ranks", 2, "--strategies", "ring"],
         None, "keep attention",
     ),
+    "memory_parts": (
+        ["--length", 512, "--layers", 1, "--dim", 32, "--vocabulary", 4096, "--tile", 16, "--ranks", 1],
+        None, "all together",
+    ),
     "longest_context": (
         ["--ranks", 1, "--lengths", 16, 48, "--multiple-of", 8, "--memory-mib", 1024, "--", *TINY_ROWS],
         None, "longest sequence within 1024 MiB per rank",

@@ -153,3 +153,45 @@ def losses_that_compare():
     chosen, rejected = of_answers.chunk(2)
     (-F.logsigmoid(0.1 * (chosen - rejected)).mean()).backward()
     torch.testing.assert_close(model.lm_head.weight.grad, alone.lm_head.weight.grad)
+
+
+class Recomputed(torch.nn.Module):
+    """Attention and an MLP, each added to its input."""
+
+    def __init__(self, group):
+        super().__init__()
+        self.attention = seqpar.RingAttention(group, mask=seqpar.Mask(causal=True))
+        self.qkv, self.mlp = torch.nn.Linear(8, 24), torch.nn.Linear(8, 8)
+
+    def forward(self, x, layout):
+        qkv = self.qkv(x).unflatten(2, (3, 2, 4)).unbind(2)
+        x = x + self.attention(*qkv, layout).flatten(2)
+        return x + self.mlp(x).sin()
+
+
+class Lean(torch.nn.Module):
+    """An embedding, two blocks and a head, the same weights on every rank."""
+
+    def __init__(self, group):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = torch.nn.Embedding(16, 8), torch.nn.Linear(8, 16, bias=False)
+        self.blocks = torch.nn.ModuleList(Recomputed(group) for _ in range(2))
+        self.double()
+
+
+def what_else_fills_memory():
+    """The gradients are those of one device that saves nothing."""
+    group, alone = seqpar.Group.of(), seqpar.Group.alone()
+    ids = torch.arange(26).reshape(2, 13) * 5 % 16
+    batch, layout = seqpar.shard_batch({"input_ids": ids, "labels": ids}, group)
+    names = {"group": group, "layout": layout, "labels": batch["labels"]}
+    names["model"] = model = Lean(group)
+    yield names | {"hidden": model.embedding(batch["input_ids"])}
+    one = Lean(alone)
+    x, layout = one.embedding(ids), seqpar.contiguous(13, 1)
+    for block in one.blocks:
+        x = block(x, layout)
+    F.cross_entropy(one.head(x)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+    for got, want in zip(model.parameters(), one.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, want.grad, rtol=1e-11, atol=1e-11)
