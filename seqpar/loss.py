@@ -154,7 +154,7 @@ def count_tokens(
     return count
 
 
-def gradient_times(x: Tensor, factor: float) -> Tensor:
+def gradient_times(x: Tensor, factor: float | Tensor) -> Tensor:
     """Gives x, and its gradient times a factor."""
     return _GradientTimes.apply(x, factor)
 
@@ -163,7 +163,7 @@ class _GradientTimes(torch.autograd.Function):
     """x -> y = x.    backward  dx = factor dy."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, factor: float | Tensor) -> Tensor:
         ctx.factor = factor
         return x.view_as(x)
 

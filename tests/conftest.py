@@ -39,7 +39,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.ge
 # What most processes would import by themselves, which takes each of them seconds.
 PRELOAD = ["torch.distributed.tensor.parallel", "torch.distributed.fsdp"]
 PRELOAD += ["transformers.modeling_utils", "transformers.models.bloom.modeling_bloom"]
-PRELOAD += ["peft", "seqpar.integrations.trainer"]
+PRELOAD += ["peft", "seqpar.integrations.trainer", "seqpar.integrations.lightning"]
 
 
 class World:
