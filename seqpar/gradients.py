@@ -22,7 +22,7 @@ from seqpar_kernels.torch_internals import version
 
 Parameters = nn.Module | Iterable[Tensor]
 # What reduces gradients by itself, in backward: by name, to import none of them.
-REDUCES = {"DistributedDataParallel", "FullyShardedDataParallel"}
+REDUCES = {"DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"}
 # By gradient that `sum_gradients` has written: its version then, and the ranks that it was summed over.
 _SUMMED = WeakIdKeyDictionary()
 # By parameter: the sets of ranks whose copies of it have been compared.
