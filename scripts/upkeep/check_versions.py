@@ -2,7 +2,8 @@
 
 pyproject.toml declares a lower and an upper end for each of these packages; "oldest" installs the lower ends,
 "newest" whatever a resolver takes up to the upper ones, and "oldest-transformers" what is locked but for
-transformers at its lower end. The table in docs/testing.md is made of what this prints.
+transformers at its lower end. "deepspeed" is what is locked and DeepSpeed, which is built from source. The
+table in docs/testing.md is made of what this prints.
 
 Example: python scripts/upkeep/check_versions.py oldest --python python3.12 --json oldest.json
 """
@@ -27,13 +28,14 @@ ROOT = Path(__file__).resolve().parents[2]
 RANGED = (
     "torch", "triton", "transformers", "accelerate", "peft", "einops", "jaxtyping", "numpy",
 )  # fmt: skip
-SETS = ("oldest", "newest", "oldest-transformers")
+SETS = ("oldest", "newest", "oldest-transformers", "deepspeed")
 # What touches the insides of others: kernels, ops, compilation, checkpointing, models, tensor parallel.
 TESTS = (
     "tests/block", "tests/comm", "tests/strategies/test_autograd.py", "tests/strategies/test_compile.py",
     "tests/strategies/test_keep_attention.py", "tests/training/test_wrappers.py", "tests/integrations",
     "tests/tensor_parallel", "tests/packaging/test_first_call.py",
 )  # fmt: skip
+DEEPSPEED = "deepspeed==0.19.8"  # which only runs where torch was installed before
 OF_TRANSFORMERS = ("tests/integrations", "tests/tensor_parallel/test_replace_calls.py")
 
 
@@ -58,6 +60,8 @@ def constraints(name: str, lows: dict[str, str], locked: list[str]) -> list[str]
         return [f"{package}=={version}" for package, version in lows.items()]
     if name == "newest":
         return []
+    if name == "deepspeed":
+        return locked
     freed = (
         "transformers==",
         "huggingface-hub==",
@@ -78,12 +82,31 @@ def make_environment(folder: Path, python: str, held: list[str]) -> Path:
     return folder / "bin" / "python"
 
 
+def add_deepspeed(inside: Path) -> None:
+    """Installs it without its kernels; what it sends by on CPUs is compiled when it is first used."""
+    command = [
+        inside,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-build-isolation",
+        "setuptools",
+        "wheel",
+    ]
+    subprocess.run(command, check=True)
+    command = [*command[:-2], DEEPSPEED]
+    subprocess.run(command, env=os.environ | {"DS_BUILD_OPS": "0"}, check=True)
+
+
 def versions(inside: Path) -> dict[str, str]:
     """What is installed there."""
     listed = [inside, "-m", "pip", "list", "--format", "json", "--disable-pip-version-check"]
     done = subprocess.run(listed, check=True, capture_output=True, text=True)
     found = {package["name"]: package["version"] for package in json.loads(done.stdout)}
-    return {"python": python_version(inside)} | {n: found[n] for n in RANGED if n in found}
+    return {"python": python_version(inside)} | {
+        n: found[n] for n in (*RANGED, "deepspeed") if n in found
+    }
 
 
 def python_version(python: Path) -> str:
@@ -139,12 +162,18 @@ def main() -> None:
     locked = (ROOT / "scripts" / "lock.txt").read_text().splitlines()
     folder = args.folder or ROOT / ".versions" / args.set
     inside = make_environment(folder, args.python, constraints(args.set, lows, locked))
+    if args.set == "deepspeed":
+        add_deepspeed(inside)
     found, asked = versions(inside), python_version(Path(args.python))
     if found["python"] != asked:
         raise SystemExit(f"{folder} has Python {found['python']}, not {asked}; remove it first")
     print("  ".join(f"{name} {version}" for name, version in found.items()), flush=True)
-    of_set = OF_TRANSFORMERS if args.set == "oldest-transformers" else TESTS
-    result = run_tests(inside, args.tests or list(of_set), args.workers)
+    of_set = {
+        "oldest-transformers": OF_TRANSFORMERS,
+        "deepspeed": ("tests/training/test_deepspeed.py",),
+    }
+    tests = args.tests or list(of_set.get(args.set, TESTS))
+    result = run_tests(inside, tests, args.workers)
     row = {"set": args.set, "date": str(date.today()), "machine": platform.machine()}
     row |= {"versions": found, "result": result}
     if args.json:

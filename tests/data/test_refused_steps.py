@@ -88,9 +88,17 @@ class Own(type("DistributedDataParallel", (Wrapped,), {})):
     pass
 
 
-def wrapped(group):
+class DeepSpeedEngine(Wrapped):
+    pass
+
+
+def wrapped(group, kind=Own):
     model = nn.Linear(2, 2)
-    seqpar.backward(model(torch.ones(1, 2)).sum(), Own(model), group)
+    seqpar.backward(model(torch.ones(1, 2)).sum(), kind(model), group)
+
+
+def in_an_engine(group):
+    wrapped(group, DeepSpeedEngine)
 
 
 REFUSED = {
@@ -105,6 +113,7 @@ REFUSED = {
     without_backward: "ValueError: no parameter has a gradient on any rank: go backward in the block",
     sparse: "NotImplementedError: sparse gradients",
     with_a_graph: "NotImplementedError: a sum in place has no derivative",
+    in_an_engine: "NotImplementedError: DeepSpeedEngine reduces gradients itself",
     wrapped: r"NotImplementedError: DistributedDataParallel reduces .*gradients='mean'\), call loss.backward",
 }
 

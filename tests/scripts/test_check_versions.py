@@ -58,6 +58,7 @@ def test_the_oldest_set_is_the_lower_ends_and_the_newest_is_free():
 def test_the_oldest_transformers_come_with_what_is_locked_otherwise():
     held = constraints("oldest-transformers", {"transformers": "5.17"}, LOCKED)
     assert held == ["torch==2.13.0", "rich==15.0.0", "transformers==5.17"]
+    assert constraints("deepspeed", {}, LOCKED) == LOCKED
 
 
 def test_what_passed_and_failed_is_counted(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Bugs in the trainers of others: Trainer, accelerate, TRL."""
+"""Bugs in the trainers of others: Trainer, accelerate, TRL, Lightning."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ TRAINER = "tests/integrations/test_trainer.py"
 REFUSALS = "tests/integrations/test_trainer_refusals.py"
 ACCELERATE = "tests/integrations/test_accelerate.py"
 TRL = "tests/integrations/test_trl.py"
+LIGHTNING, OF_LIGHTNING = "tests/integrations/test_lightning.py", "seqpar/integrations/lightning.py"
+MICRO_BATCHES, SAMPLERS = "seqpar/integrations/micro_batches.py", "seqpar/integrations/samplers.py"
 TRAINERS = [
     Plant("tokens of a step count once for each rank", "seqpar/integrations/trainer.py",
           "count_tokens(valid, everyone) // self.replicas.size", "count_tokens(valid, everyone)",
@@ -87,4 +89,28 @@ TRAINERS = [
     Plant("log-probabilities: labels out of range", "seqpar/logprobs.py",
           "        if counted.numel() and not 0", "        if False and not 0",
           "tests/data/test_logprobs.py"),
+    Plant("Lightning's micro-batches weigh alike", MICRO_BATCHES,
+          "num * self._counts[-1] / self._counts[0].clamp(min=1)", "num", LIGHTNING),
+    Plant("Lightning's gradients are not divided by all tokens", MICRO_BATCHES,
+          "shard.mul_(share.to(shard.dtype))", "pass", LIGHTNING),
+    Plant("Lightning's batches are dealt out to processes", OF_LIGHTNING,
+          '{"num_replicas": replicas.size(), "rank": replicas.get_local_rank()}',
+          '{"num_replicas": self.everyone.size, "rank": self.everyone.rank}', LIGHTNING),
+    Plant("Lightning's losses of tokens are told to be summed", OF_LIGHTNING,
+          'valid=valid, gradients="mean")', "valid=valid)", LIGHTNING),
+    Plant("Lightning averages any loss", OF_LIGHTNING,
+          "            if not self._step.num_losses:\n", "            if False:\n", LIGHTNING),
+    Plant("Lightning accumulates several losses", OF_LIGHTNING,
+          "if self._step.num_losses > 1 and", "if False and", LIGHTNING),
+    Plant("Lightning's errors are told to nobody", OF_LIGHTNING,
+          'agreed(self.everyone, operation="training_step")', "agreed(operation=\"training_step\")",
+          LIGHTNING),
+    Plant("whole weights are trained by Lightning's FSDP2", OF_LIGHTNING,
+          "mesh is None or mesh.size() != self.everyone.size", "False", LIGHTNING),
+    Plant("a sampler of processes is taken", SAMPLERS,
+          "if (x.num_replicas, x.rank) != (num_replicas, rank):", "if False:", LIGHTNING),
+    Plant("replicas are given the same batches", SAMPLERS,
+          "if not samplers and num_replicas > 1:", "if False:", LIGHTNING),
+    Plant("an engine of DeepSpeed is summed again", "seqpar/gradients.py",
+          ', "DeepSpeedEngine"}', "}", "tests/data/test_refused_steps.py"),
 ]  # fmt: skip

@@ -59,7 +59,7 @@ def as_torchrun_starts_it(group: seqpar.Group) -> dist.TCPStore | None:
     dist.destroy_process_group()
     os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     os.environ |= {"MASTER_ADDR": ADDRESS, "MASTER_PORT": str(port)}
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "a page"}
     return store
 
 

@@ -1,6 +1,7 @@
 """What the blocks of docs/trainers.md need."""
 
-from contextlib import contextmanager
+import warnings
+from contextlib import chdir, contextmanager
 from tempfile import TemporaryDirectory
 
 import torch
@@ -70,3 +71,13 @@ def accelerate():
     names["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1)
     yield names
     assert names["loss"].isfinite()
+
+
+def lightning():
+    whole = batch_of(8, 13)
+    dataset = [{name: x[n] for name, x in whole.items()} for n in range(8)]
+    warnings.simplefilter("ignore", UserWarning)  # of loaders without workers, and the like
+    with TemporaryDirectory() as folder, chdir(folder):  # where checkpoints go
+        names = {"model": FAMILIES["llama"].make(), "loader": DataLoader(dataset, batch_size=1)}
+        yield names
+    assert names["trainer"].global_step == 2
