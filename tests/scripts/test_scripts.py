@@ -46,7 +46,8 @@ SMALLEST = {  # script: options, ranks under torchrun, what it prints
         None, "keep attention",
     ),
     "memory_parts": (
-        ["--length", 512, "--layers", 1, "--dim", 32, "--vocabulary", 4096, "--tile", 16, "--ranks", 1],
+        ["--length", 512, "--layers", 1, "--dim", 32, "--vocabulary", 4096, "--tile", 16, "--ranks", 1,
+         "--ways", "nothing saved", "all together"],
         None, "all together",
     ),
     "longest_context": (
