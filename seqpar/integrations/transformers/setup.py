@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from seqpar.comm import Group, agreed
 from seqpar.data import IGNORE, Labels, fingerprint
 from seqpar.gradients import summed_gradients
+from seqpar.integrations.plain import check_plain
 from seqpar.integrations.transformers.attention.guard import Guard
 from seqpar.integrations.transformers.attention.registration import NAME, register
 from seqpar.integrations.transformers.attention.replacement import Replacement, handover_of
@@ -85,7 +86,7 @@ class SequenceParallel:
                 for p in m.parameters()
             }
             claim["parameters"] = sum(p.numel() for p in self.inner.parameters() if p not in shared)
-            _check_attend(attend)
+            check_plain(attend)
             check_config(model, self.inner)
             self.stack = text_stack(self.inner)
             check_own_config(self.stack)
@@ -337,15 +338,3 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.
     return F.cross_entropy(
         wide, labels, reduction="none", ignore_index=IGNORE, label_smoothing=label_smoothing
     )
-
-
-def _check_attend(attend: Attention) -> None:
-    plain = type(attend.score)()
-    has_score = any(
-        getattr(attend.score, name) is not getattr(plain, name)
-        for name in ("scale", "softcap", "alibi_slopes", "sinks")
-    )
-    if attend.mask != type(attend.mask)() or has_score or attend.dropout is not None:
-        raise ValueError(
-            f"mask, score and dropout come from the layers of the model, got {attend}; leave them out"
-        )
