@@ -1,6 +1,6 @@
 # Sourced by the other scripts: makes .venv and installs the package for development, once.
 # It is done again when pyproject.toml or the lock changes.
-# SEQPAR_VENV and SEQPAR_CONSTRAINT name others, for other versions.
+# SEQPAR_VENV and SEQPAR_CONSTRAINT name others, for other versions, SEQPAR_EXTRAS what is installed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${SEQPAR_VENV:-.venv} constraint=${SEQPAR_CONSTRAINT:-scripts/lock.txt} python=""
@@ -21,7 +21,7 @@ if [ "$(cat "$venv/seqpar-stamp" 2>/dev/null)" != "$stamp" ]; then
     # Without build isolation, which would build with the newest hatchling and not the locked one.
     pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "$constraint")
     "${pip[@]}" hatchling hatch-fancy-pypi-readme editables
-    "${pip[@]}" --no-build-isolation --editable '.[dev]'
+    "${pip[@]}" --no-build-isolation --editable ".[${SEQPAR_EXTRAS:-dev}]"
     echo "$stamp" > "$venv/seqpar-stamp"
 fi
 export PATH="$(realpath "$venv")/bin:$PATH" OMP_NUM_THREADS=1

@@ -2,8 +2,9 @@
 
 pyproject.toml declares a lower and an upper end for each of these packages; "oldest" installs the lower ends,
 "newest" whatever a resolver takes up to the upper ones, and "oldest-transformers" what is locked but for
-transformers at its lower end. "deepspeed" is what is locked and DeepSpeed, which is built from source. The
-table in docs/testing.md is made of what this prints.
+transformers at its lower end. "torchtitan" is what is locked but for what torchtitan holds back, "deepspeed"
+what is locked and DeepSpeed, which is built from source. The table in docs/testing.md is made of what this
+prints.
 
 Example: python scripts/upkeep/check_versions.py oldest --python python3.12 --json oldest.json
 """
@@ -28,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RANGED = (
     "torch", "triton", "transformers", "accelerate", "peft", "einops", "jaxtyping", "numpy",
 )  # fmt: skip
-SETS = ("oldest", "newest", "oldest-transformers", "deepspeed")
+SETS = ("oldest", "newest", "oldest-transformers", "torchtitan", "deepspeed")
 # What touches the insides of others: kernels, ops, compilation, checkpointing, models, tensor parallel.
 TESTS = (
     "tests/block", "tests/comm", "tests/strategies/test_autograd.py", "tests/strategies/test_compile.py",
@@ -36,7 +37,19 @@ TESTS = (
     "tests/tensor_parallel", "tests/packaging/test_first_call.py",
 )  # fmt: skip
 DEEPSPEED = "deepspeed==0.19.8"  # which only runs where torch was installed before
-OF_TRANSFORMERS = ("tests/integrations", "tests/tensor_parallel/test_replace_calls.py")
+OF_SET = {
+    "oldest-transformers": ("tests/integrations", "tests/tensor_parallel/test_replace_calls.py"),
+    "torchtitan": (
+        "tests/integrations/test_torchtitan.py",
+        "tests/integrations/test_torchtitan_refusals.py",
+    ),
+    "deepspeed": ("tests/training/test_deepspeed.py",),
+}
+# What a set has ranges of its own for.
+FREED = {
+    "oldest-transformers": ("transformers==", "huggingface-hub==", "tokenizers=="),
+    "torchtitan": ("datasets==", "dill==", "fsspec==", "huggingface-hub==", "multiprocess=="),
+}
 
 
 def lower_ends(pyproject: dict[str, Any]) -> dict[str, str]:
@@ -60,23 +73,17 @@ def constraints(name: str, lows: dict[str, str], locked: list[str]) -> list[str]
         return [f"{package}=={version}" for package, version in lows.items()]
     if name == "newest":
         return []
-    if name == "deepspeed":
-        return locked
-    freed = (
-        "transformers==",
-        "huggingface-hub==",
-        "tokenizers==",
-    )  # what it has ranges of its own for
-    kept = [line for line in locked if not line.startswith(freed)]
-    return [*kept, f"transformers=={lows['transformers']}"]
+    kept = [line for line in locked if not line.startswith(FREED.get(name, ()))]
+    return [*kept, f"transformers=={lows['transformers']}"] if "transformers" in name else kept
 
 
-def make_environment(folder: Path, python: str, held: list[str]) -> Path:
+def make_environment(folder: Path, python: str, held: list[str], extras: str = "dev") -> Path:
     """The Python of an environment with this package for development, made as `.venv` is."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     constraint = folder.with_suffix(".txt")
     constraint.write_text("".join(f"{line}\n" for line in held))
     settings = {"PYTHON": python, "SEQPAR_VENV": str(folder), "SEQPAR_CONSTRAINT": str(constraint)}
+    settings["SEQPAR_EXTRAS"] = extras
     command = ["bash", "-c", "source scripts/setup.sh"]
     subprocess.run(command, cwd=ROOT, env=os.environ | settings, check=True)
     return folder / "bin" / "python"
@@ -161,19 +168,15 @@ def main() -> None:
     lows = lower_ends(tomllib.loads((ROOT / "pyproject.toml").read_text()))
     locked = (ROOT / "scripts" / "lock.txt").read_text().splitlines()
     folder = args.folder or ROOT / ".versions" / args.set
-    inside = make_environment(folder, args.python, constraints(args.set, lows, locked))
+    extras = "dev,torchtitan" if args.set == "torchtitan" else "dev"
+    inside = make_environment(folder, args.python, constraints(args.set, lows, locked), extras)
     if args.set == "deepspeed":
         add_deepspeed(inside)
     found, asked = versions(inside), python_version(Path(args.python))
     if found["python"] != asked:
         raise SystemExit(f"{folder} has Python {found['python']}, not {asked}; remove it first")
     print("  ".join(f"{name} {version}" for name, version in found.items()), flush=True)
-    of_set = {
-        "oldest-transformers": OF_TRANSFORMERS,
-        "deepspeed": ("tests/training/test_deepspeed.py",),
-    }
-    tests = args.tests or list(of_set.get(args.set, TESTS))
-    result = run_tests(inside, tests, args.workers)
+    result = run_tests(inside, args.tests or list(OF_SET.get(args.set, TESTS)), args.workers)
     row = {"set": args.set, "date": str(date.today()), "machine": platform.machine()}
     row |= {"versions": found, "result": result}
     if args.json:

@@ -61,6 +61,11 @@ def test_the_oldest_transformers_come_with_what_is_locked_otherwise():
     assert constraints("deepspeed", {}, LOCKED) == LOCKED
 
 
+def test_torchtitan_comes_with_what_is_locked_but_for_what_it_holds_back():
+    held = constraints("torchtitan", {}, [*LOCKED, "datasets==5.2.0"])
+    assert held == [x for x in LOCKED if not x.startswith("huggingface-hub")]
+
+
 def test_what_passed_and_failed_is_counted(tmp_path, capsys):
     (tmp_path / "test_two.py").write_text("def test_a(): pass\n\ndef test_b(): assert False\n")
     found = run_tests(sys.executable, [f"{tmp_path}/test_two.py"], workers=1)
