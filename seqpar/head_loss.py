@@ -50,7 +50,7 @@ def tiled_loss(
     _check_shapes(hidden, weight, labels, bias)
     _check_options(labels, weight.shape[0], softcap, label_smoothing)
     head = _Head(tile, softcap, label_smoothing, _product_dtype(hidden, weight))
-    return _TiledLoss.apply(head, hidden.flatten(0, -2), weight, bias, labels)
+    return _TiledLoss.apply(head, hidden.flatten(0, -2), weight, bias, labels.long())
 
 
 @dataclass(frozen=True)
@@ -165,8 +165,8 @@ def _like(total: Tensor | None, x: Tensor) -> Tensor | None:
 def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """The type in which `F.linear` would multiply."""
     kind = hidden.device.type
-    has_autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    if has_autocast and torch.float64 not in (hidden.dtype, weight.dtype):
+    casts = kind != "meta" and torch.is_autocast_enabled(kind)
+    if casts and torch.float64 not in (hidden.dtype, weight.dtype):
         return torch.get_autocast_dtype(kind)
     if hidden.dtype != weight.dtype:
         raise ValueError(

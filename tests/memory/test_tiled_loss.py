@@ -68,13 +68,13 @@ def test_what_is_frozen_gets_no_gradient_and_the_others_theirs(frozen):
 
 def test_batches_a_tied_embedding_and_two_backwards():
     _, weight, _, labels, _ = made()
-    ids, labels = torch.arange(22).view(2, 11), labels[:22].view(2, 11)
+    ids, labels = torch.arange(22).view(2, 11), labels[:22].view(2, 11).int()
 
     def losses(of):
         return of(weight[ids].sin(), weight, labels)
 
     got = losses(lambda *given: seqpar.tiled_loss(*given, tile=4))
-    want = losses(lambda h, w, y: at_once(h.flatten(0, 1), w, y.flatten()).view(2, 11))
+    want = losses(lambda h, w, y: at_once(h.flatten(0, 1), w, y.flatten().long()).view(2, 11))
     torch.testing.assert_close(got, want, **EXACT)
     (dwant,) = torch.autograd.grad(want.sum(), weight)
     for _ in range(2):
@@ -180,8 +180,18 @@ def test_what_does_not_fit_is_refused(others, message):
 
 
 def test_compilers_leave_it_out():
-    hidden, weight, _, labels, _ = made()
-    call = torch.compile(
-        lambda x: seqpar.tiled_loss(x.sin(), weight, labels, tile=4), backend="eager"
+    hidden, weight, _, labels, dloss = made()
+
+    def run(of):
+        losses = of(hidden.sin(), weight, labels)
+        return losses, torch.autograd.grad(losses, [hidden, weight], dloss.double())
+
+    tiled = torch.compile(lambda *given: seqpar.tiled_loss(*given, tile=4), backend="eager")
+    torch.testing.assert_close(run(tiled), run(at_once), **EXACT)
+    module = torch.nn.Linear(WIDTH, 3).double()
+    call = torch.compile(lambda x: seqpar.tiled(module, x.sin(), tile=4, dim=0), backend="eager")
+    got, want = (
+        torch.autograd.grad(f(hidden).sin().sum(), [hidden, *module.parameters()])
+        for f in (call, lambda x: module(x.sin()))
     )
-    torch.testing.assert_close(call(hidden), at_once(hidden.sin(), weight, labels), **EXACT)
+    torch.testing.assert_close(got, want, **EXACT)
