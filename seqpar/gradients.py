@@ -61,7 +61,7 @@ def summed_gradients(
         given = parameters if isinstance(parameters, nn.Module) else list(parameters)
         params = _learning(given)
         claim |= _check(params, group) | _copies(params, group)
-        if any(_is_summed(p, group) for p in params):
+        if any(_is_summed(p, group) or _has_gradient(p) for p in params):
             raise ValueError(
                 "gradients of an earlier step are there and would be summed once more: zero_grad() before "
                 "the next step, and go through all micro-batches of a step in one block"
@@ -69,8 +69,11 @@ def summed_gradients(
         with summing_over(group):
             yield
         # Between forward and backward FSDP shows other parameters than those that have the gradients.
+        begun = set(params)
         params = _learning(given)
         claim |= _check(params, group)
+        # Those that are to learn since the block began.
+        claim |= _copies([p for p in params if p not in begun], group)
         _check_gradients(params, group)
     if not _sum(params, group):
         raise ValueError(
@@ -200,7 +203,7 @@ def _sum(params: list[Tensor], group: Group) -> int:
             wide = here.to(accumulation_dtype(p.dtype)).contiguous()
             all_reduce_(wide, group)
             if here is grad:
-                p.grad = wide.to(p.dtype)
+                p.grad = wide.to(getattr(p, "grad_dtype", None) or p.dtype)
             else:  # a DTensor, whose shard is written
                 here.copy_(wide)
                 p.grad = grad
@@ -212,6 +215,12 @@ def _sum(params: list[Tensor], group: Group) -> int:
 def _local(x: Any) -> Tensor:
     """What this rank holds of a tensor, which may be a DTensor."""
     return x.to_local() if hasattr(x, "to_local") else x
+
+
+def _has_gradient(p: Tensor) -> bool:
+    """Whether there is a gradient other than zero; or one that is sparse, which is refused anyway."""
+    grad = p.grad
+    return grad is not None and (grad.layout != torch.strided or bool(_local(grad).any()))
 
 
 def _is_summed(p: Tensor, group: Group) -> bool:

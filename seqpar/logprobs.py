@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import get_args
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from seqpar.comm import Group, agreed
 from seqpar.data import IGNORE, unshard_sequence
 from seqpar.layout import Layout
-from seqpar.loss import Reduction, gradient_times
+from seqpar.loss import Reduction, check_sum, gradient_times
 from seqpar_kernels import accumulation_dtype
 
 
@@ -40,7 +41,8 @@ def token_logprobs(
 
     Raises:
         ValueError: labels are not those of logits, or a label is none of the classes, or temperature is not
-            positive, or gradients is neither "sum" nor "mean"; and as `seqpar.unshard_sequence`.
+            positive, or gradients is neither "sum" nor "mean", or not as an open block of
+            `seqpar.summed_gradients` has it; and as `seqpar.unshard_sequence`.
         DesyncError: ranks differ in options, or another rank raised.
     """
     with agreed(group, operation="token_logprobs") as claim:
@@ -54,6 +56,8 @@ def token_logprobs(
                 f"labels must be [b sl] as logits [b sl classes] are, got {tuple(labels.shape)} for "
                 f"{tuple(logits.shape)}"
             )
+        if logits.requires_grad and torch.is_grad_enabled():
+            check_sum(group, gradients)
         counted = labels[labels != IGNORE]
         if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < logits.shape[2]:
             raise ValueError(

@@ -71,7 +71,7 @@ def mean_loss(
         _check_valid(valid, token_losses)
         _check_options(num_tokens, gradients)
         if token_losses.requires_grad and torch.is_grad_enabled():
-            _check_sum(group, gradients)
+            check_sum(group, gradients)
     wide = accumulation_dtype(token_losses.dtype)
     counted = token_losses if valid is None else token_losses.masked_fill(~valid, 0.0)
     if num_tokens is None:
@@ -105,10 +105,15 @@ def check_reduction(loss: Tensor) -> None:
     """
     if loss in _REDUCED:
         group, gradients = _REDUCED[loss]
-        _check_sum(group, gradients)
+        check_sum(group, gradients)
 
 
-def _check_sum(group: Group, gradients: Reduction) -> None:
+def check_sum(group: Group, gradients: Reduction) -> None:
+    """Refuses a loss over a group whose gradients are not meant to be summed as the open blocks do.
+
+    Raises:
+        ValueError: as `check_reduction`.
+    """
     summed = [sorted(x.transport.global_ranks) for x in _SUMMING.get()]
     ranks = sorted(group.transport.global_ranks)
     if summed and ranks not in summed:

@@ -76,7 +76,7 @@ def _tell(axes: Sequence[Group], claim: Mapping[str, object], error: Exception) 
     """Tells ranks of an error along each axis, but for those whose ranks have all heard it."""
     cause: BaseException | None = error
     while cause is not None and not hasattr(cause, _HEARD):
-        cause = cause.__cause__
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     if cause is None and isinstance(error, DesyncError):
         return  # the wire's, on which nothing more can be sent
     heard = getattr(cause, _HEARD, ())

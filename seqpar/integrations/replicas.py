@@ -97,6 +97,9 @@ class OnReplicas(Trainer):
                 )
             batches = list(islice(epoch_iterator, num_batches))
             claim["micro-batches"] = len(batches)
+            claim["steps of the run"] = (
+                self.state.max_steps
+            )  # replicas may have other numbers of batches
         return batches
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:

@@ -19,6 +19,7 @@ from seqpar.data import unshard_sequence
 from seqpar.integrations.replicas import OnReplicas
 from seqpar.integrations.transformers import SequenceParallel
 from seqpar.requires import require
+from seqpar_kernels.torch_internals import forward_hooks
 
 require("trl", by="seqpar.integrations.trl", extra="trl")
 
@@ -35,6 +36,12 @@ class WholeCalls:
     def __init__(self, model: nn.Module, sp: SequenceParallel) -> None:
         self.sp = sp
         self.seed: int | None = None  # of attention dropout in calls to come
+        for hooks in forward_hooks(
+            model
+        ):  # those of an earlier trainer would join outputs once more
+            for number, hook in list(hooks.items()):
+                if isinstance(getattr(hook, "__self__", None), WholeCalls):
+                    del hooks[number]
         model.register_forward_pre_hook(self.shard, prepend=True, with_kwargs=True)
         model.register_forward_hook(self.join, with_kwargs=True)
 
@@ -45,7 +52,8 @@ class WholeCalls:
         if not self.sp.is_on or "seqpar" in kwargs:
             return None
         of_head = {n: kwargs[n] for n in ("fused_lm_head", "use_cache") if n in kwargs}
-        batch = {n: x for n, x in kwargs.items() if n not in of_head}
+        # The documents by number, for layers with a state, which cannot be sharded: positions say them.
+        batch = {n: x for n, x in kwargs.items() if n not in {*of_head, "seq_idx"}}
         inputs = self.sp.shard(batch, seed=self.seed)
         return args, inputs | of_head | {"shift_labels": inputs.labels}
 
@@ -141,6 +149,9 @@ class GRPOTrainer(Shared, trl.GRPOTrainer):
         return super()._unsupported() | {
             "use_vllm, which samples for each process apart": shared and args.use_vllm,
             "scale_rewards='batch'": shared and self.scale_rewards == "batch",
+            "multi_objective_aggregation='normalize_then_sum'": (
+                shared and args.multi_objective_aggregation == "normalize_then_sum"
+            ),
             "top_entropy_quantile": shared and self.top_entropy_quantile < 1.0,
             f"{rows} completions by process, which hold no whole number of the {self.num_generations} of a "
             "prompt (see per_device_train_batch_size and steps_per_generation)": (

@@ -42,6 +42,25 @@ def test_what_an_inner_block_has_told_is_not_told_again(at_fault):
 
 
 @pytest.mark.parametrize("at_fault", [(1,), (0, 2), (0, 1, 2)])
+def test_what_is_raised_anew_has_been_told(at_fault):
+    """Also where it is not said what it was raised from."""
+
+    def fn(group):
+        def act():
+            with agreed(group, operation="outer"):
+                try:
+                    with agreed(group, operation="inner"):
+                        if group.rank in at_fault:
+                            raise ValueError("too long")
+                except (ValueError, DesyncError) as error:
+                    raise type(error)(f"again: {error}")  # noqa: B904
+
+        return ended(group, act)
+
+    check(simulate(3, fn), at_fault, number=1)
+
+
+@pytest.mark.parametrize("at_fault", [(1,), (0, 2), (0, 1, 2)])
 def test_what_is_raised_beside_an_inner_block_is_heard_in_it(at_fault):
     """The others are in the block that the rank at fault has not come to, or was in before."""
 

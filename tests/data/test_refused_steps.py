@@ -19,6 +19,27 @@ def twice(group):
         seqpar.backward(p.sum(), [p], group)
 
 
+def twice_and_clipped(group):
+    p = weight_of()
+    for _ in range(2):
+        seqpar.backward(p.sum(), [p], group)
+        nn.utils.clip_grad_norm_([p], 0.1)
+
+
+def unfrozen_and_not_alike(group):
+    shared, other = weight_of(), nn.Parameter(torch.full((2,), 1.0 + group.rank), False)
+    with seqpar.summed_gradients(nn.ParameterList([shared, other]), group):
+        other.requires_grad_()
+        (shared * other).sum().backward()
+
+
+def logprobs_for_wrappers(group):
+    logits = nn.Parameter(torch.ones(1, 1, 5))
+    labels, layout = torch.zeros(1, 1, dtype=torch.long), seqpar.contiguous(group.size, group.size)
+    with seqpar.summed_gradients([logits], group):
+        seqpar.token_logprobs(logits, labels, layout, group, gradients="mean").sum().backward()
+
+
 def summed_inside(group):
     p = weight_of()
     with seqpar.summed_gradients([p], group):
@@ -102,6 +123,9 @@ def in_an_engine(group):
 
 
 REFUSED = {
+    twice_and_clipped: "ValueError: gradients of an earlier step are there",
+    unfrozen_and_not_alike: r"DesyncError: .*the copy of parameter 0",
+    logprobs_for_wrappers: "ValueError: gradients='mean' is for wrappers .* 4 times too large",
     twice: "ValueError: gradients of an earlier step are there .* all micro-batches of a step in one",
     summed_inside: "ValueError: gradients are as sum_gradients left them",
     for_wrappers: "ValueError: gradients='mean' is for wrappers .* 4 times too large",

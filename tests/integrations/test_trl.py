@@ -89,7 +89,7 @@ def model_of():
     return model
 
 
-def given(group, run):
+def given(group, run, model=None):
     """What a trainer is made of, where torchrun started so many processes."""
     as_torchrun_has_it(group)
     options = SPECIAL[run.kind] | {
@@ -101,7 +101,7 @@ def given(group, run):
     } | run.options  # fmt: skip
     if group.size > 1:
         options["ddp_backend"] = "gloo"
-    model = model_of()
+    model = model or model_of()
     keywords = {
         "model": model, "args": getattr(trl, f"{run.kind}Config")(**options),
         "train_dataset": Dataset.from_list(list(examples(run.kind))), "processing_class": tokenizer(),
@@ -132,12 +132,24 @@ LOGGED = {
 }  # fmt: skip
 
 
-def by_trl(group, run):
-    return report(getattr(trl, f"{run.kind}Trainer")(**given(group, run)))
+def by_trl(group, run, model=None):
+    return report(getattr(trl, f"{run.kind}Trainer")(**given(group, run, model)))
 
 
-def shared(group, run):
-    keywords = given(group, run)
+def by_trl_twice(group, run):
+    model = model_of()
+    by_trl(group, run, model)
+    return by_trl(group, run, model)
+
+
+def shared_twice(group, run):
+    model = model_of()
+    shared(group, run, model)
+    return shared(group, run, model)
+
+
+def shared(group, run, model=None):
+    keywords = given(group, run, model)
     attend = among_neighbours(seqpar.RingAttention, group, run.replicas)
     return report(getattr(ours, f"{run.kind}Trainer")(attend=attend, **keywords))
 
@@ -177,6 +189,13 @@ def test_steps_equal_one_device(train, kind, lora):
     assert_alike(train(2, shared, kind=kind, lora=lora), want)
 
 
+def test_packed_texts_and_a_second_trainer_of_a_model_equal_those_of_trl(train):
+    """The first trainer's hooks are gone, or outputs would be joined twice."""
+    options = {"packing": True, "max_length": 24}
+    want = train(1, by_trl_twice, kind="SFT", options=options)
+    assert_alike(train(2, shared_twice, kind="SFT", options=options), want)
+
+
 def test_replicas_that_sample_equal_those_of_trl(train):
     """Each of two replicas draws its own completions, as two processes do."""
     want = train(2, by_trl, kind="GRPO")
@@ -192,6 +211,7 @@ def refused(group, run):
 REFUSED = {
     "scale_rewards='batch'": {"scale_rewards": "batch"},
     "top_entropy_quantile": {"top_entropy_quantile": 0.5},
+    "multi_objective_aggregation": {"multi_objective_aggregation": "normalize_then_sum"},
     "8 completions by process, which hold no whole number of the 16": {"num_generations": 16},
 }
 
