@@ -7,7 +7,7 @@ import pytest
 import torch
 from trainer_runs import Run, Stream, data_of, wide_loss
 from transformers import Trainer
-from under_torchrun import as_torchrun_has_it
+from under_torchrun import among_neighbours, as_torchrun_has_it
 
 import seqpar
 from seqpar.integrations.trainer import SequenceParallelTrainer
@@ -90,3 +90,25 @@ def test_misuse_is_refused_and_states_are_shared(unused_processes, tmp_path):
     assert "a data set with a length" in stream
     assert "wrapped neither in DDP nor in FSDP" in bare
     assert drawn == too
+
+
+def uneven(group, run):
+    as_torchrun_has_it(group)
+    attend = among_neighbours(seqpar.RingAttention, group, replicas=2)
+    arguments = run.arguments(group.size)
+    made = SequenceParallelTrainer(run.model(), arguments, attend=attend, **data_of(run))
+    with pytest.raises(seqpar.DesyncError) as caught:
+        made.train()
+    return str(caught.value)
+
+
+def test_replicas_that_plan_other_numbers_of_steps_are_refused(unused_processes, tmp_path):
+    """Their learning rates would differ from the first step on, and one would wait at the end."""
+    options = {
+        "max_steps": -1,
+        "accelerator_config": {"even_batches": False},
+        "eval_strategy": "no",
+    }
+    run = Run(folder=str(tmp_path), sequences=21, accumulate=1, options=options)
+    for text in unused_processes(2).run(uneven, run):
+        assert "steps of the run" in text
