@@ -97,9 +97,8 @@ class OnReplicas(Trainer):
                 )
             batches = list(islice(epoch_iterator, num_batches))
             claim["micro-batches"] = len(batches)
-            claim["steps of the run"] = (
-                self.state.max_steps
-            )  # replicas may have other numbers of batches
+            # Replicas may have other numbers of batches, and then other learning rates.
+            claim["steps of the run"] = self.state.max_steps
         return batches
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:

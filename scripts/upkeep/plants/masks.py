@@ -103,5 +103,5 @@ MASK_PLANTS = [
           "tests/integrations/test_families.py"),
     Plant("transformers: rows apart have the mask of the first",
           "seqpar/integrations/transformers/documents.py",
-          "else tuple(made[row] for row in rows)", "else tuple(made[rows[0]] for row in rows)", PADDED),
+          "else tuple(made[row] for row in each)", "else tuple(made[each[0]] for row in each)", PADDED),
 ]  # fmt: skip

@@ -29,7 +29,7 @@ TRAINERS = [
           "if checkpoint is None or self.replicas.size == 1:", "if True:",
           REFUSALS),
     Plant("replicas plan other numbers of steps", "seqpar/integrations/replicas.py",
-          "= self.state.max_steps  # replicas", "= 0  # replicas", REFUSALS),
+          'claim["steps of the run"] = self.state.max_steps', 'claim["steps of the run"] = 0', REFUSALS),
     Plant("packed texts by number are not left out", "seqpar/integrations/trl.py",
           '{*of_head, "seq_idx"}', "of_head", TRL),
     Plant("hooks of an earlier trainer stay", "seqpar/integrations/trl.py",
