@@ -15,7 +15,7 @@ with mock.patch.object(torch._utils, "_get_available_device_type", return_value=
 
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.tokenizer import BaseTokenizer
-from torchtitan.models import gpt_oss, llama3
+from torchtitan.models import gpt_oss, llama3, qwen3
 from torchtitan.models.common import ComplexRoPE, Embedding, Linear, RMSNorm
 from torchtitan.models.llama3 import Llama3Model
 
@@ -107,9 +107,23 @@ def small_llama(num_heads=6, num_kv_heads=3):
     return spec
 
 
-def small_gpt_oss():
+def small_qwen3():
+    """Two layers, whose head is the embedding and which normalise queries and keys."""
+    spec = qwen3.model_registry("debugmodel", attn_backend="flex")
+    spec.model.layers = spec.model.layers[:2]
+    return spec
+
+
+def varlen_gpt_oss():
+    """The same model as `small_gpt_oss`, with the attention that torchtitan takes by default."""
+    spec = small_gpt_oss("varlen")
+    spec.model.layers[0].attention.inner_attention.window_size = (4, 0)
+    return spec
+
+
+def small_gpt_oss(backend="flex"):
     """Two layers with sinks and experts, one of which has a window of 5."""
-    spec = gpt_oss.model_registry("debugmodel", attn_backend="flex")
+    spec = gpt_oss.model_registry("debugmodel", attn_backend=backend)
     spec.model.layers = spec.model.layers[:2]
     spec.model.layers[0].attention.sliding_window_size = 5
     for layer in spec.model.layers:
