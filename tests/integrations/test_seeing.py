@@ -47,7 +47,7 @@ def case(name):
 
 EVERYWHERE = [(name, *way) for name in SEEING for way in ((2, "ulysses"), (3, "ring"))]
 ELSEWHERE = [
-    (name, *way) for name in ("gemma3", "qwen3_vl") for way in ((1, "ring"), (4, "hybrid"))
+    (name, *way) for name in ("gemma3_vl", "qwen3_vl") for way in ((1, "ring"), (4, "hybrid"))
 ]
 
 
@@ -101,12 +101,12 @@ def test_padded_batches_equal_one_device(name, left):
 
 def test_blocks_differ_by_row():
     """One row has an image where the other has text."""
-    batch, _ = case("gemma3")
+    batch, _ = case("gemma3_vl")
     batch = {key: x.clone() for key, x in batch.items()}
     (at,) = (batch["input_ids"][1] == 50).nonzero(as_tuple=True)
     batch["input_ids"][1, at[:4]], batch["token_type_ids"][1, at[:4]] = 7, 0
     batch["pixel_values"] = batch["pixel_values"][:3]
-    check("gemma3", batch, 3)
+    check("gemma3_vl", batch, 3)
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
@@ -134,7 +134,7 @@ def each_alone(model, batches):
     return Step(torch.cat(rows, 1).detach(), loss.detach(), gradients_of(model))
 
 
-@pytest.mark.parametrize("name", ["llava", "gemma3"])
+@pytest.mark.parametrize("name", ["llava", "gemma3_vl"])
 def test_packed_texts_equal_each_alone(name):
     """Each with an image. transformers itself looks up blocks of packed texts at positions in the text."""
     first, second = (SEEING[name].seen(batch_of(1, length), images=1) for length in (11, LENGTH))
@@ -152,7 +152,7 @@ def step_of(group, name):
     return on_rank(group, SEEING[name].make(), case(name)[0], "ulysses")
 
 
-@pytest.mark.parametrize("name", ["qwen3_vl", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen3_vl", "gemma3_vl"])
 def test_equals_one_device_over_processes(worlds, name):
     _, want = case(name)
     for got in worlds.run(3, step_of, name):
@@ -201,7 +201,7 @@ def test_images_that_differ_between_ranks_are_refused():
         pixels = batch["pixel_values"] + sp.group.rank
         return sp.loss(batch | {"pixel_values": pixels})
 
-    refused("gemma3", case("gemma3")[0], r"DesyncError: .*batch\['pixel_values'\]", loss)
+    refused("gemma3_vl", case("gemma3_vl")[0], r"DesyncError: .*batch\['pixel_values'\]", loss)
 
 
 @pytest.mark.parametrize(

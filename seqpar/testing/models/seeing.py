@@ -154,7 +154,7 @@ SEEING = {
         pixels=patches,
         types="mm_token_type_ids",
     ),
-    "gemma3": Seeing(
+    "gemma3_vl": Seeing(
         "Gemma3ForConditionalGeneration",
         "Gemma3Config",
         {

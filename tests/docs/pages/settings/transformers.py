@@ -23,7 +23,7 @@ def use():
 
 def models_that_see():
     """A processor's answer, without its tokenizer."""
-    family = SEEING["gemma3"]
+    family = SEEING["gemma3_vl"]
     batch = family.seen(batch_of(2, 23))
     labels = batch.pop("labels")
     group = seqpar.Group.of()
