@@ -115,6 +115,9 @@ def handover_of(model: nn.Module) -> Handover | None:
 
 def arguments(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Names what a call of a model gives it."""
-    given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-    rest = given.pop("kwargs", {})
+    signature = inspect.signature(model.forward)
+    given = signature.bind_partial(*args, **kwargs).arguments
+    # Those that it names none by, whatever their own name is: not all call them kwargs.
+    others = [n for n, p in signature.parameters.items() if p.kind == p.VAR_KEYWORD]
+    rest = given.pop(others[0], {}) if others else {}
     return {**given, **rest}
