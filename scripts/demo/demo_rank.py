@@ -118,7 +118,7 @@ def training_step(group: Group, subject: str, text: Tensor, length: int) -> dict
     with PeakMemory() as peak:
         batch, layout = seqpar.shard_batch(batch_at(text, recipe, 0), group, recipe.layout)
         losses = model(batch["input_ids"], batch["labels"], batch["position_ids"], layout)
-        loss = seqpar.mean_loss(losses, group, valid=batch["labels"].flatten() != IGNORE)
+        loss = seqpar.mean_loss(losses, group, valid=batch["labels"] != IGNORE)
         seqpar.backward(loss, model, group)
     norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     return {"peak_bytes": peak.bytes, "loss": loss.item(), "gradient_norm": norm.item()}
